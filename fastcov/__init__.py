@@ -1,0 +1,24 @@
+"""fastcov: the eigenspectrum of every layer while a network trains, and widths from it."""
+
+from fastcov import ops
+from fastcov.estimate import estimate
+from fastcov.history import History, load_history
+from fastcov.ops.library import backends
+from fastcov.spectrum import Spectrum
+from fastcov.tracker import Tracker, track
+from fastcov.widths import WidthGroup, suggest_widths
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "History",
+    "Spectrum",
+    "Tracker",
+    "WidthGroup",
+    "backends",
+    "estimate",
+    "load_history",
+    "ops",
+    "suggest_widths",
+    "track",
+]

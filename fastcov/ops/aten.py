@@ -1,0 +1,108 @@
+"""Operators in plain torch, free of host synchronisation: where no compiled path serves.
+
+Used on GPUs older than sm_80, for float64 rows on a GPU, and where the compiled library is
+missing. Same results as ops/reference.py within float32 rounding; grams run in chains of at most
+4096 rows and are added in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
+
+CHAIN_ROWS = 4096
+_SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
+
+
+def _initial_shift(flat: Tensor) -> Tensor:
+    if flat.dtype in (torch.bfloat16, torch.float16):
+        return torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
+    head = flat[:_SHIFT_WINDOW]
+    finite = torch.isfinite(head).all(1)
+    chosen = finite & (finite.cumsum(0) <= SHIFT_ROWS)
+    total = torch.where(chosen[:, None], head, 0).double().sum(0)
+    shift = (total / chosen.sum().clamp(min=1)).to(flat.dtype).double()
+    return torch.where(torch.isfinite(shift).all(), shift, 0.0)
+
+
+def accumulate_(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    row_weight: Tensor | None,
+    row_scale: float,
+    decay: float,
+) -> None:
+    """See :func:`fastcov.ops.reference.accumulate_reference_`."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if len(flat) == 0:
+        for tensor in (moment, sum, weight):
+            tensor.mul_(decay)
+        return
+    shift.copy_(torch.where(count[0] == 0, _initial_shift(flat), shift))
+    work = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    for tensor in (moment, sum, weight):
+        tensor.mul_(decay)
+    # A global TF32 switch or an enclosing autocast must not reach these products.
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, len(flat), CHAIN_ROWS):
+                chain = flat[start : start + CHAIN_ROWS]
+                finite = torch.isfinite(chain).all(1)
+                centred = torch.where(finite[:, None], chain.to(work) - shift.to(work), 0)
+                weights = finite * row_scale
+                if row_weight is not None:
+                    weights = weights * row_weight[start : start + CHAIN_ROWS]
+                weighted = centred * weights.to(work)[:, None]
+                moment.add_(weighted.T @ centred)
+                sum.add_(weighted.sum(0, dtype=torch.float64))
+                weight.add_(weights.sum(dtype=torch.float64))
+                count.add_(torch.stack([finite.sum(), (~finite).sum()]))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def _multiply_high(value: Tensor, factor: int) -> Tensor:
+    # Upper 64 bits of value * factor for unsigned 64-bit values held in int64, factor < 2**31.
+    low = (value & 0xFFFFFFFF) * factor
+    high = ((value >> 32) & 0xFFFFFFFF) * factor
+    return (high + ((low >> 32) & 0xFFFFFFFF)) >> 32
+
+
+def gather_(
+    buffer: Tensor,
+    rows: Tensor,
+    buffer_row: int,
+    first_sample: int,
+    samples: int,
+    run_length: int,
+    phase: int,
+) -> None:
+    """See :func:`fastcov.ops.reference.gather_reference_`."""
+    channels = rows.shape[-1]
+    images = rows.shape[0] if rows.dim() > 1 else 1
+    total = rows.numel() // channels
+    positions = total // images
+    sample = torch.arange(first_sample, first_sample + samples, device=rows.device)
+    run = torch.div(sample, run_length, rounding_mode="floor")
+    golden = GOLDEN_RATIO_64 - (1 << 64)  # the same 64 bits, signed; int64 products wrap
+    start = _multiply_high(run * golden + phase, total)
+    image = torch.div(start, positions, rounding_mode="floor")
+    position = (start + sample % run_length) % positions
+    # One index a dimension, so that no strided activation is copied whole.
+    index: list[Tensor] = []
+    for size in reversed(rows.shape[1:-1]):
+        index.insert(0, position % size)
+        position = torch.div(position, size, rounding_mode="floor")
+    torch.index_put_(
+        buffer,
+        (torch.arange(buffer_row, buffer_row + samples, device=rows.device),),
+        rows[(image, *index)],
+    )

@@ -1,0 +1,164 @@
+"""Running covariance of feature rows: public functions. Check arguments, then dispatch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastcov.ops import library  # defines torch.ops.fastcov
+
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class MomentState(Protocol):
+    """Tensors of a running second moment; :class:`fastcov.state.CovarianceState` is one."""
+
+    moment: Tensor
+    sum: Tensor
+    shift: Tensor
+    weight: Tensor
+    count: Tensor
+
+
+def accumulate_(
+    state: MomentState,
+    x: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
+) -> None:
+    r"""Adds feature rows to a running second moment, in place.
+
+    .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T
+
+    Nothing is copied or cast: ``x`` is read through its strides, so pass views
+    (``x.permute(0, 2, 3, 1)`` for NCHW). No host synchronisation. Rows that hold a NaN or an
+    infinity are skipped and counted in ``state.count[1]``.
+
+    Args:
+        state: Where to add: ``moment`` [C, C], ``sum`` [C], ``shift`` [C], ``weight`` [] in
+            float64, ``count`` [2] in int64.
+        x: float32, bfloat16, float16 or float64, last dimension channels. [..., C]
+        row_weight: One weight a row, float32 or float64. [N]
+        row_scale: Factor on every row's weight.
+        decay: Factor on what the state holds.
+
+    Raises:
+        TypeError: If ``x`` is not a tensor of one of these dtypes.
+        ValueError: If a shape or device does not fit ``state``.
+
+    Example:
+        >>> from fastcov.state import CovarianceState
+        >>> state = CovarianceState(2)
+        >>> accumulate_(state, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        >>> state.covariance()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]], dtype=torch.float64)
+    """
+    channels = len(state.sum)
+    _check_rows(x)
+    if x.shape[-1] != channels:
+        raise ValueError(
+            f"x has {x.shape[-1]} channels (shape {tuple(x.shape)}), the state has {channels}: "
+            "channels must be the last dimension; permute x, or make a state of its width"
+        )
+    if x.device != state.moment.device:
+        raise ValueError(
+            f"x is on {x.device}, the state on {state.moment.device}: move one of them"
+        )
+    if row_weight is not None:
+        rows = x.numel() // channels
+        if row_weight.shape != (rows,):
+            raise ValueError(
+                f"row_weight has shape {tuple(row_weight.shape)}, expected ({rows},): one weight "
+                "for each row of x"
+            )
+        if row_weight.device != x.device or row_weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"row_weight is {row_weight.dtype} on {row_weight.device}, expected float32 or "
+                f"float64 on {x.device}"
+            )
+        row_weight = row_weight.contiguous()
+    torch.ops.fastcov.accumulate_(
+        state.moment,
+        state.sum,
+        state.shift,
+        state.weight,
+        state.count,
+        x.detach(),
+        row_weight,
+        row_scale,
+        decay,
+    )
+
+
+def covariance(x: Tensor, *, centered: bool = False) -> Tensor:
+    r"""Second-moment matrix of feature rows; the covariance with ``centered=True``.
+
+    .. math:: S = \frac{1}{N} \sum_r (x_r - c)(x_r - c)^T
+
+    with c = 0, or the mean with ``centered=True`` (the divisor stays N).
+
+    Args:
+        x: float32, bfloat16, float16 or float64, last dimension channels. [..., C]
+        centered: Whether the mean is subtracted.
+
+    Returns:
+        float64, symmetric; NaN where ``x`` has no finite row. [C, C]
+
+    Raises:
+        TypeError: If ``x`` is not a tensor of one of these dtypes.
+        ValueError: If ``x`` has no channel dimension.
+
+    Example:
+        >>> covariance(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), centered=True)
+        tensor([[1., 0.],
+                [0., 0.]], dtype=torch.float64)
+    """
+    _check_rows(x)
+    moments = Moments(x.shape[-1], x.device)
+    accumulate_(moments, x)
+    return moments.covariance(centered)
+
+
+class Moments:
+    """The tensors of one running second moment, without names, decay or merging."""
+
+    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+        # Tensors made under inference_mode could not be updated in training later.
+        with torch.inference_mode(False):
+            self.moment = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+            self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+            self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
+            self.weight = torch.zeros((), dtype=torch.float64, device=device)
+            self.count = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def covariance(self, centered: bool = False) -> Tensor:
+        """Symmetric matrix of the rows seen so far. [C, C]"""
+        lower = self.moment.tril()
+        moment = lower + lower.tril(-1).T
+        mean = self.sum / self.weight
+        if centered:
+            return moment / self.weight - torch.outer(mean, mean)
+        cross = torch.outer(mean, self.shift)
+        return moment / self.weight + cross + cross.T + torch.outer(self.shift, self.shift)
+
+    def mean(self) -> Tensor:
+        """Mean of the rows seen so far. [C]"""
+        return self.sum / self.weight + self.shift
+
+
+def _check_rows(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of rows [..., C]")
+    if x.dtype not in ROW_DTYPES:
+        raise TypeError(
+            f"x is {x.dtype}, expected float32, bfloat16, float16 or float64: convert it first"
+        )
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., C] with at least 1 channel")
+    if x.layout != torch.strided:
+        raise TypeError(f"x has layout {x.layout}, expected a dense tensor: call x.to_dense()")

@@ -1,0 +1,199 @@
+"""Registers every operator: schema, fake, dispatch. The only file that touches torch.library.
+
+A compiled library (ops/native.py) registers implementations for its dispatch keys when it is
+opened, after the schemas are defined here. What no library serves gets Triton on a GPU that can
+run it, else plain torch: never silently, :func:`backends` says which and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from fastcov.ops import aten, aten_eigen, native
+from fastcov.ops.native import Backend
+
+_LIBRARY = torch.library.Library("fastcov", "DEF")
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    torch.library.register_fake(f"fastcov::{name}", fake, lib=_LIBRARY)
+    # No operator here has a derivative: statistics never enter the loss.
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _no_result(*_: Any) -> None:
+    return None
+
+
+_define(
+    "accumulate_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift, Tensor(d!) weight,"
+    " Tensor(e!) count, Tensor rows, Tensor? row_weight, float row_scale, float decay) -> ()",
+    _no_result,
+)
+_define(
+    "gather_(Tensor(a!) buffer, Tensor rows, int buffer_row, int first_sample, int samples,"
+    " int run_length, int phase) -> ()",
+    _no_result,
+)
+
+
+def _eigvalsh_fake(matrices: list[Tensor]) -> list[Tensor]:
+    return [matrix.new_empty(matrix.shape[:-1]) for matrix in matrices]
+
+
+def _eigh_fake(matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return _eigvalsh_fake(matrices), [matrix.new_empty(matrix.shape) for matrix in matrices]
+
+
+def _count_above_fake(matrices: list[Tensor], thresholds: list[Tensor]) -> list[Tensor]:
+    return [tau.new_empty((*tau.shape, 2), dtype=torch.int64) for tau in thresholds]
+
+
+# One entry is one matrix [n, n] or a batch [B, n, n]; sizes may differ between entries.
+_define("eigvalsh(Tensor[] matrices) -> Tensor[]", _eigvalsh_fake)
+_define("eigh(Tensor[] matrices) -> (Tensor[], Tensor[])", _eigh_fake)
+_define("count_above(Tensor[] matrices, Tensor[] thresholds) -> Tensor[]", _count_above_fake)
+
+
+class Observer(Protocol):
+    """What the step operators call: a tracker, found by its number."""
+
+    def begin_step(self) -> None:
+        """Starts a step."""
+
+    def observe(self, tap: int, activation: Tensor) -> None:
+        """Reads one activation."""
+
+    def end_step(self) -> None:
+        """Ends a step."""
+
+
+# Hooks of a compiled model reach their tracker through these operators: opaque, so that sampling
+# stays plain host code, and ordered by the clock that they claim to change.
+_define("begin_step_(Tensor(a!) clock, int observer) -> ()", _no_result)
+_define("observe_(Tensor(a!) clock, Tensor activation, int observer, int tap) -> ()", _no_result)
+_define("end_step_(Tensor(a!) clock, int observer) -> ()", _no_result)
+
+observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
+"""Live trackers by number. A number that is gone belongs to a closed tracker: nothing to do."""
+
+
+def _begin_step(clock: Tensor, observer: int) -> None:
+    if (target := observers.get(observer)) is not None:
+        target.begin_step()
+
+
+def _observe(clock: Tensor, activation: Tensor, observer: int, tap: int) -> None:
+    if (target := observers.get(observer)) is not None:
+        target.observe(tap, activation)
+
+
+def _end_step(clock: Tensor, observer: int) -> None:
+    if (target := observers.get(observer)) is not None:
+        target.end_step()
+
+
+_LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
+_LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
+_LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
+
+
+@cache
+def _triton_backend() -> Backend:
+    if not torch.cuda.is_available():
+        return Backend(False, "no CUDA device")
+    if "triton" not in native.allowed_backends():
+        return Backend(False, "excluded by FASTCOV_BACKEND")
+    from fastcov import kernels
+
+    reason = kernels.unavailable_reason()
+    return Backend(reason is None, reason or "compiled on first use for this GPU")
+
+
+def _use_triton(rows: Tensor) -> bool:
+    return (
+        _triton_backend().active
+        and rows.dtype != torch.float64
+        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    )
+
+
+def _accumulate_cuda(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    row_weight: Tensor | None,
+    row_scale: float,
+    decay: float,
+) -> None:
+    if _use_triton(rows):
+        from fastcov import kernels
+
+        launch = kernels.launch_accumulate_
+    else:
+        launch = aten.accumulate_
+    launch(moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
+
+
+def _gather_cuda(
+    buffer: Tensor,
+    rows: Tensor,
+    buffer_row: int,
+    first_sample: int,
+    samples: int,
+    run_length: int,
+    phase: int,
+) -> None:
+    if _use_triton(rows):
+        from fastcov import kernels
+
+        launch = kernels.launch_gather_
+    else:
+        launch = aten.gather_
+    launch(buffer, rows, buffer_row, first_sample, samples, run_length, phase)
+
+
+_FALLBACKS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("accumulate_", "CPU"): aten.accumulate_,
+    ("gather_", "CPU"): aten.gather_,
+    ("accumulate_", "CUDA"): _accumulate_cuda,
+    ("gather_", "CUDA"): _gather_cuda,
+    **{
+        (operator.__name__, key): operator
+        for operator in (aten_eigen.eigvalsh, aten_eigen.eigh, aten_eigen.count_above)
+        for key in ("CPU", "CUDA")
+    },
+}
+
+native.load()
+for (_name, _key), _implementation in _FALLBACKS.items():
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcov::{_name}", _key):
+        _LIBRARY.impl(_name, _implementation, _key)
+
+operators = torch.ops.fastcov
+"""The registered operators. Public functions call them from here, so that they are registered."""
+
+
+def backends() -> dict[str, Backend]:
+    """What is active and why: the compiled libraries and Triton.
+
+    Returns:
+        ``cpu`` and ``cuda`` for the compiled libraries, ``triton`` for the GPU kernels; each with
+        ``active`` and a ``reason``. What is not active is replaced by plain torch.
+
+    Example:
+        >>> sorted(backends())
+        ['cpu', 'cuda', 'triton']
+    """
+    return {**native.status(), "triton": _triton_backend()}

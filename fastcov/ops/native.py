@@ -1,0 +1,139 @@
+"""Opens the compiled libraries under their gates, and says for each whether and why.
+
+The libraries use the LibTorch Stable ABI and hold no Python module: opening one registers its
+operators. The schemas must be defined before (ops/library.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "lib"
+BACKENDS = ("native", "triton", "torch")
+BACKEND_SWITCH = "FASTCOV_BACKEND"
+
+
+class Backend(NamedTuple):
+    """Whether a backend is in use, and why."""
+
+    active: bool
+    reason: str
+
+
+class _Unavailable(Exception):
+    """A gate that is closed; its message is the reason."""
+
+
+def allowed_backends() -> frozenset[str]:
+    """Backends that ``FASTCOV_BACKEND`` allows: all of them unless it is set.
+
+    Raises:
+        ValueError: If the variable names a backend that does not exist.
+    """
+    value = os.environ.get(BACKEND_SWITCH, "").strip()
+    if not value:
+        return frozenset(BACKENDS)
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(
+                f"{BACKEND_SWITCH}={value!r} names an unknown backend {name!r}; "
+                f"use a comma-separated list of {', '.join(BACKENDS)}, or unset it for all"
+            )
+    return frozenset(names) | {"torch"}
+
+
+def _driver_cuda_version() -> int:
+    """Newest CUDA that the driver runs, such as 13000; 0 without a driver. Makes no context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int(0)
+    # Documented to work before cuInit: it neither initialises the driver nor harms a later fork.
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+
+
+def _library_path(name: str) -> Path:
+    if "native" not in allowed_backends():
+        raise _Unavailable(f"excluded by {BACKEND_SWITCH}={os.environ[BACKEND_SWITCH]}")
+    path = LIBRARY_FOLDER / f"libfastcov_{name}.so"
+    if not path.is_file():
+        built = "this build has no" if LIBRARY_FOLDER.is_dir() else "nothing is compiled, so no"
+        raise _Unavailable(f"{built} {path.name} in {LIBRARY_FOLDER}")
+    return path
+
+
+def _build_record() -> dict[str, str]:
+    path = LIBRARY_FOLDER / "build.json"
+    if not path.is_file():
+        raise _Unavailable(f"{path} is missing, so the CUDA version of the library is unknown")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {str(key): str(value) for key, value in record.items()}
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        torch.ops.load_library(str(path))
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        # A library that is there and does not open is a broken installation, not a choice.
+        reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
+        warnings.warn(f"fastcov runs without its compiled code: {reason}", stacklevel=2)
+        raise _Unavailable(reason) from error
+
+
+def _load_cpu() -> str:
+    path = _library_path("cpu")
+    instruction_set = _open(path).fastcov_cpu_instruction_set
+    instruction_set.restype = ctypes.c_char_p
+    return f"{path.name} with {instruction_set().decode()} kernels"
+
+
+def _load_cuda() -> str:
+    path = _library_path("cuda")
+    if torch.version.cuda is None:
+        raise _Unavailable(f"torch {torch.__version__} is not a CUDA build")
+    if sys.platform != "linux":
+        raise _Unavailable(f"no CUDA library for {sys.platform}")
+    driver = _driver_cuda_version()
+    if driver == 0:
+        raise _Unavailable("no GPU: no NVIDIA driver (libcuda.so.1) on this machine")
+    toolkit = _build_record()["cuda"]
+    if driver // 1000 < int(toolkit.split(".")[0]):
+        raise _Unavailable(
+            f"{path.name} is built with CUDA {toolkit}, but the driver supports only "
+            f"CUDA {driver // 1000}.{driver % 1000 // 10}; update the driver"
+        )
+    if torch.cuda.device_count() == 0:
+        raise _Unavailable("no GPU: torch.cuda.device_count() is 0")
+    _open(path)
+    return f"{path.name} built with CUDA {toolkit}"
+
+
+@cache
+def load() -> None:
+    """Opens what can be opened, once. Never fails: :func:`status` holds the reasons."""
+    for name, open_library in (("cpu", _load_cpu), ("cuda", _load_cuda)):
+        try:
+            _status[name] = Backend(True, open_library())
+        except _Unavailable as closed:
+            _status[name] = Backend(False, str(closed))
+
+
+_status: dict[str, Backend] = {}
+
+
+def status() -> dict[str, Backend]:
+    """What became of each compiled library: ``cpu`` and ``cuda``."""
+    load()
+    return dict(_status)

@@ -1,0 +1,226 @@
+"""Plain-torch definitions of every operator: the oracle of tests and benchmarks.
+
+Each function states what its operator computes, in float64 and without regard for speed. Nothing
+else in the package defines these results a second time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
+"""round(2**64 / golden ratio), odd: the step of the sampling sequence."""
+
+SHIFT_ROWS = 64
+"""Rows whose mean becomes the shift of a float32 or float64 state."""
+
+_MASK_64 = (1 << 64) - 1
+
+
+def initial_shift_reference(rows: Tensor) -> Tensor:
+    """Shift of a state that has not seen a row: near the mean, exact in the rows' dtype.
+
+    bfloat16 and float16 rows take 0: their products are exact in float32 only unshifted.
+
+    Args:
+        rows: Rows in order. [..., C]
+
+    Returns:
+        Shift in float64. [C]
+    """
+    channels = rows.shape[-1]
+    zero = torch.zeros(channels, dtype=torch.float64, device=rows.device)
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        return zero
+    flat = rows.reshape(-1, channels)
+    first = flat[torch.isfinite(flat).all(1)][:SHIFT_ROWS].double()
+    if len(first) == 0:
+        return zero
+    shift = first.mean(0).to(rows.dtype).double()
+    # A mean of huge rows may leave the rows' range; an unshifted state is right, only less exact.
+    return shift if bool(torch.isfinite(shift).all()) else zero
+
+
+def accumulate_reference_(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    row_weight: Tensor | None = None,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
+) -> None:
+    r"""Adds rows to a running second moment about a fixed shift.
+
+    .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T, \quad
+        m \leftarrow d m + \sum_r w_r (x_r - s), \quad W \leftarrow d W + \sum_r w_r
+
+    with d = ``decay``, w_r = ``row_scale`` times ``row_weight[r]``. Rows that hold a non-finite
+    value add nothing and are counted apart. The shift s is set by the first call that brings a
+    finite row.
+
+    Args:
+        moment: Second moment about the shift, float64; only its lower half is defined. [C, C]
+        sum: First moment about the shift, float64. [C]
+        shift: float64. [C]
+        weight: Normaliser, float64. []
+        count: Rows read and rows skipped, int64. [2]
+        rows: Any strides. [..., C]
+        row_weight: One weight a row, in row-major order of the leading dimensions. [N]
+        row_scale: Factor on every row's weight.
+        decay: Factor on what was there before.
+    """
+    channels = rows.shape[-1]
+    flat = rows.reshape(-1, channels)
+    finite = torch.isfinite(flat).all(1)
+    if int(count[0]) == 0:
+        shift.copy_(initial_shift_reference(rows))
+    centred = flat[finite].double() - shift
+    weights = torch.full((len(flat),), row_scale, dtype=torch.float64, device=rows.device)
+    if row_weight is not None:
+        weights *= row_weight.double()
+    weights = weights[finite]
+    weighted = centred * weights[:, None]
+    moment.mul_(decay).add_(weighted.T @ centred)
+    sum.mul_(decay).add_(weighted.sum(0))
+    weight.mul_(decay).add_(weights.sum())
+    count += torch.stack([finite.sum(), (~finite).sum()])
+
+
+def sample_index_reference(
+    positions: int,
+    images: int,
+    first_sample: int,
+    samples: int,
+    run_length: int,
+    phase: int,
+) -> list[int]:
+    """Row numbers that :func:`gather_reference_` reads.
+
+    Runs of ``run_length`` neighbouring positions start where a golden-ratio Kronecker sequence
+    falls: every window of that sequence is spread evenly over all rows of all images (three-gap
+    theorem, Sos 1958), each start is uniform over the rows when ``phase`` is, and runs wrap inside
+    their image, so that every position is read equally often.
+
+    Args:
+        positions: Positions of one image.
+        images: Images in the batch.
+        first_sample: Number of the first sample, counted over the whole training.
+        samples: How many.
+        run_length: Neighbouring positions read together.
+        phase: Start of the sequence, 64 bits.
+
+    Returns:
+        ``samples`` row numbers, row-major over (image, position).
+    """
+    total = positions * images
+    index = []
+    for sample in range(first_sample, first_sample + samples):
+        run, offset = divmod(sample, run_length)
+        start = ((((phase + run * GOLDEN_RATIO_64) & _MASK_64) * total) >> 64) % total
+        image, position = divmod(start, positions)
+        index.append(image * positions + (position + offset) % positions)
+    return index
+
+
+def gather_reference_(
+    buffer: Tensor,
+    rows: Tensor,
+    buffer_row: int,
+    first_sample: int,
+    samples: int,
+    run_length: int = 1,
+    phase: int = 0,
+) -> None:
+    """Copies sampled rows into a buffer.
+
+    Args:
+        buffer: Destination, the rows' dtype. [capacity, C]
+        rows: Any strides; dim 0 holds the images. [B, ..., C]
+        buffer_row: Where the first sample goes.
+        first_sample: See :func:`sample_index_reference`.
+        samples: How many rows to copy.
+        run_length: See :func:`sample_index_reference`.
+        phase: See :func:`sample_index_reference`.
+    """
+    channels = rows.shape[-1]
+    images = rows.shape[0] if rows.dim() > 1 else 1
+    total = rows.numel() // channels
+    index = sample_index_reference(
+        total // images, images, first_sample, samples, run_length, phase
+    )
+    picked = rows.reshape(-1, channels)[torch.tensor(index, device=rows.device)]
+    buffer[buffer_row : buffer_row + samples] = picked
+
+
+def eigenvalue_tolerance(order: int, dtype: torch.dtype) -> float:
+    """Bound on the error of an eigenvalue, as a fraction of the largest magnitude among them.
+
+    What every path keeps, LAPACK's float32 included; the compiled kernels stay at half of it in
+    float32 up to order 256.
+
+    Args:
+        order: Size n of the n x n matrix.
+        dtype: float32 or float64.
+    """
+    if dtype == torch.float64:
+        return 1e-13 * math.sqrt(order)
+    return 4e-6 if order <= 256 else 1e-5 * max(1.0, math.sqrt(order / 2048))
+
+
+def _symmetric_from_lower(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    lower = matrix.detach().double().tril()
+    finite = torch.isfinite(lower).flatten(-2).all(-1)
+    lower = torch.where(finite[..., None, None], lower, 0.0)
+    return lower + lower.tril(-1).mT, finite
+
+
+def eigvalsh_reference(matrix: Tensor) -> Tensor:
+    """Eigenvalues, ascending, of symmetric matrices given by their lower triangles.
+
+    Args:
+        matrix: Only the lower triangle is read. [..., n, n]
+
+    Returns:
+        float64; NaN for a matrix whose lower triangle holds a NaN or an infinity. [..., n]
+    """
+    symmetric, finite = _symmetric_from_lower(matrix)
+    return torch.where(finite[..., None], torch.linalg.eigvalsh(symmetric), torch.nan)
+
+
+def eigh_reference(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and orthonormal eigenvectors of symmetric matrices.
+
+    Args:
+        matrix: Only the lower triangle is read. [..., n, n]
+
+    Returns:
+        Eigenvalues [..., n] and eigenvectors in columns [..., n, n], float64; NaN for a matrix
+        whose lower triangle holds a NaN or an infinity.
+    """
+    symmetric, finite = _symmetric_from_lower(matrix)
+    values, vectors = torch.linalg.eigh(symmetric)
+    finite = finite[..., None]
+    return torch.where(finite, values, torch.nan), torch.where(
+        finite[..., None], vectors, torch.nan
+    )
+
+
+def count_above_reference(matrix: Tensor, thresholds: Tensor) -> Tensor:
+    """Number of eigenvalues above each threshold; -1 for a matrix that is not finite.
+
+    Args:
+        matrix: Only the lower triangle is read. [..., n, n]
+        thresholds: One set for each matrix, or shared. [..., T]
+
+    Returns:
+        int64. [..., T]
+    """
+    values = eigvalsh_reference(matrix)[..., None, :]
+    count = (values > thresholds[..., None].double()).sum(-1)
+    return torch.where(torch.isnan(values).any(-1), -1, count)

@@ -1,0 +1,347 @@
+"""Reads the activations of one tap into its CovarianceState: at once, or through a buffer.
+
+Where a call brings many rows, they are added at once, while the activation is in cache. Sampled
+rows, and calls that bring few, are copied into a buffer of about 2C rows first and added together:
+updating a float64 state costs more than the gram itself when it brings fewer rows than that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastcov.rows import run_length
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, fixed_point, rows_due
+from fastcov.state import CovarianceState
+
+_HALF = (torch.bfloat16, torch.float16)
+_WAITING_SHARE = 1 / 16  # of a call's rows, kept until the first step has shown the budget
+
+
+@dataclass
+class _Waiting:
+    """Rows of the first step, kept until the fraction to read is known."""
+
+    rows: Tensor
+    offered: int
+    is_whole: bool
+
+
+@dataclass
+class _Span:
+    """Buffer rows that share one step and one weight."""
+
+    rows: int
+    step: int
+    weight: float
+
+
+class Reader:
+    """Running statistics of one tap.
+
+    Args:
+        name: Canonical name of the tap.
+        weighting: "position": every row weighs 1. "image": every index of dim 0 weighs 1 a step,
+            shared by its positions over all calls of the step.
+        decay: Factor on everything seen before, once a step; None keeps everything.
+        phase: Start of the sampling sequence.
+        fraction: Share of the rows to read, None until :meth:`plan` is called.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weighting: Literal["position", "image"],
+        decay: float | None,
+        phase: int,
+        fraction: float | None,
+    ) -> None:
+        self.name = name
+        self.weighting = weighting
+        self.decay = decay
+        self.phase = phase
+        self.fraction = fraction
+        self.state: CovarianceState | None = None
+        self.offered_rows = 0  # of the running step, then of the last one
+        self.calls = 0  # likewise
+        self.total_calls = 0
+        self.state_step = 0  # the step up to which decay has been applied
+        self._pooled: CovarianceState | None = None
+        self._is_pooled: bool | None = None  # unknown before the first step has ended
+        self._positions = 0  # of one image, over the calls of the running step
+        self._buffer: Tensor | None = None
+        self._fill = 0
+        self._spans: list[_Span] = []
+        self._sampled = 0
+        self._carry = 0
+        self._waiting: list[_Waiting] = []
+        self._step = 0
+        self._last_dtype: torch.dtype | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Forgets the sizes of the step before."""
+        self._step = step
+        self.calls = 0
+        self.offered_rows = 0
+        self._positions = 0
+
+    def prepare(self, channels: int, device: torch.device) -> CovarianceState:
+        """The state, made or moved where needed."""
+        if self.state is None:
+            self.state = CovarianceState(channels, device)
+        elif self.state.moment.device != device:
+            self.flush()
+            self.state.to(device)
+            self._buffer = None
+        return self.state
+
+    def read(self, rows: Tensor) -> None:
+        """Takes what this call contributes. rows: a row view [B, ..., C]."""
+        offered = prod(rows.shape[:-1])
+        if offered == 0:
+            return
+        self.total_calls += 1
+        self.calls += 1
+        self.offered_rows += offered
+        self._positions += offered // rows.shape[0]
+        self.prepare(rows.shape[-1], rows.device)
+        if self.fraction is None:
+            self._wait(rows, offered)
+        else:
+            self._take(rows, offered)
+
+    def _wait(self, rows: Tensor, offered: int) -> None:
+        limit = max(_buffer_rows(rows), ceil(offered * _WAITING_SHARE))
+        kept: Tensor
+        if offered <= limit:
+            kept = rows.clone(memory_format=torch.contiguous_format)
+        else:
+            # Any prefix of the sampling sequence is a fair sample: the plan keeps what is due.
+            kept = rows.new_empty(limit, rows.shape[-1])
+            self._gather(kept, 0, rows, limit)
+        self._waiting.append(_Waiting(kept, offered, offered <= limit))
+
+    def plan(self, fraction: float) -> None:
+        """Sets the share of rows to read and takes it from what has waited."""
+        self.fraction = fraction
+        waiting, self._waiting = self._waiting, []
+        for part in waiting:
+            if part.is_whole:
+                self._take(part.rows, part.offered)
+                continue
+            due, self._carry = rows_due(part.offered, fixed_point(fraction), self._carry)
+            self._add(part.rows[:due])
+
+    def _take(self, rows: Tensor, offered: int) -> None:
+        assert self.fraction is not None
+        if self.fraction >= 1.0:
+            self._add(rows)
+            return
+        due, self._carry = rows_due(offered, fixed_point(self.fraction), self._carry)
+        if due >= offered:
+            self._add(rows)
+        elif due > _buffer_rows(rows):
+            sample = rows.new_empty(due, rows.shape[-1])
+            self._gather(sample, 0, rows, due)
+            self._add(sample)
+        elif due:
+            buffer = self._room(rows, due)
+            self._gather(buffer, self._fill, rows, due)
+            self._filled(due)
+
+    def _gather(self, buffer: Tensor, buffer_row: int, rows: Tensor, samples: int) -> None:
+        torch.ops.fastcov.gather_(
+            buffer, rows, buffer_row, self._sampled, samples, run_length(rows), self.phase
+        )
+        self._sampled += samples
+
+    def _add(self, rows: Tensor) -> None:
+        # Every row of a view: at once where it brings many, else through the buffer.
+        count = prod(rows.shape[:-1])
+        if count == 0:
+            return
+        if count >= _buffer_rows(rows):
+            self._add_at_once(rows)
+        else:
+            buffer = self._room(rows, count)
+            buffer[self._fill : self._fill + count].view(rows.shape).copy_(rows)
+            self._filled(count)
+
+    def _add_at_once(self, rows: Tensor) -> None:
+        assert self.state is not None
+        self._match_dtype(rows)
+        if self.weighting == "image":
+            # The weight of a row is known when the step's last call has been seen.
+            if self._is_pooled is False and self.calls == 1:
+                self._accumulate(rows, self._step, row_scale=self._row_weight())
+                return
+            if self._pooled is None:
+                self._pooled = CovarianceState(self.state.channels, rows.device)
+            self._pooled.update(rows)
+            return
+        self._accumulate(rows, self._step)
+
+    def _accumulate(
+        self, rows: Tensor, step: int, row_weight: Tensor | None = None, row_scale: float = 1.0
+    ) -> None:
+        state = self.state
+        assert state is not None
+        torch.ops.fastcov.accumulate_(
+            state.moment,
+            state.sum,
+            state.shift,
+            state.weight,
+            state.count,
+            rows,
+            row_weight,
+            row_scale,
+            self._decay_until(step),
+        )
+
+    def _decay_until(self, step: int) -> float:
+        steps, self.state_step = step - self.state_step, max(step, self.state_step)
+        return 1.0 if self.decay is None else self.decay ** max(steps, 0)
+
+    def _row_weight(self) -> float:
+        # Horvitz-Thompson: a row read with probability `fraction` stands for 1 / fraction rows.
+        if self.weighting == "position":
+            return 1.0
+        assert self.fraction is not None
+        return 1.0 / (self._positions * min(self.fraction, 1.0))
+
+    # the buffer
+
+    def _room(self, rows: Tensor, wanted: int) -> Tensor:
+        self._match_dtype(rows)
+        if self._buffer is not None and len(self._buffer) - self._fill < wanted:
+            if self.weighting == "image" and self._spans and self._spans[-1].step == self._step:
+                # This step's weights are not final yet: make room without adding its rows.
+                with torch.inference_mode(False):
+                    grown = rows.new_empty(self._fill + wanted, rows.shape[-1])
+                grown[: self._fill] = self._buffer[: self._fill]
+                self._buffer = grown
+            else:
+                self.flush()
+        if self._buffer is None or len(self._buffer) - self._fill < wanted:
+            with torch.inference_mode(False):
+                self._buffer = rows.new_empty(max(_buffer_rows(rows), wanted), rows.shape[-1])
+        return self._buffer
+
+    def _match_dtype(self, rows: Tensor) -> None:
+        assert self.state is not None
+        if self._buffer is not None and self._buffer.dtype != rows.dtype:
+            self.flush()
+            self._buffer = None
+        if rows.dtype in _HALF and self._last_dtype not in (None, *_HALF):
+            # Half-precision rows have no exact form about a shift.
+            self.state.translate_(torch.zeros_like(self.state.shift))
+        self._last_dtype = rows.dtype
+
+    def _filled(self, rows: int) -> None:
+        self._fill += rows
+        if self.weighting == "position" and self.decay is None:
+            return
+        if self._spans and self._spans[-1].step == self._step:
+            self._spans[-1].rows += rows
+        else:
+            self._spans.append(_Span(rows, self._step, 1.0))
+
+    def flush(self) -> None:
+        """Adds the buffered rows to the state."""
+        if self._fill == 0 or self._buffer is None:
+            return
+        rows = self._buffer[: self._fill]
+        if not self._spans:
+            self._accumulate(rows, self.state_step)
+        else:
+            last = self._spans[-1].step
+            decay = 1.0 if self.decay is None else self.decay
+            row_weight = torch.repeat_interleave(
+                torch.tensor(
+                    [span.weight * decay ** (last - span.step) for span in self._spans],
+                    dtype=torch.float64,
+                ),
+                torch.tensor([span.rows for span in self._spans]),
+            )
+            self._accumulate(rows, last, row_weight.to(rows.device))
+        self._fill = 0
+        self._spans = []
+
+    def end_step(self) -> None:
+        """Settles the weights of the step: all its calls have been seen."""
+        if self.calls == 0:
+            return
+        self._is_pooled = self.calls > 1
+        if self.weighting == "position":
+            return
+        if self._spans and self._spans[-1].step == self._step:
+            self._spans[-1].weight = self._row_weight()
+        if self._pooled is not None and self.state is not None:
+            self.state.scale_(self._decay_until(self._step))
+            self.state.merge(self._pooled, scale=self._row_weight())
+            if self._is_pooled:
+                self._pooled.reset()
+            else:
+                self._pooled = None
+
+    # keeping
+
+    def merge(self, other: Reader, step: int) -> None:
+        """Adds what another reader has seen; decay, if any, is brought to ``step`` first."""
+        self.flush()
+        other.flush()
+        if other.state is None:
+            return
+        own = self.prepare(other.state.channels, other.state.moment.device)
+        own.scale_(self._decay_until(step))
+        behind = step - other.state_step
+        own.merge(other.state, scale=1.0 if self.decay is None else self.decay**behind)
+        self.total_calls += other.total_calls
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and sampling position; buffered rows are added first."""
+        self.flush()
+        return {
+            "state": None if self.state is None else self.state.state_dict(),
+            "channels": 0 if self.state is None else self.state.channels,
+            "fraction": self.fraction,
+            "state_step": self.state_step,
+            "sampled": self._sampled,
+            "carry": self._carry,
+            "total_calls": self.total_calls,
+            "is_pooled": self._is_pooled,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
+        """Continues from :meth:`state_dict`; without rows only the plan is taken."""
+        self.reset()
+        self.fraction = saved["fraction"]
+        self.state_step = saved["state_step"]
+        self.total_calls = saved["total_calls"]
+        self._sampled = saved["sampled"]
+        self._carry = saved["carry"]
+        self._is_pooled = saved["is_pooled"]
+        if saved["state"] is not None and with_rows:
+            device = torch.device("cpu") if self.state is None else self.state.moment.device
+            self.prepare(saved["channels"], device).load_state_dict(saved["state"])
+
+    def reset(self) -> None:
+        """Forgets every row; the fraction to read and the sampling position stay."""
+        if self.state is not None:
+            self.state.reset()
+        if self._pooled is not None:
+            self._pooled.reset()
+        self._fill = 0
+        self._spans = []
+        self._waiting = []
+        self.total_calls = self.calls = self.offered_rows = 0
+        self.state_step = 0
+
+
+def _buffer_rows(rows: Tensor) -> int:
+    return BUFFER_ROWS_PER_CHANNEL * rows.shape[-1]

@@ -1,0 +1,119 @@
+"""Activations as feature rows: the one table of layouts.
+
+Glossary of dimensions, used in the whole package:
+
+====  =======================================================================================
+B     images (or sequences, or RoIs) of one activation: dimension 0 of a row view
+P     positions of one image: pixels, tokens
+N     rows, N = B * P: one row is the feature vector of one position
+C     channels: the length of a row
+K     rows of one update
+L     layers
+n     order of a symmetric matrix; B matrices in a batch, in ops/eigen.py
+====  =======================================================================================
+
+A row view is ``[B, ..., C]``: always a view, never a copy, so strides tell the layout. NCHW memory
+comes out as ``permute(0, 2, 3, 1)``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_MAX_DIMS = 5  # what the kernels take
+
+
+class Layout(Enum):
+    """Where an activation holds its channels and its images."""
+
+    CHANNELS_FIRST = "[B, C, ...]"
+    CHANNELS_LAST = "[B, ..., C]"
+    SEQUENCE_FIRST = "[T, B, C]"
+    BY_RANK = "[B, C] and [B, T, C] channels last, [B, C, H, W] and above channels first"
+
+
+_CHANNELS_FIRST = (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+_RECURRENT = (nn.RNNBase, nn.MultiheadAttention)
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """Layout of a module's inputs and outputs.
+
+    Args:
+        module: Convolutions and their norms hold channels in dimension 1; Linear, LayerNorm and
+            Embedding in the last; attention and recurrent modules follow ``batch_first``. Others
+            are told by the rank of their tensors.
+
+    Returns:
+        One of the table's layouts.
+    """
+    if isinstance(module, _CHANNELS_FIRST):
+        return Layout.CHANNELS_FIRST
+    if isinstance(module, _CHANNELS_LAST):
+        return Layout.CHANNELS_LAST
+    if isinstance(module, _RECURRENT):
+        return Layout.CHANNELS_LAST if module.batch_first else Layout.SEQUENCE_FIRST
+    return Layout.BY_RANK
+
+
+def batched_rank(module: nn.Module) -> int | None:
+    """Rank of a batched activation where the module also takes unbatched ones."""
+    if isinstance(module, _ConvNd):
+        return len(module.kernel_size) + 2
+    return 3 if isinstance(module, _RECURRENT) else None
+
+
+def row_view(activation: Tensor, layout: Layout, rank: int | None = None) -> Tensor:
+    """An activation seen as feature rows.
+
+    Args:
+        activation: At least one dimension.
+        layout: Where its channels are.
+        rank: Rank of a batched activation; one dimension fewer means a single image.
+
+    Returns:
+        View with images first and channels last; at most 5 dimensions. [B, ..., C]
+
+    Example:
+        >>> import torch
+        >>> row_view(torch.zeros(2, 8, 5, 7), Layout.CHANNELS_FIRST).shape
+        torch.Size([2, 5, 7, 8])
+    """
+    dims = activation.dim()
+    if dims == 1:
+        return activation[None]
+    if rank is not None and dims == rank - 1:
+        if layout is Layout.SEQUENCE_FIRST:
+            return activation[None]
+        activation, dims = activation[None], dims + 1
+    if layout is Layout.BY_RANK:
+        layout = Layout.CHANNELS_FIRST if dims >= 4 else Layout.CHANNELS_LAST
+    if layout is Layout.CHANNELS_FIRST:
+        activation = activation.movedim(1, -1)
+    elif layout is Layout.SEQUENCE_FIRST and dims >= 3:
+        activation = activation.transpose(0, 1)
+    return activation if dims <= _MAX_DIMS else activation.flatten(1, 1 - _MAX_DIMS)
+
+
+def run_length(rows: Tensor) -> int:
+    """Neighbouring positions worth reading together.
+
+    With channels adjacent in memory, a row is one contiguous read and the answer is 1. In NCHW
+    memory every channel of a row is a read of its own; 32 bytes of neighbours come with it.
+
+    Args:
+        rows: A row view. [B, ..., C]
+
+    Returns:
+        At least 1, at most the positions of one image.
+    """
+    if rows.dim() < 3 or rows.stride(-1) == 1:
+        return 1
+    positions = rows.numel() // max(1, rows.shape[0] * rows.shape[-1])
+    return max(1, min(32 // rows.element_size(), positions))

@@ -1,0 +1,349 @@
+"""Tracker: what the collected statistics say, and how they are kept."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastcov import ops
+from fastcov.collector import Collector
+from fastcov.history import History, Snapshot
+from fastcov.reader import Reader
+from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.spectrum import Spectrum
+from fastcov.state import CovarianceState, sync_named_states
+from fastcov.taps import Selector, Tap, find_taps
+
+if TYPE_CHECKING:
+    from fastcov.report import LayerStatus, Summary
+
+
+class Tracker(Collector):
+    """Statistics of a model's layers, kept by hooks; made by :func:`fastcov.track`.
+
+    Reading them (:meth:`covariance`, :meth:`spectra`, :meth:`summary`) never disturbs training.
+    :meth:`close` removes every hook; a tracker is also a context manager.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: list[tuple[Tap, nn.Module]],
+        *,
+        snapshot_every: int | None,
+        out: str | Path | None,
+        **options: Any,
+    ) -> None:
+        self.history = History(out)
+        self.snapshot_every = snapshot_every
+        super().__init__(model, taps, **options)
+
+    def after_step(self) -> None:
+        """Takes a snapshot where one is due."""
+        if self.snapshot_every is not None and self.steps % self.snapshot_every == 0:
+            self.snapshot()
+
+    # reading
+
+    @torch.no_grad()
+    def _state(self, name: str) -> CovarianceState:
+        if self._synced is not None and name in self._synced:
+            return self._synced[name]
+        if (reader := self.readers.get(name)) is not None:
+            reader.flush()
+            if reader.state is None:
+                raise ValueError(f"layer {name!r} has seen no row: {self._why_empty(reader)}")
+            return reader.state
+        close = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.3)
+        raise KeyError(f"no layer {name!r} is tracked; closest names: {', '.join(close) or 'none'}")
+
+    def covariance(self, name: str, centered: bool = False) -> Tensor:
+        """Second-moment matrix of a layer's rows, the covariance if ``centered``.
+
+        Args:
+            name: One of :meth:`names`.
+            centered: Whether the mean is subtracted.
+
+        Returns:
+            float64 on the layer's device; the divisor is the weight. [C, C]
+
+        Raises:
+            KeyError: If no such layer is tracked.
+            ValueError: If it has seen no row.
+        """
+        return self._state(name).covariance(centered)
+
+    def mean(self, name: str) -> Tensor:
+        """Mean of a layer's rows, float64. [C]"""
+        return self._state(name).mean()
+
+    def count(self, name: str) -> int:
+        """Rows read of a layer; rows with a NaN or an infinity are not among them."""
+        return int(self._state(name).count[0])
+
+    def spectrum(self, name: str, centered: bool = False) -> Spectrum:
+        """Eigenvalues of a layer's covariance; see :meth:`covariance`."""
+        return self._spectra([name], centered)[name]
+
+    def spectra(self, centered: bool = False) -> dict[str, Spectrum]:
+        """Spectra of all layers that have seen a row: one batched eigenvalue call."""
+        seen = [name for name, reader in self.readers.items() if self._has_rows(name, reader)]
+        return self._spectra(seen, centered)
+
+    def _has_rows(self, name: str, reader: Reader) -> bool:
+        if self._synced is not None:
+            return name in self._synced
+        reader.flush()
+        return reader.state is not None and float(reader.state.weight) > 0
+
+    @torch.no_grad()
+    def _spectra(self, names: list[str], centered: bool) -> dict[str, Spectrum]:
+        states = [self._state(name) for name in names]
+        matrices = [state.covariance(centered) for state in states]
+        # float64 costs little on a CPU; a GPU's fast path is float32, 2e-6 of the largest.
+        eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
+        return {
+            name: Spectrum(
+                values.double().cpu(),
+                self._independent_rows(int(state.count[0])),
+                max(0.0, float(matrix.trace())),
+                name,
+            )
+            for name, state, matrix, values in zip(
+                names, states, matrices, eigenvalues, strict=True
+            )
+        }
+
+    def _independent_rows(self, count: int) -> int:
+        # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
+        if self.decay is None or self.decay == 1.0:
+            return count
+        steps = max(1, -(-self.steps // self.every))
+        return min(count, round(count / steps * (1 + self.decay) / (1 - self.decay)))
+
+    def summary(self) -> Summary:
+        """What every layer's spectrum looks like so far.
+
+        Returns:
+            A flat dict of floats, for any logger; ``print`` shows it as a table.
+        """
+        from fastcov.report import Summary
+
+        return Summary(self.statuses())
+
+    def statuses(self) -> list[LayerStatus]:
+        """One line a layer: rows, spectrum, and a note where something is missing."""
+        from fastcov.report import LayerStatus
+
+        spectra = self.spectra()
+        statuses = []
+        for tap in self.taps:
+            reader = self.readers[tap.name]
+            state = (self._synced or {}).get(tap.name, reader.state)
+            counted = [0, 0] if state is None else state.count.tolist()
+            channels = tap.channels or (0 if state is None else state.channels)
+            statuses.append(
+                LayerStatus(
+                    name=tap.name,
+                    channels=channels,
+                    count=counted[0],
+                    skipped=counted[1],
+                    weight=0.0 if state is None else float(state.weight),
+                    rows_wanted=ENOUGH_ROWS_PER_CHANNEL * channels,
+                    spectrum=spectra.get(tap.name),
+                    note=self._note(tap, reader, counted[0], counted[1]),
+                )
+            )
+        for name, note in self.notes.items():
+            statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
+        return statuses
+
+    def _note(self, tap: Tap, reader: Reader, count: int, skipped: int) -> str:
+        notes = []
+        if skipped:
+            notes.append(f"{skipped} rows with NaN or inf skipped")
+        if count == 0:
+            notes.append(self._why_empty(reader))
+        elif reader.state is not None:
+            missing = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels - count
+            if missing > 0:
+                steps = -(-missing * max(1, self.steps) // count)
+                notes.append(f"about {steps} more steps until 16 rows a channel")
+        return "; ".join(notes)
+
+    def _why_empty(self, reader: Reader) -> str:
+        if self.steps == 0:
+            mode = "training-mode " if self.train_only else ""
+            return f"no {mode}forward of the whole model has run"
+        if reader.total_calls == 0:
+            return "its module was not called, or gave no floating-point tensor"
+        if reader.state is not None and int(reader.state.count[1]):
+            return "every row held a NaN or an infinity"
+        return "the sampling has not reached it yet"
+
+    # keeping
+
+    def snapshot(self, step: int | None = None) -> Snapshot:
+        """Reads all spectra now and appends them to :attr:`history`.
+
+        Args:
+            step: Label; the number of steps by default.
+
+        Returns:
+            The snapshot.
+        """
+        snapshot = Snapshot(
+            step=self.steps if step is None else step, wall_s=time.time(), spectra=self.spectra()
+        )
+        self.history.append(snapshot)
+        return snapshot
+
+    def sync(self, group: dist.ProcessGroup | None = None) -> Tracker:
+        """Shows the statistics of all ranks together until the next step: the only collective.
+
+        Every rank must call it. Each rank goes on collecting its own rows afterwards, so calling
+        it again counts nothing twice.
+
+        Returns:
+            This tracker.
+
+        Raises:
+            RuntimeError: If the ranks track different layers.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        states: dict[str, CovarianceState | None] = {}
+        for name, reader in self.readers.items():
+            reader.flush()
+            states[name] = reader.state
+        self._synced = sync_named_states(states, group)
+        return self
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # showing
+
+    def plot(self, layer: str | None = None, ax: Any = None) -> Any:
+        """Draws spectra (of one layer, or all), as :func:`fastcov.plot.plot_spectrum` does.
+
+        Returns:
+            The matplotlib axes.
+        """
+        from fastcov.plot import plot_spectrum
+
+        return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
+
+    def report(self, path: str | Path) -> Path:
+        """Writes one self-contained HTML page about every layer.
+
+        Returns:
+            The page's path.
+        """
+        from fastcov.report import write_report
+
+        return write_report(path, self.history if len(self.history) else self.statuses())
+
+
+def track(
+    model: nn.Module,
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    where: Literal["output", "input", "both"] = "output",
+    rows: Literal["auto", "all"] | int | float = "auto",
+    every: int = 1,
+    weighting: Literal["position", "image"] = "position",
+    decay: float | None = None,
+    max_channels: int = 4096,
+    train_only: bool = True,
+    snapshot_every: int | None = None,
+    out: str | Path | None = None,
+) -> Tracker:
+    """Watches the feature covariance of a model's layers while it trains.
+
+    Nothing else in the training loop changes. Call it before the first compiled forward.
+
+    Args:
+        model: The module whose forward is one step.
+        include: Glob patterns on module names, module types, or a predicate of (name, module);
+            None watches every convolution, Linear and MultiheadAttention.
+        exclude: Likewise, taken away from ``include``.
+        where: The output of each module, its input (named ``layer:in``; consumers of one tensor
+            share one tap), or both.
+        rows: "auto" spends 1 % of the training flops; "all"; an int of rows a layer and step; or
+            a share of all rows in (0, 1].
+        every: Reads steps 0, every, 2 * every, ...
+        weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
+            shared by its positions.
+        decay: Factor in (0, 1) on all that was seen before, once a step; None keeps everything.
+        max_channels: Wider layers are skipped and listed in the summary.
+        train_only: Whether only forwards of a model in training mode are steps.
+        snapshot_every: Steps between snapshots of all spectra; None takes none.
+        out: Folder where snapshots are appended; None keeps them in memory.
+
+    Returns:
+        The tracker.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range, or a pattern matches no module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> tracker = track(model, rows="all")
+        >>> _ = model(torch.randn(32, 8))
+        >>> tracker.count("0"), tracker.spectrum("2").channels
+        (32, 4)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    _check_choice("where", where, ("output", "input", "both"))
+    _check_choice("weighting", weighting, ("position", "image"))
+    if isinstance(rows, str):
+        _check_choice("rows", rows, ("auto", "all"))
+    elif isinstance(rows, bool) or not isinstance(rows, (int, float)):
+        raise TypeError(f'rows={rows!r}: give "auto", "all", an int or a float')
+    elif isinstance(rows, int) and rows < 1:
+        raise ValueError(f"rows={rows}: an int of rows a layer and step must be at least 1")
+    elif isinstance(rows, float) and not 0 < rows <= 1:
+        raise ValueError(f"rows={rows}: a float is a share of all rows and must be in (0, 1]")
+    for name, value in (("every", every), ("snapshot_every", snapshot_every)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: give a number of steps of at least 1")
+    if decay is not None and not 0 < decay < 1:
+        raise ValueError(f"decay={decay!r}: must be in (0, 1), or None to keep everything")
+    if max_channels < 1:
+        raise ValueError(f"max_channels={max_channels}: must be at least 1")
+    return Tracker(
+        model,
+        find_taps(model, include, exclude, where),
+        rows=rows,
+        every=every,
+        weighting=weighting,
+        decay=decay,
+        max_channels=max_channels,
+        train_only=train_only,
+        snapshot_every=snapshot_every,
+        out=out,
+    )
+
+
+def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r}: choose one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,123 @@
+"""The budget, the carried fractions, and that sampling is unbiased."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcov.reader import Reader
+from fastcov.sampling import (
+    LayerLoad,
+    fixed_point,
+    read_fraction,
+    rows_due,
+    rows_per_channel,
+    sequence_phase,
+)
+
+LOADS = st.lists(
+    st.builds(
+        LayerLoad,
+        channels=st.integers(1, 2048),
+        rows=st.integers(1, 10**6),
+        macs=st.integers(1, 10**10),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(LOADS)
+def test_plan_spends_the_budget_and_no_more(loads: list[LayerLoad]) -> None:
+    rho = rows_per_channel(loads)
+    spent = sum(
+        read_fraction(load, rho) * load.rows * load.channels * (load.channels + 1) / 2
+        for load in loads
+    )
+    budget = 0.03 * sum(load.macs for load in loads)
+    assert spent <= budget * (1 + 1e-9)
+    if math.isfinite(rho):
+        assert spent == pytest.approx(budget)
+
+
+@given(LOADS)
+def test_plan_gives_every_layer_the_same_rows_per_channel(loads: list[LayerLoad]) -> None:
+    rho = rows_per_channel(loads)
+    for load in loads:
+        rows = read_fraction(load, rho) * load.rows
+        assert rows == pytest.approx(min(load.rows, rho * load.channels))
+
+
+def test_resnet50_at_batch_256_reads_one_and_a_half_rows_a_channel() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    import fastcov
+
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    report = fastcov.estimate(model, torch.empty(256, 3, 224, 224, device="meta"))
+    layer = next(layer for layer in report.layers if layer.name == "layer3.0.conv2")
+    assert layer.rows_read / layer.channels == pytest.approx(1.4, abs=0.1)
+    assert report.flops_share == pytest.approx(0.01, rel=0.02)
+
+
+@given(
+    st.floats(1e-6, 1.0),
+    st.lists(st.integers(1, 10**6), min_size=1, max_size=50),
+)
+def test_fractions_carry_over(fraction: float, offers: list[int]) -> None:
+    carry, total = 0, 0
+    for offered in offers:
+        due, carry = rows_due(offered, fixed_point(fraction), carry)
+        assert 0 <= due <= offered + 1
+        total += due
+    assert total == pytest.approx(fraction * sum(offers), abs=1.01)
+
+
+def test_layers_ranks_and_seeds_start_elsewhere() -> None:
+    phases = {
+        sequence_phase(name, rank, seed)
+        for name in ("a", "b")
+        for rank in range(4)
+        for seed in range(2)
+    }
+    assert len(phases) == 16
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+    "nchw": lambda x: x.permute(0, 2, 3, 1),
+    "tokens": lambda x: x.flatten(2).mT.contiguous(),
+    "vectors": lambda x: x.flatten(2).mT.reshape(-1, x.shape[1]),
+}
+
+
+@pytest.mark.parametrize("weighting", ["position", "image"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampled_mean_over_draws_is_the_full_covariance(layout: str, weighting: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(4, 3, 6, 10, generator=generator).cumsum(3)  # neighbours correlate
+    images *= torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None]
+    rows = LAYOUTS[layout](images)
+    flat = rows.reshape(-1, 3).double()
+    full = flat.T @ flat / len(flat)
+    draws = []
+    for draw in range(400):
+        reader = Reader(
+            "layer",
+            weighting=weighting,
+            decay=None,
+            phase=sequence_phase("layer", draw),
+            fraction=0.0625,
+        )
+        reader.begin_step(0)
+        reader.read(rows)
+        reader.end_step()
+        reader.flush()
+        draws.append(reader.state.covariance())
+    stack = torch.stack(draws)
+    error = (stack.mean(0) - full).abs()
+    assert bool((error < 4 * stack.std(0) / math.sqrt(len(draws)) + 1e-9).all())
