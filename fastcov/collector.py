@@ -126,7 +126,6 @@ class Collector:
         for reader in self.unique_readers():
             reader.begin_step(self.steps)
 
-    @torch.no_grad()
     def observe(self, tap: int, activation: Tensor) -> None:
         """Reads one activation: called by a module's hook.
 

@@ -8,14 +8,14 @@ updating a float64 state costs more than the gram itself when it brings fewer ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastcov.rows import run_length
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, fixed_point, rows_due
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, fixed_point, rows_due
 from fastcov.state import CovarianceState
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -102,18 +102,25 @@ class Reader:
 
     def read(self, rows: Tensor) -> None:
         """Takes what this call contributes. rows: a row view [B, ..., C]."""
-        offered = prod(rows.shape[:-1])
+        shape = rows.shape
+        offered = rows.numel() // shape[-1]
         if offered == 0:
             return
         self.total_calls += 1
         self.calls += 1
         self.offered_rows += offered
-        self._positions += offered // rows.shape[0]
-        self.prepare(rows.shape[-1], rows.device)
+        self._positions += offered // shape[0]
         if self.fraction is None:
+            self.prepare(shape[-1], rows.device)
             self._wait(rows, offered)
+        elif self._fixed_fraction >= WHOLE:
+            self.prepare(shape[-1], rows.device)
+            self._add(rows)
         else:
-            self._take(rows, offered)
+            due, self._carry = rows_due(offered, self._fixed_fraction, self._carry)
+            if due:
+                self.prepare(shape[-1], rows.device)
+                self._sample(rows, offered, due)
 
     def _wait(self, rows: Tensor, offered: int) -> None:
         limit = max(_buffer_rows(rows), ceil(offered * _WAITING_SHARE))
@@ -131,25 +138,33 @@ class Reader:
         self.fraction = fraction
         waiting, self._waiting = self._waiting, []
         for part in waiting:
-            if part.is_whole:
-                self._take(part.rows, part.offered)
+            if self._fixed_fraction >= WHOLE:
+                self._add(part.rows)
                 continue
-            due, self._carry = rows_due(part.offered, fixed_point(fraction), self._carry)
-            self._add(part.rows[:due])
+            due, self._carry = rows_due(part.offered, self._fixed_fraction, self._carry)
+            if part.is_whole and due:
+                self._sample(part.rows, part.offered, due)
+            else:
+                self._add(part.rows[:due])
 
-    def _take(self, rows: Tensor, offered: int) -> None:
-        assert self.fraction is not None
-        if self.fraction >= 1.0:
-            self._add(rows)
-            return
-        due, self._carry = rows_due(offered, fixed_point(self.fraction), self._carry)
+    @property
+    def fraction(self) -> float | None:
+        """Share of the rows to read; None until it is planned."""
+        return self._fraction
+
+    @fraction.setter
+    def fraction(self, fraction: float | None) -> None:
+        self._fraction = fraction
+        self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
+
+    def _sample(self, rows: Tensor, offered: int, due: int) -> None:
         if due >= offered:
             self._add(rows)
         elif due > _buffer_rows(rows):
             sample = rows.new_empty(due, rows.shape[-1])
             self._gather(sample, 0, rows, due)
             self._add(sample)
-        elif due:
+        else:
             buffer = self._room(rows, due)
             self._gather(buffer, self._fill, rows, due)
             self._filled(due)
@@ -162,7 +177,7 @@ class Reader:
 
     def _add(self, rows: Tensor) -> None:
         # Every row of a view: at once where it brings many, else through the buffer.
-        count = prod(rows.shape[:-1])
+        count = rows.numel() // rows.shape[-1]
         if count == 0:
             return
         if count >= _buffer_rows(rows):
@@ -218,7 +233,7 @@ class Reader:
 
     def _room(self, rows: Tensor, wanted: int) -> Tensor:
         self._match_dtype(rows)
-        if self._buffer is not None and len(self._buffer) - self._fill < wanted:
+        if self._buffer is not None and self._buffer.shape[0] - self._fill < wanted:
             if self.weighting == "image" and self._spans and self._spans[-1].step == self._step:
                 # This step's weights are not final yet: make room without adding its rows.
                 with torch.inference_mode(False):
@@ -227,12 +242,14 @@ class Reader:
                 self._buffer = grown
             else:
                 self.flush()
-        if self._buffer is None or len(self._buffer) - self._fill < wanted:
+        if self._buffer is None or self._buffer.shape[0] - self._fill < wanted:
             with torch.inference_mode(False):
                 self._buffer = rows.new_empty(max(_buffer_rows(rows), wanted), rows.shape[-1])
         return self._buffer
 
     def _match_dtype(self, rows: Tensor) -> None:
+        if rows.dtype is self._last_dtype:
+            return
         assert self.state is not None
         if self._buffer is not None and self._buffer.dtype != rows.dtype:
             self.flush()

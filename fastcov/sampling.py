@@ -22,7 +22,8 @@ BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: below, state traffic dominates."""
 
 _TRAINING_TO_FORWARD = 3  # flops of forward and backward over those of forward
-_ONE = 1 << 32  # fractions are fixed-point, so that carried parts are exact on every machine
+WHOLE = 1 << 32
+"""Every row, as a fixed-point fraction: carried parts are then exact on every machine."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _row_cost(channels: int) -> float:
 
 def fixed_point(fraction: float) -> int:
     """A fraction in units of 2**-32, rounded up, so that rows / N of N rows gives all of them."""
-    return min(_ONE, -int(-fraction * _ONE // 1))
+    return min(WHOLE, -int(-fraction * WHOLE // 1))
 
 
 def rows_due(rows: int, fraction: int, carry: int) -> tuple[int, int]:
@@ -99,7 +100,7 @@ def rows_due(rows: int, fraction: int, carry: int) -> tuple[int, int]:
         (2, 2147483648)
     """
     due = rows * fraction + carry
-    return due >> 32, due & (_ONE - 1)
+    return due >> 32, due & (WHOLE - 1)
 
 
 def sequence_phase(name: str, rank: int = 0, seed: int = 0) -> int:

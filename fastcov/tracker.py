@@ -105,6 +105,8 @@ class Tracker(Collector):
 
     @torch.no_grad()
     def _spectra(self, names: list[str], centered: bool) -> dict[str, Spectrum]:
+        if not names:
+            return {}
         states = [self._state(name) for name in names]
         matrices = [state.covariance(centered) for state in states]
         # float64 costs little on a CPU; a GPU's fast path is float32, 2e-6 of the largest.

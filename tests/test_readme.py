@@ -1,0 +1,69 @@
+"""README's code runs as printed, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def resnet() -> tuple[nn.Module, Tensor, str]:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet18(num_classes=5), torch.randn(4, 3, 64, 64), "layer3.0.conv2"
+
+
+def vision_transformer() -> tuple[nn.Module, Tensor, str]:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5
+    )
+    return model, torch.randn(32, 3, 32, 32), "encoder.layers.encoder_layer_0.mlp.0"
+
+
+def mlp() -> tuple[nn.Module, Tensor, str]:
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    return model, torch.randn(4096, 10), "0"
+
+
+@pytest.mark.parametrize("build", [resnet, vision_transformer, mlp])
+def test_the_code_runs_as_printed(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, batch, layer = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train_step(model: nn.Module, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    names = {"model": model, "loader": [batch] * 4, "train_step": train_step}
+    for block in BLOCKS:
+        exec(block.replace("layer3.0.conv2", layer), names)
+    printed = capsys.readouterr().out
+    assert layer in printed
+    assert (tmp_path / "spectra.html").stat().st_size > 1000
+
+
+def test_commands_and_files_that_it_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`?make ([a-z-]+)", README))
+    assert {"demo", "test", "setup", "bench", "bench-gpu"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_unrelated_package_is_never_installed() -> None:
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("detection/*.md")):
+        assert not re.search(r"pip install (\S+ )*fastcov(?![-_]torch)\b", document.read_text())
