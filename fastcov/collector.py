@@ -215,7 +215,6 @@ class Collector:
         for reader, load in unplanned:
             reader.plan(read_fraction(load, self._rho))
 
-
     def close(self) -> None:
         """Removes every hook; the statistics stay readable."""
         for handle in self._handles:
@@ -254,8 +253,8 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: tensors and numbers only, no collective.
 
-        After :meth:`Tracker.sync` it holds all ranks' rows: load it on any number of ranks, rank 0 then
-        carries them and the others start at zero.
+        After :meth:`Tracker.sync` it holds all ranks' rows: load it on any number of ranks, rank 0
+        then carries them and the others start at zero.
         """
         layers = {}
         for reader in self.unique_readers():

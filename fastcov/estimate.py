@@ -165,7 +165,10 @@ def estimate(
 
 
 def _watch(
-    tap: Tap, module: nn.Module, offered: dict[str, tuple[int, int, int]], seen: dict[int, tuple[str, Tensor]]
+    tap: Tap,
+    module: nn.Module,
+    offered: dict[str, tuple[int, int, int]],
+    seen: dict[int, tuple[str, Tensor]],
 ) -> Any:
     def note(value: Any) -> None:
         activation = first_tensor(value)

@@ -2,7 +2,8 @@
 
 ``rows="auto"`` spends 1 % of the watched modules' training flops on second moments and gives every
 layer the same number of rows per channel, so that all spectra have the same statistical quality.
-Where the rows of a call lie is defined once, in :func:`fastcov.ops.reference.sample_index_reference`.
+Where the rows of a call lie is defined once, in
+:func:`fastcov.ops.reference.sample_index_reference`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastcov.rows import Layout, batched_rank, layout_of
 
 if TYPE_CHECKING:
-    from fastcov.tracker import Tracker
+    from fastcov.collector import Collector
 
 Selector = (
     str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[str | type[nn.Module]]
@@ -74,7 +74,9 @@ def find_taps(
         ValueError: If a pattern matches no module (with the closest names), or nothing is left.
     """
     attention_inner = {
-        id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+        id(module.out_proj)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
     }  # attention calls a function with its weights: the module itself never runs
     named = {canonical_name(name): module for name, module in model.named_modules()}
     chosen = {name: m for name, m in named.items() if id(m) not in attention_inner}
@@ -122,7 +124,7 @@ def _channels(module: nn.Module, position: Literal["output", "input"]) -> int | 
     if isinstance(module, nn.Linear):
         return module.out_features if position == "output" else module.in_features
     if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim
+        return int(module.embed_dim)
     return None
 
 
@@ -188,7 +190,7 @@ def first_tensor(value: Any) -> Tensor | None:
 class Hook:
     """Forward hook of one tap. A copy of it (deepcopy, pickle: EMA, checkpoints) does nothing."""
 
-    def __init__(self, tracker: Tracker | None, tap: int) -> None:
+    def __init__(self, tracker: Collector | None, tap: int) -> None:
         self.tracker = tracker
         self.tap = tap
 
@@ -220,7 +222,7 @@ class Hook:
 class StepHook:
     """Root hooks: a step is one training-mode forward of the root module."""
 
-    def __init__(self, tracker: Tracker | None) -> None:
+    def __init__(self, tracker: Collector | None) -> None:
         self.tracker = tracker
 
     def __reduce__(self) -> tuple[type[StepHook], tuple[None]]:

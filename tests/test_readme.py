@@ -23,7 +23,13 @@ def resnet() -> tuple[nn.Module, Tensor, str]:
 def vision_transformer() -> tuple[nn.Module, Tensor, str]:
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5
+        image_size=32,
+        patch_size=8,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=64,
+        num_classes=5,
     )
     return model, torch.randn(32, 3, 32, 32), "encoder.layers.encoder_layer_0.mlp.0"
 

@@ -101,8 +101,5 @@ def gather_(
     for size in reversed(rows.shape[1:-1]):
         index.insert(0, position % size)
         position = torch.div(position, size, rounding_mode="floor")
-    torch.index_put_(
-        buffer,
-        (torch.arange(buffer_row, buffer_row + samples, device=rows.device),),
-        rows[(image, *index)],
-    )
+    location = (image, *index)
+    buffer[buffer_row : buffer_row + samples] = rows[location]

@@ -7,8 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastcov.ops import library  # defines torch.ops.fastcov
-
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

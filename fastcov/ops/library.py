@@ -140,10 +140,10 @@ def _accumulate_cuda(
     if _use_triton(rows):
         from fastcov import kernels
 
-        launch = kernels.launch_accumulate_
+        accumulate_ = kernels.launch_accumulate_
+        accumulate_(moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
     else:
-        launch = aten.accumulate_
-    launch(moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
+        aten.accumulate_(moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
 
 
 def _gather_cuda(
@@ -158,10 +158,10 @@ def _gather_cuda(
     if _use_triton(rows):
         from fastcov import kernels
 
-        launch = kernels.launch_gather_
+        gather_ = kernels.launch_gather_
+        gather_(buffer, rows, buffer_row, first_sample, samples, run_length, phase)
     else:
-        launch = aten.gather_
-    launch(buffer, rows, buffer_row, first_sample, samples, run_length, phase)
+        aten.gather_(buffer, rows, buffer_row, first_sample, samples, run_length, phase)
 
 
 _FALLBACKS: dict[tuple[str, str], Callable[..., Any]] = {

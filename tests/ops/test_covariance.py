@@ -76,9 +76,7 @@ def test_images_in_either_memory_format(
     images = torch.randn(size).to(memory_format=memory_format)
     rows = images.permute(0, 2, 3, 1)
     flat = rows.reshape(-1, size[1]).double()
-    torch.testing.assert_close(
-        covariance(rows), flat.T @ flat / len(flat), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(covariance(rows), flat.T @ flat / len(flat), rtol=1e-5, atol=1e-6)
     sliced = rows[:, ::2, 1:]
     if sliced.numel():
         flat = sliced.reshape(-1, size[1]).double()
