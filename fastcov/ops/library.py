@@ -21,9 +21,9 @@ from fastcov.ops.native import Backend
 _LIBRARY = torch.library.Library("fastcov", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> None:
+def _define(schema: str, fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> None:
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=tags)
     torch.library.register_fake(f"fastcov::{name}", fake, lib=_LIBRARY)
     # No operator here has a derivative: statistics never enter the loss.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -69,41 +69,73 @@ class Observer(Protocol):
     def begin_step(self) -> None:
         """Starts a step."""
 
-    def observe(self, tap: int, activation: Tensor) -> None:
-        """Reads one activation."""
+    def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
+        """Reads one activation, with ``batch_dims`` vmapped dimensions in front."""
+
+    def refuse(self, tap: int, reason: str) -> None:
+        """Notes why an activation is not read."""
 
     def end_step(self) -> None:
         """Ends a step."""
 
 
 # Hooks of a compiled model reach their tracker through these operators: opaque, so that sampling
-# stays plain host code, and ordered by the clock that they claim to change.
-_define("begin_step_(Tensor(a!) clock, int observer) -> ()", _no_result)
-_define("observe_(Tensor(a!) clock, Tensor activation, int observer, int tap) -> ()", _no_result)
-_define("end_step_(Tensor(a!) clock, int observer) -> ()", _no_result)
+# stays plain host code, and ordered by the clock that they claim to change. Tracker and tap are
+# numbers held in tensors: as ints they would be guards, and blocks that share one compiled graph
+# would each get their own. Replayed CUDA graphs run no host code, so they are cut around these.
+_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
+_define("begin_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
+_define(
+    "observe_(Tensor(a!) clock, Tensor tap, Tensor activation, int batch_dims=0) -> ()",
+    _no_result,
+    _ON_THE_HOST,
+)
+_define("refuse_(Tensor(a!) clock, Tensor tap, str reason) -> ()", _no_result, _ON_THE_HOST)
+_define("end_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
 
 observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
-"""Live trackers by number. A number that is gone belongs to a closed tracker: nothing to do."""
+"""Live trackers by number, which their clock holds. One that is gone is closed: nothing to do."""
 
 
-def _begin_step(clock: Tensor, observer: int) -> None:
-    if (target := observers.get(observer)) is not None:
+def _begin_step(clock: Tensor) -> None:
+    if (target := observers.get(int(clock))) is not None:
         target.begin_step()
 
 
-def _observe(clock: Tensor, activation: Tensor, observer: int, tap: int) -> None:
-    if (target := observers.get(observer)) is not None:
-        target.observe(tap, activation)
+def _observe(clock: Tensor, tap: Tensor, activation: Tensor, batch_dims: int = 0) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.observe(int(tap), activation, batch_dims)
 
 
-def _end_step(clock: Tensor, observer: int) -> None:
-    if (target := observers.get(observer)) is not None:
+def _refuse(clock: Tensor, tap: Tensor, reason: str) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.refuse(int(tap), reason)
+
+
+def _end_step(clock: Tensor) -> None:
+    if (target := observers.get(int(clock))) is not None:
         target.end_step()
+
+
+def _observe_vmapped(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    clock: Tensor,
+    tap: Tensor,
+    activation: Tensor,
+    batch_dims: int = 0,
+) -> tuple[None, None]:
+    # Of the arguments only the activation is ever batched, else the rule is not called.
+    moved = activation.movedim(in_dims[2] or 0, 0)
+    torch.ops.fastcov.observe_(clock, tap, moved, batch_dims + 1)
+    return None, None
 
 
 _LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
 _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
+_LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
+torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)
 
 
 @cache

@@ -1,0 +1,107 @@
+# Each target is one command on a fresh machine (Debian-like: python3.11 with venv, g++, make).
+# Stamps in build/stamps make every step run once until its inputs change.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := build/stamps
+RUNS := runs
+HEAVY ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# One architecture builds in seconds; `make wheels` builds all that nvcc knows.
+export FASTCOV_CUDA_ARCHS ?= 90
+
+NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/* csrc/*)
+PACKAGE_SOURCES := pyproject.toml README.md LICENSE fastcov/py.typed \
+	$(shell find fastcov -name '*.py')
+DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*') \
+	$(wildcard detection/pyproject.toml detection/README.md)
+
+# Tests and benchmarks run against the installed wheel: with PYTHONSAFEPATH, and through the scripts
+# in .venv/bin, the checkout's fastcov/ is never on sys.path, in child processes neither.
+INSTALLED := PYTHONSAFEPATH=1
+CHECK_INSTALLED := $(INSTALLED) $(BIN)/python -c "import fastcov, sys; \
+	sys.exit(0 if 'site-packages' in fastcov.__file__ else 'fastcov is imported from ' + fastcov.__file__)"
+
+.PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu wheels lint readme-tables clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | \
+		expand -t 22
+
+# ---- environment and wheel -------------------------------------------------------------------
+$(BIN)/python:
+	@echo "fastcov: creating $(VENV) with $(PYTHON)"
+	@command -v $(PYTHON) > /dev/null || { echo "fastcov: $(PYTHON) not found;" \
+		"install Python 3.11 or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/environment: constraints.txt | $(BIN)/python
+	@echo "fastcov: installing the pinned packages of constraints.txt (a few minutes the first time)"
+	@$(BIN)/python -m pip install -qq -r constraints.txt
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/wheel: $(STAMPS)/environment $(NATIVE_SOURCES) $(PACKAGE_SOURCES)
+	@echo "fastcov: building the wheel (CUDA architectures: $(FASTCOV_CUDA_ARCHS))"
+	@rm -f dist/fastcov_torch-*.whl
+	@$(BIN)/python -m pip wheel -qq . --no-deps --no-build-isolation -w dist
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/installed: $(STAMPS)/wheel $(DETECTION_SOURCES)
+	@echo "fastcov: installing $$(ls dist/fastcov_torch-*.whl) and detection/"
+	@$(BIN)/python -m pip install -qq --no-deps --force-reinstall dist/fastcov_torch-*.whl ./detection
+	@$(CHECK_INSTALLED)
+	@touch $@
+
+setup: $(STAMPS)/installed  ## virtual environment, pinned packages, wheel built and installed
+	@$(INSTALLED) $(BIN)/python -c "import fastcov; \
+		[print(f'{name}: {\"active\" if b.active else \"off\"}, {b.reason}') \
+		for name, b in fastcov.backends().items()]"
+
+dev: | $(BIN)/python  ## compiled libraries into fastcov/lib, to work from the checkout
+	@$(BIN)/cmake -S . -B build/dev -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) --log-level=WARNING
+	@$(BIN)/cmake --build build/dev -- --quiet
+	@$(BIN)/cmake --install build/dev --prefix $(CURDIR) > build/dev/install.log
+	@ls -l fastcov/lib
+
+# ---- what people run -------------------------------------------------------------------------
+demo: setup  ## the main job: data, search, retraining, table and report in runs/demo (15 minutes)
+	@$(INSTALLED) $(BIN)/fastcov-detection demo --out $(RUNS)/demo
+
+test: setup  ## every test, against the installed wheel
+	@$(INSTALLED) $(BIN)/pytest
+
+bench: setup  ## benchmarks of this machine's CPU, a few minutes
+	@$(INSTALLED) $(BIN)/fastcov bench
+
+bench-full: setup  ## the same at full size, with every peer
+	@$(INSTALLED) $(BIN)/fastcov bench --full
+
+bench-gpu: setup  ## the GPU's target table
+	@$(INSTALLED) $(BIN)/fastcov bench --gpu
+
+wheels: $(STAMPS)/environment  ## release wheel for all architectures in dist/release, honestly tagged
+	@$(BIN)/python tools/build_release.py dist/release
+
+test-matrix: $(STAMPS)/wheel  ## the wheel under further Pythons and torch versions
+	@$(BIN)/python tools/test_matrix.py dist
+
+lint: $(STAMPS)/environment  ## ruff, mypy, import-linter, clang-format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@PYTHONPATH=.:detection $(BIN)/lint-imports
+	@$(BIN)/clang-format --dry-run -Werror csrc/*
+
+readme-tables: setup  ## tables of README.md from benchmarks/results
+	@$(INSTALLED) $(BIN)/python benchmarks/plot.py --readme README.md
+
+clean:  ## what was built; the virtual environment and runs stay
+	rm -rf build dist fastcov/lib

@@ -1,0 +1,425 @@
+// Inner loops of the streaming second moment, compiled once for each instruction set
+// (FASTCOV_LEVEL). No inline function of the standard library may appear here: the linker keeps one
+// copy of it for the whole library, possibly the one that needs AVX-512.
+#include "covariance.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FASTCOV_PASTE_(a, b) a##b
+#define FASTCOV_PASTE(a, b) FASTCOV_PASTE_(a, b)
+#define FASTCOV_QUOTE_(a) #a
+#define FASTCOV_QUOTE(a) FASTCOV_QUOTE_(a)
+
+namespace fastcov {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 16;  // 16 accumulators of 32 registers; factors broadcast from memory
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 3;  // 12 accumulators of 16 registers
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T, int Bytes = kVectorBytes>
+struct Vec {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef uint32_t type;
+};
+template <>
+struct BitsOf<double> {
+  typedef uint64_t type;
+};
+
+template <typename T>
+using Vector = typename Vec<T>::type;
+template <typename T>
+using BitVector = typename Vec<typename BitsOf<T>::type>::type;
+
+// ---- loads that widen to the working type ---------------------------------------------------
+
+template <typename V, typename S>
+inline V load_unaligned(const S* source) {
+  V value;
+  __builtin_memcpy(&value, source, sizeof(V));
+  return value;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+inline float widen(Float16 value) {
+  // Exponent and mantissa move to their places; one product rebiases, subnormals included.
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  float scaled;
+  __builtin_memcpy(&scaled, &magnitude, sizeof(scaled));
+  scaled *= 0x1p112f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &scaled, sizeof(bits));
+  if ((value.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  bits |= sign;
+  __builtin_memcpy(&scaled, &bits, sizeof(scaled));
+  return scaled;
+}
+
+inline Vector<float> load(const float* source) { return load_unaligned<Vector<float>>(source); }
+inline Vector<double> load(const double* source) { return load_unaligned<Vector<double>>(source); }
+
+typedef Vec<uint16_t, kVectorBytes / 2>::type HalfBits;
+
+inline Vector<float> load(const BFloat16* source) {
+  const HalfBits narrow = load_unaligned<HalfBits>(source);
+  const BitVector<float> wide = __builtin_convertvector(narrow, BitVector<float>) << 16;
+  return reinterpret_cast<Vector<float>>(wide);
+}
+
+inline Vector<float> load(const Float16* source) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, load_unaligned<__m256i>(source));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(load_unaligned<__m128i>(source));
+#else
+  const HalfBits narrow = load_unaligned<HalfBits>(source);
+  const BitVector<float> wide = __builtin_convertvector(narrow, BitVector<float>);
+  Vector<float> scaled = reinterpret_cast<Vector<float>>((wide & 0x7fff) << 13) * 0x1p112f;
+  BitVector<float> bits = reinterpret_cast<BitVector<float>>(scaled);
+  bits |= reinterpret_cast<BitVector<float>>((wide & 0x7c00) == 0x7c00) & 0x7f800000u;
+  return reinterpret_cast<Vector<float>>(bits | ((wide & 0x8000) << 16));
+#endif
+}
+
+// ---- packing --------------------------------------------------------------------------------
+
+template <typename T>
+inline BitVector<T> magnitude_bits(Vector<T> value) {
+  typedef typename BitsOf<T>::type Bits;
+  constexpr Bits mask = static_cast<Bits>(~Bits{0}) >> 1;
+  return reinterpret_cast<BitVector<T>>(value) & mask;
+}
+
+template <typename T>
+inline BitVector<T> larger(BitVector<T> a, BitVector<T> b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+inline uint64_t largest_lane(BitVector<T> peak) {
+  uint64_t result = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    if (peak[lane] > result) result = peak[lane];
+  }
+  return result;
+}
+
+template <typename T>
+inline T* element(const PackRun<T>& run, int64_t row, int64_t channel) {
+  constexpr int64_t W = kPanel<T>;
+  return run.panels + channel / W * run.panel_stride + row * W + channel % W;
+}
+
+// Any strides, and the edges that the vector loops leave.
+template <typename S, typename T>
+uint64_t pack_scalar(const PackRun<T>& run, int64_t row_begin, int64_t row_end,
+                     int64_t channel_begin, int64_t channel_end) {
+  typedef typename BitsOf<T>::type Bits;
+  const S* source = static_cast<const S*>(run.source);
+  Bits peak = 0;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T root = run.root_weight ? run.root_weight[row] : T{1};
+    for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
+      const S raw = source[row * run.row_stride + channel * run.channel_stride];
+      const T value = (static_cast<T>(widen(raw)) - run.shift[channel]) * root;
+      *element(run, row, channel) = value;
+      Bits bits;
+      __builtin_memcpy(&bits, &value, sizeof(bits));
+      bits &= static_cast<Bits>(~Bits{0}) >> 1;
+      if (bits > peak) peak = bits;
+    }
+  }
+  return peak;
+}
+
+// Channels side by side: channels_last maps, tokens, vectors.
+template <typename S, typename T>
+uint64_t pack_contiguous(const PackRun<T>& run) {
+  constexpr int64_t W = kPanel<T>;
+  constexpr int64_t L = kLanes<T>;
+  // 32 panels at a time: more write streams than that miss the first-level TLB at every row.
+  constexpr int64_t kSlab = 32 * W;
+  const int64_t vector_end = run.channels / L * L;
+  BitVector<T> peak = {};
+  for (int64_t slab = 0; slab < vector_end; slab += kSlab) {
+    const int64_t slab_end = slab + kSlab < vector_end ? slab + kSlab : vector_end;
+    for (int64_t row = 0; row < run.rows; ++row) {
+      const S* source = static_cast<const S*>(run.source) + row * run.row_stride;
+      const T root = run.root_weight ? run.root_weight[row] : T{1};
+      T* destination = run.panels + slab / W * run.panel_stride + row * W;
+      int64_t channel = slab;
+      for (; channel + W <= slab_end; channel += W, destination += run.panel_stride) {
+#pragma GCC unroll 4
+        for (int64_t part = 0; part < W; part += L) {
+          Vector<T> value = load(source + channel + part);
+          value = (value - load(run.shift + channel + part)) * root;
+          peak = larger<T>(peak, magnitude_bits<T>(value));
+          __builtin_memcpy(destination + part, &value, sizeof(value));
+        }
+      }
+      for (int64_t part = 0; channel < slab_end; channel += L, part += L) {
+        Vector<T> value = load(source + channel);
+        value = (value - load(run.shift + channel)) * root;
+        peak = larger<T>(peak, magnitude_bits<T>(value));
+        __builtin_memcpy(destination + part, &value, sizeof(value));
+      }
+    }
+  }
+  uint64_t result = largest_lane<T>(peak);
+  const uint64_t edge = pack_scalar<S, T>(run, 0, run.rows, vector_end, run.channels);
+  return edge > result ? edge : result;
+}
+
+template <typename V, typename I, int L>
+struct Interleave;
+template <typename V>
+struct Interleave<V, V, 2> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 2); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 1, 3); }
+};
+template <typename V>
+struct Interleave<V, V, 4> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+};
+template <typename V>
+struct Interleave<V, V, 8> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+};
+template <typename V>
+struct Interleave<V, V, 16> {
+  static V low(V a, V b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  }
+  static V high(V a, V b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                   31);
+  }
+};
+
+// log2(L) perfect shuffles of L vectors transpose an L x L square.
+template <typename T>
+inline void transpose(Vector<T> (&square)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  typedef Interleave<Vector<T>, Vector<T>, L> Shuffle;
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2) {
+    Vector<T> shuffled[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      shuffled[2 * i] = Shuffle::low(square[i], square[i + L / 2]);
+      shuffled[2 * i + 1] = Shuffle::high(square[i], square[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = shuffled[i];
+  }
+}
+
+// Positions side by side: NCHW maps, transposed while they are packed.
+template <typename S, typename T>
+uint64_t pack_transposed(const PackRun<T>& run) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t row_end = run.rows / L * L;
+  const int64_t channel_end = run.channels / L * L;
+  BitVector<T> peak = {};
+  for (int64_t channel = 0; channel < channel_end; channel += L) {
+    const S* source = static_cast<const S*>(run.source) + channel * run.channel_stride;
+    T* destination = element(run, 0, channel);
+    for (int64_t row = 0; row < row_end; row += L) {
+      Vector<T> square[L];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i) {
+        Vector<T> value = load(source + i * run.channel_stride + row) - run.shift[channel + i];
+        if (run.root_weight) value *= load(run.root_weight + row);
+        peak = larger<T>(peak, magnitude_bits<T>(value));
+        square[i] = value;
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i) {
+        __builtin_memcpy(destination + (row + i) * kPanel<T>, &square[i], sizeof(square[i]));
+      }
+    }
+  }
+  uint64_t result = largest_lane<T>(peak);
+  const uint64_t below = pack_scalar<S, T>(run, row_end, run.rows, 0, channel_end);
+  const uint64_t beside = pack_scalar<S, T>(run, 0, run.rows, channel_end, run.channels);
+  if (below > result) result = below;
+  return beside > result ? beside : result;
+}
+
+template <typename S, typename T>
+uint64_t pack_layout(const PackRun<T>& run) {
+  constexpr int64_t W = kPanel<T>;
+  if (run.channels % W != 0) {
+    T* last = run.panels + run.channels / W * run.panel_stride;
+    for (int64_t row = 0; row < run.rows; ++row) {
+      for (int64_t column = run.channels % W; column < W; ++column) last[row * W + column] = 0;
+    }
+  }
+  if (run.channel_stride == 1) return pack_contiguous<S, T>(run);
+  if (run.row_stride == 1) return pack_transposed<S, T>(run);
+  return pack_scalar<S, T>(run, 0, run.rows, 0, run.channels);
+}
+
+uint64_t pack_float32(const PackRun<float>& run) {
+  switch (run.dtype) {
+    case Dtype::kBFloat16:
+      return pack_layout<BFloat16, float>(run);
+    case Dtype::kFloat16:
+      return pack_layout<Float16, float>(run);
+    default:
+      return pack_layout<float, float>(run);
+  }
+}
+
+uint64_t pack_float64(const PackRun<double>& run) { return pack_layout<double, double>(run); }
+
+// ---- gram tiles -----------------------------------------------------------------------------
+
+template <typename T>
+inline void store_row(const Vector<T>* sums, double scale, double keep, double* out,
+                      int64_t columns) {
+  constexpr int64_t W = kPanel<T>;
+  T lanes[W];
+  __builtin_memcpy(lanes, sums, sizeof(lanes));
+  if (columns == W) {  // a constant trip count vectorises
+    for (int64_t column = 0; column < W; ++column) {
+      out[column] = out[column] * keep + static_cast<double>(lanes[column]) * scale;
+    }
+    return;
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    out[column] = out[column] * keep + static_cast<double>(lanes[column]) * scale;
+  }
+}
+
+template <typename T, int Rows>
+inline void tile_rows(const T* left, const T* right, int64_t block_rows, double scale, double keep,
+                      double* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t W = kPanel<T>;
+  constexpr int L = kLanes<T>;
+  constexpr int kParts = static_cast<int>(W) / L;
+  Vector<T> sums[Rows][kParts] = {};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < block_rows; ++k) {
+    Vector<T> factor[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) factor[part] = load(right + k * W + part * L);
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+      const T scalar = left[k * W + row];
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) sums[row][part] += factor[part] * scalar;
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < Rows; ++row) {
+    if (row < rows) store_row<T>(sums[row], scale, keep, out + row * out_stride, columns);
+  }
+}
+
+// Splits the W rows of a tile into the fewest equal strips whose accumulators fit the registers.
+template <typename T, int Begin>
+inline void tile_strips(const T* left, const T* right, int64_t block_rows, double scale,
+                        double keep, double* out, int64_t out_stride, int64_t rows,
+                        int64_t columns) {
+  constexpr int W = static_cast<int>(kPanel<T>);
+  if constexpr (Begin < W) {
+    if (Begin >= rows) return;
+    constexpr int kStrips = (W - Begin + kTileRows - 1) / kTileRows;
+    constexpr int kRows = (W - Begin + kStrips - 1) / kStrips;
+    tile_rows<T, kRows>(left + Begin, right, block_rows, scale, keep, out + Begin * out_stride,
+                        out_stride, rows - Begin, columns);
+    tile_strips<T, Begin + kRows>(left, right, block_rows, scale, keep, out, out_stride, rows,
+                                  columns);
+  }
+}
+
+template <typename T>
+void tile(const T* left, const T* right, int64_t block_rows, double scale, double keep, double* out,
+          int64_t out_stride, int64_t rows, int64_t columns) {
+  // A large state lies in memory, in pages of its own for every row: fetched while sums are formed.
+  for (int64_t row = 0; row < rows; ++row) {
+    __builtin_prefetch(out + row * out_stride, 1);
+    __builtin_prefetch(out + row * out_stride + columns - 1, 1);
+  }
+  tile_strips<T, 0>(left, right, block_rows, scale, keep, out, out_stride, rows, columns);
+}
+
+template <typename T>
+void panel_sum(const T* panel, const T* factor, int64_t block_rows, double scale, double* out,
+               int64_t columns) {
+  constexpr int64_t W = kPanel<T>;
+  constexpr int L = kLanes<T>;
+  constexpr int kParts = static_cast<int>(W) / L;
+  constexpr int kChains = 4;  // shorter chains: less rounding, and no wait for the adder
+  Vector<T> sums[kChains][kParts] = {};
+  int64_t k = 0;
+  for (; k + kChains <= block_rows; k += kChains) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      const T weight = factor ? factor[k + chain] : T{1};
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        sums[chain][part] += load(panel + (k + chain) * W + part * L) * weight;
+      }
+    }
+  }
+  for (; k < block_rows; ++k) {
+    const T weight = factor ? factor[k] : T{1};
+    for (int part = 0; part < kParts; ++part) {
+      sums[0][part] += load(panel + k * W + part * L) * weight;
+    }
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    double total = 0;
+    for (int chain = 0; chain < kChains; ++chain) total += sums[chain][column / L][column % L];
+    out[column] += scale * total;
+  }
+}
+
+}  // namespace
+
+extern const Level FASTCOV_PASTE(FASTCOV_LEVEL, _level);
+const Level FASTCOV_PASTE(FASTCOV_LEVEL, _level) = {
+    FASTCOV_QUOTE(FASTCOV_LEVEL),
+    {pack_float32, tile<float>, panel_sum<float>},
+    {pack_float64, tile<double>, panel_sum<double>},
+};
+
+}  // namespace fastcov

@@ -1,0 +1,194 @@
+// Eigenvalues of a symmetric matrix, written once over a Team (team.h): Householder reduction to
+// tridiagonal form, then bisection on Sturm counts.
+//
+// Matrices are scaled by a power of two to a largest entry of about 1, so that squares neither
+// overflow nor vanish. Real is float, double, or a GCC vector of them: then each element belongs to
+// a matrix of its own and every condition on values is a select.
+#pragma once
+
+#include "eigen_numeric.h"
+#include "team.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+// Vectors of a team, each of padded(n) elements. A reflector is I - inverse_half u u^T.
+template <class Real>
+struct Reflectors {
+  Real* reflector[2];  // u of this step and v of the step before, by turns
+  Real* update;        // w: what the matrix still lacks is minus v w^T + w v^T
+  Real* product;       // A v; a sweep may use further rows of it, one for each squad
+};
+
+FASTCOV_INLINE constexpr int padded(int n) { return (n + 3) / 4 * 4; }
+FASTCOV_INLINE constexpr int tile_start(int column) { return column / 4 * 4; }
+
+// Reduces a matrix to tridiagonal form. Its sweep applies the pending update and multiplies by the
+// new reflector in one pass, so that each step touches every entry once. Matrix has
+//   pivot(i, k)                           entry of the column to be reduced now, for i >= k
+//   sweep(team, k, n, v, w, u, product)   over rows and columns beyond k; ends with a sync
+template <class Real, class Team, class Matrix>
+FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
+                                   const Reflectors<Real>& vectors, Real* diagonal,
+                                   Real* off_diagonal) {
+  using Number = Numeric<Real>;
+  const int lane = team.lane();
+  const int lanes = team.lanes();
+  const Real zero = Number::fill(0);
+  const Real one = Number::fill(1);
+  for (int i = team.rank(); i < padded(n); i += team.size()) {
+    vectors.reflector[0][i] = zero;
+    vectors.reflector[1][i] = zero;
+    vectors.update[i] = zero;
+    vectors.product[i] = zero;
+  }
+  team.sync();
+  Real* const w = vectors.update;
+  const Real* const product = vectors.product;
+  Real inverse_half = zero;
+  for (int k = 0; k < n; ++k) {
+    Real* const u = vectors.reflector[k & 1];
+    const Real* const v = vectors.reflector[(k & 1) ^ 1];
+
+    const Real dot = team.sum(sum_strided<Real>(
+        k + lane, n, lanes, [=](int i) { return product[i] * v[i]; }));
+    const Real correction = Number::fill(0.5) * inverse_half * inverse_half * dot;
+    const Real v_k = v[k];
+    const Real w_k = inverse_half * product[k] - correction * v_k;
+    const Real pivot = matrix.pivot(k, k) - (v_k * w_k + w_k * v_k);
+    if (team.leads()) diagonal[k] = pivot;
+    if (k == n - 1) break;
+
+    // Entries of a tile that the reduction has passed must not reach the products any more.
+    for (int i = tile_start(k + 1) + lane; i <= k; i += lanes) {
+      if (team.owns(i)) {
+        u[i] = zero;
+        w[i] = zero;
+      }
+    }
+    const Real square = team.sum(sum_strided<Real>(
+        k + 1 + lane, n, lanes, [=, &matrix, &team](int i) {
+          const Real w_i = inverse_half * product[i] - correction * v[i];
+          const Real x_i = matrix.pivot(i, k) - (v[i] * w_k + w_i * v_k);
+          if (team.owns(i)) {
+            w[i] = w_i;
+            u[i] = x_i;
+          }
+          return x_i * x_i;
+        }));
+    const Real w_next = inverse_half * product[k + 1] - correction * v[k + 1];
+    const Real first = matrix.pivot(k + 1, k) - (v[k + 1] * w_k + w_next * v_k);
+
+    // u = x / |x| + sign(x_0) e_0 has entries of order one, whatever the size of x.
+    const auto is_live = square > Number::fill(Number::negligible_square);
+    const Real norm = Number::square_root(is_live ? square : one);
+    const Real inverse_norm = is_live ? one / norm : zero;
+    const Real sign = is_live ? (first < zero ? -one : one) : zero;
+    inverse_half = is_live ? one / (one + absolute(first) * inverse_norm) : zero;
+    if (team.leads()) off_diagonal[k] = -sign * norm;
+    for (int i = k + 1 + lane; i < n; i += lanes) {
+      if (team.owns(i)) u[i] *= inverse_norm;
+    }
+    if (lane == 0 && team.owns(k + 1)) u[k + 1] += sign;
+    team.sync();
+    matrix.sweep(team, k, n, v, w, u, vectors.product);
+  }
+  team.sync();
+}
+
+// An interval that holds every eigenvalue (Gershgorin). Turns off-diagonals into their squares,
+// raised from zero so that a Sturm count never meets 0 / 0.
+template <class Real, class Team>
+FASTCOV_INLINE void bound_eigenvalues(Team& team, const Real* diagonal, Real* off_diagonal, int n,
+                                      Real& lower, Real& upper) {
+  using Number = Numeric<Real>;
+  Real top = diagonal[0];
+  Real bottom = -diagonal[0];
+  for (int i = team.lane(); i < n; i += team.lanes()) {
+    const Real before = i > 0 ? absolute(off_diagonal[i - 1]) : Number::fill(0);
+    const Real after = i < n - 1 ? absolute(off_diagonal[i]) : Number::fill(0);
+    top = larger(top, diagonal[i] + (before + after));
+    bottom = larger(bottom, (before + after) - diagonal[i]);
+  }
+  upper = team.maximum(top);
+  lower = -team.maximum(bottom);
+  team.sync();
+  for (int i = team.rank(); i < n - 1; i += team.size()) {
+    off_diagonal[i] =
+        larger(off_diagonal[i] * off_diagonal[i], Number::fill(Number::least_square));
+  }
+  team.sync();
+}
+
+// Number of eigenvalues below x: negative pivots of T - x I (Sturm). A pivot of zero gives an
+// infinity of the right sign in the next, so that no guard is needed.
+template <class Real>
+FASTCOV_INLINE typename Numeric<Real>::Count count_below(const Real* diagonal, const Real* square,
+                                                         int n, Real x) {
+  using Number = Numeric<Real>;
+  Real pivot = diagonal[0] - x;
+  typename Number::Count below = Number::is_negative(pivot);
+  for (int i = 1; i < n; ++i) {
+    pivot = (diagonal[i] - x) - Number::ratio(square[i - 1], pivot);
+    below += Number::is_negative(pivot);
+  }
+  return below;
+}
+
+// Writes eigenvalue k, ascending, by write(k, value); one lane for each. Counts at evenly spaced
+// points, shared by all lanes [size + 1], replace the first log2(size) halvings.
+template <class Real, class Team, class Write>
+FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square, int n, Real lower,
+                           Real upper, int* counts, const Write& write) {
+  using Number = Numeric<Real>;
+  const int sections = team.size();
+  const Real section = (upper - lower) / static_cast<Real>(sections);
+  int halvings = Number::digits + 1;
+  for (int s = sections; s > 1; s /= 2) --halvings;
+  if (sections > 1) {
+    counts[team.rank()] =
+        count_below(diagonal, square, n, lower + section * static_cast<Real>(team.rank()));
+    team.sync();
+  }
+  for (int k = team.rank(); k < n; k += team.size()) {
+    int first = 0;
+    int last = sections;
+    while (last - first > 1) {
+      const int middle = (first + last) / 2;
+      (counts[middle] <= k ? first : last) = middle;
+    }
+    Real low = lower + section * static_cast<Real>(first);
+    Real high = last == sections ? upper : lower + section * static_cast<Real>(last);
+    for (int step = 0; step < halvings; ++step) {
+      const Real middle = low + (high - low) * Number::fill(0.5);
+      const bool is_low = count_below(diagonal, square, n, middle) <= k;
+      low = is_low ? middle : low;
+      high = is_low ? high : middle;
+    }
+    write(k, low + (high - low) * Number::fill(0.5));
+  }
+}
+
+// Error bound of an eigenvalue relative to the largest magnitude, as eigenvalue_tolerance in
+// fastcov/ops/reference.py states it for every path.
+template <class Real>
+FASTCOV_INLINE Real relative_tolerance(int n) {
+  if (sizeof(Real) == 8) return static_cast<Real>(1e-13) * Numeric<Real>::square_root(static_cast<Real>(n));
+  if (n <= 256) return static_cast<Real>(4e-6);
+  const Real growth = static_cast<Real>(n) / static_cast<Real>(2048);
+  return static_cast<Real>(1e-5) * (growth > 1 ? Numeric<Real>::square_root(growth) : static_cast<Real>(1));
+}
+
+// Bounds on the number of eigenvalues above tau: an eigenvalue within the error bound may be on
+// either side. NaN compares false, so that a threshold of NaN gives (0, n).
+template <class Real>
+FASTCOV_INLINE void count_above(const Real* diagonal, const Real* square, int n, Real lower,
+                                Real upper, Real tau, int& low, int& high) {
+  const Real size = absolute(lower) > absolute(upper) ? absolute(lower) : absolute(upper);
+  const Real error = relative_tolerance<Real>(n) * size;
+  low = tau == tau ? n - count_below(diagonal, square, n, tau + error) : 0;
+  high = tau == tau ? n - count_below(diagonal, square, n, tau - error) : n;
+}
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

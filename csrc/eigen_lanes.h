@@ -1,0 +1,56 @@
+// GCC vectors whose elements belong to different matrices, for the host.
+#pragma once
+
+#include "eigen_numeric.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+template <class T, int Lanes>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * Lanes)));
+};
+template <class T, int Lanes>
+using Pack = typename LanesOf<T, Lanes>::type;
+
+// What Numeric says of a pack: its element's constants, and one count a lane.
+template <class T, class Integer, int Lanes>
+struct PackNumeric {
+  using Real = Pack<T, Lanes>;
+  using Count = Pack<Integer, Lanes>;
+  static constexpr bool is_scalar = false;
+  static constexpr int lanes = Lanes;
+  static constexpr int digits = Numeric<T>::digits;
+  static constexpr T negligible_square = Numeric<T>::negligible_square;
+  static constexpr T least_square = Numeric<T>::least_square;
+
+  static FASTCOV_INLINE Real fill(T value) { return value - Real{}; }
+  static FASTCOV_INLINE Real square_root(Real value) {
+    for (int lane = 0; lane < Lanes; ++lane) {
+      value[lane] = Numeric<T>::square_root(value[lane]);
+    }
+    return value;
+  }
+  static FASTCOV_INLINE Real ratio(Real a, Real b) { return a / b; }
+  static FASTCOV_INLINE Count is_negative(Real value) { return -(value < Real{}); }
+};
+template <>
+struct Numeric<Pack<float, 8>> : PackNumeric<float, int32_t, 8> {};
+template <>
+struct Numeric<Pack<float, 16>> : PackNumeric<float, int32_t, 16> {};
+template <>
+struct Numeric<Pack<double, 8>> : PackNumeric<double, int64_t, 8> {};
+template <>
+struct Numeric<Pack<double, 16>> : PackNumeric<double, int64_t, 16> {};
+
+template <class V>
+FASTCOV_INLINE bool all_of(V mask) {
+  bool all = true;
+  for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(mask[0])); ++lane) {
+    all &= mask[lane] != 0;
+  }
+  return all;
+}
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

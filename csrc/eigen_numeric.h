@@ -1,0 +1,135 @@
+// Arithmetic that float, double and packs of them (eigen_lanes.h) share, for host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+template <class Real>
+struct Numeric;
+
+template <>
+struct Numeric<float> {
+  using Bits = uint32_t;
+  using Count = int;
+  static constexpr bool is_scalar = true;
+  static constexpr int digits = 24;
+  static constexpr int mantissa_bits = 23;
+  static constexpr int exponent_bias = 127;
+  static constexpr Bits infinity = 0x7f800000u;
+  static constexpr float negligible_square = 1e-30f;  // a column of norm 1e-15 changes nothing
+  static constexpr float least_square = 1e-36f;       // smallest square of an off-diagonal
+
+  static FASTCOV_INLINE constexpr float fill(float value) { return value; }
+  static FASTCOV_INLINE float square_root(float value) {
+#if defined(__CUDA_ARCH__)
+    return ::sqrtf(value);
+#else
+    return __builtin_sqrtf(value);
+#endif
+  }
+  // a / b for Sturm counts: one instruction on a GPU, off by an ulp, infinities kept.
+  static FASTCOV_INLINE float ratio(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    return a * inverse;
+#else
+    return a / b;
+#endif
+  }
+  static FASTCOV_INLINE int is_negative(float value) {
+    return static_cast<int>(__builtin_bit_cast(Bits, value) >> 31);
+  }
+};
+
+template <>
+struct Numeric<double> {
+  using Bits = uint64_t;
+  using Count = int;
+  static constexpr bool is_scalar = true;
+  static constexpr int digits = 53;
+  static constexpr int mantissa_bits = 52;
+  static constexpr int exponent_bias = 1023;
+  static constexpr Bits infinity = 0x7ff0000000000000u;
+  static constexpr double negligible_square = 1e-200;
+  static constexpr double least_square = 1e-290;
+
+  static FASTCOV_INLINE constexpr double fill(double value) { return value; }
+  static FASTCOV_INLINE double square_root(double value) {
+#if defined(__CUDA_ARCH__)
+    return ::sqrt(value);
+#else
+    return __builtin_sqrt(value);
+#endif
+  }
+  static FASTCOV_INLINE double ratio(double a, double b) { return a / b; }
+  static FASTCOV_INLINE int is_negative(double value) {
+    return static_cast<int>(__builtin_bit_cast(Bits, value) >> 63);
+  }
+};
+
+template <class Real>
+FASTCOV_INLINE Real absolute(Real value) {
+  return value < Numeric<Real>::fill(0) ? -value : value;
+}
+template <class Real>
+FASTCOV_INLINE Real larger(Real a, Real b) {
+  return a > b ? a : b;
+}
+
+// Bits of |value|: ordered as the magnitudes are, infinity and NaN above all numbers.
+template <class Real>
+FASTCOV_INLINE typename Numeric<Real>::Bits magnitude_bits(Real value) {
+  using Bits = typename Numeric<Real>::Bits;
+  return __builtin_bit_cast(Bits, value) & (~Bits{0} >> 1);
+}
+
+template <class Real>
+FASTCOV_INLINE Real power_of_two(int exponent) {
+  using Number = Numeric<Real>;
+  return __builtin_bit_cast(Real, static_cast<typename Number::Bits>(exponent + Number::exponent_bias)
+                                      << Number::mantissa_bits);
+}
+
+// How a matrix is scaled, from the largest magnitude_bits of its entries.
+template <class Real>
+struct Scale {
+  Real shrink;   // entries times this are at most 4, the largest at least 1/2 unless subnormal
+  Real restore;  // eigenvalues times this are those of the matrix; NaN where it is not finite
+  bool is_finite;
+
+  FASTCOV_INLINE explicit Scale(typename Numeric<Real>::Bits largest) {
+    using Number = Numeric<Real>;
+    const int limit = Number::exponent_bias - 1;
+    int exponent = static_cast<int>(largest >> Number::mantissa_bits) - limit;
+    exponent = exponent > limit ? limit : exponent;
+    is_finite = largest < Number::infinity;
+    shrink = power_of_two<Real>(-exponent);
+    restore = is_finite ? power_of_two<Real>(exponent) : static_cast<Real>(__builtin_nan(""));
+  }
+};
+
+// Sum of term(i) over i = from, from + step, ... below n, in an order that only the instruction set
+// and the team decide.
+template <class Real, class Term>
+FASTCOV_INLINE Real sum_strided(int from, int n, int step, const Term& term) {
+  Real sum = Numeric<Real>::fill(0);
+#if !defined(__CUDACC__)
+  if constexpr (Numeric<Real>::is_scalar) {
+    if (step == 1) {
+      FASTCOV_SIMD(reduction(+ : sum))
+      for (int i = from; i < n; ++i) sum += term(i);
+      return sum;
+    }
+  }
+#endif
+  for (int i = from; i < n; i += step) sum += term(i);
+  return sum;
+}
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

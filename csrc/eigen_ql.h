@@ -1,0 +1,118 @@
+// Eigenvalues of many tridiagonal matrices at once on the host: the rational QL iteration of Pal,
+// Walker and Kahan (LAPACK's sterf), in double, all lanes in step.
+//
+// An eigenvalue takes about two sweeps here and fifty Sturm counts by bisection. Lanes that have
+// converged at an entry sweep along until the last one has: the shift then keeps what they found.
+#pragma once
+
+#include "eigen_lanes.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+// diagonal, square: [n][Packs] with the squares of the off-diagonals, overwritten. tolerance: what an
+// off-diagonal may have left, relative to the largest entry. Returns false, leaving nothing usable,
+// when some lane has not converged within `limit` sweeps.
+template <class V, int Packs>
+FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance, int limit) {
+  using Number = Numeric<V>;
+  const V zero = {};
+  const V one = Number::fill(1);
+  V negligible[Packs], least[Packs];
+  for (int p = 0; p < Packs; ++p) {
+    V size = zero;
+    for (int i = 0; i < n; ++i) {
+      const V magnitude = absolute(diagonal[i * Packs + p]);
+      size = larger(size, magnitude * magnitude);
+      if (i < n - 1) size = larger(size, square[i * Packs + p]);
+    }
+    // A matrix of zeros is as good as converged.
+    size = size > zero ? size : one;
+    negligible[p] = size * (tolerance * tolerance);
+    least[p] = size * 1e-36;
+    for (int i = 0; i < n - 1; ++i) {
+      square[i * Packs + p] = larger(square[i * Packs + p], least[p]);
+    }
+  }
+  int sweeps = 0;
+  for (int top = 0; top < n - 1; ++top) {
+    while (true) {
+      bool converged = true;
+      for (int p = 0; p < Packs; ++p) {
+        converged = converged && all_of(square[top * Packs + p] <= negligible[p]);
+      }
+      if (converged) break;
+      if (++sweeps > limit) return false;
+
+      V shift[Packs], gamma[Packs], power[Packs], cosine[Packs], sine[Packs];
+      for (int p = 0; p < Packs; ++p) {
+        const V root = Number::square_root(square[top * Packs + p]);
+        const V first = diagonal[top * Packs + p];
+        const V slope = (diagonal[(top + 1) * Packs + p] - first) / (root + root);
+        const V length = Number::square_root(slope * slope + one);
+        shift[p] = first - root / (slope < zero ? slope - length : slope + length);
+        gamma[p] = diagonal[(n - 1) * Packs + p] - shift[p];
+        power[p] = gamma[p] * gamma[p];
+        cosine[p] = one;
+        sine[p] = zero;
+      }
+      for (int i = n - 2; i >= top; --i) {
+        FASTCOV_UNROLL
+        for (int p = 0; p < Packs; ++p) {
+          const V below = square[i * Packs + p];
+          const V sum = power[p] + below;
+          // power may vanish: its quotient below then has a limit of its own.
+          const auto is_small = power[p] < Number::fill(1e-150);
+          const V guarded = is_small ? one : power[p];
+          const V inverse = one / (guarded * sum);
+          const V old_cosine = cosine[p];
+          const V old_gamma = gamma[p];
+          if (i < n - 2) square[(i + 1) * Packs + p] = larger(sine[p] * sum, least[p]);
+          const V inverse_sum = guarded * inverse;
+          cosine[p] = power[p] * inverse_sum;
+          sine[p] = below * inverse_sum;
+          const V alpha = diagonal[i * Packs + p];
+          gamma[p] = cosine[p] * (alpha - shift[p]) - sine[p] * old_gamma;
+          diagonal[(i + 1) * Packs + p] = old_gamma + (alpha - gamma[p]);
+          const V scaled = gamma[p] * sum;
+          power[p] = is_small ? old_cosine * below : scaled * scaled * inverse;
+        }
+      }
+      for (int p = 0; p < Packs; ++p) {
+        square[top * Packs + p] = larger(sine[p] * power[p], least[p]);
+        diagonal[top * Packs + p] = shift[p] + gamma[p];
+      }
+    }
+  }
+  return true;
+}
+
+// Sorts each lane ascending by Batcher's merge exchange (Knuth, volume 3, algorithm 5.2.2M).
+template <class V, int Packs>
+FASTCOV_INLINE void sort_lanes(V* values, int n) {
+  int top = 1;
+  while (top < n) top *= 2;
+  for (int p = top / 2; p > 0; p /= 2) {
+    int q = top / 2;
+    int r = 0;
+    int d = p;
+    while (true) {
+      for (int i = 0; i < n - d; ++i) {
+        if ((i & p) != r) continue;
+        for (int pack = 0; pack < Packs; ++pack) {
+          const V a = values[i * Packs + pack];
+          const V b = values[(i + d) * Packs + pack];
+          values[i * Packs + pack] = a < b ? a : b;
+          values[(i + d) * Packs + pack] = a < b ? b : a;
+        }
+      }
+      if (q == p) break;
+      d = q - p;
+      q /= 2;
+      r = p;
+    }
+  }
+}
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

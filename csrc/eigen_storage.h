@@ -1,0 +1,116 @@
+// Where the matrix lies while it is reduced: the two storages of eigen.h's Matrix.
+#pragma once
+
+#include "eigen_numeric.h"
+#include "team.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+// Lower triangle by columns, one after the other, in memory that the team shares. Squads take tiles
+// of four columns in turn, lanes take rows; each squad sums products in a row of its own.
+template <class Real, class Team>
+struct ColumnTriangle {
+  Real* data;
+  int n;
+  int product_stride;  // between the squads' rows of product
+
+  FASTCOV_INLINE Real* column(int j) const {  // entry (i, j) is column(j)[i]
+    return data + static_cast<int64_t>(j) * (2 * n - j - 1) / 2;
+  }
+  static FASTCOV_INLINE constexpr int64_t elements(int n) {
+    return static_cast<int64_t>(n) * (n + 1) / 2;
+  }
+  FASTCOV_INLINE Real pivot(int i, int k) const { return column(k)[i]; }
+
+  FASTCOV_INLINE void sweep(Team& team, int k, int order, const Real* v, const Real* w,
+                            const Real* u, Real* product) {
+    const int lane = team.lane();
+    const int lanes = team.lanes();
+    const int start = tile_start(k + 1);
+    const Real zero = Numeric<Real>::fill(0);
+    Real* const partial = product + team.squad() * product_stride;
+    for (int i = start + lane; i < padded(order); i += lanes) partial[i] = zero;
+    team.squad_sync();
+    for (int tile = start + 4 * team.squad(); tile < order; tile += 4 * team.squads()) {
+      Real v_j[4], w_j[4], u_j[4], sums[4];
+      Real* a[4];
+      FASTCOV_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        v_j[c] = v[tile + c];
+        w_j[c] = w[tile + c];
+        u_j[c] = u[tile + c];
+        sums[c] = zero;
+        a[c] = column(tile + c < order ? tile + c : order - 1);
+      }
+      for (int i = tile + lane; i < tile + 4 && i < order; i += lanes) {
+        Real row = partial[i];
+        FASTCOV_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          if (tile + c > i) continue;
+          const Real entry = a[c][i] - (v[i] * w_j[c] + w[i] * v_j[c]);
+          a[c][i] = entry;
+          row += entry * u_j[c];
+          if (tile + c < i) sums[c] += entry * u[i];
+        }
+        partial[i] = row;
+      }
+      sweep_rows(tile + 4 + lane, order, lanes, a, v, w, u, v_j, w_j, u_j, sums, partial);
+      team.squad_sync();
+      team.add_sums(sums, partial + tile, order - tile);
+      team.squad_sync();
+    }
+    team.sync();
+    if (team.squads() > 1) {
+      for (int i = start + team.rank(); i < order; i += team.size()) {
+        Real sum = product[i];
+        for (int s = 1; s < team.squads(); ++s) sum += product[s * product_stride + i];
+        product[i] = sum;
+      }
+      team.sync();
+    }
+  }
+
+ private:
+  // Rows below the tile: four columns at once, so that v, w, u and the product are loaded once.
+  static FASTCOV_INLINE void sweep_rows(int from, int order, int lanes, Real* const (&a)[4],
+                                        const Real* v, const Real* w, const Real* u,
+                                        const Real (&v_j)[4], const Real (&w_j)[4],
+                                        const Real (&u_j)[4], Real (&sums)[4], Real* partial) {
+    Real s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+    const auto row = [=](int i, Real& t0, Real& t1, Real& t2, Real& t3) {
+      const Real v_i = v[i], w_i = w[i], u_i = u[i];
+      const Real e0 = a[0][i] - (v_i * w_j[0] + w_i * v_j[0]);
+      const Real e1 = a[1][i] - (v_i * w_j[1] + w_i * v_j[1]);
+      const Real e2 = a[2][i] - (v_i * w_j[2] + w_i * v_j[2]);
+      const Real e3 = a[3][i] - (v_i * w_j[3] + w_i * v_j[3]);
+      a[0][i] = e0;
+      a[1][i] = e1;
+      a[2][i] = e2;
+      a[3][i] = e3;
+      t0 += e0 * u_i;
+      t1 += e1 * u_i;
+      t2 += e2 * u_i;
+      t3 += e3 * u_i;
+      partial[i] += (e0 * u_j[0] + e1 * u_j[1]) + (e2 * u_j[2] + e3 * u_j[3]);
+    };
+    int i = from;
+#if !defined(__CUDACC__)
+    if constexpr (Numeric<Real>::is_scalar) {
+      if (lanes == 1) {
+        FASTCOV_SIMD(reduction(+ : s0, s1, s2, s3))
+        for (int j = from; j < order; ++j) row(j, s0, s1, s2, s3);
+        i = order;
+      }
+    }
+#endif
+    for (; i < order; i += lanes) row(i, s0, s1, s2, s3);
+    sums[0] = s0;
+    sums[1] = s1;
+    sums[2] = s2;
+    sums[3] = s3;
+  }
+};
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

@@ -1,0 +1,86 @@
+// A view of rows: leading dimensions of any strides, channels last. Nothing is copied.
+#pragma once
+
+#include <cstdint>
+
+#include "boxing.h"
+
+#if defined(__CUDACC__)
+#define FASTCOV_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FASTCOV_HOST_DEVICE inline
+#endif
+
+namespace fastcov {
+
+constexpr int kMaxLeading = 4;
+
+struct RowsView {
+  const char* data;
+  int64_t item_bytes;
+  // Leading dimensions, those that lie side by side merged, filled up in front with size 1: the
+  // last one is the run of evenly strided rows. Strides in elements.
+  int64_t size[kMaxLeading];
+  int64_t stride[kMaxLeading];
+  int64_t rows;
+  int64_t channels;
+  int64_t channel_stride;
+
+  int64_t run_rows() const { return size[kMaxLeading - 1]; }
+  int64_t run_stride() const { return stride[kMaxLeading - 1]; }
+};
+
+inline RowsView view_rows(const Tensor& rows) {
+  const int64_t dims = rows.dim();
+  STD_TORCH_CHECK(dims >= 1 && dims <= kMaxLeading + 1, "rows must have 1 to 5 dimensions");
+  RowsView view{};
+  view.data = static_cast<const char*>(rows.const_data_ptr());
+  view.item_bytes = static_cast<int64_t>(rows.element_size());
+  view.channels = rows.size(dims - 1);
+  view.channel_stride = view.channels == 1 ? 1 : rows.stride(dims - 1);
+  view.rows = 1;
+  int slot = kMaxLeading;
+  for (int64_t dim = dims - 2; dim >= 0; --dim) {
+    const int64_t size = rows.size(dim);
+    const int64_t stride = rows.stride(dim);
+    view.rows *= size;
+    if (size == 1) continue;
+    if (slot < kMaxLeading && stride == view.size[slot] * view.stride[slot]) {
+      view.size[slot] *= size;
+      continue;
+    }
+    --slot;
+    view.size[slot] = size;
+    view.stride[slot] = stride;
+  }
+  while (slot > 0) view.size[--slot] = 1;
+  return view;
+}
+
+// Offset in elements of a row, counted row-major over the leading dimensions.
+FASTCOV_HOST_DEVICE int64_t row_offset(const RowsView& view, int64_t row) {
+  int64_t offset = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll  // no run-time index: the view stays in constant memory
+#endif
+  for (int dim = kMaxLeading - 1; dim >= 0; --dim) {
+    if (view.size[dim] == 1) continue;
+    const int64_t above = row / view.size[dim];
+    offset += (row - above * view.size[dim]) * view.stride[dim];
+    row = above;
+  }
+  return offset;
+}
+
+// Calls visit(first row, rows, element offset) for each run of evenly strided rows in [begin, end).
+template <typename Visit>
+void for_each_run(const RowsView& view, int64_t begin, int64_t end, const Visit& visit) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t left = view.run_rows() - row % view.run_rows();
+    const int64_t count = left < end - row ? left : end - row;
+    visit(row, count, row_offset(view, row));
+    row += count;
+  }
+}
+
+}  // namespace fastcov
