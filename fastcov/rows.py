@@ -18,14 +18,19 @@ comes out as ``permute(0, 2, 3, 1)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _MAX_DIMS = 5  # what the kernels take
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_DENSE = Tensor.__torch_dispatch__  # what subclasses that hold their own data keep
 
 
 class Layout(Enum):
@@ -76,22 +81,85 @@ def _channels_to_end(dims: int) -> tuple[int, ...]:
 _CHANNELS_TO_END = {dims: _channels_to_end(dims) for dims in range(2, 6)}
 
 
-def row_view(activation: Tensor, layout: Layout, rank: int | None = None) -> Tensor:
+def unreadable_type(kind: type[Tensor]) -> str:
+    """Why tensors of a type hold no plain rows; empty where they do."""
+    if kind.__torch_dispatch__ is _DENSE:
+        return ""
+    if kind.__name__ == "DTensor":
+        return "gives DTensors, whose rows or channels lie on several ranks: not read"
+    return f"gives tensors of type {kind.__name__}, which hold no plain rows: not read"
+
+
+def plain_tensor(activation: Tensor) -> tuple[Tensor, int] | str:
+    """The dense tensor that an activation is, free of subclasses and of torch.func's wrappers.
+
+    Args:
+        activation: Of any type.
+
+    Returns:
+        The tensor and the number of vmapped dimensions, now in front; or why there is none.
+
+    Example:
+        >>> plain_tensor(torch.zeros(2, 3, device="meta"))
+        'gives tensors on the meta device, which hold no values: not read'
+    """
+    if type(activation) is not Tensor:
+        if reason := unreadable_type(type(activation)):
+            return reason
+        activation = activation.as_subclass(Tensor)
+    batch_dims = 0
+    if torch._C._functorch.is_functorch_wrapped_tensor(activation):
+        activation, batch_dims = _unwrapped(activation)
+        if type(activation) is not Tensor:
+            return unreadable_type(type(activation)) or "is wrapped by torch.func: not read"
+    if activation.layout is not torch.strided or activation.is_nested:
+        return "gives sparse or nested tensors: not read"
+    if activation.dtype not in _DTYPES:
+        return f"gives {activation.dtype} tensors: not read"
+    if activation.is_meta:
+        return "gives tensors on the meta device, which hold no values: not read"
+    if activation.dim() == batch_dims:
+        return "gives single numbers, which have no channels: not read"
+    return activation, batch_dims
+
+
+def _unwrapped(activation: Tensor) -> tuple[Tensor, int]:
+    # From the innermost transform outwards; each vmap hides one dimension of what it wraps.
+    functorch = torch._C._functorch
+    hidden = []
+    while functorch.is_functorch_wrapped_tensor(activation):
+        if functorch.is_batchedtensor(activation):
+            hidden.append(functorch.maybe_get_bdim(activation))
+        activation = functorch.get_unwrapped(activation)
+    visible = list(range(activation.dim()))
+    front = [visible.pop(dim) for dim in reversed(hidden)]
+    return activation.detach().permute(front + visible), len(front)
+
+
+def row_view(
+    activation: Tensor, layout: Layout, rank: int | None = None, batch_dims: int = 0
+) -> Tensor:
     """An activation seen as feature rows.
 
     Args:
         activation: At least one dimension.
         layout: Where its channels are.
         rank: Rank of a batched activation; one dimension fewer means a single image.
+        batch_dims: Dimensions in front that torch.vmap hides from the module: more images.
 
     Returns:
         View with images first and channels last; at most 5 dimensions. [B, ..., C]
 
     Example:
-        >>> import torch
         >>> row_view(torch.zeros(2, 8, 5, 7), Layout.CHANNELS_FIRST).shape
         torch.Size([2, 5, 7, 8])
     """
+    if batch_dims:
+        inner: Callable[[Tensor], Tensor] = partial(row_view, layout=layout, rank=rank)
+        for _ in range(batch_dims):
+            inner = torch.vmap(inner)
+        rows = inner(activation).flatten(0, batch_dims)
+        return rows if rows.dim() <= _MAX_DIMS else rows.flatten(1, 1 - _MAX_DIMS)
     dims = activation.dim()
     if dims == 1:
         return activation[None]
@@ -102,8 +170,7 @@ def row_view(activation: Tensor, layout: Layout, rank: int | None = None) -> Ten
     if layout is Layout.BY_RANK:
         layout = Layout.CHANNELS_FIRST if dims >= 4 else Layout.CHANNELS_LAST
     if layout is Layout.CHANNELS_FIRST:
-        # permute, not movedim: a fifth of the time, and this runs in every hook
-        activation = activation.permute(_CHANNELS_TO_END.get(dims) or _channels_to_end(dims))
+        activation = activation.movedim(1, -1)
     elif layout is Layout.SEQUENCE_FIRST and dims >= 3:
         activation = activation.transpose(0, 1)
     return activation if dims <= _MAX_DIMS else activation.flatten(1, 1 - _MAX_DIMS)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastcov.rows import Layout, batched_rank, layout_of
+from fastcov.rows import Layout, batched_rank, layout_of, unreadable_type
 
 if TYPE_CHECKING:
     from fastcov.collector import Collector
@@ -40,6 +42,7 @@ class Tap:
         layout: Where the tensor holds its channels.
         batched_rank: Rank of a batched tensor where unbatched ones are possible.
         macs_per_row: Multiply-accumulates of the module's forward for one row of this tap.
+        is_sharded: Whether the module's weights are DTensors: a rank may hold some channels only.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Tap:
     layout: Layout
     batched_rank: int | None
     macs_per_row: int
+    is_sharded: bool = False
 
 
 def canonical_name(name: str) -> str:
@@ -81,7 +85,7 @@ def find_taps(
     named = {canonical_name(name): module for name, module in model.named_modules()}
     chosen = {name: m for name, m in named.items() if id(m) not in attention_inner}
     if include is None:
-        chosen = {name: m for name, m in chosen.items() if isinstance(m, _DEFAULT_TYPES)}
+        chosen = {name: m for name, m in chosen.items() if _is_watched_by_default(m)}
     else:
         chosen = {name: m for name, m in named.items() if _matches(include, name, m)}
         _check_patterns("include", include, named)
@@ -104,9 +108,23 @@ def find_taps(
     ]
 
 
+def _is_watched_by_default(module: nn.Module) -> bool:
+    return isinstance(module, _DEFAULT_TYPES) or _is_transposed_linear(module)
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    # GPT-2 and its relatives in transformers: a Linear by another name, its weight transposed.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
 def _make_tap(
     name: str, module: nn.Module, position: Literal["output", "input"], counts_macs: bool
 ) -> Tap:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"layer {name!r} is a {type(module).__name__} that has no shape yet: run one forward "
+            "of the model before tracking it"
+        )
     return Tap(
         name=name if position == "output" else f"{name}:in",
         module_name=name,
@@ -115,6 +133,7 @@ def _make_tap(
         layout=layout_of(module),
         batched_rank=batched_rank(module),
         macs_per_row=_macs_per_row(module, position) if counts_macs else 0,
+        is_sharded=any(type(weight).__name__ == "DTensor" for weight in module.parameters()),
     )
 
 
@@ -125,19 +144,24 @@ def _channels(module: nn.Module, position: Literal["output", "input"]) -> int | 
         return module.out_features if position == "output" else module.in_features
     if isinstance(module, nn.MultiheadAttention):
         return int(module.embed_dim)
+    if _is_transposed_linear(module):
+        return int(getattr(module, "nf" if position == "output" else "nx"))
     return None
 
 
 def _macs_per_row(module: nn.Module, position: Literal["output", "input"]) -> int:
-    # A matrix is applied once a row; a convolution's input rows are stride-times as many.
+    # From the shapes that a module declares: parametrised, sharded and flattened weights have
+    # others. A matrix is applied once a row; a convolution's input rows are stride-times as many.
     if isinstance(module, nn.Embedding):
         return 0
-    macs = sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
     if isinstance(module, _ConvNd):
+        weights = module.in_channels * module.out_channels // module.groups
+        macs = weights * prod(module.kernel_size)
         transposed = module.transposed
-        if transposed == (position == "output"):
-            macs //= prod(module.stride)
-    return macs
+        return macs // prod(module.stride) if transposed == (position == "output") else macs
+    return sum(weight.numel() for weight in module.parameters() if weight.dim() >= 2)
 
 
 def _selectors(selector: Selector) -> Iterable[Any]:
@@ -174,11 +198,13 @@ def _check_patterns(argument: str, selector: Selector, named: Mapping[str, nn.Mo
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor of a module's input or output: tuples and mappings too."""
+    """The first floating-point tensor of an input or output: tuples, mappings, dataclasses too."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
     if isinstance(value, Mapping):
         value = tuple(value.values())
+    elif is_dataclass(value):
+        value = tuple(vars(value).values())
     if isinstance(value, (tuple, list)):
         for item in value:
             found = first_tensor(item)
@@ -187,36 +213,58 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def _is_exporting() -> bool:
+    # Not torch.compiler.is_exporting(): inside torch.compile it is True as well (torch 2.11).
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 class Hook:
-    """Forward hook of one tap. A copy of it (deepcopy, pickle: EMA, checkpoints) does nothing."""
+    """Forward hook of one tap. A copy of it (deepcopy, pickle: EMA, checkpoints) does nothing.
+
+    Compiled code keeps what is read only while training: a model in evaluation mode compiles to
+    the graph that it has without a tracker. An exported model holds nothing of it.
+    """
 
     def __init__(self, tracker: Collector | None, tap: int) -> None:
         self.tracker = tracker
         self.tap = tap
+        with torch.inference_mode(False):
+            self.key = torch.tensor(tap, device="cpu")  # a tensor: see observe_ in ops/library.py
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None, int]]:
         return Hook, (None, self.tap)
 
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Reads a module's output."""
-        self.read(output)
+        self.read(module, output)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Reads a module's first input, positional or by keyword."""
-        self.read((args, kwargs))
+        self.read(module, (args, kwargs))
 
-    def read(self, value: Any) -> None:
+    def read(self, module: nn.Module, value: Any) -> None:
         """Hands the first tensor to the tracker."""
         tracker = self.tracker
-        if tracker is None:
+        if tracker is None or _is_exporting():
             return
         activation = first_tensor(value)
         if activation is None:
             return
         if torch.compiler.is_compiling():
-            torch.ops.fastcov.observe_(tracker.clock, activation, tracker.number, self.tap)
+            root = tracker.root()
+            if tracker.train_only and root is not None and not root.training:
+                return
+            if reason := unreadable_type(type(activation)):
+                torch.ops.fastcov.refuse_(tracker.clock, self.key, reason)
+            else:
+                torch.ops.fastcov.observe_(tracker.clock, self.key, activation)
+        elif "_is_replica" in module.__dict__:
+            tracker.refuse(self.tap, REPLICA)
         else:
             tracker.observe(self.tap, activation)
+
+
+REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
 
 
 class StepHook:
@@ -231,19 +279,38 @@ class StepHook:
     def begin(self, module: nn.Module, args: Any) -> None:
         """Starts a step."""
         tracker = self.tracker
-        if tracker is None or (tracker.train_only and not module.training):
+        if tracker is None or _is_exporting():
             return
+        is_step = module.training or not tracker.train_only
         if torch.compiler.is_compiling():
-            torch.ops.fastcov.begin_step_(tracker.clock, tracker.number)
+            if is_step:
+                torch.ops.fastcov.begin_step_(tracker.clock)
+        elif "_is_replica" in module.__dict__:
+            tracker.not_counted = REPLICA
         else:
-            tracker.begin_step()
+            is_nested = tracker.is_running and _runs_inside_itself(module)
+            tracker.begin_step(is_step, is_nested)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends the step."""
+        """Ends the step; called after an exception too."""
         tracker = self.tracker
-        if tracker is None or (tracker.train_only and not module.training):
+        if tracker is None or _is_exporting():
             return
         if torch.compiler.is_compiling():
-            torch.ops.fastcov.end_step_(tracker.clock, tracker.number)
-        else:
+            if module.training or not tracker.train_only:
+                torch.ops.fastcov.end_step_(tracker.clock)
+        elif "_is_replica" not in module.__dict__:
             tracker.end_step()
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def _runs_inside_itself(module: nn.Module) -> bool:
+    # A forward that did not end is either still on the stack (recursion), or was interrupted.
+    calls = 0
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+    return calls > 1

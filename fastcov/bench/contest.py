@@ -1,0 +1,206 @@
+"""A contest: one piece of work, everyone who can do it, and what was checked before timing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from fastcov.bench.floors import Floor
+from fastcov.bench.machine import Rates, read_rates
+from fastcov.bench.timing import Call, interleave, quantiles, ratios
+
+Size = Literal["tiny", "default", "full"]
+OURS = "fastcov"
+
+
+class WrongResult(AssertionError):
+    """A contender of ours is wrong: its time is never taken."""
+
+
+@dataclass
+class Setting:
+    """Where and how large benchmarks run.
+
+    Attributes:
+        device: CPU, or one GPU.
+        size: "tiny" runs everything once, "full" the whole grid.
+        missing: Peers that cannot run here, with the reason: filled as they are looked for.
+    """
+
+    device: torch.device
+    size: Size = "default"
+    missing: dict[str, str] = field(default_factory=dict)
+    _rates: Rates | None = None
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether everything runs once only."""
+        return self.size == "tiny"
+
+    @property
+    def rates(self) -> Rates:
+        """What this machine can do, measured on first use."""
+        if self._rates is None:
+            self._rates = read_rates(self.device, is_quick=self.is_tiny)
+        return self._rates
+
+    def rounds(self, default: int, full: int | None = None) -> int:
+        """Rounds of an interleaved run at this size."""
+        if self.is_tiny:
+            return 2
+        return default if self.size == "default" else full or 2 * default
+
+
+@dataclass
+class Contest:
+    """One piece of work and its contenders, ready to be timed.
+
+    Attributes:
+        contenders: By name, the reference among them.
+        reference: Times are given as ratios to this contender's, round by round.
+        errors: Of contenders that were compared with the oracle: largest error relative to the
+            oracle's largest entry.
+        floor: What the machine needs at least; None where nothing is known.
+        rounds: Most rounds.
+        on_device: Whether device time alone counts.
+        prepare: Called before each sample, outside the time.
+        notes: Numbers that belong to a contender's row.
+        after: Called with the rows once they are measured; it may add notes to them.
+    """
+
+    contenders: Mapping[str, Call]
+    reference: str
+    rounds: int
+    errors: Mapping[str, float] = field(default_factory=dict)
+    floor: Floor | None = None
+    budget_s: float = math.inf
+    on_device: bool = False
+    prepare: Callable[[str, int], None] | None = None
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    after: Callable[[Sequence[Row]], None] | None = None
+
+
+class Work(NamedTuple):
+    """A contest that is not built yet: large inputs are made when its turn comes."""
+
+    name: str
+    build: Callable[[Setting], Contest]
+
+
+@dataclass
+class Row:
+    """One contender's result on one piece of work.
+
+    Attributes:
+        work: What was done.
+        contender: By whom.
+        versus: The contest's reference.
+        ratio: Median over the rounds of this contender's time over the reference's.
+        ratio_low: Lower 95 % bound of that median.
+        ratio_high: Upper bound.
+        floor_s: Least time on this machine at its measured rates.
+        floor_of: What sets the floor: "bandwidth", "arithmetic" or "latency".
+        error: Against the float64 oracle, checked before the time was taken.
+    """
+
+    work: str
+    contender: str
+    samples: int
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    low_s: float
+    high_s: float
+    versus: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    floor_s: float | None = None
+    floor_of: str | None = None
+    error: float | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def floor_ratio(self) -> float | None:
+        """Achieved time over the floor: 1 is perfect."""
+        return None if not self.floor_s else self.p50_s / self.floor_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {**asdict(self), "floor_ratio": self.floor_ratio}
+
+
+def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
+    """Times a contest's contenders in one interleaved run.
+
+    Args:
+        work: Name of the work.
+        contest: Built and checked.
+        setting: Where it was built.
+
+    Returns:
+        One row a contender, ours first.
+    """
+    samples = interleave(
+        contest.contenders,
+        setting.device,
+        rounds=contest.rounds,
+        budget_s=contest.budget_s,
+        on_device=contest.on_device,
+        prepare=contest.prepare,
+    )
+    rows = []
+    for name, seconds in samples.items():
+        spread = quantiles(seconds)
+        ratio = quantiles(ratios(seconds, samples[contest.reference]))
+        rows.append(
+            Row(
+                work=work,
+                contender=name,
+                samples=spread.samples,
+                p20_s=spread.p20,
+                p50_s=spread.p50,
+                p80_s=spread.p80,
+                low_s=spread.low,
+                high_s=spread.high,
+                versus=contest.reference,
+                ratio=ratio.p50,
+                ratio_low=ratio.low,
+                ratio_high=ratio.high,
+                floor_s=contest.floor.seconds if contest.floor else None,
+                floor_of=contest.floor.of if contest.floor else None,
+                error=contest.errors.get(name),
+                notes=dict(contest.notes.get(name, {})),
+            )
+        )
+    if contest.after is not None:
+        contest.after(rows)
+    return rows
+
+
+def check(work: str, error: float, bar: float) -> float:
+    """Refuses to time a wrong result of ours.
+
+    Returns:
+        The error.
+
+    Raises:
+        WrongResult: If it is above the bar, or NaN.
+    """
+    if not error <= bar:
+        raise WrongResult(
+            f"{work}: the result of fastcov is off by {error:.2e} of the oracle's largest entry, "
+            f"the bar is {bar:.0e}; nothing was timed. Report this with the output of "
+            "'fastcov doctor'."
+        )
+    return error
+
+
+def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference over the truth's largest entry, in float64."""
+    scale = truth.double().abs().max()
+    return float((result.double() - truth.double()).abs().max() / scale)

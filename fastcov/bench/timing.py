@@ -1,0 +1,167 @@
+"""Time taken fairly: contenders take turns in one run, so that a slow minute hits them all.
+
+The interval of a median comes from order statistics (the sign test turned round): it assumes
+nothing about how times are distributed. Ratios are taken within a round, never between runs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[int], object]
+"""What is timed. Its argument counts calls, so that it can rotate through inputs."""
+
+_SHORTEST_SAMPLE_S = 5e-4  # a sample repeats a call until perf_counter's noise is below 0.1 %
+_MOST_CALLS = 2000
+_SLEEP_CYCLES = 400_000  # the host runs about 0.2 ms ahead: gaps between launches are not timed
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Distribution of one contender's times, in seconds; low and high bound the median (95 %)."""
+
+    p20: float
+    p50: float
+    p80: float
+    low: float
+    high: float
+    samples: int
+
+
+def quantile(samples: Sequence[float], share: float) -> float:
+    """Quantile by linear interpolation, as numpy's default.
+
+    Example:
+        >>> quantile([1.0, 2.0, 4.0], 0.5), quantile([1.0, 2.0, 4.0], 0.75)
+        (2.0, 3.0)
+    """
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    r"""Confidence interval of the median from order statistics.
+
+    .. math:: P(x_{(k)} \le \text{median} \le x_{(n+1-k)}) = 1 - 2 P(\text{Bin}(n, 1/2) < k)
+
+    Args:
+        samples: At least one; below six, 95 % cannot be reached and the range is returned.
+        confidence: At least this.
+
+    Returns:
+        Lower and upper bound.
+
+    Example:
+        >>> median_interval(range(1, 41))
+        (14, 27)
+    """
+    ordered = sorted(samples)
+    n = len(ordered)
+    rank, below = 1, 0.5**n  # below = P(Bin(n, 1/2) < rank)
+    while rank < (n + 1) // 2:
+        further = below + math.comb(n, rank) * 0.5**n
+        if 2 * further > 1 - confidence:
+            break
+        rank, below = rank + 1, further
+    return ordered[rank - 1], ordered[n - rank]
+
+
+def quantiles(samples: Sequence[float]) -> Quantiles:
+    """Summary of one contender's times."""
+    low, high = median_interval(samples)
+    return Quantiles(
+        quantile(samples, 0.2), quantile(samples, 0.5), quantile(samples, 0.8), low, high,
+        len(samples),
+    )  # fmt: skip
+
+
+def wall_s(device: torch.device, call: Call, first: int, calls: int) -> float:
+    """Seconds a call as a user waits for it: host and device together."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for index in range(first, first + calls):
+        call(index)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def device_s(device: torch.device, call: Call, first: int, calls: int) -> float:
+    """Seconds a call on the device alone, by CUDA events; on a CPU the same as :func:`wall_s`."""
+    if device.type != "cuda":
+        return wall_s(device, call, first, calls)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+    begin.record()
+    for index in range(first, first + calls):
+        call(index)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def interleave(
+    contenders: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int,
+    budget_s: float = math.inf,
+    fewest_rounds: int = 6,
+    on_device: bool = False,
+    prepare: Callable[[str, int], None] | None = None,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Times contenders in turns: every round runs each once, in a new order.
+
+    Args:
+        contenders: What is timed, by name. Each has run before: compilation is not timed.
+        device: Where they run.
+        rounds: Most rounds.
+        budget_s: Stops once this has passed and ``fewest_rounds`` are done.
+        fewest_rounds: See ``budget_s``.
+        on_device: Whether device time alone counts (kernels) or the wait of the host (steps).
+        prepare: Called with a name and the round before each sample, outside the time.
+        seed: Of the orders.
+
+    Returns:
+        Seconds a call, by name, one entry a round: entries of one index belong together.
+    """
+    clock = device_s if on_device else wall_s
+    calls: dict[str, int] = {}
+    for name, call in contenders.items():
+        if prepare is not None:
+            prepare(name, 0)
+        once = min(clock(device, call, 0, 1), clock(device, call, 1, 1))
+        calls[name] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE_S / max(once, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    next_call = dict.fromkeys(contenders, 2)
+    order = list(contenders)
+    shuffle = random.Random(seed).shuffle
+    start = time.perf_counter()
+    for round_number in range(1, rounds + 1):
+        shuffle(order)
+        for name in order:
+            if prepare is not None:
+                prepare(name, round_number)
+            took = clock(device, contenders[name], next_call[name], calls[name])
+            samples[name].append(took)
+            next_call[name] += calls[name]
+        if round_number >= fewest_rounds and time.perf_counter() - start > budget_s:
+            break
+    return samples
+
+
+def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """One ratio a round."""
+    return [one / other for one, other in zip(samples, reference, strict=True)]

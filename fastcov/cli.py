@@ -1,0 +1,142 @@
+"""Command line: ``fastcov doctor | bench | report | compare``."""
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import fastcov
+from fastcov.history import compare_histories, load_history
+from fastcov.report import (
+    comparison_legend,
+    comparison_rows,
+    text_table,
+    write_comparison,
+    write_report,
+)
+
+_OPTIONAL = ("numpy", "triton", "torchvision", "matplotlib", "lightning", "transformers", "wandb")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help shows the usage)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program's name; None takes the process's.
+
+    Returns:
+        0, or 2 after one line about what is wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["bench"]:
+            return _bench(arguments[1:])
+        options = _parser().parse_args(arguments)
+        commands = {"doctor": _doctor, "report": _report, "compare": _compare}
+        commands[options.command](options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastcov: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="fastcov", description="How many directions each layer uses.")
+    parser.add_argument("--version", action="version", version=f"fastcov {fastcov.__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="command", parser_class=_OneLineParser
+    )
+    commands.add_parser("doctor", help="versions, devices, which kernels are active and why")
+    commands.add_parser("bench", help="measure this machine (fastcov bench --help)")
+    report = commands.add_parser("report", help="one HTML page about one training")
+    report.add_argument("folder", type=Path, help="what was passed as out= to fastcov.track")
+    report.add_argument("--out", type=Path, help="page to write (default: FOLDER/report.html)")
+    report.add_argument("--title", help="heading (default: the folder)")
+    compare = commands.add_parser("compare", help="how the spectra of two trainings differ")
+    compare.add_argument("folder_a", type=Path)
+    compare.add_argument("folder_b", type=Path)
+    compare.add_argument(
+        "--out", type=Path, default=Path("comparison.html"), help="page (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--threshold", type=float, default=1e-3, help="of dim, relative (default: %(default)s)"
+    )
+    return parser
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    lines = [
+        ("fastcov", fastcov.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+    ]
+    for package in _OPTIONAL:
+        try:
+            lines.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    lines.append(("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {threads}"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            lines.append(
+                (
+                    f"cuda:{index}",
+                    f"{device.name}, sm_{device.major}{device.minor}, "
+                    f"{device.total_memory / 2**30:.0f} GiB",
+                )
+            )
+    else:
+        lines.append(("gpu", "no CUDA device"))
+    for name, backend in fastcov.backends().items():
+        state = "active" if backend.active else "not active"
+        lines.append((f"kernels: {name}", f"{state}: {backend.reason}"))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+
+
+def _bench(arguments: list[str]) -> int:
+    bench = importlib.import_module("fastcov.bench")
+    return int(bench.main(arguments))
+
+
+def _report(options: argparse.Namespace) -> None:
+    history = load_history(options.folder)
+    page = write_report(
+        options.out or options.folder / "report.html",
+        history,
+        options.title or f"fastcov: {options.folder}",
+    )
+    print(f"{len(history)} snapshots of {len(history.layers())} layers: {page}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    comparison = compare_histories(
+        load_history(options.folder_a),
+        load_history(options.folder_b),
+        threshold=options.threshold,
+    )
+    headers, lines = comparison_rows(comparison)
+    print(f"a: {comparison.label_a}\nb: {comparison.label_b}")
+    print(text_table(headers, lines))
+    print(comparison_legend(comparison))
+    title = f"fastcov: {comparison.label_a} and {comparison.label_b}"
+    print(f"figures: {write_comparison(options.out, comparison, title)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""TensorBoard: scalars of every layer, and pictures of the spectra."""
+
+from typing import Any
+
+import fastcov
+
+
+def write_tensorboard(
+    writer: Any, tracker: fastcov.Tracker, step: int, *, figures: bool = False
+) -> None:
+    """Writes the summary of a tracker as scalars, one group a measure.
+
+    Args:
+        writer: ``torch.utils.tensorboard.SummaryWriter``, or any with its ``add_scalar`` and
+            ``add_figure``.
+        tracker: Of :func:`fastcov.track`.
+        step: Global step.
+        figures: Whether to draw all spectra, and demand against width; needs matplotlib.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> model = torch.nn.Linear(4, 3)
+        >>> tracker = fastcov.track(model, include="*", rows="all")
+        >>> _ = model(torch.randn(64, 4))
+        >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        ...     write_tensorboard(writer, tracker, step=1)
+    """
+    for key, value in tracker.summary().items():
+        layer, _, measure = key.rpartition("/")
+        writer.add_scalar(f"fastcov {measure}/{layer}", value, step)
+    spectra = tracker.spectra() if figures else {}
+    if spectra:
+        from fastcov.figures import free_axes, spectra_grid
+        from fastcov.plot import plot_demand
+
+        demand = plot_demand(spectra, free_axes(len(spectra)))
+        writer.add_figure("fastcov/demand", demand.figure, step, close=False)
+        writer.add_figure("fastcov/spectra", spectra_grid(spectra), step, close=False)

@@ -1,0 +1,41 @@
+"""Triton kernels and their launchers, nothing else; the only place that imports triton.
+
+Importing this package imports no triton: the launchers do when they are first looked up, so that a
+machine without a GPU never loads it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastcov.kernels.covariance import launch_accumulate_, workspace_bytes
+    from fastcov.kernels.gather import launch_gather_
+
+__all__ = [
+    "launch_accumulate_",
+    "launch_gather_",
+    "unavailable_reason",
+    "workspace_bytes",
+]
+
+_HOMES = {
+    "launch_accumulate_": "covariance",
+    "launch_gather_": "gather",
+    "workspace_bytes": "covariance",
+}
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run here, or None; imports nothing and asks no GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with CUDA builds of torch"
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

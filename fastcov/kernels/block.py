@@ -1,0 +1,253 @@
+"""One block of the packed triangle over one chunk of rows: any layout, weights, non-finite rows.
+
+This is the careful path: the way of weighted rows, of arbitrary strides and of the float32 modes
+other than the default, and what repairs a chunk in which the fast path (gram.py) met a non-finite
+value. It reads rows through a mask that :func:`mask_rows` has written.
+"""
+
+import triton
+import triton.language as tl
+
+from fastcov.kernels.tiles import (
+    DIRECT,
+    UNSPECIALIZED,
+    is_finite,
+    load_tile,
+    locate,
+    multiply_tiles,
+    slot_size,
+    triangle_row,
+    triangle_size,
+)
+
+
+@triton.jit
+def mask_rows(
+    rows,
+    is_row_finite,  # uint8 [N], written for the rows of these steps
+    first_step,
+    last_step,
+    geometry,
+    STEP: tl.constexpr,
+    EDGE: tl.constexpr,
+    IS_DEEP: tl.constexpr,
+):
+    """Tells rows whose values are all finite from others. Returns the number of others."""
+    skipped = tl.zeros([STEP], tl.int32)
+    row = tl.arange(0, STEP)
+    for step in tl.range(first_step, last_step, num_stages=1):
+        origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
+        broken = tl.zeros([STEP], tl.int32)
+        for channel in range(0, geometry[1], EDGE):
+            tile = load_tile(origin, position, channel, geometry, None, STEP, EDGE, False)
+            broken = tl.maximum(broken, tl.max(1 - is_finite(tile).to(tl.int32), axis=1))
+        index = image.to(tl.int64) * geometry[2] + position + row
+        is_inside = position + row < geometry[2]
+        tl.store(is_row_finite + index, (1 - broken).to(tl.uint8), mask=is_inside)
+        # Rows outside the image were loaded as zeros and are not broken.
+        skipped += broken
+    return tl.sum(skipped)
+
+
+@triton.jit
+def sum_block(
+    rows,
+    shift,  # float64 [C], read if IS_CENTRED
+    row_weight,  # float32 or float64 [N] or None
+    is_row_finite,
+    partial,  # float32, one chunk's packed triangle
+    column_sums,  # float32 [C padded to EDGE], one chunk's
+    block,
+    first_step,
+    last_step,
+    geometry,
+    STEP: tl.constexpr,
+    EDGE: tl.constexpr,
+    MODE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    IS_DEEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """Second moments of one EDGE x EDGE block, and column sums where it lies on the diagonal."""
+    block_row = triangle_row(block)
+    block_column = block - block_row * (block_row + 1) // 2
+    edge = tl.arange(0, EDGE)
+    left_channel = block_row * EDGE + edge
+    right_channel = block_column * EDGE + edge
+    row = tl.arange(0, STEP)
+    moments = tl.zeros([EDGE, EDGE], tl.float32)
+    sums = tl.zeros([EDGE], tl.float32)
+    if IS_CENTRED:
+        left_shift = tl.load(shift + left_channel, mask=left_channel < geometry[1], other=0.0)
+        right_shift = tl.load(shift + right_channel, mask=right_channel < geometry[1], other=0.0)
+        left_shift = left_shift.to(tl.float32)
+        right_shift = right_shift.to(tl.float32)
+    for step in tl.range(first_step, last_step, num_stages=STAGES):
+        origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
+        index = image.to(tl.int64) * geometry[2] + position + row
+        is_inside = position + row < geometry[2]
+        is_read = tl.load(is_row_finite + index, mask=is_inside, other=0) != 0
+        left = load_tile(
+            origin, position, block_row * EDGE, geometry, is_read, STEP, EDGE, True
+        )
+        right = load_tile(
+            origin, position, block_column * EDGE, geometry, is_read, STEP, EDGE, False
+        )
+        if MODE != DIRECT:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        if IS_CENTRED:
+            left = tl.where(is_read[None, :], left - left_shift[:, None], 0.0)
+            right = tl.where(is_read[:, None], right - right_shift[None, :], 0.0)
+        if row_weight is not None:
+            weight = tl.load(row_weight + index, mask=is_read, other=0.0).to(tl.float32)
+            left = left * weight[None, :]
+        moments = multiply_tiles(left, right, moments, MODE, IS_INTERPRETED)
+        if block_row == block_column:
+            sums += tl.sum(left.to(tl.float32), axis=1)
+    inside = edge[:, None] * EDGE + edge[None, :]
+    tl.store(partial + block * (EDGE * EDGE) + inside, moments)
+    if block_row == block_column:
+        tl.store(column_sums + left_channel, sums)
+
+
+@triton.jit(
+    do_not_specialize=UNSPECIALIZED,
+    do_not_specialize_on_alignment=["rows", "row_weight", "count"],
+)
+def mask_kernel(
+    rows,
+    row_weight,
+    is_row_finite,
+    notes,  # int32 [chunks + 1], written: rows skipped; whether the state had seen no row
+    chunk_weight,  # float64 [chunks], written where rows are weighted
+    count,
+    steps: tl.int32,
+    steps_per_chunk: tl.int32,
+    steps_per_image: tl.int32,
+    channels: tl.int32,
+    positions: tl.int32,
+    size_1: tl.int32,
+    size_2: tl.int32,
+    stride_0: tl.int64,
+    stride_1: tl.int64,
+    stride_2: tl.int64,
+    stride_position: tl.int64,
+    stride_channel: tl.int64,
+    STEP: tl.constexpr,
+    EDGE: tl.constexpr,
+    IS_DEEP: tl.constexpr,
+):
+    """Before :func:`block_kernel`: which rows are finite, how many are not, their weight."""
+    geometry = (
+        steps_per_image,
+        channels,
+        positions,
+        size_1,
+        size_2,
+        stride_0,
+        stride_1,
+        stride_2,
+        stride_position,
+        stride_channel,
+    )
+    chunk = tl.program_id(0)
+    first_step = chunk * steps_per_chunk
+    last_step = tl.minimum(first_step + steps_per_chunk, steps)
+    number = mask_rows(
+        rows, is_row_finite, first_step, last_step, geometry, STEP, EDGE, IS_DEEP
+    )
+    tl.store(notes + chunk, number)
+    if chunk == 0:
+        tl.store(notes + tl.num_programs(0), (tl.load(count) == 0).to(tl.int32))
+    if row_weight is not None:
+        # The mask is read back by other threads than those that wrote it.
+        tl.debug_barrier()
+        total = tl.zeros([STEP], tl.float64)
+        row = tl.arange(0, STEP)
+        for step in range(first_step, last_step):
+            image = step // steps_per_image
+            position = (step % steps_per_image) * STEP
+            index = image.to(tl.int64) * positions + position + row
+            is_inside = position + row < positions
+            is_read = tl.load(is_row_finite + index, mask=is_inside, other=0) != 0
+            total += tl.load(row_weight + index, mask=is_read, other=0.0).to(tl.float64)
+        tl.store(chunk_weight + chunk, tl.sum(total))
+
+
+@triton.jit(
+    do_not_specialize=[*UNSPECIALIZED, "flags"],
+    do_not_specialize_on_alignment=["rows", "row_weight", "shift"],
+)
+def block_kernel(
+    rows,
+    shift,
+    row_weight,
+    is_row_finite,
+    partial,  # float32 [chunks, slot_size], written
+    notes,  # int32 [chunks, flags], rows skipped; read if ONLY_BROKEN
+    flags: tl.int32,
+    steps: tl.int32,
+    steps_per_chunk: tl.int32,
+    steps_per_image: tl.int32,
+    channels: tl.int32,
+    positions: tl.int32,
+    size_1: tl.int32,
+    size_2: tl.int32,
+    stride_0: tl.int64,
+    stride_1: tl.int64,
+    stride_2: tl.int64,
+    stride_position: tl.int64,
+    stride_channel: tl.int64,
+    STEP: tl.constexpr,
+    EDGE: tl.constexpr,
+    MODE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    IS_DEEP: tl.constexpr,
+    ONLY_BROKEN: tl.constexpr,
+    FLAGS: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """One block and chunk a program. ONLY_BROKEN: repairs chunks that hold non-finite rows."""
+    geometry = (
+        steps_per_image,
+        channels,
+        positions,
+        size_1,
+        size_2,
+        stride_0,
+        stride_1,
+        stride_2,
+        stride_position,
+        stride_channel,
+    )
+    block = tl.program_id(0)
+    chunk = tl.program_id(1)
+    if ONLY_BROKEN:
+        flag = tl.arange(0, FLAGS)
+        number = tl.load(notes + chunk * flags + flag, mask=flag < flags, other=0)
+        if tl.max(number) == 0:
+            return
+    first_step = chunk * steps_per_chunk
+    partial += chunk.to(tl.int64) * slot_size(channels, EDGE)
+    sum_block(
+        rows,
+        shift,
+        row_weight,
+        is_row_finite,
+        partial,
+        partial + triangle_size(channels, EDGE),
+        block,
+        first_step,
+        tl.minimum(first_step + steps_per_chunk, steps),
+        geometry,
+        STEP,
+        EDGE,
+        MODE,
+        IS_CENTRED,
+        IS_DEEP,
+        STAGES,
+        IS_INTERPRETED,
+    )

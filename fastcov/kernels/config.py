@@ -1,0 +1,146 @@
+"""Static choices: tile shapes by kind of GPU, rows and channels.
+
+Nothing is tuned at run time: a launch must not measure, allocate or synchronise. The shapes below
+are the largest that compile without spilling registers (tests/resources/triton.json). To try
+others on real hardware, replace entries of :data:`GRAM_CONFIGS`, which every launch looks up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastcov.kernels.layout import RowLayout
+
+MAX_CHAIN_ROWS = 4096
+"""Rows added up by one chain of matrix instructions, which truncate: relative error 5e-6."""
+
+SHIFT_ROWS = 64
+"""Rows whose mean becomes the shift of a float32 state, as in ops/reference.py."""
+
+Family = Literal["sm_80", "sm_90", "sm_100"]
+Mode = Literal["direct", "split", "tf32", "ieee"]
+Kind = Literal["matrix", "rows", "planes", "unaligned"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the choices depend on.
+
+    Family sm_80: pointers and mma.sync (8.x, and 12.x, whose shared memory is as small); sm_90:
+    descriptors and wgmma; sm_100: descriptors and tcgen05.
+    """
+
+    family: Family
+    multiprocessors: int
+
+    @staticmethod
+    def of(capability: tuple[int, int], multiprocessors: int) -> Architecture:
+        """Family of a compute capability."""
+        families: dict[int, Family] = {9: "sm_90", 10: "sm_100"}
+        return Architecture(families.get(capability[0], "sm_80"), multiprocessors)
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """Shapes of gram_kernel. ``left`` and ``right`` count the panels of a rectangle.
+
+    ``residents`` is how many programs share a multiprocessor, by registers and shared memory.
+    """
+
+    panel: int
+    panels: int
+    step: int
+    warps: int
+    stages: int
+    left: int = 0
+    right: int = 0
+    residents: int = 1
+
+    @property
+    def width(self) -> int:
+        """Channels of one triangle."""
+        return self.panel * self.panels
+
+    @property
+    def edge(self) -> int:
+        """Edge of a block of the packed triangle."""
+        return min(64, self.panel)
+
+
+@dataclass(frozen=True)
+class GramCase:
+    """One kind of rows on one kind of GPU.
+
+    matrix: aligned rows through a descriptor; rows, planes: aligned, through pointers.
+    """
+
+    family: Family
+    mode: Mode
+    kind: Kind
+
+    @property
+    def loads_twice(self) -> bool:
+        """Whether a panel is loaded as left and as right operand: sm_80 pipelines it only so."""
+        return self.family == "sm_80" and self.mode == "direct"
+
+
+def gram_case(architecture: Architecture, layout: RowLayout, mode: Mode) -> GramCase | None:
+    """The case that reads a layout fast, or None: then block_kernel reads it."""
+    if mode not in ("direct", "split") or layout.kind == "strided":
+        return None
+    if not layout.is_aligned:
+        return GramCase(architecture.family, mode, "unaligned")
+    if layout.kind == "planes":
+        return GramCase(architecture.family, mode, "planes")
+    has_descriptors = architecture.family != "sm_80" and mode == "direct"
+    kind: Kind = "matrix" if has_descriptors and layout.is_matrix else "rows"
+    return GramCase(architecture.family, mode, kind)
+
+
+def gram_config(case: GramCase, channels: int) -> GramConfig:
+    """Configuration for a number of channels: the first that covers them, else the widest."""
+    configs = GRAM_CONFIGS[case]
+    return next((config for config in configs[:-1] if config.width >= channels), configs[-1])
+
+
+def _narrow(*widths: int, step: int = 64) -> tuple[GramConfig, ...]:
+    return tuple(
+        GramConfig(width, 1, step, warps=4, stages=3, residents=4 if width == 64 else 8)
+        for width in widths
+    )
+
+
+_POINTERS_128 = GramConfig(64, 2, 32, warps=8, stages=3, residents=2)
+_POINTERS_REST = GramConfig(64, 2, 32, warps=8, stages=3, left=2, right=2, residents=2)
+_POINTERS_256 = GramConfig(64, 4, 32, warps=8, stages=3)
+_POINTERS_WIDE = GramConfig(64, 4, 32, warps=8, stages=3, left=2, right=2)
+_DESCRIPTORS_128 = GramConfig(128, 1, 64, warps=8, stages=4, residents=2)
+_DESCRIPTORS_256 = GramConfig(128, 2, 64, warps=8, stages=4)
+_DESCRIPTORS_WIDE = GramConfig(128, 2, 64, warps=8, stages=4, left=1, right=2)
+
+GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {}
+"""Configurations by case, from few channels to many; the last serves any number."""
+
+for _family in ("sm_80", "sm_90", "sm_100"):
+    for _mode in ("direct", "split"):
+        for _kind in ("rows", "planes", "unaligned"):
+            GRAM_CONFIGS[GramCase(_family, _mode, _kind)] = (
+                *_narrow(32, 64, step=32),
+                _POINTERS_128,
+                _POINTERS_REST,
+            )
+    for _kind in ("rows", "planes"):
+        GRAM_CONFIGS[GramCase(_family, "direct", _kind)] = (
+            *_narrow(32, 64, step=32 if _family == "sm_80" else 64),
+            _POINTERS_128,
+            _POINTERS_256,
+            _POINTERS_WIDE,
+        )
+for _family in ("sm_90", "sm_100"):
+    GRAM_CONFIGS[GramCase(_family, "direct", "matrix")] = (
+        *_narrow(32, 64),
+        _DESCRIPTORS_128,
+        _DESCRIPTORS_256,
+        _DESCRIPTORS_WIDE,
+    )

@@ -1,0 +1,352 @@
+"""One launch that adds the full buffers of all layers to their states.
+
+A table on the device, written once, holds addresses and sizes; the counters that change live in
+cursors (gather.py). So the launch has the same arguments every step: a CUDA graph replays it, and
+layers whose buffers are not full cost one read per program.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, STATE_STEP
+from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
+
+FIELDS = 12
+"""int64 fields of one layer in the table, in this order; addresses are bytes."""
+BUFFER = tl.constexpr(0)
+ROW_STEP = tl.constexpr(1)
+MOMENT = tl.constexpr(2)
+SUM = tl.constexpr(3)
+SHIFT = tl.constexpr(4)
+WEIGHT = tl.constexpr(5)
+COUNT = tl.constexpr(6)
+CURSOR = tl.constexpr(7)
+CHANNELS = tl.constexpr(8)
+THRESHOLD = tl.constexpr(9)
+ROW_SCALE = tl.constexpr(10)  # the bits of a float64
+BLOCKS = tl.constexpr(11)  # programs of the layer
+
+EDGE = 64
+STEP = 32
+_CHAIN_ROWS = 4096
+_SHIFT_ROWS = 64
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def first_mean(
+    buffer,
+    row_step,
+    fill,
+    channel,
+    channels,
+    EDGE: tl.constexpr,
+    STEP: tl.constexpr,
+    SHIFT_ROWS: tl.constexpr,
+):
+    """Mean of the first SHIFT_ROWS finite rows, rounded to float32. [EDGE] float64"""
+    column = channel + tl.arange(0, EDGE)
+    row = tl.arange(0, STEP)
+    total = tl.zeros([EDGE], tl.float64)
+    found = 0
+    first = 0
+    while (first < fill) & (found < SHIFT_ROWS):
+        is_inside = first + row < fill
+        usable = tl.load(row_step + first + row, mask=is_inside, other=-1) >= 0
+        number = found + tl.cumsum(usable.to(tl.int32), 0)
+        is_used = usable & (number <= SHIFT_ROWS)
+        where = (first + row).to(tl.int64) * channels
+        tile = tl.load(
+            buffer + where[:, None] + column[None, :],
+            mask=is_used[:, None] & (column < channels)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(tile.to(tl.float64), axis=0)
+        found += tl.sum(is_used.to(tl.int32))
+        first += STEP
+    return (total / tl.maximum(found, 1)).to(tl.float32).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["force", "log_decay"])
+def flush_kernel(
+    table,  # int64 [L, FIELDS]
+    programs,  # int32 [P, 2]: layer, block of its packed triangle
+    step,  # int64 []
+    force: tl.int32,  # whether buffers that are not full are flushed too
+    log_decay: tl.float64,
+    VALUES: tl.constexpr,  # dtype of all buffers
+    VECTOR: tl.constexpr,  # channels are multiples of it, and buffers aligned
+    EDGE: tl.constexpr,
+    STEP: tl.constexpr,
+    CHAIN_ROWS: tl.constexpr,
+    SHIFT_ROWS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    MODE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """One block of one layer's triangle a program; the layer's last program moves its counters."""
+    program = tl.program_id(0)
+    layer = table + tl.load(programs + 2 * program) * FIELDS
+    block = tl.load(programs + 2 * program + 1)
+    cursor = tl.load(layer + CURSOR).to(tl.pointer_type(tl.int64))
+    fill = tl.load(cursor + FILL).to(tl.int32)
+    least = tl.where(force != 0, 1, tl.load(layer + THRESHOLD).to(tl.int32))
+    if fill < least:
+        return
+    buffer = tl.load(layer + BUFFER).to(tl.pointer_type(VALUES))
+    row_step = tl.load(layer + ROW_STEP).to(tl.pointer_type(tl.int32))
+    moment = tl.load(layer + MOMENT).to(tl.pointer_type(tl.float64))
+    sum = tl.load(layer + SUM).to(tl.pointer_type(tl.float64))
+    shift = tl.load(layer + SHIFT).to(tl.pointer_type(tl.float64))
+    weight = tl.load(layer + WEIGHT).to(tl.pointer_type(tl.float64))
+    count = tl.load(layer + COUNT).to(tl.pointer_type(tl.int64))
+    channels = tl.load(layer + CHANNELS).to(tl.int32) // VECTOR * VECTOR
+    row_scale = tl.load(layer + ROW_SCALE).to(tl.float64, bitcast=True)
+    blocks = tl.load(layer + BLOCKS)
+    rows_before = tl.load(count)
+    now = tl.load(step)
+    block_row = triangle_row(block)
+    block_column = block - block_row * (block_row + 1) // 2
+    edge = tl.arange(0, EDGE)
+    left_channel = block_row * EDGE + edge
+    right_channel = block_column * EDGE + edge
+    is_left = left_channel < channels
+    is_right = right_channel < channels
+    # The shift is stored by the programs of the diagonal; until the last program moves the count,
+    # everyone finds the same.
+    if rows_before == 0:
+        if IS_CENTRED:
+            left_shift = first_mean(
+                buffer, row_step, fill, block_row * EDGE, channels, EDGE, STEP, SHIFT_ROWS
+            )
+            right_shift = first_mean(
+                buffer, row_step, fill, block_column * EDGE, channels, EDGE, STEP, SHIFT_ROWS
+            )
+        else:
+            left_shift = tl.zeros([EDGE], tl.float64)
+            right_shift = tl.zeros([EDGE], tl.float64)
+    else:
+        left_shift = tl.load(shift + left_channel, mask=is_left, other=0.0)
+        right_shift = tl.load(shift + right_channel, mask=is_right, other=0.0)
+    if IS_CENTRED:
+        left_used = left_shift.to(tl.float32)
+        right_used = right_shift.to(tl.float32)
+    moments = tl.zeros([EDGE, EDGE], tl.float32)
+    left_sums = tl.zeros([EDGE], tl.float32)
+    right_sums = tl.zeros([EDGE], tl.float32)
+    weights = tl.zeros([STEP], tl.float64)
+    finite = tl.zeros([STEP], tl.int32)
+    row = tl.arange(0, STEP)
+    for chain in range(0, fill, CHAIN_ROWS):
+        chain_moments = tl.zeros([EDGE, EDGE], tl.float32)
+        for first in tl.range(chain, tl.minimum(fill, chain + CHAIN_ROWS), STEP, num_stages=STAGES):
+            mark = tl.load(row_step + first + row, mask=first + row < fill, other=-1)
+            is_read = mark >= 0
+            where = (first + row).to(tl.int64) * channels
+            left = tl.load(
+                buffer + where[None, :] + left_channel[:, None],
+                mask=is_left[:, None] & is_read[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                buffer + where[:, None] + right_channel[None, :],
+                mask=is_read[:, None] & is_right[None, :],
+                other=0.0,
+            )
+            if MODE != DIRECT:
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
+            if IS_CENTRED:
+                left = tl.where(is_read[None, :], left - left_used[:, None], 0.0)
+                right = tl.where(is_read[:, None], right - right_used[None, :], 0.0)
+            weighted_right = right.to(tl.float32)
+            if HAS_DECAY:
+                age = (now - mark).to(tl.float64)
+                row_weight = tl.where(is_read, tl.exp(log_decay * age), 0.0)
+                weights += row_weight
+                row_weight = row_weight.to(tl.float32)
+                left = left * row_weight[None, :]
+                weighted_right = weighted_right * row_weight[:, None]
+            else:
+                weights += is_read.to(tl.float64)
+            finite += is_read.to(tl.int32)
+            chain_moments = multiply_tiles(left, right, chain_moments, MODE, IS_INTERPRETED)
+            left_sums += tl.sum(left.to(tl.float32), axis=1)
+            right_sums += tl.sum(weighted_right, axis=0)
+        moments += chain_moments
+    total_weight = tl.sum(weights)
+    total = moments.to(tl.float64)
+    left_total = left_sums.to(tl.float64)
+    right_total = right_sums.to(tl.float64)
+    if IS_CENTRED:
+        left_shift_left = left_shift - left_used.to(tl.float64)
+        right_shift_left = right_shift - right_used.to(tl.float64)
+    else:
+        left_shift_left = left_shift
+        right_shift_left = right_shift
+    total += total_weight * left_shift_left[:, None] * right_shift_left[None, :]
+    total -= left_shift_left[:, None] * right_total[None, :]
+    total -= left_total[:, None] * right_shift_left[None, :]
+    factor = tl.full([], 1.0, tl.float64)
+    if HAS_DECAY:
+        factor = tl.exp(log_decay * (now - tl.load(cursor + STATE_STEP)).to(tl.float64))
+    is_kept = is_left[:, None] & is_right[None, :] & (left_channel[:, None] >= right_channel[None, :])
+    entry = left_channel[:, None].to(tl.int64) * channels + right_channel[None, :]
+    before = tl.load(moment + entry, mask=is_kept, other=0.0)
+    tl.store(moment + entry, before * factor + total * row_scale, mask=is_kept)
+    if block_row == block_column:
+        before = tl.load(sum + left_channel, mask=is_left, other=0.0)
+        added = left_total - total_weight * left_shift_left
+        tl.store(sum + left_channel, before * factor + added * row_scale, mask=is_left)
+        if rows_before == 0:
+            tl.store(shift + left_channel, left_shift, mask=is_left)
+    tl.debug_barrier()
+    if tl.atomic_add(cursor + FLUSHED, 1, sem="acq_rel") == blocks - 1:
+        read = tl.sum(finite)
+        tl.store(weight, tl.load(weight) * factor + total_weight * row_scale)
+        tl.store(count, rows_before + read)
+        tl.store(count + 1, tl.load(count + 1) + fill - read)
+        tl.store(cursor + STATE_STEP, now)
+        tl.store(cursor + FILL, tl.zeros([], tl.int64))
+        tl.store(cursor + FLUSHED, tl.zeros([], tl.int64))
+
+
+@dataclass(frozen=True)
+class BufferedLayer:
+    """One layer of a flush: state, buffer, and when the buffer counts as full.
+
+    Attributes:
+        moment: float64. [C, C]
+        sum: float64. [C]
+        shift: float64. [C]
+        weight: float64. []
+        count: int64. [2]
+        buffer: Contiguous rows. [capacity, C]
+        row_step: int32, see :func:`fastcov.kernels.gather.launch_cursor_gather_`. [capacity]
+        cursor: int64. [CURSOR_FIELDS]
+        threshold: Rows from which the buffer is flushed; capacity less the most that one step
+            brings.
+        row_scale: Weight of a row.
+    """
+
+    moment: Tensor
+    sum: Tensor
+    shift: Tensor
+    weight: Tensor
+    count: Tensor
+    buffer: Tensor
+    row_step: Tensor
+    cursor: Tensor
+    threshold: int
+    row_scale: float = 1.0
+
+
+class FlushTable:
+    """Device tables for :func:`launch_flush_`: one launch per dtype and alignment of buffers.
+
+    The tensors of the layers must stay where they are as long as the table is used: it keeps them
+    alive. Building copies from the host and must not happen while a graph is captured.
+    """
+
+    def __init__(self, layers: Sequence[BufferedLayer]) -> None:
+        self.layers = tuple(layers)
+        groups: dict[tuple[torch.dtype, int], list[BufferedLayer]] = {}
+        for layer in self.layers:
+            vector = 16 // layer.buffer.element_size()
+            is_aligned = layer.buffer.shape[1] % vector == 0 and layer.buffer.data_ptr() % 16 == 0
+            groups.setdefault((layer.buffer.dtype, vector if is_aligned else 1), []).append(layer)
+        self.launches = [
+            (dtype, vector, *_tables(members)) for (dtype, vector), members in groups.items()
+        ]
+
+
+def _tables(layers: Sequence[BufferedLayer]) -> tuple[Tensor, Tensor]:
+    device = layers[0].buffer.device
+    rows = []
+    programs = []
+    for index, layer in enumerate(layers):
+        channels = layer.buffer.shape[1]
+        if layer.cursor.numel() != CURSOR_FIELDS:
+            raise ValueError(
+                f"cursor has {layer.cursor.numel()} fields, expected {CURSOR_FIELDS}: make it with "
+                "torch.zeros(CURSOR_FIELDS, dtype=torch.int64)"
+            )
+        edges = triton.cdiv(channels, EDGE)
+        blocks = edges * (edges + 1) // 2
+        tensors = (
+            layer.buffer,
+            layer.row_step,
+            layer.moment,
+            layer.sum,
+            layer.shift,
+            layer.weight,
+            layer.count,
+            layer.cursor,
+        )
+        scale_bits = struct.unpack("<q", struct.pack("<d", layer.row_scale))[0]
+        rows.append(
+            [*(t.data_ptr() for t in tensors), channels, layer.threshold, scale_bits, blocks]
+        )
+        programs += [[index, block] for block in range(blocks)]
+    return (
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(programs, dtype=torch.int32, device=device),
+    )
+
+
+def launch_flush_(
+    table: FlushTable, step: Tensor, *, decay: float = 1.0, force: bool = False
+) -> None:
+    """Adds every full buffer to its state and empties it.
+
+    Row r of a buffer weighs ``row_scale * decay ** (step - row_step[r])``; the state before is
+    multiplied by ``decay ** (step - its last step)``. Rows marked -1 are counted as skipped.
+
+    Args:
+        table: Layers.
+        step: int64, number of the running step. []
+        decay: Factor of one step, in (0, 1].
+        force: Whether buffers that are not full are flushed too.
+    """
+    for dtype, vector, fields, programs in table.launches:
+        is_centred = dtype not in _LOW_PRECISION
+        mode = "split" if is_centred or decay != 1.0 else "direct"
+        flush_kernel[(programs.shape[0],)](
+            fields,
+            programs,
+            step,
+            int(force),
+            math.log(decay),
+            VALUES=_VALUES[dtype],
+            VECTOR=vector,
+            EDGE=EDGE,
+            STEP=STEP,
+            CHAIN_ROWS=_CHAIN_ROWS,
+            SHIFT_ROWS=_SHIFT_ROWS,
+            FIELDS=FIELDS,
+            MODE=MODES[mode],
+            IS_CENTRED=is_centred,
+            HAS_DECAY=decay != 1.0,
+            STAGES=2,
+            IS_INTERPRETED=IS_INTERPRETED,
+            num_warps=4,
+        )
+
+
+_VALUES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}

@@ -1,0 +1,122 @@
+"""Where the rows of a row view lie in memory, in the few shapes that the kernels read natively."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+LayoutKind = Literal["rows", "planes", "strided"]
+"""rows: channels contiguous (channels_last, tokens, [N, C]); planes: positions contiguous (NCHW);
+strided: anything else, read element by element with 64-bit offsets."""
+
+_VECTOR_BYTES = 16
+_INT32_MAX = 2**31 - 1
+_MAX_BLOCK_ROWS = 128  # rows of the longest tile, for the bound on 32-bit offsets
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Rows as images of positions: row (image, position) = image * positions + position.
+
+    Image ``i`` starts at the sum of three strides times the digits of ``i`` in the mixed radix
+    (any, size_1, size_2), which covers four leading dimensions of any strides.
+    """
+
+    kind: LayoutKind
+    is_aligned: bool
+    channels: int
+    images: int
+    positions: int
+    size_1: int
+    size_2: int
+    stride_0: int
+    stride_1: int
+    stride_2: int
+    stride_position: int
+    stride_channel: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, N."""
+        return self.images * self.positions
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a two-dimensional tensor descriptor can describe it."""
+        return (
+            self.kind == "rows"
+            and self.is_aligned
+            and self.images == 1
+            and self.stride_position >= self.channels
+        )
+
+
+def row_layout(rows: Tensor) -> RowLayout:
+    """Describes a row view by its strides; reads no element.
+
+    Args:
+        rows: Up to four leading dimensions, any strides. [..., C]
+
+    Returns:
+        The layout with the fewest dimensions that describes it.
+
+    Raises:
+        ValueError: If more than four leading dimensions remain after joining neighbours.
+    """
+    channels = rows.shape[-1]
+    leading = _joined(rows.shape[:-1], rows.stride()[:-1])
+    if len(leading) > 4:
+        raise ValueError(
+            f"rows of shape {tuple(rows.shape)} with strides {rows.stride()} have "
+            f"{len(leading)} separate leading dimensions; the kernels take 4: make them contiguous"
+        )
+    (size_0, stride_0), (size_1, stride_1), (size_2, stride_2), (positions, stride_position) = [
+        (1, 0)
+    ] * (4 - len(leading)) + leading
+    stride_channel = rows.stride(-1) if channels > 1 else 1
+    is_small = (
+        channels * abs(stride_channel) + _MAX_BLOCK_ROWS * abs(stride_position) <= _INT32_MAX
+    )
+    kind: LayoutKind = "strided"
+    if len(leading) <= 2 and is_small:
+        if stride_channel == 1:
+            kind = "rows"
+        elif stride_position == 1:
+            kind = "planes"
+    inner, outer_stride = (
+        (positions, stride_channel) if kind == "planes" else (channels, stride_position)
+    )
+    vector = _VECTOR_BYTES // rows.element_size()
+    is_aligned = (
+        kind != "strided"
+        and rows.data_ptr() % _VECTOR_BYTES == 0
+        and all(extent % vector == 0 for extent in (inner, outer_stride, stride_2))
+    )
+    return RowLayout(
+        kind=kind,
+        is_aligned=is_aligned,
+        channels=channels,
+        images=size_0 * size_1 * size_2,
+        positions=positions,
+        size_1=size_1,
+        size_2=size_2,
+        stride_0=stride_0,
+        stride_1=stride_1,
+        stride_2=stride_2,
+        stride_position=stride_position,
+        stride_channel=stride_channel,
+    )
+
+
+def _joined(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if joined and joined[-1][1] == size * stride:
+            joined[-1] = (joined[-1][0] * size, stride)
+        else:
+            joined.append((size, stride))
+    return joined

@@ -1,0 +1,129 @@
+"""Adds the partial results of all chunks to a state, in float64 and in a fixed order."""
+
+import triton
+import triton.language as tl
+
+from fastcov.kernels.tiles import slot_size, triangle_row, triangle_size
+
+
+@triton.jit
+def fold(values, stride, offset, chunks, FOLD: tl.constexpr, SEGMENT: tl.constexpr):
+    """Sum over chunks of values[chunk * stride + offset]. [SEGMENT] float64"""
+    total = tl.zeros([SEGMENT], tl.float64)
+    for first in range(0, chunks, FOLD):
+        chunk = first + tl.arange(0, FOLD)
+        address = chunk[:, None].to(tl.int64) * stride + offset[None, :]
+        part = tl.load(values + address, mask=(chunk < chunks)[:, None], other=0.0)
+        total += tl.sum(part.to(tl.float64), axis=0)
+    return total
+
+
+@triton.jit
+def rows_skipped(notes, chunks, flags, FOLD: tl.constexpr, FLAGS: tl.constexpr):
+    """Non-finite rows. Programs that saw none among their channels noted 0: take the largest."""
+    total = tl.zeros([FOLD], tl.int64)
+    for first in range(0, chunks, FOLD):
+        chunk = first + tl.arange(0, FOLD)
+        flag = tl.arange(0, FLAGS)
+        is_inside = (chunk < chunks)[:, None] & (flag < flags)[None, :]
+        number = tl.load(notes + chunk[:, None] * flags + flag[None, :], mask=is_inside, other=0)
+        total += tl.max(number, axis=1).to(tl.int64)
+    return tl.sum(total)
+
+
+@triton.jit
+def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
+    """What remains to be subtracted from rows: nothing, unless kinds of rows are mixed.
+
+    float32 rows came with the shift rounded to float32 subtracted, others with nothing; a state
+    without rows gets shift 0 from those others.
+    """
+    whole = tl.load(shift + column, mask=column < channels, other=0.0)
+    if IS_CENTRED:
+        remaining = whole - whole.to(tl.float32).to(tl.float64)
+    else:
+        remaining = tl.where(is_first != 0, 0.0, whole)
+    return remaining
+
+
+@triton.jit(
+    do_not_specialize=["row_count", "chunks", "flags", "channels", "row_scale", "decay"],
+    do_not_specialize_on_alignment=["moment", "sum", "shift", "weight", "count", "chunk_weight"],
+)
+def reduce_kernel(
+    partial,  # float32 [chunks, slot_size]
+    notes,  # int32 [chunks * flags + 1]
+    chunk_weight,  # float64 [chunks] where rows are weighted, else None
+    moment,
+    sum,
+    shift,
+    weight,
+    count,
+    row_count: tl.int64,
+    chunks: tl.int32,
+    flags: tl.int32,
+    channels: tl.int32,
+    row_scale: tl.float64,
+    decay: tl.float64,
+    EDGE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    FOLD: tl.constexpr,
+    FLAGS: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+):
+    """First programs: SEGMENT entries of the moment each; then of the sum; the last: counters."""
+    segments = triangle_size(channels, EDGE) // SEGMENT
+    columns = tl.cdiv(channels, SEGMENT)
+    stride = slot_size(channels, EDGE)
+    column_sums = partial + triangle_size(channels, EDGE)
+    is_first = tl.load(notes + chunks * flags)
+    program = tl.program_id(0)
+    if program < segments:
+        entry = program * SEGMENT + tl.arange(0, SEGMENT)
+        block = program * SEGMENT // (EDGE * EDGE)
+        block_row = triangle_row(block)
+        block_column = block - block_row * (block_row + 1) // 2
+        row = block_row * EDGE + entry % (EDGE * EDGE) // EDGE
+        column = block_column * EDGE + entry % EDGE
+        total = fold(partial, stride, entry, chunks, FOLD, SEGMENT)
+        row_shift = shift_left(shift, row, channels, is_first, IS_CENTRED)
+        column_shift = shift_left(shift, column, channels, is_first, IS_CENTRED)
+        if tl.max(tl.abs(row_shift)) + tl.max(tl.abs(column_shift)) > 0:
+            row_sum = fold(column_sums, stride, row, chunks, FOLD, SEGMENT)
+            column_sum = fold(column_sums, stride, column, chunks, FOLD, SEGMENT)
+            if chunk_weight is not None:
+                zero = tl.zeros([SEGMENT], tl.int32)
+                rows_weight = fold(chunk_weight, 1, zero, chunks, FOLD, SEGMENT)
+            else:
+                skipped = rows_skipped(notes, chunks, flags, FOLD, FLAGS)
+                rows_weight = (row_count - skipped).to(tl.float64) + tl.zeros(
+                    [SEGMENT], tl.float64
+                )
+            total += row_shift * column_shift * rows_weight
+            total -= row_shift * column_sum + row_sum * column_shift
+        is_kept = (column <= row) & (row < channels)
+        entry = row.to(tl.int64) * channels + column
+        before = tl.load(moment + entry, mask=is_kept, other=0.0)
+        tl.store(moment + entry, before * decay + total * row_scale, mask=is_kept)
+        return
+    skipped = rows_skipped(notes, chunks, flags, FOLD, FLAGS)
+    if chunk_weight is not None:
+        zero = tl.zeros([SEGMENT], tl.int32)
+        rows_weight = tl.max(fold(chunk_weight, 1, zero, chunks, FOLD, SEGMENT))
+    else:
+        rows_weight = (row_count - skipped).to(tl.float64)
+    if program < segments + columns:
+        column = (program - segments) * SEGMENT + tl.arange(0, SEGMENT)
+        padded = tl.minimum(column, tl.cdiv(channels, EDGE) * EDGE - 1)
+        total = fold(column_sums, stride, padded, chunks, FOLD, SEGMENT)
+        total -= rows_weight * shift_left(shift, column, channels, is_first, IS_CENTRED)
+        is_kept = column < channels
+        before = tl.load(sum + column, mask=is_kept, other=0.0)
+        tl.store(sum + column, before * decay + total * row_scale, mask=is_kept)
+        if not IS_CENTRED:
+            if is_first != 0:
+                tl.store(shift + column, tl.zeros([SEGMENT], tl.float64), mask=is_kept)
+    else:
+        tl.store(weight, tl.load(weight) * decay + rows_weight * row_scale)
+        tl.store(count, tl.load(count) + row_count - skipped)
+        tl.store(count + 1, tl.load(count + 1) + skipped)

@@ -1,0 +1,171 @@
+"""Device code shared by the kernels: loading tiles of rows, splitting float32, exact products."""
+
+import os
+
+import triton
+import triton.language as tl
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether the kernels run in Triton's interpreter, on the CPU: decided where triton is imported."""
+
+MODES = {"direct": 0, "split": 1, "tf32": 2, "ieee": 3}
+"""Numbers of the modes below, for launchers."""
+
+DIRECT = tl.constexpr(0)
+"""Products of bfloat16 or float16 as they are: exact in float32."""
+SPLIT = tl.constexpr(1)
+"""float32 as a high and a low bfloat16, three products: 2**-17 relative at worst."""
+TF32 = tl.constexpr(2)
+"""float32 rounded to 10 bits of mantissa by the tensor cores."""
+IEEE = tl.constexpr(3)
+"""float32 products without tensor cores."""
+
+BLOCK = tl.constexpr(64)
+"""Edge of one block of the packed lower triangle in which partial moments are kept."""
+
+
+UNSPECIALIZED = [
+    "steps",
+    "steps_per_image",
+    "steps_per_chunk",
+    "channels",
+    "positions",
+    "size_1",
+    "size_2",
+    "stride_0",
+    "stride_1",
+    "stride_2",
+    "stride_position",
+    "stride_channel",
+]
+"""Arguments whose value must not pick another compilation: IS_ALIGNED alone tells alignment."""
+
+
+@triton.jit
+def locate(rows, step, geometry, STEP: tl.constexpr, IS_DEEP: tl.constexpr):
+    """Where a step of STEP rows starts. IS_DEEP: more than one dimension counts images.
+
+    Geometry is (steps_per_image, channels, positions, size_1, size_2, stride_0, stride_1, stride_2,
+    stride_position, stride_channel), see layout.py.
+    """
+    image = step // geometry[0]
+    position = (step % geometry[0]) * STEP
+    if IS_DEEP:
+        outer = (image // (geometry[3] * geometry[4])).to(tl.int64)
+        middle = ((image // geometry[4]) % geometry[3]).to(tl.int64)
+        inner = (image % geometry[4]).to(tl.int64)
+        offset = outer * geometry[5] + middle * geometry[6] + inner * geometry[7]
+    else:
+        offset = image.to(tl.int64) * geometry[7]
+    return rows + (offset + position.to(tl.int64) * geometry[8]), image, position
+
+
+@triton.jit
+def load_tile(
+    origin,  # where the step starts
+    position,  # of the step's first row in its image
+    channel,  # of the tile's first column
+    geometry,
+    is_read,  # [ROWS] or None: rows that a mask keeps
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
+):
+    """Rows of one image, zero outside. [ROWS, COLUMNS], transposed [COLUMNS, ROWS]."""
+    row = tl.arange(0, ROWS)
+    column = channel + tl.arange(0, COLUMNS)
+    is_row = position + row < geometry[2]
+    if is_read is not None:
+        is_row = is_row & is_read
+    is_column = column < geometry[1]
+    if IS_TRANSPOSED:
+        offset = column[:, None] * geometry[9] + row[None, :] * geometry[8]
+        tile = tl.load(origin + offset, mask=is_column[:, None] & is_row[None, :], other=0.0)
+    else:
+        offset = row[:, None] * geometry[8] + column[None, :] * geometry[9]
+        tile = tl.load(origin + offset, mask=is_row[:, None] & is_column[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def multiply(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+    """Adds left @ right. The interpreter multiplies bfloat16 wrongly: there in float32."""
+    if IS_INTERPRETED:
+        product = tl.dot(left.to(tl.float32), right.to(tl.float32), sums)
+    elif MODE == IEEE:
+        product = tl.dot(left, right, sums, input_precision="ieee")
+    else:
+        product = tl.dot(left, right, sums, input_precision="tf32")
+    return product
+
+
+@triton.jit
+def to_bfloat16(values, IS_INTERPRETED: tl.constexpr):
+    """Nearest bfloat16. The interpreter's cast truncates: there rounded by hand, kept float32."""
+    if IS_INTERPRETED:
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        result = tl.where(values == values, rounded, values)
+    else:
+        result = values.to(tl.bfloat16)
+    return result
+
+
+@triton.jit
+def split(values, IS_INTERPRETED: tl.constexpr):
+    """float32 as the sum of two bfloat16, 16 bits of mantissa in all."""
+    high = to_bfloat16(values, IS_INTERPRETED)
+    # An infinity leaves inf - inf = NaN: still not finite, which is all that is asked of it.
+    low = to_bfloat16(values - high.to(tl.float32), IS_INTERPRETED)
+    return high, low
+
+
+@triton.jit
+def multiply_tiles(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+    """Adds left @ right, float32 operands split if MODE says so. [M, K] @ [K, N]."""
+    if MODE == SPLIT:
+        left_high, left_low = split(left, IS_INTERPRETED)
+        right_high, right_low = split(right, IS_INTERPRETED)
+        sums = multiply(left_low, right_high, sums, MODE, IS_INTERPRETED)
+        sums = multiply(left_high, right_low, sums, MODE, IS_INTERPRETED)
+        sums = multiply(left_high, right_high, sums, MODE, IS_INTERPRETED)
+    else:
+        sums = multiply(left, right, sums, MODE, IS_INTERPRETED)
+    return sums
+
+
+@triton.jit
+def is_finite(values):
+    """False for NaN too: no comparison with it holds."""
+    return tl.abs(values.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def packed_offset(row, column, EDGE: tl.constexpr):
+    """Where entry (row, column) of a lower triangle of EDGE x EDGE blocks lies. Any shapes."""
+    block_row = row // EDGE
+    block = block_row * (block_row + 1) // 2 + column // EDGE
+    return block * (EDGE * EDGE) + (row % EDGE) * EDGE + column % EDGE
+
+
+@triton.jit
+def slot_size(channels, EDGE: tl.constexpr):
+    """Entries of one chunk's partial result: packed triangle of blocks, then column sums."""
+    edges = tl.cdiv(channels, EDGE)
+    return edges * (edges + 1) // 2 * (EDGE * EDGE) + edges * EDGE
+
+
+@triton.jit
+def triangle_size(channels, EDGE: tl.constexpr):
+    """Entries of the packed triangle alone."""
+    edges = tl.cdiv(channels, EDGE)
+    return edges * (edges + 1) // 2 * (EDGE * EDGE)
+
+
+@triton.jit
+def triangle_row(index):
+    """Largest r with r (r + 1) / 2 <= index."""
+    row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The root may be off by one unit in the last place.
+    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
+    return tl.where(row * (row + 1) // 2 > index, row - 1, row)

@@ -1,0 +1,399 @@
+"""Spectrum, and pure functions of eigenvalues ``[..., C]`` in any order.
+
+Feature covariance spectra and the count above 1e-3 follow Shinya, Simo-Serra and Suzuki,
+"Understanding the Effects of Pre-Training for Object Detectors via Eigenspectrum", arXiv
+1909.04021; degrees of freedom as in spectral pruning, arXiv 1808.08558. C is channels, N rows, as
+in ``rows.py``. Eigenvalues that are NaN, infinite, missing or not floating point: ValueError.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CONFIDENCE = 0.95
+_LEAST_FITTED_RANKS = 3
+
+
+class PowerLaw(NamedTuple):
+    r"""Fit :math:`\lambda_i \approx a\, i^{-\text{exponent}}`; see :func:`power_law`."""
+
+    exponent: float
+    error: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum:
+    """Eigenvalues of one layer's covariance, with the measures that are read off them.
+
+    Args:
+        eigenvalues: In any order; kept on the CPU in float64, descending, negatives as zero. [C]
+        count: Rows behind the covariance. With decay or unequal row weights pass the effective
+            number, (sum w)^2 / sum w^2, or ``uncertainty`` is too narrow.
+        total: Trace of the covariance.
+        name: Layer name.
+
+    Raises:
+        ValueError: If a value is not finite, or the shape, count or total is impossible.
+
+    Example:
+        >>> spectrum = Spectrum(torch.tensor([1.0, 4.0, 0.0]), count=4096, total=5.0, name="conv1")
+        >>> spectrum
+        Spectrum('conv1', channels=3, count=4096, total=5, dim=2)
+        >>> spectrum.rank_at(0.9), round(spectrum.participation_ratio(), 3), spectrum.stable_rank()
+        (2, 1.471, 1.25)
+    """
+
+    eigenvalues: Tensor
+    count: int
+    total: float
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        descending = _descending(self.eigenvalues).detach().cpu()
+        if descending.dim() != 1:
+            raise ValueError(
+                f"Spectrum {self.name!r} needs eigenvalues of shape [C], got "
+                f"{list(descending.shape)}; build one Spectrum per matrix"
+            )
+        count, total = int(self.count), float(self.total)
+        if count < 0 or count != self.count:
+            raise ValueError(f"count must be a whole number of rows >= 0, got {self.count}")
+        if not math.isfinite(total) or total < 0:
+            raise ValueError(
+                f"total must be the trace, finite and >= 0, got {total}; "
+                "exclude rows with NaN or inf before forming the covariance"
+            )
+        object.__setattr__(self, "eigenvalues", descending)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "total", total)
+
+    def __repr__(self) -> str:
+        return (
+            f"Spectrum({self.name!r}, channels={self.channels}, count={self.count}, "
+            f"total={self.total:.4g}, dim={self.dim()})"
+        )
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return self.eigenvalues.shape[0]
+
+    def dim(self, threshold: float = 1e-3, relative: bool = True) -> int:
+        """Number of eigenvalues above a threshold; see :func:`dim`."""
+        return int(dim(self.eigenvalues, threshold, relative))
+
+    def rank_at(self, share: float = 0.99) -> int:
+        """Smallest number of directions that holds ``share``; see :func:`rank_at`."""
+        return int(rank_at(self.eigenvalues, share))
+
+    def dof(self, lam: float | None = None) -> float:
+        """Degrees of freedom at ridge ``lam``; see :func:`dof`."""
+        return float(dof(self.eigenvalues, lam))
+
+    def effective_rank(self) -> float:
+        """Exponential of the spectral entropy; see :func:`effective_rank`."""
+        return float(effective_rank(self.eigenvalues))
+
+    def participation_ratio(self) -> float:
+        """Trace squared over squared Frobenius norm; see :func:`participation_ratio`."""
+        return float(participation_ratio(self.eigenvalues))
+
+    def stable_rank(self) -> float:
+        """Trace over largest eigenvalue; see :func:`stable_rank`."""
+        return float(stable_rank(self.eigenvalues))
+
+    def power_law(self) -> PowerLaw:
+        """Exponent and fit error of a power law; see :func:`power_law`."""
+        exponent, error = power_law(self.eigenvalues)
+        return PowerLaw(float(exponent), float(error))
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """95 % bound on the error of each eigenvalue; see :func:`uncertainty`. [C]"""
+        return uncertainty(self.eigenvalues, self.count)
+
+    @property
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """95 % interval of each eigenvalue, lower and upper end; see :func:`interval`. [C], [C]"""
+        return interval(self.eigenvalues, self.count)
+
+
+def dim(eigenvalues: Tensor, threshold: float = 1e-3, relative: bool = True) -> Tensor:
+    r"""Intrinsic dimension: number of eigenvalues above a threshold.
+
+    .. math:: \#\{i : \lambda_i > \text{threshold} \cdot \lambda_{\max}\}
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+        threshold: Finite, at least 0.
+        relative: Compare with ``threshold`` times the largest eigenvalue; otherwise with
+            ``threshold`` itself, which saturates at C on features that are not normalised.
+
+    Returns:
+        Integer tensor, 0 where every eigenvalue is zero. [...]
+
+    Raises:
+        ValueError: If ``threshold`` is negative or not finite.
+
+    Example:
+        >>> dim(torch.tensor([10.0, 1.0, 0.005]))
+        tensor(2)
+        >>> dim(torch.tensor([10.0, 1.0, 0.005]), relative=False)
+        tensor(3)
+    """
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(
+            f"threshold must be finite and >= 0, got {threshold}; 1e-3 is the usual choice"
+        )
+    descending = _descending(eigenvalues)
+    bound = descending[..., :1] * threshold if relative else threshold
+    return (descending > bound).sum(-1)
+
+
+def rank_at(eigenvalues: Tensor, share: float = 0.99) -> Tensor:
+    r"""Smallest number of directions that holds ``share`` of the variance.
+
+    .. math:: k^* = \min\{k : \sum_{i \le k} \lambda_i \ge \text{share} \sum_i \lambda_i\}
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+        share: Fraction of the variance to keep, in (0, 1].
+
+    Returns:
+        Integer tensor, 0 where the total variance is zero. [...]
+
+    Raises:
+        ValueError: If ``share`` is outside (0, 1].
+
+    Example:
+        >>> rank_at(torch.tensor([4.0, 1.0, 0.0]), share=0.9)
+        tensor(2)
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}; 0.99 keeps 99 % of the variance")
+    cumulative = _relative(eigenvalues).cumsum(-1)
+    total = cumulative[..., -1:]
+    rank = (cumulative < share * total).sum(-1) + 1
+    return torch.where(total[..., 0] > 0, rank, torch.zeros_like(rank))
+
+
+def dof(eigenvalues: Tensor, lam: float | Tensor | None = None) -> Tensor:
+    r"""Degrees of freedom of a ridge regression on the features.
+
+    .. math:: \sum_i \frac{\lambda_i}{\lambda_i + \text{lam}}
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+        lam: Positive and finite, a number or one per matrix ``[...]``; None means 1e-3 times the
+            largest eigenvalue.
+
+    Returns:
+        float64 tensor, 0 where every eigenvalue is zero. [...]
+
+    Raises:
+        ValueError: If ``lam`` is not positive and finite.
+
+    Example:
+        >>> dof(torch.tensor([3.0, 1.0, 0.0]), lam=1.0)
+        tensor(1.2500, dtype=torch.float64)
+    """
+    descending = _descending(eigenvalues)
+    if lam is None:
+        ratios = _relative(eigenvalues)
+        return (ratios / (ratios + 1e-3)).sum(-1)
+    ridge = torch.as_tensor(lam, dtype=torch.float64, device=descending.device)
+    if not bool(((ridge > 0) & ridge.isfinite()).all()):
+        raise ValueError(f"lam must be positive and finite, got {lam}; None is 1e-3 * lambda_max")
+    if ridge.dim() and ridge.shape != descending.shape[:-1]:
+        raise ValueError(
+            f"lam must be a number or have shape {list(descending.shape[:-1])}, one per matrix, "
+            f"got {list(ridge.shape)}"
+        )
+    return (descending / (descending + ridge.unsqueeze(-1))).sum(-1)
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    r"""Exponential of the spectral entropy.
+
+    .. math:: \exp\bigl(-\sum_i p_i \ln p_i\bigr), \quad p_i = \lambda_i / \sum_j \lambda_j
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])).item(), 6)
+        2.0
+    """
+    ratios = _relative(eigenvalues)
+    total = ratios.sum(-1, keepdim=True)
+    entropy = torch.special.entr(ratios / total.clamp_min(1.0)).sum(-1)
+    return torch.where(total[..., 0] > 0, entropy.exp(), 0.0)
+
+
+def participation_ratio(eigenvalues: Tensor) -> Tensor:
+    r"""Squared trace over squared Frobenius norm.
+
+    .. math:: \bigl(\sum_i \lambda_i\bigr)^2 / \sum_i \lambda_i^2
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
+
+    Example:
+        >>> participation_ratio(torch.tensor([1.0, 1.0, 0.0]))
+        tensor(2., dtype=torch.float64)
+    """
+    ratios = _relative(eigenvalues)
+    return ratios.sum(-1).square() / ratios.square().sum(-1).clamp_min(1.0)
+
+
+def stable_rank(eigenvalues: Tensor) -> Tensor:
+    r"""Trace over the largest eigenvalue: the stable rank of the feature matrix behind S.
+
+    .. math:: \sum_i \lambda_i / \lambda_{\max}
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
+
+    Example:
+        >>> stable_rank(torch.tensor([4.0, 1.0, 1.0]))
+        tensor(1.5000, dtype=torch.float64)
+    """
+    return _relative(eigenvalues).sum(-1)
+
+
+def power_law(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Exponent of :math:`\lambda_i \approx a\, i^{-\text{exponent}}` and the error of the fit.
+
+    Unweighted least squares of :math:`\ln\lambda_i` on :math:`\ln i` over the ranks that hold 99 %
+    of the variance (``i = 1 .. rank_at(0.99)``; at least the first three ranks), zero eigenvalues
+    left out. The cut keeps out the tail, where sampling noise bends every spectrum down. The error
+    is the root mean square residual of :math:`\ln\lambda_i` over these ranks: 0.1 means
+    eigenvalues within about 10 % of the line.
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        Exponent and error, float64; NaN below two positive eigenvalues. [...], [...]
+
+    Example:
+        >>> exponent, error = power_law(torch.arange(1, 101).double() ** -1.5)
+        >>> round(exponent.item(), 6), round(error.item(), 6)
+        (1.5, 0.0)
+    """
+    ratios = _relative(eigenvalues)
+    ranks = torch.arange(1, ratios.shape[-1] + 1, dtype=torch.float64, device=ratios.device)
+    last = rank_at(ratios, 0.99).clamp_min(_LEAST_FITTED_RANKS).unsqueeze(-1)
+    fitted = ((ranks <= last) & (ratios > 0)).double()
+    points = fitted.sum(-1, keepdim=True)
+    log_rank = ranks.log().expand_as(ratios)
+    log_value = torch.where(fitted > 0, ratios, 1.0).log()
+    rank_offset = (log_rank - (fitted * log_rank).sum(-1, keepdim=True) / points) * fitted
+    value_offset = (log_value - (fitted * log_value).sum(-1, keepdim=True) / points) * fitted
+    slope = (rank_offset * value_offset).sum(-1, keepdim=True) / rank_offset.square().sum(
+        -1, keepdim=True
+    )
+    residual = (value_offset - slope * rank_offset).square().sum(-1, keepdim=True)
+    fits = points >= 2
+    exponent = torch.where(fits, -slope, math.nan)
+    error = torch.where(fits, (residual / points).sqrt(), math.nan)
+    return exponent[..., 0], error[..., 0]
+
+
+def interval(eigenvalues: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    r"""Simultaneous 95 % interval of the true eigenvalues behind a sampled spectrum.
+
+    .. math:: \hat\lambda_i / (1 + r)^2 \le \lambda_i \le \hat\lambda_i / (1 - r)^2, \quad
+              r = \sqrt{C / N} + \sqrt{2 \ln(2 / 0.05) / N}
+
+    Ostrowski's theorem turns the extreme eigenvalues of the whitened sample covariance into bounds
+    on every ratio at once; Davidson and Szarek bound those extremes. Assumed: N independent
+    Gaussian rows of equal weight and zero mean (a covariance about the estimated mean loses one
+    row, a fixed mean adds one channel: negligible). Positions of one image are correlated, so the
+    truth about an activation may lie outside, the more so the fewer the images; heavy tails add.
+
+    Args:
+        eigenvalues: Of a covariance of ``count`` rows; negatives count as zero. [..., C]
+        count: Rows N, at least 0.
+
+    Returns:
+        Lower and upper ends, descending, float64; the upper end is infinite where r >= 1, that is
+        below about C + 5.5 sqrt(C) + 7.4 rows. [..., C], [..., C]
+
+    Raises:
+        ValueError: If ``count`` is negative.
+
+    Example:
+        >>> lower, upper = interval(torch.tensor([2.0, 1.0]), count=10_000)
+        >>> [round(x, 3) for x in (*lower.tolist(), *upper.tolist())]
+        [1.844, 0.922, 2.176, 1.088]
+    """
+    if count < 0:
+        raise ValueError(f"count must be a number of rows >= 0, got {count}")
+    descending = _descending(eigenvalues)
+    if count == 0:
+        return torch.zeros_like(descending), torch.full_like(descending, math.inf)
+    tail = math.sqrt(2 * math.log(2 / (1 - _CONFIDENCE)))
+    r = (math.sqrt(descending.shape[-1]) + tail) / math.sqrt(count)
+    lower = descending / (1 + r) ** 2
+    upper = descending / (1 - r) ** 2 if r < 1 else torch.full_like(descending, math.inf)
+    return lower, upper
+
+
+def uncertainty(eigenvalues: Tensor, count: int) -> Tensor:
+    r"""95 % bound on all :math:`|\hat\lambda_i - \lambda_i|`: the wider side of :func:`interval`.
+
+    Args:
+        eigenvalues: Of a covariance of ``count`` rows; negatives count as zero. [..., C]
+        count: Independent rows, at least 0.
+
+    Returns:
+        float64, descending; infinite where there are too few rows. [..., C]
+
+    Raises:
+        ValueError: If ``count`` is negative.
+
+    Example:
+        >>> uncertainty(torch.tensor([2.0, 1.0]), count=10_000)
+        tensor([0.1760, 0.0880], dtype=torch.float64)
+    """
+    return interval(eigenvalues, count)[1] - _descending(eigenvalues)
+
+
+def _descending(eigenvalues: Tensor) -> Tensor:
+    if not isinstance(eigenvalues, Tensor) or not eigenvalues.is_floating_point():
+        kind = eigenvalues.dtype if isinstance(eigenvalues, Tensor) else type(eigenvalues).__name__
+        raise ValueError(
+            f"eigenvalues must be a floating-point tensor, got {kind}; convert with .double()"
+        )
+    if eigenvalues.dim() == 0 or eigenvalues.shape[-1] == 0:
+        raise ValueError(
+            f"eigenvalues need shape [..., C] with C >= 1, got {list(eigenvalues.shape)}; "
+            "a layer without rows has no spectrum"
+        )
+    finite = eigenvalues.isfinite()
+    if not bool(finite.all()):
+        raise ValueError(
+            f"eigenvalues must be finite, got {eigenvalues[~finite][0].item()} in "
+            f"{int((~finite).sum())} of {eigenvalues.numel()} places; drop such matrices first"
+        )
+    return eigenvalues.double().clamp_min(0.0).sort(-1, descending=True).values
+
+
+def _relative(eigenvalues: Tensor) -> Tensor:
+    """Descending eigenvalues over the largest, so that no scale overflows; 0 stays 0. [..., C]"""
+    descending = _descending(eigenvalues)
+    largest = descending[..., :1]
+    return descending / torch.where(largest > 0, largest, 1.0)
