@@ -1,0 +1,269 @@
+"""Compiles every specialisation that the launchers launch, with no GPU, and reads its resources.
+
+Launches are recorded, not listed: the launchers run on CPU tensors while the step that would start
+a kernel is replaced. ``python tests/kernels/aot.py 80 90`` writes tests/resources/triton.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastcov.kernels.config import Architecture, Family
+from fastcov.kernels.covariance import launch_accumulate_
+from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
+from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
+
+TABLE = Path(__file__).parents[1] / "resources" / "triton.json"
+FAMILIES: dict[int, Family] = {80: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_80"}
+SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes one program may take; sm_80 shapes also serve 8.6 and 8.9, which have less than 8.0."""
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_MODES = {0: "direct", 1: "split", 2: "tf32", 3: "ieee"}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One compilation of one kernel."""
+
+    kernel: JITFunction[Any]
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """Readable and unique: kernel, dtypes of its pointers to rows, constants."""
+        values = dict(self.signature)
+        constants = dict(self.constants)
+        words = [self.kernel.fn.__name__]
+        for argument in ("matrix", "rows", "buffer", "row_weight", "chunk_weight"):
+            kind = values.get(argument, "constexpr")
+            if kind != "constexpr":
+                words.append(f"{argument}={kind}")
+        for key, value in self.constants:
+            if value is None or key in ("IS_INTERPRETED", "STAGES", "FIELDS", "VALUES"):
+                continue
+            words.append(f"{key}={_MODES[value] if key == 'MODE' else value}")
+        if "VALUES" in constants:
+            words.append(f"VALUES={constants['VALUES']}")
+        return f"{' '.join(words)} warps={self.warps} stages={self.stages}"
+
+
+def specialization(kernel: JITFunction[Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What Triton would compile for a launch with these arguments."""
+    values = dict(zip((p.name for p in kernel.params), args, strict=False))
+    values |= {key: value for key, value in options.items() if key in kernel.arg_names}
+    signature, constants, aligned = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(str(size) for size in value.block_shape)
+            signature.append((parameter.name, f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"))
+        elif isinstance(value, Tensor):
+            signature.append((parameter.name, "*" + _TYPES[value.dtype]))
+            if not parameter.do_not_specialize_on_alignment and value.data_ptr() % 16 == 0:
+                aligned.append(index)
+        else:
+            # A number that picked a compilation by its value would be missed here.
+            assert parameter.do_not_specialize, f"{kernel.fn.__name__}: {parameter.name}"
+            signature.append((parameter.name, parameter.annotation_type))
+    return Specialization(
+        kernel,
+        tuple(signature),
+        tuple(constants),
+        tuple(aligned),
+        options.get("num_warps", 4),
+        options.get("num_stages", 3),
+    )
+
+
+def recorded(launch: Callable[[], object]) -> list[Specialization]:
+    """Specialisations that a function launches, in order."""
+    found: list[Specialization] = []
+
+    def run(
+        kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any
+    ) -> None:
+        found.append(specialization(kernel, args, options))
+
+    with patch.object(JITFunction, "run", run):
+        launch()
+    return found
+
+
+def empty_state(channels: int) -> list[Tensor]:
+    """moment, sum, shift, weight, count, not filled."""
+    double = partial(torch.empty, dtype=torch.float64)
+    count = torch.empty(2, dtype=torch.int64)
+    return [double(channels, channels), double(channels), double(channels), double(()), count]
+
+
+def rows_of(layout: str, dtype: torch.dtype, channels: int) -> Tensor:
+    """Rows in one of the layouts that pick a specialisation."""
+    if layout == "rows":
+        return torch.empty(64, channels, dtype=dtype)
+    if layout == "images":
+        return torch.empty(2, 40, channels, dtype=dtype)[:, 8:]
+    if layout == "planes":
+        return torch.empty(2, channels, 8, 8, dtype=dtype).permute(0, 2, 3, 1)
+    if layout == "unaligned":
+        return torch.empty(64, channels + 1, dtype=dtype)[:, :channels]
+    if layout == "unaligned planes":
+        return torch.empty(2, channels, 7, 7, dtype=dtype).permute(0, 2, 3, 1)
+    assert layout == "strided"
+    return torch.empty(2, 3, 4, 2 * channels, dtype=dtype)[:, :, ::2, ::2]
+
+
+LAYOUTS = ("rows", "images", "planes", "unaligned", "unaligned planes", "strided")
+CHANNELS = (32, 64, 128, 256, 512, 8192)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def all_launches(family: Family) -> Iterator[Callable[[], object]]:
+    """Calls that launch, together, everything that can be launched on a family of GPUs."""
+    architecture = Architecture(family, 132)
+    for dtype in DTYPES:
+        for channels in CHANNELS:
+            # States of 8192 channels are never touched: pages that nobody writes cost nothing.
+            state = empty_state(channels)
+            update = partial(launch_accumulate_, *state, architecture=architecture)
+            for layout in LAYOUTS:
+                rows = rows_of(layout, dtype, channels)
+                yield partial(update, rows)
+            for weight_dtype in (torch.float32, torch.float64):
+                weight = torch.empty(64, dtype=weight_dtype)
+                yield partial(update, rows_of("rows", dtype, channels), weight)
+            if dtype == torch.float32:
+                for precision in ("tf32", "ieee"):
+                    yield partial(update, rows_of("rows", dtype, channels), precision=precision)
+        buffer = torch.empty(8, 64, dtype=dtype)
+        cursor = torch.empty(CURSOR_FIELDS, dtype=torch.int64)
+        step = torch.empty((), dtype=torch.int64)
+        for layout in ("rows", "strided"):
+            rows = rows_of(layout, dtype, 64)
+            yield partial(launch_gather_, buffer, rows, 0, 0, 4)
+            for fraction in (2**30, 2**32):
+                row_step = torch.empty(8, dtype=torch.int32)
+                yield partial(
+                    launch_cursor_gather_, buffer, row_step, cursor, step, rows, fraction
+                )
+        for channels in (64, 3):
+            layer = BufferedLayer(
+                *empty_state(channels),
+                torch.empty(8, channels, dtype=dtype),
+                torch.empty(8, dtype=torch.int32),
+                cursor,
+                threshold=8,
+            )
+            for decay in (1.0, 0.9):
+                yield partial(launch_flush_, FlushTable([layer]), step, decay=decay)
+
+
+def all_specializations(family: Family) -> dict[str, Specialization]:
+    """Every specialisation by its name."""
+    found: dict[str, Specialization] = {}
+    for launch in all_launches(family):
+        for item in recorded(launch):
+            other = found.setdefault(item.name, item)
+            assert other == item, f"two specialisations share the name {item.name!r}"
+    return found
+
+
+def compile_resources(item: Specialization, target: int) -> dict[str, int]:
+    """Registers, spilled bytes and shared memory on an architecture, from Triton and ptxas."""
+    source = ASTSource(
+        item.kernel,
+        dict(item.signature),
+        dict(item.constants),
+        {(index,): [["tt.divisibility", 16]] for index in item.aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": item.warps, "num_stages": item.stages},
+    )
+    binary = "ptxas-blackwell" if target >= 100 else "ptxas"
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / binary
+    ptx = compiled.asm["ptx"]
+    found = re.search(r"\.target (\w+)", ptx)
+    assert found is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        report = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={found[1]}", file.name, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert registers is not None, report
+    assert spills is not None, report
+    return {
+        "registers": int(registers[1]),
+        "spills": int(spills[1]) + int(spills[2]),
+        "shared": compiled.metadata.shared,
+        "matrix_instructions": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma\.|mma\.sync", ptx)),
+    }
+
+
+def _compile_named(key: tuple[int, str]) -> dict[str, int]:
+    target, name = key
+    return compile_resources(all_specializations(FAMILIES[target])[name], target)
+
+
+def compile_all(targets: list[int], workers: int = 1) -> dict[str, dict[str, dict[str, int]]]:
+    """Resources of everything, by architecture and name."""
+    keys = [(t, name) for t in targets for name in sorted(all_specializations(FAMILIES[t]))]
+    table: dict[str, dict[str, dict[str, int]]] = {f"sm_{target}": {} for target in targets}
+    with ProcessPoolExecutor(workers) as pool:
+        for (target, name), resources in zip(keys, pool.map(_compile_named, keys), strict=True):
+            table[f"sm_{target}"][name] = resources
+    return table
+
+
+def main() -> None:
+    """Compiles for the architectures given and updates their part of the table."""
+    targets = [int(word) for word in sys.argv[1:]] or [80, 90, 100, 120]
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table |= {"triton": triton.__version__} | compile_all(targets, workers=2)
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
