@@ -1,0 +1,130 @@
+"""Checkpoints that survive a kill at any moment: written whole, the one before it kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcov_detection.errors import CheckpointError
+from fastcov_detection.files import write_file
+
+log = logging.getLogger("fastcov_detection")
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+_FORMAT = 1
+_KEYS = ("step", "seed", "config", "widths", "model", "optimizer", "train_s")
+
+
+def save_checkpoint(run_dir: Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint; the one before it stays as a second chance.
+
+    Args:
+        run_dir: Folder of the run.
+        content: Tensors, numbers, strings, and dicts and lists of them.
+
+    Raises:
+        OSError: If the disk is full; earlier checkpoints are as they were.
+    """
+    newest, previous = run_dir / NEWEST, run_dir / PREVIOUS
+    fresh = run_dir / f"{NEWEST}.new"
+    write_file(fresh, lambda file: torch.save({**content, "format": _FORMAT}, file))
+    if newest.exists():
+        newest.replace(previous)
+    fresh.replace(newest)
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, or None where there is none at all.
+
+    Raises:
+        CheckpointError: If there are files but none of them can be read.
+    """
+    failures = []
+    for name in (f"{NEWEST}.new", NEWEST, PREVIOUS):
+        path = run_dir / name
+        if not path.exists():
+            continue
+        try:
+            content = _read(path)
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        for failure in failures:
+            log.warning("%s; going on from %s, step %d", failure, name, content["step"])
+        return content
+    if failures:
+        raise CheckpointError(
+            "; ".join(failures) + "; delete the file to start this run from its beginning"
+        )
+    return None
+
+
+def remove_checkpoints(run_dir: Path) -> None:
+    """Forgets everything that a run could be resumed from."""
+    for name in (f"{NEWEST}.new", NEWEST, PREVIOUS):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        size = path.stat().st_size
+        raise CheckpointError(f"cannot read {path} ({size} bytes, {reason})") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version")
+    missing = [key for key in _KEYS if key not in content]
+    if missing:
+        raise CheckpointError(f"{path} lacks {missing[0]!r}")
+    return content
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir: Path) -> None:
+    """Refuses to go on with a run that had other settings.
+
+    Args:
+        saved: ``seed``, ``config`` and ``widths`` of what is in the folder.
+        wanted: The same of what is asked for.
+        run_dir: Named in the error.
+
+    Raises:
+        CheckpointError: Naming the first setting that differs.
+    """
+    before, now = _flatten(saved), _flatten(wanted)
+    for key in sorted(before.keys() | now.keys()):
+        # Where and how fast a run computes may change in its middle.
+        if key.removeprefix("config.") in _FREE:
+            continue
+        if before.get(key) != now.get(key):
+            raise CheckpointError(
+                f"{run_dir} holds a run with {key} = {before.get(key)!r}, now it is "
+                f"{now.get(key)!r}; "
+                "choose another run folder, or start over with resume=False"
+            )
+
+
+_FREE = {
+    "device",
+    "threads",
+    "data.workers",
+    "data.root",
+    "eval_batch_size",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,134 @@
+"""Two trainings side by side: the dimensions of every layer over training, and how far they part.
+
+The question of Shinya, Simo-Serra and Suzuki (arXiv 1909.04021): do a detector from scratch and one
+from pretrained weights converge to similar models? What is compared is what :func:`fastcov.track`
+saw while each trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastcov import History, load_history
+from fastcov.figures import comparison_grid, free_axes, png
+from fastcov.history import Comparison, compare_histories
+from fastcov.plot import plot_comparison
+from fastcov.report import comparison_legend, comparison_rows, write_comparison
+from fastcov_detection.errors import DataError
+from fastcov_detection.files import write_file, write_text
+
+
+def compare_runs(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    threshold: float = 1e-3,
+) -> Comparison:
+    """Compares two runs and writes figures and numbers.
+
+    Args:
+        a: Folder of the first run; a folder of snapshots does as well.
+        b: Folder of the second run.
+        out: Gets ``comparison.json``, ``comparison.html``, ``dims.png``, ``spectra.png`` and
+            ``distance.png``.
+        threshold: Of a dimension, relative to the largest eigenvalue.
+
+    Returns:
+        The comparison, layer by layer.
+
+    Raises:
+        DataError: If a run has no snapshots, or the runs share no layer.
+    """
+    histories = _history(Path(a)), _history(Path(b))
+    labels = _labels(Path(a), Path(b))
+    try:
+        comparison = compare_histories(
+            *histories, threshold=threshold, label_a=labels[0], label_b=labels[1]
+        )
+    except ValueError as error:
+        raise DataError(f"cannot compare {a} with {b}: {error}") from None
+    folder = Path(out)
+    write_text(folder / "comparison.json", json.dumps(numbers(comparison), indent=2) + "\n")
+    for name in ("dims", "spectra"):
+        _write_png(folder / f"{name}.png", png(comparison_grid(comparison, name)))
+    distances = plot_comparison(comparison, free_axes(len(comparison.layers)))
+    _write_png(folder / "distance.png", png(distances))
+    write_comparison(
+        folder / "comparison.html", comparison, f"{labels[0]} (a) against {labels[1]} (b)"
+    )
+    return comparison
+
+
+def numbers(comparison: Comparison) -> dict[str, Any]:
+    """Everything that the figures show, for programs."""
+    layers = {
+        layer.name: {
+            "steps_a": layer.steps_a,
+            "dims_a": layer.dims_a,
+            "width_a": layer.end_a.channels,
+            "dof_a": layer.end_a.dof(),
+            "steps_b": layer.steps_b,
+            "dims_b": layer.dims_b,
+            "width_b": layer.end_b.channels,
+            "dof_b": layer.end_b.dof(),
+            "distance": layer.distance,
+            "common_steps": layer.common_steps,
+            "distances": layer.distances,
+        }
+        for layer in comparison.layers
+    }
+    return {
+        "a": comparison.label_a,
+        "b": comparison.label_b,
+        "threshold": comparison.threshold,
+        "layers": layers,
+        "only_a": list(comparison.only_a),
+        "only_b": list(comparison.only_b),
+    }
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Prints a line for each layer: dimensions and demands at the end, and the distance."""
+    console = console or Console()
+    headings, lines = comparison_rows(comparison)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console.print(f"a: {comparison.label_a}", f"b: {comparison.label_b}", sep="\n", markup=False)
+    console.print(table)
+    console.print(comparison_legend(comparison), markup=False, highlight=False)
+
+
+def _history(run: Path) -> History:
+    """The snapshots of a run, or of the folder that was given as ``out=`` to fastcov.track."""
+    for folder in (run / "spectra", run):
+        if (folder / "history.jsonl").is_file():
+            return load_history(folder)
+    raise DataError(
+        f"no snapshots in {run} (looked for history.jsonl there and in spectra/); train with "
+        "--set track=backbone and snapshot_every below the number of steps"
+    )
+
+
+def _labels(a: Path, b: Path) -> tuple[str, str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [path.resolve().parts for path in (a, b)]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-length:]) for part in parts]
+        if ends[0] != ends[1]:
+            return ends[0], ends[1]
+    return f"{a} (a)", f"{b} (b)"
+
+
+def _write_png(path: Path, content: bytes) -> None:
+    write_file(path, lambda file: file.write(content))

@@ -1,0 +1,292 @@
+"""What a run is made of, and presets that were tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fastcov_detection.settings import (
+    ConfigError,
+    closest,
+    from_dict,
+    load_config,
+    override,
+    save_config,
+    to_dict,
+)
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "MiniConfig",
+    "ModelConfig",
+    "SearchConfig",
+    "TrainConfig",
+    "closest",
+    "from_dict",
+    "load_config",
+    "override",
+    "preset",
+    "presets",
+    "save_config",
+    "to_dict",
+]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A detector: torchvision's defaults unless a preset says otherwise."""
+
+    name: str = "fasterrcnn_resnet50_fpn"
+    """``fasterrcnn`` or ``maskrcnn``, then ``resnet18``, 34, 50, 101 or 152, then ``fpn``."""
+    num_classes: int | None = None
+    """Classes with the background; None: as many as the data has."""
+    norm: Literal["batch", "sync", "group", "frozen"] = "batch"
+    init: str = "random"
+    """``random``, ``imagenet`` (torchvision's weights), or a state_dict's or run folder's path."""
+    trainable_layers: int = 5
+    """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on."""
+    zero_init_last_norm: bool = False
+    width_multiplier: float = 1.0
+    """Scales the stem, stage and inner widths of the backbone."""
+    fpn_channels: int = 256
+    box_head_width: int = 1024
+    mask_head_width: int = 256
+    min_size: int = 800
+    max_size: int = 1333
+    train_sizes: tuple[int, ...] = ()
+    """Further lengths of the shorter edge that training draws from (multi-scale)."""
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    """One anchor size for each of the five pyramid levels."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_batch: int = 256
+    rpn_pre_nms_train: int = 2000
+    rpn_pre_nms_test: int = 1000
+    rpn_post_nms_train: int = 2000
+    rpn_post_nms_test: int = 1000
+    roi_batch: int = 512
+    """Regions of interest that are sampled from each training image."""
+    roi_sampling_ratio: int = 2
+    roi_canonical_scale: int = 224
+    """Edge of the box that is read from pyramid level ``roi_canonical_level``."""
+    roi_canonical_level: int = 4
+    detections_per_image: int = 100
+    score_threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """The ``mini`` data set: handwritten digits on real photographs, nothing to download."""
+
+    train: int = 2000
+    val: int = 300
+    canvas: int = 96
+    seed: int = 0
+    brightness: float = 0.5
+    """What photographs are multiplied by."""
+    colour_low: int = 150
+    """Lowest value of a digit's red, green and blue; the highest is 255."""
+    angle: float = 10.0
+    """Largest rotation of a digit, in degrees to either side."""
+    digits: tuple[int, int] = (1, 5)
+    """Fewest and most digits of an image."""
+    sizes: tuple[int, int] = (12, 48)
+    """Shortest and longest longer edge of a digit before rotation, in pixels."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and annotations come from, and how training images are varied."""
+
+    name: str = "mini"
+    """``mini``, or a folder in COCO layout; the four paths below override the layout."""
+    root: str = "data/mini"
+    """Folder where ``mini`` is kept; rebuilt only when its parameters change."""
+    mini: MiniConfig = field(default_factory=MiniConfig)
+    train_images: str | None = None
+    train_annotations: str | None = None
+    val_images: str | None = None
+    val_annotations: str | None = None
+    keep_empty: bool = True
+    """Train on images without objects too: they are negatives."""
+    hflip: float = 0.5
+    """Chance of a mirrored training image; 0 where mirroring changes the class."""
+    scale_jitter: tuple[float, float] | None = None
+    """Range of a random zoom, cropped or padded back to the size of the image."""
+    photometric: float = 0.0
+    """Chance of each photometric distortion (brightness, contrast, saturation, hue)."""
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 90_000
+    batch_size: int = 16
+    """Images of one step over all processes."""
+    eval_batch_size: int = 1
+    lr: float = 0.02
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_vectors: bool = True
+    """Apply weight decay to norms and biases too."""
+    warmup_steps: int = 1000
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
+    """Where the step schedule divides the rate by ten, as shares of ``steps``."""
+    final_lr: float = 0.0
+    """Where the cosine schedule ends, as a share of ``lr``."""
+    clip_norm: float | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    threads: int | None = None
+    """CPU threads of one process; None: torch's own choice."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels where it has them."""
+    track: Literal["none", "backbone", "model"] = "backbone"
+    """Which part ``fastcov.track`` watches while training runs."""
+    track_where: Literal["output", "input", "both"] = "output"
+    track_decay: float | None = None
+    snapshot_every: int = 1000
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: at the end only."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A width search: the training run it repeats, the rule, and the arms it compares."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rule: Literal["dof", "share", "relative", "absolute"] = "dof"
+    power: float = 1.0
+    rounds: int = 1
+    budget: float | None = None
+    """MACs of the searched detector; None: those of the baseline."""
+    max_params: int | None = None
+    vary: tuple[str, ...] = ("backbone",)
+    """Which widths may change: ``backbone``, ``fpn``, ``heads``."""
+    arms: tuple[str, ...] = ("baseline", "searched", "uniform", "random", "untrained", "power")
+    seeds: int = 1
+    first_seed: int = 0
+    measure_images: int = 512
+    image_size: int | None = None
+    """Edge of the square input on which MACs are counted; None: ``train.model.min_size``."""
+    jobs: int = 1
+    """Training runs side by side."""
+    latency_runs: int = 20
+
+
+def _mini() -> TrainConfig:
+    # Every value was measured to matter on two CPU cores: brighter photographs, larger strides for
+    # small boxes or a last norm that does not start at zero each cost most of the AP.
+    return TrainConfig(
+        model=ModelConfig(
+            zero_init_last_norm=True,
+            width_multiplier=0.25,
+            fpn_channels=64,
+            box_head_width=128,
+            mask_head_width=32,
+            min_size=96,
+            max_size=96,
+            anchor_sizes=(12, 20, 32, 48, 64),
+            anchor_ratios=(1.0, 1.5),
+            rpn_batch=32,
+            rpn_pre_nms_train=100,
+            rpn_pre_nms_test=100,
+            rpn_post_nms_train=50,
+            rpn_post_nms_test=50,
+            roi_batch=32,
+            roi_sampling_ratio=1,
+            roi_canonical_scale=64,
+            detections_per_image=20,
+        ),
+        data=DataConfig(hflip=0.0),
+        steps=250,
+        eval_batch_size=16,
+        lr=0.04,
+        nesterov=True,
+        decay_vectors=False,
+        warmup_steps=50,
+        schedule="cosine",
+        final_lr=0.02,
+        clip_norm=10.0,
+        channels_last=True,
+        snapshot_every=25,
+        log_every=10,
+        checkpoint_every=50,
+    )
+
+
+def _small() -> TrainConfig:
+    """Photographs of a few hundred pixels, a few hundred of them, on two CPU cores."""
+    mini = _mini()
+    model = replace(
+        mini.model,
+        min_size=192,
+        max_size=320,
+        anchor_sizes=(16, 28, 44, 64, 96),
+        rpn_batch=64,
+        rpn_pre_nms_train=200,
+        rpn_pre_nms_test=300,
+        rpn_post_nms_train=100,
+        rpn_post_nms_test=150,
+        roi_batch=64,
+        detections_per_image=100,
+    )
+    return replace(
+        mini, model=model, data=DataConfig(hflip=0.5), steps=400, batch_size=8, eval_batch_size=8
+    )
+
+
+def _coco() -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(train_sizes=(640, 672, 704, 736, 768)),
+        data=DataConfig(name="coco", workers=4),
+        clip_norm=10.0,
+        precision="bfloat16",
+        channels_last=True,
+        deterministic=False,
+    )
+
+
+def _mini_harder() -> TrainConfig:
+    """Brighter photographs, darker digits, stronger rotation, more and smaller digits."""
+    config = _mini()
+    look = MiniConfig(
+        val=500, brightness=0.75, colour_low=110, angle=30.0, digits=(2, 8), sizes=(10, 40)
+    )
+    return replace(config, data=replace(config.data, root="data/mini-harder", mini=look), steps=500)
+
+
+_PRESETS = {"mini": _mini, "mini-harder": _mini_harder, "small": _small, "coco": _coco}
+
+
+def presets() -> tuple[str, ...]:
+    """Names that :func:`preset` knows."""
+    return tuple(_PRESETS)
+
+
+def preset(name: str, model: str | None = None) -> TrainConfig:
+    """A training run that was tried.
+
+    Args:
+        name: ``mini`` (two CPU cores, minutes), ``mini-harder`` (a task short of capacity),
+            ``small`` (a few hundred photographs, two cores) or ``coco`` (torchvision's settings, a
+            GPU).
+        model: Replaces the preset's detector, for example ``maskrcnn_resnet50_fpn``.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(f"unknown preset {name!r}{closest(name, _PRESETS)}")
+    config = _PRESETS[name]()
+    return config if model is None else replace(config, model=replace(config.model, name=model))

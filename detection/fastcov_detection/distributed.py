@@ -1,0 +1,85 @@
+"""Several processes that train one model: started by torchrun, or one process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+def rank() -> int:
+    """Number of this process, 0 when it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_gather(value: Value) -> list[Value]:
+    """What every process has, in order of rank. Only for Python objects of one's own making."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Value | None] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return [one for one in gathered if one is not None]
+
+
+def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes; the tensor itself may change."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started, for as long as the block lasts."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: with ``auto`` or ``cuda``, a GPU for each local rank.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device is {name!r}, but torch sees no GPU; use device=cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {device} does not exist, there are {torch.cuda.device_count()} GPUs; "
+                "start fewer processes"
+            )
+        torch.cuda.set_device(device)
+    return device

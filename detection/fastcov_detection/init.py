@@ -1,0 +1,96 @@
+"""Where a backbone's first weights come from: chance, torchvision's ImageNet weights, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from fastcov_detection.config import ConfigError, ModelConfig
+
+_PREFIXES = ("backbone.body.", "body.", "module.", "")
+
+
+def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> None:
+    """Loads the weights that ``config.init`` names into a ResNet body.
+
+    Args:
+        body: Children conv1, bn1, layer1 to layer4.
+        config: ``init`` is ``random``, ``imagenet``, or a state_dict's file or the run folder of
+            another training; of a detector's state_dict the ResNet is taken.
+        depth: Of the ResNet.
+
+    Raises:
+        ConfigError: If the weights cannot be had or do not fit the widths.
+    """
+    if config.init == "random":
+        return
+    if config.init == "imagenet":
+        state, source = _imagenet_state(depth), "the ImageNet weights"
+    else:
+        path = Path(config.init)
+        path = path / "model.pt" if path.is_dir() else path
+        state, source = read_state(path), str(path)
+    _load_body(body, state, source)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Reads a state_dict without pickle.
+
+    Raises:
+        ConfigError: If the file is missing, truncated, or holds anything but tensors by name.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"no weights at {path}; --init takes random, imagenet, a state_dict or a run folder"
+        )
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"cannot read weights from {path} ({reason}); save them again") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConfigError(f"{path} does not hold a state_dict (tensors by name)")
+    return dict(state)
+
+
+def _imagenet_state(depth: int) -> dict[str, Tensor]:
+    weights = get_model_weights(f"resnet{depth}").DEFAULT
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError) as error:
+        raise ConfigError(
+            f"cannot fetch the ImageNet weights of resnet{depth} ({error}); download {weights.url} "
+            "on a machine with a connection and pass it as --init PATH"
+        ) from None
+
+
+def _load_body(body: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    wanted = body.state_dict()
+    prefix = next((p for p in _PREFIXES if f"{p}conv1.weight" in state), None)
+    if prefix is None:
+        raise ConfigError(f"{source} holds no ResNet: conv1.weight is missing")
+    found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+    # A frozen norm has no counter of batches, and a state_dict of one does not bring it.
+    missing = [n for n in wanted if n not in found and not n.endswith("num_batches_tracked")]
+    if missing:
+        raise ConfigError(
+            f"{source} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; "
+            "depth and norm must be those of this model"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise ConfigError(
+                f"{source} has {name} of shape {tuple(tensor.shape)}, this model "
+                f"{tuple(wanted[name].shape)}; "
+                "pretrained weights fit only a model of the same widths"
+            )
+    body.load_state_dict(found, strict=False)

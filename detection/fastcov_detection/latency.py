@@ -1,0 +1,55 @@
+"""How long one image takes: measured on every arm in turn, with nothing else running."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+_WARM_UP = 3
+
+
+def measure_latency(
+    models: Mapping[str, GeneralizedRCNN],
+    image: Tensor,
+    runs: int = 20,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """Median milliseconds of a forward pass in eval mode, for the same image.
+
+    The models take turns, so that whatever slows the machine down for a while slows all of them.
+
+    Args:
+        models: By name; moved to the device and back to the CPU.
+        image: Values in [0, 1]. [3, H, W]
+        runs: Timed passes of each model, after three that are not.
+        device: Where the passes run.
+
+    Raises:
+        ValueError: If ``runs`` is below 1.
+    """
+    if runs < 1:
+        raise ValueError(f"latency_runs is {runs}; at least one pass must be timed")
+    place = torch.device(device)
+    finish = torch.cuda.synchronize if place.type == "cuda" else nullcontext
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    images = [image.to(place)]
+    for model in models.values():
+        model.to(place).eval()
+    with torch.inference_mode():
+        for turn in range(_WARM_UP + runs):
+            for name, model in models.items():
+                finish()
+                start = time.perf_counter()
+                model(images)
+                finish()
+                if turn >= _WARM_UP:
+                    seconds[name].append(time.perf_counter() - start)
+    for model in models.values():
+        model.to("cpu")
+    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}

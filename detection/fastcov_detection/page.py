@@ -1,0 +1,99 @@
+"""One self-contained HTML page: no script, nothing loaded from outside, every text escaped."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastcov_detection.files import write_text
+
+_STYLE = """
+:root{--ink:#1d2429;--soft:#5b6770;--line:#e3e8eb;--mark:#17618c}
+body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);max-width:1080px;margin:2rem auto}
+body{padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
+p.lead{font-size:1.05rem}p.note,footer,figcaption{color:var(--soft);font-size:13px}
+figure{margin:1rem 0}figure img{max-width:100%;height:auto;display:block}
+div.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
+@media(max-width:800px){div.pair{grid-template-columns:1fr}}
+div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;white-space:nowrap}
+th,td{padding:4px 12px;text-align:right;border-bottom:1px solid var(--line)}
+th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:pre-line}
+th:first-child,td:first-child{text-align:left;font-weight:600}
+td.text{text-align:left;white-space:normal;font-weight:400}
+details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
+pre{background:#f5f7f8;padding:.8rem;overflow-x:auto;font-size:12.5px}
+"""
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str] = ()) -> str:
+    """A table; columns whose heading is in ``text`` hold words, the others numbers."""
+    marks = [' class="text"' if heading in text else "" for heading in headings]
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(marks, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table>{inner}</table></div>'
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Plain text as a paragraph."""
+    mark = f' class="{html.escape(kind)}"' if kind else ""
+    return f"<p{mark}>{html.escape(text)}</p>"
+
+
+def picture(png: bytes, caption: str) -> str:
+    """An embedded picture with its caption."""
+    encoded = base64.b64encode(png).decode("ascii")
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/png;base64,{encoded}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def side_by_side(parts: Sequence[str]) -> str:
+    """Parts of a page in two columns."""
+    return f'<div class="pair">{"".join(parts)}</div>'
+
+
+def folded(title: str, content: str) -> str:
+    """Content that opens with a click."""
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def listing(text: str) -> str:
+    """Text as it is, in a fixed font."""
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def section(heading: str, *parts: str) -> str:
+    """A heading and what stands under it."""
+    return f"<section><h2>{html.escape(heading)}</h2>{''.join(parts)}</section>"
+
+
+def write_page(path: Path, title: str, parts: Sequence[str], footer: str) -> Path:
+    """Writes the page; it appears whole or not at all."""
+    # The policy lets no script run and nothing load, whatever a name may hold.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    content = "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width">',
+            f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{html.escape(title)}</h1>",
+            *parts,
+            f"<footer>{html.escape(footer)}</footer></body></html>",
+        ]
+    )
+    write_text(path, content.encode("utf-8", "replace").decode("utf-8"))
+    return path

@@ -1,0 +1,164 @@
+"""Widths of every arm of a search: what the spectra ask for, and what they are held against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from fastcov import Spectrum, WidthGroup
+from fastcov.widths import (
+    Rule,
+    WidthPlan,
+    power_widths,
+    random_widths,
+    suggest_widths,
+    uniform_widths,
+)
+from fastcov_detection.config import ConfigError, ModelConfig, SearchConfig, closest
+from fastcov_detection.cost import Cost, cost_of
+from fastcov_detection.files import write_text
+
+BASELINE = "baseline"
+SEARCHED = "searched"
+CONTROLS = ("uniform", "random", "untrained", "power")
+RULES: tuple[str, ...] = get_args(Rule)
+
+
+def arm_names() -> tuple[str, ...]:
+    """Every arm that a search knows; ``searched-share`` follows another rule than the main one."""
+    return (BASELINE, SEARCHED, *CONTROLS, *(f"{SEARCHED}-{rule}" for rule in RULES))
+
+
+def check_arms(arms: Sequence[str]) -> tuple[str, ...]:
+    """The arms in a fixed order, with the baseline that every other arm is derived from.
+
+    Raises:
+        ConfigError: If an arm is unknown, or uniform or power have no searched arm to match.
+    """
+    known = arm_names()
+    for arm in arms:
+        if arm not in known:
+            raise ConfigError(f"unknown arm {arm!r}{closest(arm, known)}")
+    wanted = {BASELINE, *arms}
+    for control in ("uniform", "power"):
+        if control in wanted and SEARCHED not in wanted:
+            raise ConfigError(
+                f"arm {control!r} has the parameters of the searched network; "
+                f"add {SEARCHED!r} to the arms"
+            )
+    return tuple(arm for arm in known if arm in wanted)
+
+
+class Costs:
+    """Parameters and MACs of widths, each counted once on the built model."""
+
+    def __init__(self, model: ModelConfig, image_size: int) -> None:
+        self.model = model
+        self.image_size = image_size
+        self._known: dict[tuple[tuple[str, int], ...], Cost] = {}
+
+    def __call__(self, widths: Mapping[str, int] | None) -> Cost:
+        """The cost of a detector with these widths; None: the configuration's own."""
+        key = tuple(sorted((widths or {}).items()))
+        if key not in self._known:
+            self._known[key] = cost_of(self.model, widths, self.image_size)
+        return self._known[key]
+
+    def macs(self, widths: Mapping[str, int]) -> int:
+        """Multiply-accumulates of one image."""
+        return self(widths).macs
+
+    def params(self, widths: Mapping[str, int]) -> int:
+        """Parameters of the whole detector."""
+        return self(widths).params
+
+
+class Proposer:
+    """Proposes widths for the arms of one search.
+
+    Args:
+        config: The search.
+        groups: Width groups of the baseline.
+        costs: Counts a detector of the search's configuration.
+    """
+
+    def __init__(self, config: SearchConfig, groups: Sequence[WidthGroup], costs: Costs) -> None:
+        self.config = config
+        self.groups = tuple(groups)
+        self.costs = costs
+        self.budget = float(costs(None).macs if config.budget is None else config.budget)
+
+    def baseline(self) -> WidthPlan:
+        """The configuration's own widths, as a plan."""
+        widths = {group.name: group.width for group in self.groups}
+        cost = self.costs(widths)
+        demand = {name: float(width) for name, width in widths.items()}
+        return WidthPlan(
+            widths, demand, cost.macs, self.budget, 1.0, "given", params=float(cost.params)
+        )
+
+    def from_spectra(self, spectra: Mapping[str, Spectrum], rule: str | None = None) -> WidthPlan:
+        """Widths that follow the spectra at no more MACs than the budget."""
+        chosen: Any = rule or self.config.rule
+        return suggest_widths(
+            spectra,
+            self.groups,
+            self.costs.macs,
+            self.budget,
+            rule=chosen,
+            power=self.config.power,
+            max_params=self.config.max_params,
+            param_fn=self.costs.params,
+        )
+
+    def uniform(self, searched: WidthPlan) -> WidthPlan:
+        """The baseline scaled to the searched parameters; MACs come out lower."""
+        plan = uniform_widths(self.groups, self.costs.params, searched.params)
+        macs = self.costs.macs(plan.widths)
+        return replace(plan, macs=macs, budget=self.budget, params=self.costs.params(plan.widths))
+
+    def random(self, seed: int) -> WidthPlan:
+        """A draw of widths at the same MACs."""
+        plan = random_widths(self.groups, self.costs.macs, self.budget, seed)
+        return replace(plan, params=self.costs.params(plan.widths))
+
+    def power(self, searched: WidthPlan) -> WidthPlan:
+        """Baseline widths to the power that has the searched parameters at the same MACs."""
+        return power_widths(
+            self.groups,
+            self.costs.macs,
+            self.budget,
+            params=searched.params,
+            param_fn=self.costs.params,
+        )
+
+
+def has_settled(groups: Sequence[WidthGroup], before: WidthPlan, after: WidthPlan) -> bool:
+    """Whether every width moved by less than its rounding."""
+    return all(
+        abs(after.widths[group.name] - before.widths[group.name]) < group.multiple
+        for group in groups
+    )
+
+
+def save_plan(plan: WidthPlan, path: Path) -> None:
+    """Writes a plan as JSON; ``--widths`` reads the file."""
+    write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def load_plan(path: Path) -> WidthPlan:
+    """Reads a plan that :func:`save_plan` wrote.
+
+    Raises:
+        ConfigError: If the file does not hold a plan.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return WidthPlan(**{**values, "notes": tuple(values["notes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} does not hold a plan of widths ({error}); delete it, the search makes it anew"
+        ) from None

@@ -1,0 +1,63 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from fastcov_detection.config import ConfigError, TrainConfig
+
+_STEP_FACTOR = 0.1
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of one step: a linear warm-up, then steps down by ten or a cosine.
+
+    Args:
+        config: ``lr``, ``warmup_steps``, ``schedule``, ``milestones``, ``final_lr``, ``steps``.
+        step: Counted from 0.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps > 0 else 1.0
+    if config.schedule == "step":
+        passed = sum(step >= milestone * config.steps for milestone in config.milestones)
+        return config.lr * warmup * _STEP_FACTOR**passed
+    span = max(1, config.steps - config.warmup_steps)
+    progress = min(1.0, max(0.0, (step - config.warmup_steps) / span))
+    share = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * warmup * share
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """SGD over what is trained; norms and biases without weight decay where so configured.
+
+    Raises:
+        ConfigError: If a value is out of range or nothing is left to train.
+    """
+    if config.steps < 1 or config.lr <= 0 or config.weight_decay < 0:
+        raise ConfigError(
+            f"steps is {config.steps}, lr {config.lr}, weight_decay {config.weight_decay}; "
+            "expected at least one step, a positive rate and no negative decay"
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("every parameter is frozen; raise model.trainable_layers")
+    matrices = [p for p in trained if p.dim() > 1 or config.decay_vectors]
+    vectors = [p for p in trained if p.dim() <= 1 and not config.decay_vectors]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Gives every parameter group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,307 @@
+"""The width search: train, read the spectra, propose widths, train again from scratch, compare.
+
+A search lives in one folder and goes on from whatever is finished there:
+
+- ``config.json``, ``train.json``: its settings, and those of every run
+- ``arms/NAME/seedN/``: one training run each; the searched arm is named by the round that made it
+- ``spectra/*.npz``: measuring passes; ``widths/*.json``: plans of widths with their demands
+- ``result.json``, ``widths.json`` (the searched widths), ``report.html``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcov import Spectrum
+from fastcov.widths import WidthPlan
+from fastcov_detection.batches import mix_seed
+from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
+from fastcov_detection.data import LoadedData, load_data
+from fastcov_detection.distributed import pick_device
+from fastcov_detection.engine import RunResult, load_run, measure_spectra
+from fastcov_detection.files import write_text
+from fastcov_detection.groups import width_groups
+from fastcov_detection.latency import measure_latency
+from fastcov_detection.layout import plan_path, run_dir, searched_folder, spectra_path
+from fastcov_detection.model import build_model, parse_name, save_widths
+from fastcov_detection.proposals import (
+    BASELINE,
+    SEARCHED,
+    Costs,
+    Proposer,
+    check_arms,
+    has_settled,
+    load_plan,
+    save_plan,
+)
+from fastcov_detection.results import ArmRecord, compare_arms, macs_input, write_result
+from fastcov_detection.runner import Job, locked, run_jobs
+from fastcov_detection.spectra import load_spectra, save_spectra
+
+# What a search may change when it goes on in a folder: everything else would mix two experiments.
+_MAY_GROW = ("arms", "seeds", "jobs", "latency_runs")
+
+
+@dataclass
+class Arm:
+    """An arm that is to be trained: its folder, and its plan for each seed."""
+
+    name: str
+    folder: str
+    plans: dict[int, tuple[str, WidthPlan]] = field(default_factory=dict)
+    """By seed: the name of the plan's file and the plan."""
+
+
+def run_search(
+    config: SearchConfig, folder: str | Path, *, progress: bool = True
+) -> dict[str, Any]:
+    """Runs a width search to its end, or goes on with one.
+
+    Args:
+        config: The search.
+        folder: Its folder.
+        progress: Show bars.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        ConfigError: If settings are impossible, or the folder holds another search.
+        RunError: If a training run fails or the folder is in use.
+    """
+    folder = Path(folder)
+    config = _checked(config)
+    with locked(folder) as lock:
+        _open(folder, config)
+        return _Search(config, folder, lock, progress).run()
+
+
+class _Search:
+    """One search at work."""
+
+    def __init__(self, config: SearchConfig, folder: Path, lock: int, progress: bool) -> None:
+        self.config, self.folder, self.lock, self.progress = config, folder, lock, progress
+        predicts_masks, _ = parse_name(config.train.model.name)
+        self.data: LoadedData = load_data(
+            config.train.data, with_masks=predicts_masks, progress=progress
+        )
+        classes = len(self.data.class_names) + 1
+        self.model_config = replace(config.train.model, num_classes=classes)
+        self.image_size = config.image_size or self.model_config.min_size
+        with torch.device("meta"):
+            baseline = build_model(replace(self.model_config, init="random"))
+        self.groups = width_groups(baseline, vary=config.vary)
+        self.proposer = Proposer(config, self.groups, Costs(self.model_config, self.image_size))
+        self.seeds = [config.first_seed + index for index in range(config.seeds)]
+        self.device = pick_device(config.train.device)
+
+    def run(self) -> dict[str, Any]:
+        """Every step of the search; what an earlier process finished is read, not repeated."""
+        baseline = self._arm(BASELINE, BASELINE, self.proposer.baseline)
+        self._train([baseline])
+        arms = [baseline]
+        self._record(arms)
+        spectra = self._measured("baseline", baseline)
+        untrained = self._untrained_spectra()
+        searched = None
+        for name in self.config.arms:
+            if name == BASELINE:
+                continue
+            if name == SEARCHED:
+                searched = self._search_rounds(spectra)
+                arms.append(searched)
+                save_widths(self._all_widths(searched), self.folder / "widths.json")
+            elif name == "random":
+                arms.append(self._random())
+            elif name == "untrained":
+                arms.append(self._arm(name, name, partial(self.proposer.from_spectra, untrained)))
+            elif name.startswith(SEARCHED):
+                rule = name.removeprefix(f"{SEARCHED}-")
+                propose = partial(self.proposer.from_spectra, spectra, rule)
+                arms.append(self._arm(name, name, propose))
+            else:
+                propose = partial(getattr(self.proposer, name), self._first_plan(searched))
+                arms.append(self._arm(name, name, propose))
+        self._train(arms)
+        return self._record(arms, with_latency=True)
+
+    def _search_rounds(self, spectra: Mapping[str, Spectrum]) -> Arm:
+        """Proposes and trains until widths stand still or the rounds are used up."""
+        arm = self._round_arm(1, spectra)
+        for number in range(2, self.config.rounds + 1):
+            self._train([arm], seeds=self.seeds[:1])
+            spectra = self._measured(arm.folder, arm)
+            following = self._round_arm(number, spectra)
+            if has_settled(self.groups, self._first_plan(arm), self._first_plan(following)):
+                break
+            arm = following
+        return arm
+
+    def _round_arm(self, number: int, spectra: Mapping[str, Spectrum]) -> Arm:
+        propose = partial(self.proposer.from_spectra, spectra)
+        return self._arm(SEARCHED, searched_folder(number), propose)
+
+    def _random(self) -> Arm:
+        arm = Arm("random", "random")
+        for seed in self.seeds:
+            name = f"random-seed{seed}"
+            arm.plans[seed] = name, self._plan(name, partial(self.proposer.random, seed))
+        return arm
+
+    def _arm(self, name: str, folder: str, propose: Callable[[], WidthPlan]) -> Arm:
+        """An arm with one plan for all seeds."""
+        plan = self._plan(folder, propose)
+        return Arm(name, folder, dict.fromkeys(self.seeds, (folder, plan)))
+
+    def _plan(self, name: str, propose: Callable[[], WidthPlan]) -> WidthPlan:
+        path = plan_path(self.folder, name)
+        if not path.exists():
+            save_plan(propose(), path)
+        return load_plan(path)
+
+    def _first_plan(self, arm: Arm | None) -> WidthPlan:
+        if arm is None:
+            raise ConfigError(f"the arms lack {SEARCHED!r}, which others are matched to")
+        return arm.plans[self.seeds[0]][1]
+
+    def _all_widths(self, arm: Arm) -> dict[str, int]:
+        """The arm's widths, those of the groups that do not vary included."""
+        with torch.device("meta"):
+            model = build_model(
+                replace(self.model_config, init="random"), self._first_plan(arm).widths
+            )
+        return dict(model.widths)
+
+    def _run_dir(self, arm: Arm, seed: int) -> Path:
+        return run_dir(self.folder, arm.folder, seed)
+
+    def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
+        jobs = []
+        for seed in seeds or self.seeds:
+            for arm in arms:
+                plan_name, _ = arm.plans[seed]
+                jobs.append(
+                    Job(
+                        label=f"{arm.name}, seed {seed}",
+                        run_dir=self._run_dir(arm, seed),
+                        config_file=self.folder / "train.json",
+                        widths_file=plan_path(self.folder, plan_name),
+                        seed=seed,
+                        steps=self.config.train.steps,
+                    )
+                )
+        run_jobs(jobs, at_once=self.config.jobs, lock=self.lock, progress=self.progress)
+
+    def _measured(self, name: str, arm: Arm) -> dict[str, Spectrum]:
+        """Spectra of the arm's first run, measured once."""
+        path = spectra_path(self.folder, name)
+        if not path.exists():
+            model, _, _ = load_run(self._run_dir(arm, self.seeds[0]))
+            save_spectra(self._measure(model), path)
+        return load_spectra(path)
+
+    def _untrained_spectra(self) -> dict[str, Spectrum]:
+        """Spectra of the network that the first baseline run started from."""
+        path = spectra_path(self.folder, "untrained")
+        if not path.exists():
+            with torch.random.fork_rng():
+                # The engine's own seeding of a run's initial weights.
+                torch.manual_seed(mix_seed(self.seeds[0], 2))
+                model = build_model(self.model_config)
+            save_spectra(self._measure(model), path)
+        return load_spectra(path)
+
+    def _measure(self, model: Any) -> dict[str, Spectrum]:
+        return measure_spectra(
+            model.to(self.device),
+            self.data.train,
+            images=self.config.measure_images,
+            vary=self.config.vary,
+            progress=self.progress,
+        )
+
+    def _record(self, arms: Sequence[Arm], with_latency: bool = False) -> dict[str, Any]:
+        """Writes result.json from the runs that are finished."""
+        latency = self._latency(arms) if with_latency else {}
+        records = []
+        for arm in arms:
+            runs = [self._result(arm, seed) for seed in self.seeds]
+            record = ArmRecord(arm.name, self._all_widths(arm), [run for run in runs if run])
+            record.latency_ms = latency.get(arm.name)
+            records.append(record)
+        counted_on = macs_input(self.model_config, self.image_size)
+        comparisons = compare_arms(records)
+        return write_result(self.folder / "result.json", records, comparisons, counted_on)
+
+    def _result(self, arm: Arm, seed: int) -> RunResult | None:
+        if not (self._run_dir(arm, seed) / "run.json").exists():
+            return None
+        _, plan = arm.plans[seed]
+        result = train_result(self._run_dir(arm, seed))
+        cost = self.proposer.costs(plan.widths)
+        return replace(
+            result,
+            params=cost.params,
+            backbone_params=cost.backbone_params,
+            macs=cost.macs,
+        )
+
+    def _latency(self, arms: Sequence[Arm]) -> dict[str, float]:
+        models = {arm.name: load_run(self._run_dir(arm, self.seeds[0]))[0] for arm in arms}
+        image, _ = self.data.val[0]
+        return measure_latency(models, image, self.config.latency_runs, self.device)
+
+
+def train_result(run_dir: Path) -> RunResult:
+    """The result of a finished run.
+
+    Raises:
+        ConfigError: If its run.json cannot be read.
+    """
+    path = run_dir / "run.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["result"]
+        return RunResult(**{**values, "run_dir": str(run_dir)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a run's result ({error}); delete it to finish the run again"
+        ) from None
+
+
+def _checked(config: SearchConfig) -> SearchConfig:
+    for name in ("seeds", "rounds", "jobs", "measure_images", "latency_runs"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; give at least 1")
+    return replace(config, arms=check_arms(config.arms))
+
+
+def _open(folder: Path, config: SearchConfig) -> None:
+    """Claims the folder for this search, or checks that it is this search's."""
+    path = folder / "config.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for name, before, now in _differences(known, to_dict(config)):
+            if name.split(".")[0] not in _MAY_GROW:
+                raise ConfigError(
+                    f"{folder} holds a search with {name} = {before!r}, not {now!r}; "
+                    "choose another folder, or the same settings to go on with it"
+                )
+    save_config(config, path)
+    write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            found
+            for key in sorted(set(before) | set(now))
+            for found in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
+        ]
+    return [] if before == now else [(prefix.rstrip("."), before, now)]
