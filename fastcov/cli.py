@@ -47,9 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands = {"doctor": _doctor, "report": _report, "compare": _compare}
         commands[options.command](options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"fastcov: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastcov: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    # An OSError raised with a text of its own needs no "[Errno 28]" before it.
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return " ".join(error.strerror.split())
+    return " ".join(str(error).split())
 
 
 def _parser() -> argparse.ArgumentParser:

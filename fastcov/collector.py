@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +12,27 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastcov.ops.library import observers
 from fastcov.reader import Reader
-from fastcov.rows import row_view
+from fastcov.replay import DeviceCounters
+from fastcov.rows import plain_tensor, row_view
 from fastcov.sampling import LayerLoad, read_fraction, rows_per_channel, sequence_phase
+from fastcov.sharing import SharedInputs
 from fastcov.state import CovarianceState
+from fastcov.steps import Steps, is_recomputing
 from fastcov.taps import Hook, StepHook, Tap
 
 _NUMBERS = itertools.count(1)
-_FORMAT = 1
 
 
 class Collector:
     """The half of a tracker that runs inside the training loop.
 
-    A step is one forward of the root module (in training mode with ``train_only``). Between a
-    step's begin and its end activations are read, outside nothing is.
+    Between a step's begin and its end (see :class:`fastcov.steps.Steps`) activations are read,
+    outside nothing is. Rows of a forward that fails half-way stay. No failure of reading ends a
+    forward: the layer is given up with a warning, and its note says why.
 
     Args:
         model: Root module.
@@ -58,15 +63,19 @@ class Collector:
         self.decay = decay
         self.max_channels = max_channels
         self.train_only = train_only
-        self.steps = 0
         self.number = next(_NUMBERS)
-        self.clock = torch.zeros(1, dtype=torch.int64)  # orders the operators of a compiled step
+        # What torch.compile returns shares its mode with what it wraps, but cannot be traced.
+        self.root: weakref.ref[nn.Module] = weakref.ref(getattr(model, "_orig_mod", model))
+        with torch.inference_mode(False):  # orders the operators of a compiled step
+            self.clock = torch.tensor([self.number], device="cpu")
         self.taps: list[Tap] = []
         self.readers: dict[str, Reader] = {}
         self.notes: dict[str, str] = {}
+        self.step = Steps()
         self._by_tap: list[Reader] = []
-        self._shared: set[int] = set()  # input taps whose tensor an earlier tap reads
-        self._inputs: list[tuple[weakref.ref[Tensor], int]] = []  # of the running step
+        self._given_up: set[int] = set()
+        self._inputs = SharedInputs()
+        self._counters: DeviceCounters | None = None
         self._rho: float | None = None
         self._is_reading = False
         self._is_paused = False
@@ -75,25 +84,13 @@ class Collector:
         self._install(model, taps)
 
     def _install(self, model: nn.Module, taps: list[tuple[Tap, nn.Module]]) -> None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        fraction: float | None = None
-        if self.rows == "all":
-            fraction = 1.0
-        elif isinstance(self.rows, float):
-            fraction = self.rows
         for tap, module in taps:
             if tap.channels is not None and tap.channels > self.max_channels:
                 self._skip_wide(tap.name, tap.channels)
                 continue
             hook = Hook(self, len(self.taps))
             self.taps.append(tap)
-            reader = Reader(
-                tap.name,
-                weighting=self.weighting,
-                decay=self.decay,
-                phase=sequence_phase(tap.name, rank),
-                fraction=fraction,
-            )
+            reader = self._make_reader(tap)
             self._by_tap.append(reader)
             self.readers[tap.name] = reader
             self._handles.append(
@@ -108,77 +105,168 @@ class Collector:
             )
         step = StepHook(self)
         self._handles.append(model.register_forward_pre_hook(step.begin, prepend=True))
-        self._handles.append(model.register_forward_hook(step.end))
+        self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
+
+    def _make_reader(self, tap: Tap) -> Reader:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        fraction: float | None = None
+        if self.rows == "all":
+            fraction = 1.0
+        elif isinstance(self.rows, float):
+            fraction = self.rows
+        return Reader(
+            tap.name,
+            weighting=self.weighting,
+            decay=self.decay,
+            phase=sequence_phase(tap.name, rank),
+            fraction=fraction,
+        )
 
     def _skip_wide(self, name: str, channels: int) -> None:
         self.notes[name] = f"skipped: {channels} channels > max_channels={self.max_channels}"
 
     # called by the hooks, in eager mode directly, in compiled code through operators
 
-    def begin_step(self) -> None:
-        """Starts a step: called by the root module's hook."""
-        self._is_reading = not self._is_paused and self.steps % self.every == 0
+    @property
+    def steps(self) -> int:
+        """Steps so far, read or not."""
+        if self._counters is not None and self._counters.is_captured:
+            self.step.done = int(self._counters.step) + 1  # waits for the device
+        return self.step.done
+
+    def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
+        """A forward of the root module begins; see :meth:`fastcov.steps.Steps.begin`."""
+        can_replay = self._counters is not None and self.every == 1
+        if not self.step.begin(counts and not self._is_paused, is_nested, can_replay):
+            self._is_reading = self._is_reading and self.step.is_running
+            return
+        if self._counters is not None:
+            self._counters.begin_step()
+        self._is_reading = self.step.done % self.every == 0
         if not self._is_reading:
             return
         self._synced = None
-        self._inputs.clear()
+        self._inputs.forget_step()
         for reader in self.unique_readers():
-            reader.begin_step(self.steps)
+            reader.begin_step(self.step.done)
 
-    def observe(self, tap: int, activation: Tensor) -> None:
+    def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation: called by a module's hook.
 
-        Outside a step nothing is read; so the recomputation of a checkpointed block, which runs in
-        the backward pass, does not count twice.
+        Args:
+            tap: Its number in ``taps``.
+            activation: What the module returned or was given.
+            batch_dims: Dimensions in front that torch.vmap has hidden from the module.
         """
         if not self._is_reading:
+            if not self.step.is_inside:
+                self.step.not_counted = "its layers ran, but in no forward of the tracked module"
             return
+        if tap in self._given_up or is_recomputing():
+            return
+        try:
+            if torch._C._functorch.maybe_current_level() is None:
+                self._observe(tap, activation, batch_dims, False)
+            else:
+                with temporarily_clear_interpreter_stack():
+                    self._observe(tap, activation, batch_dims, True)
+        except Exception as error:
+            self._fail(self._by_tap[tap], error)
+
+    def _observe(self, tap: int, activation: Tensor, batch_dims: int, is_transformed: bool) -> None:
         spec = self.taps[tap]
-        if spec.position == "input" and self._is_shared(tap, activation):
+        found = plain_tensor(activation, is_transformed)
+        if isinstance(found, str):
+            self.refuse(tap, found)
             return
-        rows = row_view(activation.detach(), spec.layout, spec.batched_rank)
-        if rows.shape[-1] > self.max_channels:
-            self._skip_wide(spec.name, rows.shape[-1])
+        plain, hidden_dims = found
+        rows = row_view(plain.detach(), spec.layout, spec.batched_rank, batch_dims + hidden_dims)
+        channels = rows.shape[-1]
+        if rows.numel() == 0:
+            return
+        if channels > self.max_channels:
+            self._skip_wide(spec.name, channels)
+            return
+        if spec.is_sharded and spec.channels not in (None, channels):
+            self.refuse(
+                tap,
+                f"gives {channels} of {spec.channels} channels on this rank (tensor parallel): not "
+                "read",
+            )
             return
         reader = self._by_tap[tap]
+        if spec.position == "input":
+            role = self._inputs.see(tap, activation, reader.total_calls > 0)
+            if role == "shares":
+                self._share(tap, self._inputs.owner[tap])
+                return
+            if role == "splits":
+                reader = self._split(tap)
         state = reader.state
-        if state is not None and state.channels != rows.shape[-1]:
-            raise ValueError(
-                f"layer {spec.name!r} gave {rows.shape[-1]} channels after {state.channels}: its "
-                "width changes from call to call, exclude it"
-            )
+        if state is not None and state.channels != channels:
+            reason = f"gave {channels} channels after {state.channels}: not read since then"
+            self._give_up(reader, reason)
+            return
         reader.read(rows)
 
-    @torch.no_grad()
+    def refuse(self, tap: int, reason: str) -> None:
+        """Notes why an activation is not read."""
+        self.notes[self.taps[tap].name] = reason
+
     def end_step(self) -> None:
-        """Ends a step: called by the root module's hook."""
-        if not self._is_paused:
-            self.steps += 1
-        if not self._is_reading:
+        """A forward of the root module ends, or an exception ends it."""
+        is_done = self.step.end()
+        was_reading, self._is_reading = self._is_reading, self._is_reading and self.step.is_running
+        if not (is_done and was_reading):
             return
-        self._is_reading = False
-        self._inputs.clear()
-        self._plan()
-        for reader in self.unique_readers():
-            reader.end_step()
-        self.after_step()
+        with torch.no_grad(), temporarily_clear_interpreter_stack():
+            for tap in self._inputs.diverged():
+                self._split(tap)
+            self._inputs.forget_step()
+            fractions = self._plan()
+            for reader in self.unique_readers():
+                try:
+                    if reader in fractions:
+                        reader.plan(fractions[reader])
+                    reader.end_step()
+                except Exception as error:
+                    self._fail(reader, error)
+            self._end_on_device()
+            self.after_step()
+
+    def _end_on_device(self) -> None:
+        if self._counters is not None:
+            self._counters.end_step(self.decay)
+        elif DeviceCounters.serve(readers := self.unique_readers()):
+            self._counters = DeviceCounters(readers, self.step.done - 1)
 
     def after_step(self) -> None:
         """Called when a step that was read has ended."""
 
-    def _is_shared(self, tap: int, activation: Tensor) -> bool:
-        # Consumers of one tensor share one tap: the first that sees it in a step reads it.
-        if tap in self._shared:
-            return True
-        if self._by_tap[tap].total_calls:
-            return False
-        for reference, owner in self._inputs:
-            if reference() is activation and owner != tap:
-                self._share(tap, owner)
-                return True
-        self._inputs.append((weakref.ref(activation), tap))
-        return False
+    def _fail(self, reader: Reader, error: Exception) -> None:
+        what = f"{type(error).__name__}: {error}"
+        self._give_up(reader, f"not read since step {self.steps}, {what}")
+        warnings.warn(f"fastcov no longer reads layer {reader.name!r}: {what}", stacklevel=2)
+
+    def _give_up(self, reader: Reader, reason: str) -> None:
+        for tap, own in enumerate(self._by_tap):
+            if own is reader:
+                self._given_up.add(tap)
+                self.refuse(tap, reason)
+
+    def _share(self, tap: int, owner: int) -> None:
+        self._by_tap[tap] = self.readers[self.taps[tap].name] = self._by_tap[owner]
+
+    def _split(self, tap: int) -> Reader:
+        shared = self._by_tap[tap]
+        reader = self._make_reader(self.taps[tap])
+        reader.begin_step(self.steps)
+        self._by_tap[tap] = self.readers[reader.name] = reader
+        self.refuse(
+            tap, f"rows of its own since step {self.steps}; shared those of {shared.name} before"
+        )
+        return reader
 
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""
@@ -188,32 +276,44 @@ class Collector:
         """Readers in the model's order, shared ones once."""
         return list(dict.fromkeys(self._by_tap))
 
-    def _share(self, tap: int, owner: int) -> None:
-        self._shared.add(tap)
-        self._by_tap[tap] = self.readers[self.taps[tap].name] = self._by_tap[owner]
-
-    def _plan(self) -> None:
-        unplanned = [
-            (reader, LayerLoad(reader.state.channels, reader.offered_rows, 0))
+    def _plan(self) -> dict[Reader, float]:
+        # Shares of the rows to read, for readers that have just seen their first step.
+        unplanned = {
+            reader: LayerLoad(reader.state.channels, reader.offered_rows, 0)
             for reader in self.unique_readers()
             if reader.fraction is None and reader.calls and reader.state is not None
-        ]
-        if not unplanned:
-            return
+        }
         if isinstance(self.rows, int):
-            for reader, load in unplanned:
-                reader.plan(min(1.0, self.rows / load.rows))
-            return
-        if self._rho is None:
+            return {reader: min(1.0, self.rows / load.rows) for reader, load in unplanned.items()}
+        if unplanned and self._rho is None:
+            # What a shared tap feeds adds to the flops; its rows are read once.
+            macs = dict.fromkeys(self.unique_readers(), 0)
+            for tap, reader in zip(self.taps, self._by_tap, strict=True):
+                macs[reader] += reader.offered_rows * tap.macs_per_row
             self._rho = rows_per_channel(
                 [
-                    LayerLoad(reader.state.channels, rows, rows * tap.macs_per_row)
-                    for tap, reader in zip(self.taps, self._by_tap, strict=True)
-                    if reader.state is not None and (rows := reader.offered_rows)
+                    LayerLoad(reader.state.channels, reader.offered_rows, macs[reader])
+                    for reader in macs
+                    if reader.state is not None
                 ]
             )
-        for reader, load in unplanned:
-            reader.plan(read_fraction(load, self._rho))
+        rho = self._rho or 0.0
+        return {reader: read_fraction(load, rho) for reader, load in unplanned.items()}
+
+    def leave_device(self) -> None:
+        """Takes all counters back to the host: waits for the device.
+
+        Raises:
+            RuntimeError: If a captured CUDA graph writes into this tracker.
+        """
+        if self._counters is not None and self._counters.is_captured:
+            raise RuntimeError(
+                "a captured CUDA graph writes into this tracker: merge, load or reset before the "
+                "capture, or make a new tracker"
+            )
+        for reader in self.unique_readers():
+            reader.leave_device()
+        self._counters = None
 
     def close(self) -> None:
         """Removes every hook; the statistics stay readable."""
@@ -221,94 +321,6 @@ class Collector:
             handle.remove()
         self._handles.clear()
         observers.pop(self.number, None)
-
-    def merge(self, other: Collector) -> None:
-        """Adds what another tracker of the same layers has seen; that one stays as it is.
-
-        Raises:
-            ValueError: If no layer is common, a width differs, or decay is used and the trackers
-                stand at different steps.
-        """
-        common = [name for name in self.readers if name in other.readers]
-        if not common:
-            raise ValueError(
-                f"nothing to merge: no layer in common; this tracker has {self.names()[:3]}..., "
-                f"the other {other.names()[:3]}..."
-            )
-        if self.decay != other.decay or (self.decay is not None and self.steps != other.steps):
-            raise ValueError(
-                f"cannot merge: decay {self.decay} at step {self.steps} with decay {other.decay} "
-                f"at step {other.steps}; decayed states must stand at the same step"
-            )
-        self._synced = None
-        done: set[Reader] = set()
-        for name in common:
-            mine, theirs = self.readers[name], other.readers[name]
-            if mine not in done:
-                done.add(mine)
-                mine.merge(theirs, self.steps)
-        if self.decay is None:
-            self.steps += other.steps
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: tensors and numbers only, no collective.
-
-        After :meth:`Tracker.sync` it holds all ranks' rows: load it on any number of ranks, rank 0
-        then carries them and the others start at zero.
-        """
-        layers = {}
-        for reader in self.unique_readers():
-            layers[reader.name] = reader.state_dict()
-            if self._synced is not None and reader.name in self._synced:
-                layers[reader.name]["state"] = self._synced[reader.name].state_dict()
-        return {
-            "format": _FORMAT,
-            "steps": self.steps,
-            "rho": self._rho,
-            "is_synced": self._synced is not None,
-            "shared": {n: r.name for n, r in self.readers.items() if n != r.name},
-            "layers": layers,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`.
-
-        Raises:
-            ValueError: If it is of another format, or holds layers that are not tracked here.
-        """
-        if state_dict.get("format") != _FORMAT:
-            raise ValueError(
-                f"state_dict has format {state_dict.get('format')!r}, expected {_FORMAT}: it was "
-                "not written by Tracker.state_dict() of this version"
-            )
-        layers = state_dict["layers"]
-        unknown = [name for name in layers if name not in self.readers]
-        if unknown:
-            raise ValueError(
-                f"state_dict holds layers that are not tracked here: {', '.join(unknown[:3])}; "
-                "track the same model with the same include and exclude"
-            )
-        is_elsewhere = (
-            state_dict["is_synced"]
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_rank() > 0
-        )
-        self._synced = None
-        self.steps = state_dict["steps"]
-        self._rho = state_dict["rho"]
-        tap_of = {tap.name: index for index, tap in enumerate(self.taps)}
-        for name, owner in state_dict["shared"].items():
-            self._share(tap_of[name], tap_of[owner])
-        for name, saved in layers.items():
-            self.readers[name].load_state_dict(saved, with_rows=not is_elsewhere)
-
-    def reset(self) -> None:
-        """Forgets every row and step; what was planned from the first step's shapes stays."""
-        self._synced = None
-        self.steps = 0
-        for reader in self.unique_readers():
-            reader.reset()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

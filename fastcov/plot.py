@@ -196,17 +196,16 @@ def plot_demand(
     widths = [spectrum.channels for spectrum in spectra.values()]
     places = range(len(widths))
     ax = _new_axes(7.2, line_height(len(widths))) if ax is None else ax
-    ax.barh(places, [1.0] * len(widths), color=LIGHT, height=0.75, label="width")
+    ax.barh(places, [1.0] * len(widths), color=LIGHT, height=0.75)
     shares = [demand / width for demand, width in zip(demands, widths, strict=True)]
-    ax.barh(places, shares, color=DARK, height=0.75, label="demand (degrees of freedom)")
+    ax.barh(places, shares, color=DARK, height=0.75)
     ax.set_ylim(len(widths) - 0.4, -0.6)
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     ax.set_xlabel("share of the width")
     _name_lines(ax, list(spectra))
     _annotate_right(ax, [_of(d, w, ".1f") for d, w in zip(demands, widths, strict=True)])
-    ax.set_title("demand against width", fontsize=10, loc="left")
-    ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    ax.set_title("demand (degrees of freedom, dark) against width (light)", fontsize=10)
     return ax
 
 
@@ -318,8 +317,8 @@ def positive(descending: Tensor) -> tuple[Tensor, Tensor]:
 def _name_lines(ax: Axes, names: Sequence[str]) -> None:
     """One label a line, in the largest type that fits the axes; every k-th where none fits."""
     points_a_line = 72 * ax.get_window_extent().height / ax.figure.dpi / len(names)
-    every = max(1, math.ceil(4.5 / points_a_line))
-    size = min(8.5, max(4.5, 0.8 * points_a_line * every))
+    every = max(1, math.ceil(6 / points_a_line))
+    size = min(8.5, 0.75 * points_a_line * every)
     shown = range(0, len(names), every)
     ax.set_yticks(list(shown), [short(names[i], 48) for i in shown], fontsize=size)
     ax.tick_params(axis="y", length=0)

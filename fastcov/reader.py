@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastcov.buffer import RowBuffer, buffer_rows
+from fastcov.ops.buffered import DeviceBuffer, has_device_buffers
 from fastcov.rows import run_length
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, fixed_point, rows_due
 from fastcov.state import CovarianceState
@@ -29,15 +31,6 @@ class _Waiting:
     rows: Tensor
     offered: int
     is_whole: bool
-
-
-@dataclass
-class _Span:
-    """Buffer rows that share one step and one weight."""
-
-    rows: int
-    step: int
-    weight: float
 
 
 class Reader:
@@ -74,14 +67,14 @@ class Reader:
         self._pooled: CovarianceState | None = None
         self._is_pooled: bool | None = None  # unknown before the first step has ended
         self._positions = 0  # of one image, over the calls of the running step
-        self._buffer: Tensor | None = None
-        self._fill = 0
-        self._spans: list[_Span] = []
+        self._buffer = RowBuffer(is_marked=weighting == "image" or decay is not None)
         self._sampled = 0
         self._carry = 0
         self._waiting: list[_Waiting] = []
         self._step = 0
-        self._last_dtype: torch.dtype | None = None
+        self._device_buffer: DeviceBuffer | None = None
+        self._device_step: Tensor | None = None
+        self._dtype: torch.dtype | None = None  # of the rows read last
 
     def begin_step(self, step: int) -> None:
         """Forgets the sizes of the step before."""
@@ -95,9 +88,10 @@ class Reader:
         if self.state is None:
             self.state = CovarianceState(channels, device)
         elif self.state.moment.device != device:
+            self.leave_device()
             self.flush()
             self.state.to(device)
-            self._buffer = None
+            self._buffer.release()
         return self.state
 
     def read(self, rows: Tensor) -> None:
@@ -110,7 +104,12 @@ class Reader:
         self.calls += 1
         self.offered_rows += offered
         self._positions += offered // shape[0]
-        if self.fraction is None:
+        if self._device_buffer is not None and self._fits(self._device_buffer, rows):
+            assert self._device_step is not None
+            self._device_buffer.gather(
+                rows, self._device_step, self._fixed_fraction, run_length(rows), self.phase
+            )
+        elif self.fraction is None:
             self.prepare(shape[-1], rows.device)
             self._wait(rows, offered)
         elif self._fixed_fraction >= WHOLE:
@@ -123,7 +122,8 @@ class Reader:
                 self._sample(rows, offered, due)
 
     def _wait(self, rows: Tensor, offered: int) -> None:
-        limit = max(_buffer_rows(rows), ceil(offered * _WAITING_SHARE))
+        self._match_dtype(rows)
+        limit = max(buffer_rows(rows), ceil(offered * _WAITING_SHARE))
         kept: Tensor
         if offered <= limit:
             kept = rows.clone(memory_format=torch.contiguous_format)
@@ -160,14 +160,14 @@ class Reader:
     def _sample(self, rows: Tensor, offered: int, due: int) -> None:
         if due >= offered:
             self._add(rows)
-        elif due > _buffer_rows(rows):
+        elif due > buffer_rows(rows):
             sample = rows.new_empty(due, rows.shape[-1])
             self._gather(sample, 0, rows, due)
             self._add(sample)
         else:
             buffer = self._room(rows, due)
-            self._gather(buffer, self._fill, rows, due)
-            self._filled(due)
+            self._gather(buffer, self._buffer.fill, rows, due)
+            self._buffer.mark(due, self._step)
 
     def _gather(self, buffer: Tensor, buffer_row: int, rows: Tensor, samples: int) -> None:
         torch.ops.fastcov.gather_(
@@ -180,12 +180,13 @@ class Reader:
         count = rows.numel() // rows.shape[-1]
         if count == 0:
             return
-        if count >= _buffer_rows(rows):
+        if count >= buffer_rows(rows):
             self._add_at_once(rows)
         else:
             buffer = self._room(rows, count)
-            buffer[self._fill : self._fill + count].view(rows.shape).copy_(rows)
-            self._filled(count)
+            fill = self._buffer.fill
+            buffer[fill : fill + count].view(rows.shape).copy_(rows)
+            self._buffer.mark(count, self._step)
 
     def _add_at_once(self, rows: Tensor) -> None:
         assert self.state is not None
@@ -233,61 +234,90 @@ class Reader:
 
     def _room(self, rows: Tensor, wanted: int) -> Tensor:
         self._match_dtype(rows)
-        if self._buffer is not None and self._buffer.shape[0] - self._fill < wanted:
-            if self.weighting == "image" and self._spans and self._spans[-1].step == self._step:
-                # This step's weights are not final yet: make room without adding its rows.
-                with torch.inference_mode(False):
-                    grown = rows.new_empty(self._fill + wanted, rows.shape[-1])
-                grown[: self._fill] = self._buffer[: self._fill]
-                self._buffer = grown
-            else:
-                self.flush()
-        if self._buffer is None or self._buffer.shape[0] - self._fill < wanted:
-            with torch.inference_mode(False):
-                self._buffer = rows.new_empty(max(_buffer_rows(rows), wanted), rows.shape[-1])
-        return self._buffer
+        # A step's weights are final at its end only: until then its rows may not leave the buffer.
+        is_held = self.weighting == "image" and self._buffer.last_step == self._step
+        if not is_held and not self._buffer.has_room(wanted):
+            self.flush()
+        return self._buffer.room(rows, wanted)
 
     def _match_dtype(self, rows: Tensor) -> None:
-        if rows.dtype is self._last_dtype:
+        before, self._dtype = self._dtype, rows.dtype
+        if before is None or before is rows.dtype or self.state is None:
             return
-        assert self.state is not None
-        if self._buffer is not None and self._buffer.dtype != rows.dtype:
-            self.flush()
-            self._buffer = None
-        if rows.dtype in _HALF and self._last_dtype not in (None, *_HALF):
+        self.flush()
+        self._buffer.release()
+        if rows.dtype in _HALF and before not in _HALF:
             # Half-precision rows have no exact form about a shift.
             self.state.translate_(torch.zeros_like(self.state.shift))
-        self._last_dtype = rows.dtype
 
-    def _filled(self, rows: int) -> None:
-        self._fill += rows
-        if self.weighting == "position" and self.decay is None:
-            return
-        if self._spans and self._spans[-1].step == self._step:
-            self._spans[-1].rows += rows
-        else:
-            self._spans.append(_Span(rows, self._step, 1.0))
+    def use_device_buffer(self, step: Tensor) -> DeviceBuffer | None:
+        """Moves the counters to the device, so that CUDA graphs can replay the sampling.
+
+        Only where rows go through the buffer and every row weighs the same.
+
+        Args:
+            step: int64, number of the running step, kept up to date by the caller. []
+
+        Returns:
+            The buffer, or None where rows are added at once.
+        """
+        state, dtype = self.state, self._dtype
+        if state is None or dtype is None or self.fraction is None or not self.calls:
+            return None
+        threshold = BUFFER_ROWS_PER_CHANNEL * state.channels
+        most_rows = ceil(self.offered_rows * self.fraction) + self.calls
+        if self.weighting != "position" or most_rows > threshold:
+            return None
+        if not has_device_buffers(dtype, state.moment.device):
+            return None
+        self.flush()
+        self._device_step = step
+        self._device_buffer = DeviceBuffer(
+            state,
+            dtype,
+            threshold=threshold,
+            most_rows=most_rows,
+            sampled=self._sampled,
+            carry=self._carry,
+            state_step=self.state_step,
+        )
+        return self._device_buffer
+
+    def _fits(self, buffer: DeviceBuffer, rows: Tensor) -> bool:
+        due = self.offered_rows * self._fixed_fraction >> 32
+        if buffer.dtype == rows.dtype and due + self.calls <= buffer.most_rows:
+            return True
+        # Another precision, or larger batches than planned: back to counters on the host.
+        self.leave_device()
+        return False
+
+    def leave_device(self) -> None:
+        """Takes the counters back to the host: waits for the device."""
+        if self._device_buffer is not None:
+            self.flush()
+            self._sampled, self._carry, self.state_step = self._counters()
+            self._device_buffer = None
+
+    def _counters(self) -> tuple[int, int, int]:
+        if self._device_buffer is not None:
+            return self._device_buffer.counters()
+        return self._sampled, self._carry, self.state_step
 
     def flush(self) -> None:
         """Adds the buffered rows to the state."""
-        if self._fill == 0 or self._buffer is None:
+        if self._device_buffer is not None and self._device_step is not None:
+            self._device_buffer.flush(self._device_step, self.decay or 1.0)
+        rows = self._buffer.rows
+        if rows is None:
             return
-        rows = self._buffer[: self._fill]
-        if not self._spans:
-            self._accumulate(rows, self.state_step)
-        else:
-            last = self._spans[-1].step
-            decay = 1.0 if self.decay is None else self.decay
-            row_weight = torch.repeat_interleave(
-                torch.tensor(
-                    [span.weight * decay ** (last - span.step) for span in self._spans],
-                    dtype=torch.float64,
-                ),
-                torch.tensor([span.rows for span in self._spans]),
-            )
-            self._accumulate(rows, last, row_weight.to(rows.device))
-        self._fill = 0
-        self._spans = []
+        row_weight = self._buffer.row_weight(self.decay or 1.0)
+        last = self._buffer.last_step
+        self._accumulate(
+            rows,
+            self.state_step if last is None else last,
+            None if row_weight is None else row_weight.to(rows.device),
+        )
+        self._buffer.clear()
 
     def end_step(self) -> None:
         """Settles the weights of the step: all its calls have been seen."""
@@ -296,8 +326,7 @@ class Reader:
         self._is_pooled = self.calls > 1
         if self.weighting == "position":
             return
-        if self._spans and self._spans[-1].step == self._step:
-            self._spans[-1].weight = self._row_weight()
+        self._buffer.weigh(self._step, self._row_weight())
         if self._pooled is not None and self.state is not None:
             self.state.scale_(self._decay_until(self._step))
             self.state.merge(self._pooled, scale=self._row_weight())
@@ -316,20 +345,21 @@ class Reader:
             return
         own = self.prepare(other.state.channels, other.state.moment.device)
         own.scale_(self._decay_until(step))
-        behind = step - other.state_step
+        behind = step - other._counters()[2]
         own.merge(other.state, scale=1.0 if self.decay is None else self.decay**behind)
         self.total_calls += other.total_calls
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics and sampling position; buffered rows are added first."""
         self.flush()
+        sampled, carry, state_step = self._counters()
         return {
             "state": None if self.state is None else self.state.state_dict(),
             "channels": 0 if self.state is None else self.state.channels,
             "fraction": self.fraction,
-            "state_step": self.state_step,
-            "sampled": self._sampled,
-            "carry": self._carry,
+            "state_step": state_step,
+            "sampled": sampled,
+            "carry": carry,
             "total_calls": self.total_calls,
             "is_pooled": self._is_pooled,
         }
@@ -349,16 +379,12 @@ class Reader:
 
     def reset(self) -> None:
         """Forgets every row; the fraction to read and the sampling position stay."""
+        self.leave_device()
         if self.state is not None:
             self.state.reset()
         if self._pooled is not None:
             self._pooled.reset()
-        self._fill = 0
-        self._spans = []
+        self._buffer.clear()
         self._waiting = []
         self.total_calls = self.calls = self.offered_rows = 0
         self.state_step = 0
-
-
-def _buffer_rows(rows: Tensor) -> int:
-    return BUFFER_ROWS_PER_CHANNEL * rows.shape[-1]

@@ -1,6 +1,7 @@
 """What a tracker knows, as a table, as a flat dict of floats, and as a self-contained HTML page."""
 
 import base64
+import contextlib
 import datetime
 import html
 import os
@@ -228,7 +229,11 @@ def write_comparison(
         ("Distance over training", "distance"),
     ):
         grid = figures.comparison_grid(comparison, what)
-        parts.append(_section(heading, _picture(figures.png(grid), what)))
+        parts.append(
+            _section(
+                heading, _picture(figures.png(grid), "distances" if what == "distance" else what)
+            )
+        )
     parts.append(_section("Layers", _html_table(headers, lines)))
     return _write_page(path, title, parts)
 
@@ -300,13 +305,18 @@ def _write_page(path: str | os.PathLike[str], title: str, parts: Sequence[str]) 
         ]
     )
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"cannot write the page {target}: {error.strerror}; give another path, or free space",
+        ) from error
     return target
 
 

@@ -245,16 +245,18 @@ class Hook:
     def read(self, module: nn.Module, value: Any) -> None:
         """Hands the first tensor to the tracker."""
         tracker = self.tracker
-        if tracker is None or _is_exporting():
+        if tracker is None:
             return
         activation = first_tensor(value)
         if activation is None:
             return
         if torch.compiler.is_compiling():
             root = tracker.root()
-            if tracker.train_only and root is not None and not root.training:
+            is_evaluated = tracker.train_only and root is not None and not root.training
+            if is_evaluated or _is_exporting():
                 return
-            if reason := unreadable_type(type(activation)):
+            kind = type(activation)
+            if kind is not Tensor and (reason := unreadable_type(kind)):
                 torch.ops.fastcov.refuse_(tracker.clock, self.key, reason)
             else:
                 torch.ops.fastcov.observe_(tracker.clock, self.key, activation)
@@ -286,9 +288,9 @@ class StepHook:
             if is_step:
                 torch.ops.fastcov.begin_step_(tracker.clock)
         elif "_is_replica" in module.__dict__:
-            tracker.not_counted = REPLICA
+            tracker.step.not_counted = REPLICA
         else:
-            is_nested = tracker.is_running and _runs_inside_itself(module)
+            is_nested = tracker.step.is_inside and _runs_inside_itself(module)
             tracker.begin_step(is_step, is_nested)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

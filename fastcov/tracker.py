@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcov import ops
-from fastcov.collector import Collector
 from fastcov.history import History, Snapshot
+from fastcov.keeper import Keeper
 from fastcov.reader import Reader
 from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.spectrum import Spectrum
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastcov.report import LayerStatus, Summary
 
 
-class Tracker(Collector):
+class Tracker(Keeper):
     """Statistics of a model's layers, kept by hooks; made by :func:`fastcov.track`.
 
     Reading them (:meth:`covariance`, :meth:`spectra`, :meth:`summary`) never disturbs training.
@@ -164,16 +164,23 @@ class Tracker(Collector):
                 )
             )
         for name, note in self.notes.items():
-            statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
+            if name not in self.readers:
+                statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
         return statuses
 
     def _note(self, tap: Tap, reader: Reader, count: int, skipped: int) -> str:
         notes = []
         if skipped:
             notes.append(f"{skipped} rows with NaN or inf skipped")
+        if tap.name in self.notes:
+            notes.append(self.notes[tap.name])
         if count == 0:
-            notes.append(self._why_empty(reader))
-        elif reader.state is not None:
+            if tap.name not in self.notes:
+                notes.append(self._why_empty(reader))
+            return "; ".join(notes)
+        if reader.calls == 0 and any(each.calls for each in self.unique_readers()):
+            notes.append("its module did not run in the last step: replaced since, or optional")
+        if reader.state is not None:
             missing = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels - count
             if missing > 0:
                 steps = -(-missing * max(1, self.steps) // count)
@@ -181,9 +188,18 @@ class Tracker(Collector):
         return "; ".join(notes)
 
     def _why_empty(self, reader: Reader) -> str:
+        if reader.name in self.notes:
+            return self.notes[reader.name]
         if self.steps == 0:
             mode = "training-mode " if self.train_only else ""
-            return f"no {mode}forward of the whole model has run"
+            why = self.step.not_counted
+            hint = f" ({why}; track the module that is called)" if why else ""
+            return f"no {mode}forward of the whole model has run{hint}"
+        if not any(each.total_calls for each in self.unique_readers()):
+            return (
+                "steps were made, but no hook ran: the model was compiled before it was tracked; "
+                "call track() before the first compiled forward, or torch.compiler.reset()"
+            )
         if reader.total_calls == 0:
             return "its module was not called, or gave no floating-point tensor"
         if reader.state is not None and int(reader.state.count[1]):

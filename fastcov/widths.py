@@ -294,11 +294,12 @@ def _matching_power(solver: Solver, param_fn: CostFn, params: float) -> float:
     excess: dict[float, float] = {}
 
     def measure(power: float) -> float:
-        excess[power] = count(solver.bisect(power)[1]) - params
+        alpha, start = solver.bisect(power)
+        excess[power] = count(solver.adjust(start, alpha, power)) - params
         return excess[power]
 
-    # The current shape is the middle guess; then straight lines between the two sides. Ten counts
-    # reach the grain of the rounding.
+    # The current shape is the middle guess; then straight lines between the two sides, until
+    # the grain of the rounding.
     side = measure(1.0)
     low, high = (low, 1.0) if side > 0 else (1.0, high)
     measure(low if side > 0 else high)

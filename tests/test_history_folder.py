@@ -134,7 +134,7 @@ for step in range(start, 10**9):
 def test_killed_at_any_moment_nothing_that_was_appended_is_lost(tmp_path: Path) -> None:
     script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     appended = -1
-    for attempt in range(4):
+    for attempt in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -149,7 +149,7 @@ def test_killed_at_any_moment_nothing_that_was_appended_is_lost(tmp_path: Path) 
         assert history.steps()[: appended + 1] == list(range(appended + 1))
         assert len(history) <= appended + 2
         assert all(_same(s, _snapshot(s.step)) for s in history)
-    assert appended >= 19
+    assert appended >= 14
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
@@ -374,5 +374,5 @@ def test_memory_does_not_grow_with_the_number_of_snapshots(tmp_path: Path) -> No
     assert kept < 20_000  # torch's memory is not traced: see the count of live tensors below
     assert peak < 2_000_000
     gc.collect()
-    wide = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.shape == (20_000,)]
+    wide = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (20_000,)]
     assert wide == []

@@ -29,7 +29,7 @@ class Backend(NamedTuple):
     reason: str
 
 
-class _Unavailable(Exception):
+class UnavailableError(Exception):
     """A gate that is closed; its message is the reason."""
 
 
@@ -65,18 +65,18 @@ def _driver_cuda_version() -> int:
 
 def _library_path(name: str) -> Path:
     if "native" not in allowed_backends():
-        raise _Unavailable(f"excluded by {BACKEND_SWITCH}={os.environ[BACKEND_SWITCH]}")
+        raise UnavailableError(f"excluded by {BACKEND_SWITCH}={os.environ[BACKEND_SWITCH]}")
     path = LIBRARY_FOLDER / f"libfastcov_{name}.so"
     if not path.is_file():
         built = "this build has no" if LIBRARY_FOLDER.is_dir() else "nothing is compiled, so no"
-        raise _Unavailable(f"{built} {path.name} in {LIBRARY_FOLDER}")
+        raise UnavailableError(f"{built} {path.name} in {LIBRARY_FOLDER}")
     return path
 
 
 def _build_record() -> dict[str, str]:
     path = LIBRARY_FOLDER / "build.json"
     if not path.is_file():
-        raise _Unavailable(f"{path} is missing, so the CUDA version of the library is unknown")
+        raise UnavailableError(f"{path} is missing, so the CUDA version of the library is unknown")
     record = json.loads(path.read_text(encoding="utf-8"))
     return {str(key): str(value) for key, value in record.items()}
 
@@ -88,34 +88,38 @@ def _open(path: Path) -> ctypes.CDLL:
     except OSError as error:
         # A library that is there and does not open is a broken installation, not a choice.
         reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
-        warnings.warn(f"fastcov runs without its compiled code: {reason}", stacklevel=2)
-        raise _Unavailable(reason) from error
+        warnings.warn(
+            f"fastcov runs without its compiled code: {reason}", RuntimeWarning, stacklevel=2
+        )
+        raise UnavailableError(reason) from error
 
 
-def _load_cpu() -> str:
+def load_cpu() -> str:
+    """Opens libfastcov_cpu.so; returns what it is, or raises :class:`UnavailableError`."""
     path = _library_path("cpu")
     instruction_set = _open(path).fastcov_cpu_instruction_set
     instruction_set.restype = ctypes.c_char_p
     return f"{path.name} with {instruction_set().decode()} kernels"
 
 
-def _load_cuda() -> str:
+def load_cuda() -> str:
+    """Opens libfastcov_cuda.so if torch, driver and GPU fit; else raises :class:`UnavailableError`."""
     path = _library_path("cuda")
     if torch.version.cuda is None:
-        raise _Unavailable(f"torch {torch.__version__} is not a CUDA build")
+        raise UnavailableError(f"torch {torch.__version__} is not a CUDA build")
     if sys.platform != "linux":
-        raise _Unavailable(f"no CUDA library for {sys.platform}")
+        raise UnavailableError(f"no CUDA library for {sys.platform}")
     driver = _driver_cuda_version()
     if driver == 0:
-        raise _Unavailable("no GPU: no NVIDIA driver (libcuda.so.1) on this machine")
+        raise UnavailableError("no GPU: no NVIDIA driver (libcuda.so.1) on this machine")
     toolkit = _build_record()["cuda"]
     if driver // 1000 < int(toolkit.split(".")[0]):
-        raise _Unavailable(
+        raise UnavailableError(
             f"{path.name} is built with CUDA {toolkit}, but the driver supports only "
             f"CUDA {driver // 1000}.{driver % 1000 // 10}; update the driver"
         )
     if torch.cuda.device_count() == 0:
-        raise _Unavailable("no GPU: torch.cuda.device_count() is 0")
+        raise UnavailableError("no GPU: torch.cuda.device_count() is 0")
     _open(path)
     return f"{path.name} built with CUDA {toolkit}"
 
@@ -123,10 +127,10 @@ def _load_cuda() -> str:
 @cache
 def load() -> None:
     """Opens what can be opened, once. Never fails: :func:`status` holds the reasons."""
-    for name, open_library in (("cpu", _load_cpu), ("cuda", _load_cuda)):
+    for name, open_library in (("cpu", load_cpu), ("cuda", load_cuda)):
         try:
             _status[name] = Backend(True, open_library())
-        except _Unavailable as closed:
+        except UnavailableError as closed:
             _status[name] = Backend(False, str(closed))
 
 

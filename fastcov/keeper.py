@@ -1,0 +1,108 @@
+"""Keeper: merging, saving and restoring what was collected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from fastcov.collector import Collector
+from fastcov.reader import Reader
+
+_FORMAT = 1
+
+
+class Keeper(Collector):
+    """The half of a tracker that moves statistics between processes, runs and files."""
+
+    def merge(self, other: Keeper) -> None:
+        """Adds what another tracker of the same layers has seen; that one stays as it is.
+
+        Raises:
+            ValueError: If no layer is common, a width differs, or decay is used and the trackers
+                stand at different steps.
+        """
+        common = [name for name in self.readers if name in other.readers]
+        if not common:
+            raise ValueError(
+                f"nothing to merge: no layer in common; this tracker has {self.names()[:3]}..., "
+                f"the other {other.names()[:3]}..."
+            )
+        if self.decay != other.decay or (self.decay is not None and self.steps != other.steps):
+            raise ValueError(
+                f"cannot merge: decay {self.decay} at step {self.steps} with decay {other.decay} "
+                f"at step {other.steps}; decayed states must stand at the same step"
+            )
+        self._synced = None
+        self.leave_device()
+        done: set[Reader] = set()
+        for name in common:
+            mine, theirs = self.readers[name], other.readers[name]
+            if mine not in done:
+                done.add(mine)
+                mine.merge(theirs, self.steps)
+        if self.decay is None:
+            self.step.done += other.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue: tensors and numbers only, no collective.
+
+        After :meth:`Tracker.sync` it holds all ranks' rows: load it on any number of ranks, rank 0
+        then carries them and the others start at zero.
+        """
+        layers = {}
+        for reader in self.unique_readers():
+            layers[reader.name] = reader.state_dict()
+            if self._synced is not None and reader.name in self._synced:
+                layers[reader.name]["state"] = self._synced[reader.name].state_dict()
+        return {
+            "format": _FORMAT,
+            "steps": self.steps,
+            "rho": self._rho,
+            "is_synced": self._synced is not None,
+            "shared": {n: r.name for n, r in self.readers.items() if n != r.name},
+            "layers": layers,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of another format, or holds layers that are not tracked here.
+        """
+        if state_dict.get("format") != _FORMAT:
+            raise ValueError(
+                f"state_dict has format {state_dict.get('format')!r}, expected {_FORMAT}: it was "
+                "not written by Tracker.state_dict() of this version"
+            )
+        layers = state_dict["layers"]
+        unknown = [name for name in layers if name not in self.readers]
+        if unknown:
+            raise ValueError(
+                f"state_dict holds layers that are not tracked here: {', '.join(unknown[:3])}; "
+                "track the same model with the same include and exclude"
+            )
+        is_elsewhere = (
+            state_dict["is_synced"]
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_rank() > 0
+        )
+        self._synced = None
+        self.leave_device()
+        self.step.done = state_dict["steps"]
+        self._rho = state_dict["rho"]
+        tap_of = {tap.name: index for index, tap in enumerate(self.taps)}
+        for name, owner in state_dict["shared"].items():
+            self._inputs.owner[tap_of[name]] = tap_of[owner]
+            self._share(tap_of[name], tap_of[owner])
+        for name, saved in layers.items():
+            self.readers[name].load_state_dict(saved, with_rows=not is_elsewhere)
+
+    def reset(self) -> None:
+        """Forgets every row and step; what was planned from the first step's shapes stays."""
+        self._synced = None
+        self.leave_device()
+        self.step.done = 0
+        for reader in self.unique_readers():
+            reader.reset()

@@ -1,0 +1,95 @@
+"""Which forwards of the root module are steps."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fastcov.replay import is_capturing
+
+
+class Steps:
+    """Counts steps: one is one forward of the root module, in training mode where asked.
+
+    A forward that calls itself is one step. One that an exception ends is none. What a backward
+    pass runs again (checkpointing) and what torch.jit.trace runs is none either. The capture of a
+    CUDA graph is none, its replays are.
+
+    Attributes:
+        done: Steps so far.
+        is_running: Whether a step has begun and not ended.
+        not_counted: Why the last forward that might have been a step was none.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.is_running = False
+        self.not_counted = ""
+        self._depth = 0
+        self._is_captured = False
+        self._handled: BaseException | None = None  # by the caller, when the forward began
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a forward of the root, a step or not, has begun and not ended."""
+        return self._depth > 0
+
+    def begin(self, counts: bool, is_nested: bool, can_replay: bool = False) -> bool:
+        """A forward begins.
+
+        Args:
+            counts: Whether its mode makes it a step.
+            can_replay: Whether a CUDA graph may hold it: the device then counts the replays.
+            is_nested: Whether the root calls itself. If not, a forward that has not ended was
+                interrupted: by Ctrl-C, or by an error in compiled code.
+
+        Returns:
+            Whether a step begins.
+        """
+        if is_recomputing():
+            return False
+        if self._depth and is_nested:
+            self._depth += 1
+            return False
+        self._depth = 1
+        self._handled = sys.exc_info()[1]
+        self.is_running = counts
+        self._is_captured = is_capturing()
+        if counts and (reason := self._not_counted(can_replay)):
+            self.is_running, self.not_counted = False, reason
+        return self.is_running
+
+    def end(self) -> bool:
+        """A forward ends, or an exception ends it.
+
+        Returns:
+            Whether a step is done.
+        """
+        if self._depth == 0 or is_recomputing():
+            return False
+        self._depth -= 1
+        if self._depth:
+            return False
+        was_running, self.is_running = self.is_running, False
+        is_complete = sys.exc_info()[1] is self._handled
+        self._handled = None
+        if not (was_running and is_complete):
+            return False
+        self.done += not self._is_captured
+        return True
+
+    def _not_counted(self, can_replay: bool) -> str:
+        if torch._C._get_tracing_state() is not None:
+            return "forwards under torch.jit.trace are not read"
+        if self._is_captured and not can_replay:
+            return (
+                "a CUDA graph was captured before a step had run eagerly, or on a GPU without "
+                "Triton kernels: its replays are not read"
+            )
+        return ""
+
+
+def is_recomputing() -> bool:
+    """Whether this code runs inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1

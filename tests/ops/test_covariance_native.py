@@ -1,0 +1,224 @@
+"""The compiled accumulate_ and gather_: layouts, instruction sets, threads, extreme values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcov.ops import native
+from fastcov.ops.covariance import Moments
+from fastcov.ops.reference import accumulate_reference_, gather_reference_
+
+pytestmark = pytest.mark.skipif(
+    not native.status()["cpu"].active, reason="the library is excluded by FASTCOV_BACKEND"
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# float32 chains of 256 rows; float64 is only bound by the order of its sums.
+BOUND = dict.fromkeys(DTYPES, 5e-6) | {torch.float64: 1e-13}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def images(
+    count: int, channels: int, height: int, width: int, dtype: torch.dtype, seed: int = 0
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(count, channels, height, width, generator=generator) * 2 + 1).to(dtype)
+
+
+def views(maps: Tensor) -> dict[str, Tensor]:
+    """Views of rows [..., C] of the same maps [B, C, H, W] in every layout."""
+    last = maps.to(memory_format=torch.channels_last)
+    spread = torch.empty(*maps.shape[:2], maps.shape[2] * 2, maps.shape[3] + 3, dtype=maps.dtype)
+    sliced = spread[:, :, ::2, 3:].copy_(maps)
+    pairs = torch.empty(*maps.shape[:1], *maps.shape[2:], maps.shape[1], 2, dtype=maps.dtype)
+    every_other = pairs[..., 1].copy_(maps.permute(0, 2, 3, 1))
+    return {
+        "NCHW": maps.permute(0, 2, 3, 1),
+        "NCHW sliced": sliced.permute(0, 2, 3, 1),
+        "channels_last": last.permute(0, 2, 3, 1),
+        "tokens": last.permute(0, 2, 3, 1).flatten(1, 2),
+        "vectors": last.permute(0, 2, 3, 1).flatten(0, 2),
+        "no side by side": every_other,
+        "six dimensions": maps.permute(0, 2, 3, 1)[:, None, :, None],
+    }
+
+
+def errors(moments: Moments, oracle: Moments) -> tuple[float, float]:
+    """Largest error of the moment, and of the sum, against the largest entry of the moment."""
+    lower = (moments.moment - oracle.moment).tril()
+    largest = oracle.moment.tril().abs().max()
+    sums = (moments.sum - oracle.sum).abs().max() / (largest * oracle.weight).sqrt()
+    return float(lower.abs().max() / largest), float(sums)
+
+
+def check(
+    rows: Tensor, row_weight: Tensor | None = None, row_scale: float = 0.5, decay: float = 0.75
+) -> None:
+    channels = rows.shape[-1]
+    moments, oracle = Moments(channels), Moments(channels)
+    for _ in range(2):
+        torch.ops.fastcov.accumulate_(*vars(moments).values(), rows, row_weight, row_scale, decay)
+        accumulate_reference_(
+            **vars(oracle), rows=rows, row_weight=row_weight, row_scale=row_scale, decay=decay
+        )
+    assert torch.equal(moments.count, oracle.count)
+    assert torch.equal(moments.shift, oracle.shift)
+    torch.testing.assert_close(moments.weight, oracle.weight, rtol=1e-13, atol=0)
+    if rows.numel() > channels:
+        assert max(errors(moments, oracle)) < BOUND[rows.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 41, 64, 123, 256, 520])
+def test_grid_of_layouts(channels: int, dtype: torch.dtype, threads: int) -> None:
+    for rows in views(images(3, channels, 9, 7, dtype)).values():
+        check(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 41, 130])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64], ids=str)
+def test_grid_of_weights(
+    channels: int, dtype: torch.dtype, weight_dtype: torch.dtype, threads: int
+) -> None:
+    row_weight = torch.rand(2 * 19 * 17, generator=torch.Generator().manual_seed(3)).to(
+        weight_dtype
+    )
+    row_weight[5] = 0
+    for rows in views(images(2, channels, 19, 17, dtype)).values():
+        check(rows, row_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [5, 64, 200])
+def test_grid_of_non_finite_rows(channels: int, dtype: torch.dtype, threads: int) -> None:
+    maps = images(3, channels, 13, 11, dtype)
+    maps[0, 0, 0, 0] = float("nan")
+    maps[1, channels - 1, 12, 3] = float("inf")
+    maps[2, channels // 2, 5] = -float("inf")
+    for rows in views(maps).values():
+        check(rows)
+        check(rows, torch.rand(3 * 13 * 11))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 199, 257, 8192])
+@pytest.mark.parametrize("channels", [3, 129])
+def test_grid_of_row_counts(channels: int, rows: int, threads: int) -> None:
+    check(images(rows, channels, 1, 1, torch.float32).flatten(1))
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_instruction_sets_pass_the_grid(level: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "grid_of"],
+        env={**os.environ, "FASTCOV_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e10, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_squares_beyond_float32_neither_overflow_nor_vanish(
+    scale: float, dtype: torch.dtype
+) -> None:
+    rows = (torch.randn(700, 40, generator=torch.Generator().manual_seed(4)) * scale).to(dtype)
+    check(rows, row_scale=1.0, decay=1.0)
+
+
+@pytest.mark.parametrize("channels", [64, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_constant_channels_do_not_drift(channels: int, dtype: torch.dtype) -> None:
+    # Every partial sum is rounded the same way: the worst case of a long chain.
+    values = torch.linspace(0.5, 2, channels).to(dtype)
+    moments = Moments(channels)
+    torch.ops.fastcov.accumulate_(
+        *vars(moments).values(), values.expand(1 << 15, -1), None, 1.0, 1.0
+    )
+    exact = torch.outer(values.double(), values.double()) * (1 << 15)
+    assert float((moments.moment - exact).tril().abs().max() / exact.max()) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [48, 200, 520])
+def test_same_bits_again_and_tiles_do_not_depend_on_threads(channels: int) -> None:
+    rows = images(2, channels, 40, 30, torch.float32).permute(0, 2, 3, 1)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 2, 1):
+            torch.set_num_threads(threads)
+            moments = Moments(channels)
+            torch.ops.fastcov.accumulate_(*vars(moments).values(), rows, None, 1.0, 1.0)
+            results.append(moments.moment.tril())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    # Wide layers split tiles, not rows: any number of threads gives the same bits.
+    if channels > 128:
+        assert torch.equal(results[0], results[2])
+
+
+def test_decay_without_rows_still_ages_the_state() -> None:
+    for channels in (4, 200):
+        moments = Moments(channels)
+        torch.ops.fastcov.accumulate_(
+            *vars(moments).values(), torch.randn(50, channels), None, 1.0, 1.0
+        )
+        before = moments.moment.tril()
+        torch.ops.fastcov.accumulate_(
+            *vars(moments).values(), torch.zeros(0, channels), None, 1.0, 0.5
+        )
+        assert torch.equal(moments.moment.tril(), before * 0.5)
+        assert float(moments.weight) == 25.0
+        assert moments.count.tolist() == [50, 0]
+
+
+def test_channels_last_is_not_copied() -> None:
+    rows = images(8, 64, 56, 56, torch.float32).to(memory_format=torch.channels_last)
+    moments = Moments(64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.ops.fastcov.accumulate_(
+            *vars(moments).values(), rows.permute(0, 2, 3, 1), None, 1.0, 1.0
+        )
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("run_length", [1, 8])
+def test_gather_in_every_layout(dtype: torch.dtype, run_length: int) -> None:
+    for rows in views(images(3, 21, 9, 7, dtype)).values():
+        if rows.dim() == 2:
+            continue  # here every row is an image: positions differ by definition
+        got = torch.zeros(80, 21, dtype=dtype)
+        expected = got.clone()
+        torch.ops.fastcov.gather_(got, rows, 3, 12345, 70, run_length, -987654321)
+        gather_reference_(expected, rows, 3, 12345, 70, run_length, -987654321)
+        assert torch.equal(got, expected)
+
+
+def test_gather_refuses_samples_that_do_not_fit() -> None:
+    rows = torch.zeros(2, 5, 3)
+    for buffer, buffer_row, samples in (
+        (torch.zeros(4, 3), 2, 3),
+        (torch.zeros(4, 2), 0, 1),
+        (torch.zeros(4, 3, dtype=torch.float64), 0, 1),
+        (torch.zeros(4, 3), -1, 2),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastcov.gather_(buffer, rows, buffer_row, 0, samples, 1, 0)
