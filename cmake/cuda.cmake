@@ -62,7 +62,7 @@ foreach(source IN LISTS cuda_sources)
       "${nvcc}" -c "${CMAKE_SOURCE_DIR}/${source}" -o "${object}" -MD -MF "${object}.d"
       -std=c++20 -O3 --threads 2 ${code_options} -DUSE_CUDA
       -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "${torch_folder}/include" ${cuda_includes}
-      -Xcompiler -fPIC,-fvisibility=hidden -Xptxas --warn-on-spills,--warn-on-local-memory-usage
+      "-Xcompiler=-fPIC,-fvisibility=hidden,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=" -Xptxas --warn-on-spills,--warn-on-local-memory-usage
       -diag-suppress 20012,20014
     DEPENDS "${CMAKE_SOURCE_DIR}/${source}"
     DEPFILE "${object}.d"

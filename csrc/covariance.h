@@ -4,7 +4,7 @@
 // Rows are packed, less the shift and times the root of their weight, into panels: W channels side
 // by side, one row after the other, W * sizeof(T) = one cache line. A gram tile is the product of
 // two panels; only tiles on and below the diagonal are computed. Accumulators live in registers
-// for one block of at most kChainRows rows and are then added to float64.
+// for a chain of at most kChainRows rows and are then added to float64.
 //
 //   panels [C / W][block rows][W]        tile (i, j) = panel_i^T panel_j, [W, W]
 #pragma once
@@ -13,7 +13,9 @@
 
 namespace fastcov {
 
-// Of float32 chains: at 4096 rows their rounding error is 1e-6 of the result at worst.
+// Rows added up in the working type before float64 takes over. A constant channel is the worst
+// case, its rounding errors all have one sign: 3.8e-6 of the result for 256 float32 rows
+// (measured).
 constexpr int64_t kChainRows = 256;
 
 template <typename T>

@@ -21,10 +21,10 @@ namespace {
 
 constexpr int64_t kShiftRows = 64;
 // Above this width a triangle for each thread outgrows its L2 cache beside the packed rows.
-constexpr int64_t kSplitRowsChannels = 64;
-constexpr int64_t kSplitBlockRows = 256;
+constexpr int64_t kSplitRowsChannels = 128;
 // Packed rows of a shared block: half a million values, 2 MiB in float32.
 constexpr int64_t kSharedBlockValues = 1 << 19;
+constexpr int64_t kSharedBlockRows = 1024;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 1 << 18;
 
@@ -233,9 +233,9 @@ class Accumulator {
   // ---- rows split over threads ----------------------------------------------------------
   Tally split_rows(int64_t threads) {
     const int64_t rows = update_.rows.rows;
-    const int64_t blocks = (rows + kSplitBlockRows - 1) / kSplitBlockRows;
+    const int64_t blocks = (rows + kChainRows - 1) / kChainRows;
     const int64_t slots = std::max<int64_t>(1, std::min(threads, blocks));
-    const int64_t capacity = std::max<int64_t>(1, std::min(rows, kSplitBlockRows));
+    const int64_t capacity = std::max<int64_t>(1, std::min(rows, kChainRows));
     const int64_t block_bytes = block_bytes_of(capacity);
     const int64_t triangle_values = tiles_ * W * W;
     const int64_t slot_bytes = block_bytes + Workspace::round_up(triangle_values * 8) +
@@ -257,8 +257,8 @@ class Accumulator {
       const int64_t first = blocks * slot / slots;
       const int64_t last = blocks * (slot + 1) / slots;
       for (int64_t index = first; index < last; ++index) {
-        const int64_t begin = index * kSplitBlockRows;
-        const int64_t end = std::min(rows, begin + kSplitBlockRows);
+        const int64_t begin = index * kChainRows;
+        const int64_t end = std::min(rows, begin + kChainRows);
         const Tally packed = pack(block, 0, begin, end);
         tally.add(packed);
         const double scale = update_.row_scale;
@@ -321,7 +321,7 @@ class Accumulator {
     const int64_t rows = update_.rows.rows;
     const int64_t fitting = kSharedBlockValues / (panels_ * W) / 32 * 32;
     const int64_t capacity =
-        std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fitting, 128, kChainRows)));
+        std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fitting, 128, kSharedBlockRows)));
     Workspace workspace(shift_bytes() + block_bytes_of(capacity) +
                         64 * threads * static_cast<int64_t>(sizeof(Tally)) + 64);
     take_shift(workspace);

@@ -378,7 +378,12 @@ void tile(const T* left, const T* right, int64_t block_rows, double scale, doubl
     __builtin_prefetch(out + row * out_stride, 1);
     __builtin_prefetch(out + row * out_stride + columns - 1, 1);
   }
-  tile_strips<T, 0>(left, right, block_rows, scale, keep, out, out_stride, rows, columns);
+  for (int64_t first = 0; first < block_rows; first += kChainRows) {
+    const int64_t chain = block_rows - first < kChainRows ? block_rows - first : kChainRows;
+    tile_strips<T, 0>(left + first * kPanel<T>, right + first * kPanel<T>, chain, scale, keep, out,
+                      out_stride, rows, columns);
+    keep = 1.0;
+  }
 }
 
 template <typename T>

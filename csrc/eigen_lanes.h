@@ -6,6 +6,14 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <class T, int Lanes>
 struct LanesOf {
   typedef T type __attribute__((vector_size(sizeof(T) * Lanes)));
@@ -35,13 +43,17 @@ struct PackNumeric {
   static FASTCOV_INLINE Count is_negative(Real value) { return -(value < Real{}); }
 };
 template <>
+struct Numeric<Pack<float, 4>> : PackNumeric<float, int32_t, 4> {};
+template <>
 struct Numeric<Pack<float, 8>> : PackNumeric<float, int32_t, 8> {};
 template <>
 struct Numeric<Pack<float, 16>> : PackNumeric<float, int32_t, 16> {};
 template <>
-struct Numeric<Pack<double, 8>> : PackNumeric<double, int64_t, 8> {};
+struct Numeric<Pack<double, 2>> : PackNumeric<double, int64_t, 2> {};
 template <>
-struct Numeric<Pack<double, 16>> : PackNumeric<double, int64_t, 16> {};
+struct Numeric<Pack<double, 4>> : PackNumeric<double, int64_t, 4> {};
+template <>
+struct Numeric<Pack<double, 8>> : PackNumeric<double, int64_t, 8> {};
 
 template <class V>
 FASTCOV_INLINE bool all_of(V mask) {

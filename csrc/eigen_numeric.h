@@ -98,9 +98,11 @@ FASTCOV_INLINE Real power_of_two(int exponent) {
 // How a matrix is scaled, from the largest magnitude_bits of its entries.
 template <class Real>
 struct Scale {
-  Real shrink;   // entries times this are at most 4, the largest at least 1/2 unless subnormal
-  Real restore;  // eigenvalues times this are those of the matrix; NaN where it is not finite
-  bool is_finite;
+  Real shrink = 0;   // entries times this are at most 4, the largest at least 1/2 unless subnormal
+  Real restore = 0;  // eigenvalues times this are those of the matrix; NaN where it is not finite
+  bool is_finite = false;
+
+  Scale() = default;
 
   FASTCOV_INLINE explicit Scale(typename Numeric<Real>::Bits largest) {
     using Number = Numeric<Real>;

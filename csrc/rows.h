@@ -13,7 +13,7 @@
 
 namespace fastcov {
 
-constexpr int kMaxLeading = 4;
+constexpr int kMaxLeading = 7;
 
 struct RowsView {
   const char* data;
@@ -32,7 +32,7 @@ struct RowsView {
 
 inline RowsView view_rows(const Tensor& rows) {
   const int64_t dims = rows.dim();
-  STD_TORCH_CHECK(dims >= 1 && dims <= kMaxLeading + 1, "rows must have 1 to 5 dimensions");
+  STD_TORCH_CHECK(dims >= 1 && dims <= kMaxLeading + 1, "rows must have 1 to 8 dimensions");
   RowsView view{};
   view.data = static_cast<const char*>(rows.const_data_ptr());
   view.item_bytes = static_cast<int64_t>(rows.element_size());

@@ -63,6 +63,12 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what a kill in the middle of writing left."""
+    for path in run_dir.glob(f".{NEWEST}.new.*"):
+        path.unlink()
+
+
 def remove_checkpoints(run_dir: Path) -> None:
     """Forgets everything that a run could be resumed from."""
     for name in (f"{NEWEST}.new", NEWEST, PREVIOUS):

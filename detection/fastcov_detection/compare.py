@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Prints a line for each layer: dimensions and demands at the end, and the distance."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 110)
     headings, lines = comparison_rows(comparison)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for line in lines:

@@ -335,6 +335,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunRes
     """Prepares the folder; the result where the run has ended already."""
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(folder)
         if not resume:
             checkpoints.remove_checkpoints(folder)
             for name in ("run.json", "model.pt"):

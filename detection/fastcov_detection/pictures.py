@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fastcov import Spectrum, WidthGroup
 
 COLOURS = {
-    "baseline": "#4a5560",
-    "searched": "#17618c",
+    "baseline": "#2b2f33",
+    "searched": "#1f78b4",
     "uniform": "#c8501e",
     "random": "#8a6fb0",
     "untrained": "#3f8f4f",
@@ -34,7 +34,7 @@ def colour_of(arm: str, arms: Sequence[str]) -> str:
 
 def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
     """AP against backbone parameters: a dot for each run, a bar at each arm's mean."""
-    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     ax = figure.add_subplot()
     arms = list(result["arms"])
     for name, arm in result["arms"].items():
@@ -45,18 +45,18 @@ def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
         mean = sum(values) / len(values)
         if len(values) > 1:
             ax.plot([place] * len(values), values, "o", color=colour, alpha=0.35, markersize=4)
-        ax.plot(place, mean, "D", color=colour, markersize=7, label=name)
+        ax.plot(place, mean, "D", color=colour, markersize=7)
+        ax.annotate(name, (place, mean), (8, 4), textcoords="offset points", fontsize=8.5)
     ax.set_xlabel("backbone parameters, millions")
     ax.set_ylabel({"ap": "AP", "segm_ap": "mask AP"}.get(metric, metric))
-    ax.set_ylim(0, None)
+    ax.margins(0.2, 0.25)
     _calm(ax)
-    ax.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
     return figure
 
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     """Training loss over steps, one line for each arm's first seed."""
-    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     ax = figure.add_subplot()
     for name, points in curves.items():
         if points:

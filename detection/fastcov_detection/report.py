@@ -55,7 +55,6 @@ def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> P
         search.demand,
         search.spectra,
         search.dynamics,
-        search.losses,
         search.settings,
     )
     parts: list[str] = []
@@ -98,10 +97,15 @@ class _Search:
             parts.append(self._comparisons())
         parts.append(page.paragraph(said[-1]))
         drawn = ["ap"] + (["segm_ap"] if "mask AP" in columns(self.result) else [])
-        figures = [pictures.draw_accuracy(self.result, metric) for metric in drawn]
-        caption = "Accuracy against size; diamonds are means over seeds, dots single runs."
-        parts += [_figure(figure, caption) for figure in figures]
-        return "".join(parts)
+        caption = "Accuracy against size (the axes do not start at zero); dots are single runs."
+        figures = [
+            _figure(pictures.draw_accuracy(self.result, metric), caption) for metric in drawn
+        ]
+        curves = {arm: _loss_curve(run) for arm, run in self.first_runs.items()}
+        if any(curves.values()):
+            losses = pictures.draw_losses(curves)
+            figures.append(_figure(losses, "Training loss of each arm's first seed."))
+        return "".join([*parts, page.side_by_side(figures)])
 
     def _conditions(self) -> str:
         counted = self.result["macs_input"]
@@ -111,7 +115,8 @@ class _Search:
         return (
             f"MACs on {width}x{height} pixels with {counted['boxes']} boxes{masks}, counted on the "
             f"built models; in brackets: {change}. AP in 0-1; latency is the median of "
-            f"{self.config.latency_runs} forward passes of one validation image, arms in turn."
+            f"{self.config.latency_runs} forward passes of one validation image, arms in turn; "
+            "training runs side by side share the machine, which their seconds show."
         )
 
     def _comparisons(self) -> str:
@@ -215,13 +220,6 @@ class _Search:
             page.paragraph(note, "note"),
             page.folded(f"{len(history.layers())} layers, {len(history)} snapshots", content),
         )
-
-    def losses(self) -> str:
-        curves = {arm: _loss_curve(run) for arm, run in self.first_runs.items()}
-        if not any(curves.values()):
-            return ""
-        figure = pictures.draw_losses(curves)
-        return page.section("Training", _figure(figure, "Training loss of each arm's first seed."))
 
     def settings(self) -> str:
         build = build_model(self.model_config).__class__.__name__

@@ -48,6 +48,10 @@ from fastcov_detection.spectra import load_spectra, save_spectra
 # What a search may change when it goes on in a folder: everything else would mix two experiments.
 _MAY_GROW = ("arms", "seeds", "jobs", "latency_runs")
 
+# Below 8 input channels, the gradient of a strided 1x1 convolution in channels_last writes outside
+# its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
+_LEAST_WIDTH = 8
+
 
 @dataclass
 class Arm:
@@ -97,7 +101,10 @@ class _Search:
         self.image_size = config.image_size or self.model_config.min_size
         with torch.device("meta"):
             baseline = build_model(replace(self.model_config, init="random"))
-        self.groups = width_groups(baseline, vary=config.vary)
+        self.groups = [
+            replace(group, floor=max(group.floor, min(_LEAST_WIDTH, group.width)))
+            for group in width_groups(baseline, vary=config.vary)
+        ]
         self.proposer = Proposer(config, self.groups, Costs(self.model_config, self.image_size))
         self.seeds = [config.first_seed + index for index in range(config.seeds)]
         self.device = pick_device(config.train.device)

@@ -96,7 +96,7 @@ def print_summary(result: Mapping[str, Any], console: Console | None = None) -> 
     """Prints the table and the sentences."""
     # Where no terminal says otherwise, the width that the table with spreads needs.
     console = console or Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, heading in enumerate(columns(result)):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows(result):

@@ -11,13 +11,13 @@ import torch
 
 from fastcov.bench.floors import Floor
 from fastcov.bench.machine import Rates, read_rates
-from fastcov.bench.timing import Call, interleave, quantiles, ratios
+from fastcov.bench.timing import Call, Clock, interleave, quantiles, ratios
 
 Size = Literal["tiny", "default", "full"]
 OURS = "fastcov"
 
 
-class WrongResult(AssertionError):
+class WrongResultError(AssertionError):
     """A contender of ours is wrong: its time is never taken."""
 
 
@@ -66,7 +66,9 @@ class Contest:
             oracle's largest entry.
         floor: What the machine needs at least; None where nothing is known.
         rounds: Most rounds.
-        on_device: Whether device time alone counts.
+        budget_s: Stops after this once ``fewest_rounds`` are done.
+        fewest_rounds: See ``budget_s``.
+        clock: See :func:`fastcov.bench.timing.interleave`.
         prepare: Called before each sample, outside the time.
         notes: Numbers that belong to a contender's row.
         after: Called with the rows once they are measured; it may add notes to them.
@@ -78,7 +80,8 @@ class Contest:
     errors: Mapping[str, float] = field(default_factory=dict)
     floor: Floor | None = None
     budget_s: float = math.inf
-    on_device: bool = False
+    fewest_rounds: int = 6
+    clock: Clock = "wall"
     prepare: Callable[[str, int], None] | None = None
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     after: Callable[[Sequence[Row]], None] | None = None
@@ -150,7 +153,8 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
         setting.device,
         rounds=contest.rounds,
         budget_s=contest.budget_s,
-        on_device=contest.on_device,
+        fewest_rounds=contest.fewest_rounds,
+        clock=contest.clock,
         prepare=contest.prepare,
     )
     rows = []
@@ -189,10 +193,10 @@ def check(work: str, error: float, bar: float) -> float:
         The error.
 
     Raises:
-        WrongResult: If it is above the bar, or NaN.
+        WrongResultError: If it is above the bar, or NaN.
     """
     if not error <= bar:
-        raise WrongResult(
+        raise WrongResultError(
             f"{work}: the result of fastcov is off by {error:.2e} of the oracle's largest entry, "
             f"the bar is {bar:.0e}; nothing was timed. Report this with the output of "
             "'fastcov doctor'."

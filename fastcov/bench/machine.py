@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastcov
-from fastcov.bench.timing import device_s, interleave, quantile
+from fastcov.bench.timing import interleave, quantile
 
 _PACKAGES = (
     "torch",
@@ -89,7 +89,7 @@ def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
         contenders[_short(dtype)] = _matmul(order, dtype, device)
     for call in contenders.values():
         call(0)
-    samples = interleave(contenders, device, rounds=2 if is_quick else 9, on_device=True)
+    samples = interleave(contenders, device, rounds=2 if is_quick else 9, clock="device")
     seconds = {name: quantile(times, 0.5) for name, times in samples.items()}
     return Rates(
         device=device,
@@ -101,9 +101,7 @@ def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
 
 
 def _matmul(order: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], object]:
-    left, right, product = (
-        torch.rand(order, order, device=device).to(dtype) for _ in range(3)
-    )
+    left, right, product = (torch.rand(order, order, device=device).to(dtype) for _ in range(3))
     return lambda _: torch.mm(left, right, out=product)
 
 
@@ -188,9 +186,7 @@ def clocks(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
         values = (_nvidia_smi(fields) or "").split(",")
-        return {
-            name: value.strip() for name, value in zip(fields.split(","), values, strict=False)
-        }
+        return {name: value.strip() for name, value in zip(fields.split(","), values, strict=False)}
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.is_file() else ""
     cores = [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", text, re.MULTILINE)]
@@ -241,17 +237,3 @@ def _commit() -> tuple[str | None, bool | None]:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = [
-    "Rates",
-    "cache_bytes",
-    "checkout",
-    "clocks",
-    "describe",
-    "device_name",
-    "device_s",
-    "device_slug",
-    "read_rates",
-    "slots",
-]

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -78,10 +79,8 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
 def quantiles(samples: Sequence[float]) -> Quantiles:
     """Summary of one contender's times."""
     low, high = median_interval(samples)
-    return Quantiles(
-        quantile(samples, 0.2), quantile(samples, 0.5), quantile(samples, 0.8), low, high,
-        len(samples),
-    )  # fmt: skip
+    p20, p50, p80 = (quantile(samples, share) for share in (0.2, 0.5, 0.8))
+    return Quantiles(p20, p50, p80, low, high, len(samples))
 
 
 def wall_s(device: torch.device, call: Call, first: int, calls: int) -> float:
@@ -102,13 +101,29 @@ def device_s(device: torch.device, call: Call, first: int, calls: int) -> float:
         return wall_s(device, call, first, calls)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+    sleep: Callable[[int], None] = torch.cuda._sleep
+    sleep(_SLEEP_CYCLES)
     begin.record()
     for index in range(first, first + calls):
         call(index)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1e3 / calls
+
+
+def host_s(device: torch.device, call: Call, first: int, calls: int) -> float:
+    """CPU seconds a call takes of its own thread; the device starts idle and is not waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.thread_time()
+    for index in range(first, first + calls):
+        call(index)
+    return (time.thread_time() - start) / calls
+
+
+Clock = Literal["wall", "device", "host"]
+_CLOCKS = {"wall": wall_s, "device": device_s, "host": host_s}
 
 
 def interleave(
@@ -118,7 +133,7 @@ def interleave(
     rounds: int,
     budget_s: float = math.inf,
     fewest_rounds: int = 6,
-    on_device: bool = False,
+    clock: Clock = "wall",
     prepare: Callable[[str, int], None] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
@@ -130,19 +145,19 @@ def interleave(
         rounds: Most rounds.
         budget_s: Stops once this has passed and ``fewest_rounds`` are done.
         fewest_rounds: See ``budget_s``.
-        on_device: Whether device time alone counts (kernels) or the wait of the host (steps).
+        clock: "wall" as a user waits, "device" for kernels, "host" for what runs ahead of a GPU.
         prepare: Called with a name and the round before each sample, outside the time.
         seed: Of the orders.
 
     Returns:
         Seconds a call, by name, one entry a round: entries of one index belong together.
     """
-    clock = device_s if on_device else wall_s
+    read = _CLOCKS[clock]
     calls: dict[str, int] = {}
     for name, call in contenders.items():
         if prepare is not None:
             prepare(name, 0)
-        once = min(clock(device, call, 0, 1), clock(device, call, 1, 1))
+        once = min(read(device, call, 0, 1), read(device, call, 1, 1))
         calls[name] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE_S / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     next_call = dict.fromkeys(contenders, 2)
@@ -154,7 +169,7 @@ def interleave(
         for name in order:
             if prepare is not None:
                 prepare(name, round_number)
-            took = clock(device, contenders[name], next_call[name], calls[name])
+            took = read(device, contenders[name], next_call[name], calls[name])
             samples[name].append(took)
             next_call[name] += calls[name]
         if round_number >= fewest_rounds and time.perf_counter() - start > budget_s:

@@ -88,9 +88,7 @@ def sum_block(
         index = image.to(tl.int64) * geometry[2] + position + row
         is_inside = position + row < geometry[2]
         is_read = tl.load(is_row_finite + index, mask=is_inside, other=0) != 0
-        left = load_tile(
-            origin, position, block_row * EDGE, geometry, is_read, STEP, EDGE, True
-        )
+        left = load_tile(origin, position, block_row * EDGE, geometry, is_read, STEP, EDGE, True)
         right = load_tile(
             origin, position, block_column * EDGE, geometry, is_read, STEP, EDGE, False
         )
@@ -155,9 +153,7 @@ def mask_kernel(
     chunk = tl.program_id(0)
     first_step = chunk * steps_per_chunk
     last_step = tl.minimum(first_step + steps_per_chunk, steps)
-    number = mask_rows(
-        rows, is_row_finite, first_step, last_step, geometry, STEP, EDGE, IS_DEEP
-    )
+    number = mask_rows(rows, is_row_finite, first_step, last_step, geometry, STEP, EDGE, IS_DEEP)
     tl.store(notes + chunk, number)
     if chunk == 0:
         tl.store(notes + tl.num_programs(0), (tl.load(count) == 0).to(tl.int32))
@@ -206,7 +202,6 @@ def block_kernel(
     IS_CENTRED: tl.constexpr,
     IS_DEEP: tl.constexpr,
     ONLY_BROKEN: tl.constexpr,
-    FLAGS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
@@ -226,9 +221,10 @@ def block_kernel(
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     if ONLY_BROKEN:
-        flag = tl.arange(0, FLAGS)
-        number = tl.load(notes + chunk * flags + flag, mask=flag < flags, other=0)
-        if tl.max(number) == 0:
+        number = 0
+        for flag in range(flags):
+            number += tl.load(notes + chunk * flags + flag)
+        if number == 0:
             return
     first_step = chunk * steps_per_chunk
     partial += chunk.to(tl.int64) * slot_size(channels, EDGE)

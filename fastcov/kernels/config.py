@@ -119,28 +119,39 @@ _DESCRIPTORS_128 = GramConfig(128, 1, 64, warps=8, stages=4, residents=2)
 _DESCRIPTORS_256 = GramConfig(128, 2, 64, warps=8, stages=4)
 _DESCRIPTORS_WIDE = GramConfig(128, 2, 64, warps=8, stages=4, left=1, right=2)
 
-GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {}
-"""Configurations by case, from few channels to many; the last serves any number."""
+_SPLIT_REST = GramConfig(64, 2, 32, warps=8, stages=3, left=1, right=2)
+_SPLIT_ANY_128 = GramConfig(64, 2, 16, warps=8, stages=3, residents=1)
+_SPLIT_ANY_REST = GramConfig(64, 2, 16, warps=8, stages=3, left=1, right=2)
+_UNALIGNED = (*_narrow(32, 64, step=32), _POINTERS_128, _POINTERS_REST)
+_SPLIT = (*_narrow(32, 64, step=32), _POINTERS_128, _SPLIT_REST)
+_SPLIT_UNALIGNED = (*_narrow(32, 64, step=32), _SPLIT_ANY_128, _SPLIT_ANY_REST)
+_DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTORS_WIDE)
 
-for _family in ("sm_80", "sm_90", "sm_100"):
-    for _mode in ("direct", "split"):
-        for _kind in ("rows", "planes", "unaligned"):
-            GRAM_CONFIGS[GramCase(_family, _mode, _kind)] = (
-                *_narrow(32, 64, step=32),
-                _POINTERS_128,
-                _POINTERS_REST,
-            )
-    for _kind in ("rows", "planes"):
-        GRAM_CONFIGS[GramCase(_family, "direct", _kind)] = (
-            *_narrow(32, 64, step=32 if _family == "sm_80" else 64),
-            _POINTERS_128,
-            _POINTERS_256,
-            _POINTERS_WIDE,
-        )
-for _family in ("sm_90", "sm_100"):
-    GRAM_CONFIGS[GramCase(_family, "direct", "matrix")] = (
-        *_narrow(32, 64),
-        _DESCRIPTORS_128,
-        _DESCRIPTORS_256,
-        _DESCRIPTORS_WIDE,
-    )
+
+def _pointers(step: int) -> tuple[GramConfig, ...]:
+    return (*_narrow(32, 64, step=step), _POINTERS_128, _POINTERS_256, _POINTERS_WIDE)
+
+
+GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
+    GramCase("sm_80", "direct", "rows"): _pointers(32),
+    GramCase("sm_80", "direct", "planes"): _pointers(32),
+    GramCase("sm_80", "direct", "unaligned"): _UNALIGNED,
+    GramCase("sm_80", "split", "rows"): _SPLIT,
+    GramCase("sm_80", "split", "planes"): _SPLIT,
+    GramCase("sm_80", "split", "unaligned"): _SPLIT_UNALIGNED,
+    GramCase("sm_90", "direct", "matrix"): _DESCRIPTORS,
+    GramCase("sm_90", "direct", "rows"): _pointers(64),
+    GramCase("sm_90", "direct", "planes"): _pointers(64),
+    GramCase("sm_90", "direct", "unaligned"): _UNALIGNED,
+    GramCase("sm_90", "split", "rows"): _SPLIT,
+    GramCase("sm_90", "split", "planes"): _SPLIT,
+    GramCase("sm_90", "split", "unaligned"): _SPLIT_UNALIGNED,
+    GramCase("sm_100", "direct", "matrix"): _DESCRIPTORS,
+    GramCase("sm_100", "direct", "rows"): _pointers(64),
+    GramCase("sm_100", "direct", "planes"): _pointers(64),
+    GramCase("sm_100", "direct", "unaligned"): _UNALIGNED,
+    GramCase("sm_100", "split", "rows"): _SPLIT,
+    GramCase("sm_100", "split", "planes"): _SPLIT,
+    GramCase("sm_100", "split", "unaligned"): _SPLIT_UNALIGNED,
+}
+"""Configurations by case, from few channels to many; the last serves any number."""

@@ -35,8 +35,10 @@ from fastcov.kernels.tiles import IS_INTERPRETED, MODES
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _BLOCK_EDGE = 64
 _BLOCK_STEP = 32
+_REPAIR_STEP = 16
 _MASK_STEP = 64
-_SEGMENT = 128
+# The interpreter's time goes with the number of programs.
+_SEGMENT = 4096 if IS_INTERPRETED else 128
 _FOLD = 32
 
 
@@ -127,7 +129,6 @@ def launch_accumulate_(
         EDGE=plan.edge,
         SEGMENT=_segment(plan.edge),
         FOLD=_FOLD,
-        FLAGS=_flags(plan.triangles),
         IS_CENTRED=is_centred,
         num_warps=4,
     )
@@ -151,11 +152,6 @@ def workspace_bytes(
 
 def _segment(edge: int) -> int:
     return min(_SEGMENT, edge * edge)
-
-
-def _flags(triangles: int) -> int:
-    # Few distinct values, so that few kernels are compiled.
-    return next(flags for flags in (1, 16, 256, triton.next_power_of_2(triangles)) if flags >= triangles)
 
 
 def _geometry(layout: RowLayout, step: int) -> tuple[int, ...]:
@@ -246,6 +242,8 @@ def _launch_gram(
         num_stages=config.stages,
     )
     if plan.triangles > 1:
+        shorter = config.step // _REPAIR_STEP
+        steps_per_image, *extents = _geometry(layout, config.step)
         block_kernel[(plan.blocks, plan.chunks)](
             rows,
             shift,
@@ -254,16 +252,16 @@ def _launch_gram(
             partial,
             notes,
             plan.triangles,
-            plan.steps,
-            plan.steps_per_chunk,
-            *_geometry(layout, config.step),
-            STEP=config.step,
+            plan.steps * shorter,
+            plan.steps_per_chunk * shorter,
+            steps_per_image * shorter,
+            *extents,
+            STEP=_REPAIR_STEP,
             EDGE=config.edge,
             MODE=MODES[case.mode],
             IS_CENTRED=case.mode == "split",
             IS_DEEP=False,
             ONLY_BROKEN=True,
-            FLAGS=_flags(plan.triangles),
             STAGES=1,
             IS_INTERPRETED=IS_INTERPRETED,
             num_warps=4,
@@ -284,6 +282,7 @@ def _launch_blocks(
     partial, notes, is_row_finite = _workspace(plan, rows, layout)
     chunk_weight = None
     if row_weight is not None:
+        row_weight = row_weight.double()
         chunk_weight = torch.empty(plan.chunks, dtype=torch.float64, device=rows.device)
     geometry = (plan.steps, plan.steps_per_chunk, *_geometry(layout, _BLOCK_STEP))
     mask_kernel[(plan.chunks,)](
@@ -314,10 +313,9 @@ def _launch_blocks(
         IS_CENTRED=is_centred,
         IS_DEEP=_is_deep(layout),
         ONLY_BROKEN=False,
-        FLAGS=1,
         STAGES=2,
         IS_INTERPRETED=IS_INTERPRETED,
-        num_warps=4,
+        num_warps=8,
     )
     return partial, notes, chunk_weight
 

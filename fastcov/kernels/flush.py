@@ -106,6 +106,8 @@ def flush_kernel(
     if fill < least:
         return
     buffer = tl.load(layer + BUFFER).to(tl.pointer_type(VALUES))
+    if VECTOR > 1:
+        buffer = tl.multiple_of(buffer, 16)
     row_step = tl.load(layer + ROW_STEP).to(tl.pointer_type(tl.int32))
     moment = tl.load(layer + MOMENT).to(tl.pointer_type(tl.float64))
     sum = tl.load(layer + SUM).to(tl.pointer_type(tl.float64))
@@ -202,14 +204,16 @@ def flush_kernel(
     factor = tl.full([], 1.0, tl.float64)
     if HAS_DECAY:
         factor = tl.exp(log_decay * (now - tl.load(cursor + STATE_STEP)).to(tl.float64))
-    is_kept = is_left[:, None] & is_right[None, :] & (left_channel[:, None] >= right_channel[None, :])
+    is_kept = (
+        is_left[:, None] & is_right[None, :] & (left_channel[:, None] >= right_channel[None, :])
+    )
     entry = left_channel[:, None].to(tl.int64) * channels + right_channel[None, :]
     before = tl.load(moment + entry, mask=is_kept, other=0.0)
     tl.store(moment + entry, before * factor + total * row_scale, mask=is_kept)
     if block_row == block_column:
-        before = tl.load(sum + left_channel, mask=is_left, other=0.0)
+        sum_before = tl.load(sum + left_channel, mask=is_left, other=0.0)
         added = left_total - total_weight * left_shift_left
-        tl.store(sum + left_channel, before * factor + added * row_scale, mask=is_left)
+        tl.store(sum + left_channel, sum_before * factor + added * row_scale, mask=is_left)
         if rows_before == 0:
             tl.store(shift + left_channel, left_shift, mask=is_left)
     tl.debug_barrier()
@@ -341,7 +345,7 @@ def launch_flush_(
             HAS_DECAY=decay != 1.0,
             STAGES=2,
             IS_INTERPRETED=IS_INTERPRETED,
-            num_warps=4,
+            num_warps=8,
         )
 
 

@@ -219,10 +219,7 @@ def cursor_gather_kernel(
     wanted = due >> 32
     samples = tl.minimum(wanted, capacity - fill)
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if IS_ORDERED:
-        first = index
-    else:
-        first = sampled + index
+    first = index if IS_ORDERED else sampled + index
     copy_rows(
         buffer,
         rows,
@@ -362,4 +359,3 @@ def _geometry(layout: RowLayout) -> tuple[int, ...]:
         layout.stride_position,
         layout.stride_channel,
     )
-

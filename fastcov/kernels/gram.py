@@ -11,250 +11,17 @@ import triton
 import triton.language as tl
 
 from fastcov.kernels.block import mask_rows, sum_block
+from fastcov.kernels.panels import store_panels, sum_panels
 from fastcov.kernels.tiles import (
-    DIRECT,
     SPLIT,
     UNSPECIALIZED,
     is_finite,
-    load_tile,
-    locate,
-    multiply,
-    packed_offset,
     slot_size,
-    split,
     triangle_row,
     triangle_size,
 )
 
-_ONES = tl.constexpr(16)  # fewest rows of a matrix operand
 _REPAIR = tl.constexpr(16)  # rows of one step of the repair
-
-
-@triton.jit
-def load_panels(
-    matrix,
-    origin,
-    position,
-    channel,
-    shift,
-    geometry,
-    COUNT: tl.constexpr,
-    STEP: tl.constexpr,
-    PANEL: tl.constexpr,
-    MODE: tl.constexpr,
-    IS_TRANSPOSED: tl.constexpr,
-):
-    """COUNT neighbouring panels, shifted where MODE splits them, as loaded: see operands()."""
-    panels = ()
-    for index in tl.static_range(COUNT):
-        first = channel + index * PANEL
-        if matrix is not None:
-            panel = matrix.load([position, first])
-        else:
-            panel = load_tile(
-                origin, position, first, geometry, None, STEP, PANEL, IS_TRANSPOSED
-            )
-        if MODE == SPLIT:
-            # Rows outside the image stay zero: the shift must not turn them into rows.
-            row = position + tl.arange(0, STEP)
-            column = first + tl.arange(0, PANEL)
-            used = tl.load(shift + column, mask=column < geometry[1], other=0.0).to(tl.float32)
-            if IS_TRANSPOSED:
-                panel = tl.where((row < geometry[2])[None, :], panel - used[:, None], 0.0)
-            else:
-                panel = tl.where((row < geometry[2])[:, None], panel - used[None, :], 0.0)
-        panels = panels + (panel,)
-    return panels
-
-
-@triton.jit
-def transposed(panels, COUNT: tl.constexpr):
-    """Each panel transposed: no copy, the multiplier reads either order."""
-    result = ()
-    for index in tl.static_range(COUNT):
-        result = result + (tl.trans(panels[index]),)
-    return result
-
-
-@triton.jit
-def parts(panels, COUNT: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """High and low bfloat16 parts of float32 panels."""
-    high = ()
-    low = ()
-    for index in tl.static_range(COUNT):
-        panel_high, panel_low = split(panels[index], IS_INTERPRETED)
-        high = high + (panel_high,)
-        low = low + (panel_low,)
-    return high, low
-
-
-@triton.jit
-def add_products(
-    moments,
-    left,  # panels [PANEL, STEP]
-    right,  # panels [STEP, PANEL]
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    IS_TRIANGLE: tl.constexpr,
-    MODE: tl.constexpr,
-    IS_INTERPRETED: tl.constexpr,
-):
-    """Every product of a left and a right panel, for a triangle those not above its diagonal."""
-    result = ()
-    for i in tl.static_range(LEFT):
-        for j in tl.static_range(RIGHT):
-            if IS_TRIANGLE:
-                if j <= i:
-                    result = result + (
-                        multiply(
-                            left[i], right[j], moments[i * (i + 1) // 2 + j], MODE, IS_INTERPRETED
-                        ),
-                    )
-            else:
-                result = result + (
-                    multiply(left[i], right[j], moments[i * RIGHT + j], MODE, IS_INTERPRETED),
-                )
-    return result
-
-
-@triton.jit
-def add_sums(
-    sums, right, COUNT: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr,
-    IS_INTERPRETED: tl.constexpr,
-):
-    """Column sums of each panel, _ONES times over. [_ONES, PANEL]"""
-    result = ()
-    for index in tl.static_range(COUNT):
-        ones = tl.full([_ONES, STEP], 1.0, tl.float32).to(right[index].dtype)
-        result = result + (multiply(ones, right[index], sums[index], MODE, IS_INTERPRETED),)
-    return result
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """COUNT accumulators."""
-    result = ()
-    for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    return result
-
-
-@triton.jit
-def sum_panels(
-    rows,
-    matrix,
-    shift,
-    left_channel,
-    right_channel,
-    first_step,
-    last_step,
-    geometry,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    IS_TRIANGLE: tl.constexpr,
-    STEP: tl.constexpr,
-    PANEL: tl.constexpr,
-    MODE: tl.constexpr,
-    IS_PLANES: tl.constexpr,
-    LOADS_TWICE: tl.constexpr,
-    STAGES: tl.constexpr,
-    IS_INTERPRETED: tl.constexpr,
-):
-    """Moments of left with right panels, and for a triangle the column sums."""
-    if IS_TRIANGLE:
-        moments = zeros(LEFT * (LEFT + 1) // 2, PANEL, PANEL)
-        sums = zeros(LEFT, _ONES, PANEL)
-    else:
-        moments = zeros(LEFT * RIGHT, PANEL, PANEL)
-        sums = ()
-    for step in tl.range(first_step, last_step, num_stages=STAGES):
-        origin, image, position = locate(rows, step, geometry, STEP, False)
-        if LOADS_TWICE:
-            # Where one buffer cannot serve as left and right operand (sm_80's pipeline), the
-            # second read comes from L2.
-            right = load_panels(
-                matrix, origin, position, right_channel, shift, geometry, RIGHT, STEP, PANEL, MODE,
-                False,
-            )
-            left = load_panels(
-                matrix, origin, position, left_channel, shift, geometry, LEFT, STEP, PANEL, MODE,
-                True,
-            )
-        else:
-            panels = load_panels(
-                matrix, origin, position, right_channel, shift, geometry, RIGHT, STEP, PANEL, MODE,
-                IS_PLANES,
-            )
-            if IS_TRIANGLE:
-                others = panels
-            else:
-                others = load_panels(
-                    matrix, origin, position, left_channel, shift, geometry, LEFT, STEP, PANEL,
-                    MODE, IS_PLANES,
-                )
-            if MODE == DIRECT:
-                if IS_PLANES:
-                    left = others
-                    right = transposed(panels, RIGHT)
-                else:
-                    left = transposed(others, LEFT)
-                    right = panels
-        if MODE == DIRECT:
-            moments = add_products(
-                moments, left, right, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            if IS_TRIANGLE:
-                sums = add_sums(sums, right, LEFT, STEP, MODE, IS_INTERPRETED)
-        else:
-            right_high, right_low = parts(panels, RIGHT, IS_INTERPRETED)
-            left_high, left_low = parts(others, LEFT, IS_INTERPRETED)
-            if IS_PLANES:
-                right_high = transposed(right_high, RIGHT)
-                right_low = transposed(right_low, RIGHT)
-            else:
-                left_high = transposed(left_high, LEFT)
-                left_low = transposed(left_low, LEFT)
-            moments = add_products(
-                moments, left_low, right_high, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            moments = add_products(
-                moments, left_high, right_low, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            moments = add_products(
-                moments, left_high, right_high, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            if IS_TRIANGLE:
-                sums = add_sums(sums, right_low, LEFT, STEP, MODE, IS_INTERPRETED)
-                sums = add_sums(sums, right_high, LEFT, STEP, MODE, IS_INTERPRETED)
-    return moments, sums
-
-
-@triton.jit
-def store_panels(
-    partial,
-    moments,
-    left_channel,
-    right_channel,
-    edges,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    IS_TRIANGLE: tl.constexpr,
-    PANEL: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Writes accumulators into one chunk's packed triangle of blocks."""
-    panel = tl.arange(0, PANEL)
-    for i in tl.static_range(LEFT):
-        for j in tl.static_range(RIGHT):
-            row = left_channel + i * PANEL + panel[:, None]
-            column = right_channel + j * PANEL + panel[None, :]
-            is_kept = (row // EDGE >= column // EDGE) & (row // EDGE < edges)
-            offset = packed_offset(row, column, EDGE)
-            if IS_TRIANGLE:
-                if j <= i:
-                    tl.store(partial + offset, moments[i * (i + 1) // 2 + j], mask=is_kept)
-            else:
-                tl.store(partial + offset, moments[i * RIGHT + j], mask=is_kept)
 
 
 @triton.jit(
@@ -339,13 +106,36 @@ def gram_kernel(
         partial += chunk.to(tl.int64) * slot_size(channels, EDGE)
         column_sums = partial + triangle_size(channels, EDGE)
         moments, sums = sum_panels(
-            rows, matrix, shift, triangle * WIDTH, triangle * WIDTH, first_step, last_step,
-            geometry, PANELS, PANELS, True, STEP, PANEL, MODE, IS_PLANES, LOADS_TWICE, STAGES,
+            rows,
+            matrix,
+            shift,
+            triangle * WIDTH,
+            triangle * WIDTH,
+            first_step,
+            last_step,
+            geometry,
+            PANELS,
+            PANELS,
+            True,
+            STEP,
+            PANEL,
+            MODE,
+            IS_PLANES,
+            LOADS_TWICE,
+            STAGES,
             IS_INTERPRETED,
         )
         store_panels(
-            partial, moments, triangle * WIDTH, triangle * WIDTH, edges, PANELS, PANELS, True,
-            PANEL, EDGE,
+            partial,
+            moments,
+            triangle * WIDTH,
+            triangle * WIDTH,
+            edges,
+            PANELS,
+            PANELS,
+            True,
+            PANEL,
+            EDGE,
         )
         broken_columns = 0
         for index in tl.static_range(PANELS):
@@ -379,8 +169,22 @@ def gram_kernel(
                 tl.debug_barrier()
                 for block in tl.range(edges * (edges + 1) // 2, num_stages=1):
                     sum_block(
-                        rows, shift, None, is_row_finite, partial, column_sums, block, first_step,
-                        last_step, geometry, _REPAIR, EDGE, MODE, MODE == SPLIT, False, 1,
+                        rows,
+                        shift,
+                        None,
+                        is_row_finite,
+                        partial,
+                        column_sums,
+                        block,
+                        first_step,
+                        last_step,
+                        geometry,
+                        _REPAIR,
+                        EDGE,
+                        MODE,
+                        MODE == SPLIT,
+                        False,
+                        1,
                         IS_INTERPRETED,
                     )
         tl.store(notes + chunk * triangles + triangle, number)
@@ -400,11 +204,34 @@ def gram_kernel(
             last_step = tl.minimum(first_step + steps_per_chunk, steps)
             partial += chunk.to(tl.int64) * slot_size(channels, EDGE)
             moments, sums = sum_panels(
-                rows, matrix, shift, left_channel, right_channel, first_step, last_step, geometry,
-                LEFT, RIGHT, False, STEP, PANEL, MODE, IS_PLANES, LOADS_TWICE, STAGES,
+                rows,
+                matrix,
+                shift,
+                left_channel,
+                right_channel,
+                first_step,
+                last_step,
+                geometry,
+                LEFT,
+                RIGHT,
+                False,
+                STEP,
+                PANEL,
+                MODE,
+                IS_PLANES,
+                LOADS_TWICE,
+                STAGES,
                 IS_INTERPRETED,
             )
             store_panels(
-                partial, moments, left_channel, right_channel, edges, LEFT, RIGHT, False, PANEL,
+                partial,
+                moments,
+                left_channel,
+                right_channel,
+                edges,
+                LEFT,
+                RIGHT,
+                False,
+                PANEL,
                 EDGE,
             )

@@ -76,9 +76,7 @@ def row_layout(rows: Tensor) -> RowLayout:
         (1, 0)
     ] * (4 - len(leading)) + leading
     stride_channel = rows.stride(-1) if channels > 1 else 1
-    is_small = (
-        channels * abs(stride_channel) + _MAX_BLOCK_ROWS * abs(stride_position) <= _INT32_MAX
-    )
+    is_small = channels * abs(stride_channel) + _MAX_BLOCK_ROWS * abs(stride_position) <= _INT32_MAX
     kind: LayoutKind = "strided"
     if len(leading) <= 2 and is_small:
         if stride_channel == 1:

@@ -136,11 +136,7 @@ def _clocks(
     mean = fixed + rows * (triangles * triangle_row + tiles * tile_row) / (triangles + tiles)
     rounds, rest = divmod((triangles + tiles) * chunks, slots)
     reduction = 4 * _blocks(channels, config.edge) * config.edge**2 * chunks * config.residents
-    return (
-        rounds * mean
-        + (longest if rest else 0.0)
-        + reduction / (slots * _CACHE_BYTES_PER_CLOCK)
-    )
+    return rounds * mean + (longest if rest else 0.0) + reduction / (slots * _CACHE_BYTES_PER_CLOCK)
 
 
 def _blocks(channels: int, edge: int) -> int:

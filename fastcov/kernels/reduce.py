@@ -19,15 +19,26 @@ def fold(values, stride, offset, chunks, FOLD: tl.constexpr, SEGMENT: tl.constex
 
 
 @triton.jit
-def rows_skipped(notes, chunks, flags, FOLD: tl.constexpr, FLAGS: tl.constexpr):
+def fold_weights(chunk_weight, chunks, FOLD: tl.constexpr):
+    """Sum of all chunks' weights."""
+    total = tl.zeros([FOLD], tl.float64)
+    for first in range(0, chunks, FOLD):
+        chunk = first + tl.arange(0, FOLD)
+        total += tl.load(chunk_weight + chunk, mask=chunk < chunks, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def rows_skipped(notes, chunks, flags, FOLD: tl.constexpr):
     """Non-finite rows. Programs that saw none among their channels noted 0: take the largest."""
     total = tl.zeros([FOLD], tl.int64)
     for first in range(0, chunks, FOLD):
         chunk = first + tl.arange(0, FOLD)
-        flag = tl.arange(0, FLAGS)
-        is_inside = (chunk < chunks)[:, None] & (flag < flags)[None, :]
-        number = tl.load(notes + chunk[:, None] * flags + flag[None, :], mask=is_inside, other=0)
-        total += tl.max(number, axis=1).to(tl.int64)
+        number = tl.zeros([FOLD], tl.int32)
+        for flag in range(flags):
+            noted = tl.load(notes + chunk * flags + flag, mask=chunk < chunks, other=0)
+            number = tl.maximum(number, noted)
+        total += number.to(tl.int64)
     return tl.sum(total)
 
 
@@ -68,7 +79,6 @@ def reduce_kernel(
     EDGE: tl.constexpr,
     SEGMENT: tl.constexpr,
     FOLD: tl.constexpr,
-    FLAGS: tl.constexpr,
     IS_CENTRED: tl.constexpr,
 ):
     """First programs: SEGMENT entries of the moment each; then of the sum; the last: counters."""
@@ -96,9 +106,7 @@ def reduce_kernel(
                 rows_weight = fold(chunk_weight, 1, zero, chunks, FOLD, SEGMENT)
             else:
                 skipped = rows_skipped(notes, chunks, flags, FOLD, FLAGS)
-                rows_weight = (row_count - skipped).to(tl.float64) + tl.zeros(
-                    [SEGMENT], tl.float64
-                )
+                rows_weight = (row_count - skipped).to(tl.float64) + tl.zeros([SEGMENT], tl.float64)
             total += row_shift * column_shift * rows_weight
             total -= row_shift * column_sum + row_sum * column_shift
         is_kept = (column <= row) & (row < channels)
@@ -106,10 +114,9 @@ def reduce_kernel(
         before = tl.load(moment + entry, mask=is_kept, other=0.0)
         tl.store(moment + entry, before * decay + total * row_scale, mask=is_kept)
         return
-    skipped = rows_skipped(notes, chunks, flags, FOLD, FLAGS)
+    skipped = rows_skipped(notes, chunks, flags, FOLD)
     if chunk_weight is not None:
-        zero = tl.zeros([SEGMENT], tl.int32)
-        rows_weight = tl.max(fold(chunk_weight, 1, zero, chunks, FOLD, SEGMENT))
+        rows_weight = fold_weights(chunk_weight, chunks, FOLD)
     else:
         rows_weight = (row_count - skipped).to(tl.float64)
     if program < segments + columns:
@@ -121,8 +128,9 @@ def reduce_kernel(
         before = tl.load(sum + column, mask=is_kept, other=0.0)
         tl.store(sum + column, before * decay + total * row_scale, mask=is_kept)
         if not IS_CENTRED:
-            if is_first != 0:
-                tl.store(shift + column, tl.zeros([SEGMENT], tl.float64), mask=is_kept)
+            tl.store(
+                shift + column, tl.zeros([SEGMENT], tl.float64), mask=is_kept & (is_first != 0)
+            )
     else:
         tl.store(weight, tl.load(weight) * decay + rows_weight * row_scale)
         tl.store(count, tl.load(count) + row_count - skipped)

@@ -53,7 +53,7 @@ def shift_kernel(
         found = 0
         step = 0
         while (step < steps) & (found < SHIFT_ROWS):
-            origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
+            origin, _image, position = locate(rows, step, geometry, STEP, IS_DEEP)
             broken = tl.zeros([STEP], tl.int32)
             channel = 0
             # Where every row is broken already, the other channels need not be read.
@@ -63,9 +63,7 @@ def shift_kernel(
                 channel += EDGE
             usable = ((broken == 0) & (position + row < positions)).to(tl.int32)
             is_used = (usable != 0) & (found + tl.cumsum(usable, 0) <= SHIFT_ROWS)
-            tile = load_tile(
-                origin, position, first_channel, geometry, is_used, STEP, EDGE, False
-            )
+            tile = load_tile(origin, position, first_channel, geometry, is_used, STEP, EDGE, False)
             total += tl.sum(tile.to(tl.float64), axis=0)
             found += tl.sum(is_used.to(tl.int32))
             step += 1

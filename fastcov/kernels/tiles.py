@@ -14,7 +14,8 @@ MODES = {"direct": 0, "split": 1, "tf32": 2, "ieee": 3}
 DIRECT = tl.constexpr(0)
 """Products of bfloat16 or float16 as they are: exact in float32."""
 SPLIT = tl.constexpr(1)
-"""float32 as a high and a low bfloat16, three products: 2**-17 relative at worst."""
+"""float32 as a high and a low bfloat16, three products: 3e-6 of the largest entry on random rows;
+4.6e-5 at worst, where every row holds the values that bfloat16 rounds worst."""
 TF32 = tl.constexpr(2)
 """float32 rounded to 10 bits of mantissa by the tensor cores."""
 IEEE = tl.constexpr(3)
@@ -164,8 +165,8 @@ def triangle_size(channels, EDGE: tl.constexpr):
 
 @triton.jit
 def triangle_row(index):
-    """Largest r with r (r + 1) / 2 <= index."""
-    row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The root may be off by one unit in the last place.
-    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
-    return tl.where(row * (row + 1) // 2 > index, row - 1, row)
+    """Largest r with r (r + 1) / 2 <= index. Counted: a root would have to be corrected."""
+    row = 0
+    while (row + 1) * (row + 2) // 2 <= index:
+        row += 1
+    return row

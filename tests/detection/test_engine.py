@@ -168,9 +168,12 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     """
     done = _in_another_process(killed, tiny_run, body)
     assert done.returncode == -9, done.stderr
+    leftover = killed / ".checkpoint.pt.new.abcd"
+    leftover.write_bytes(b"half of a checkpoint")
     assert [entry["step"] for entry in read_log(killed)] == [1, 2, 3, 4]
     assert not (killed / "run.json").exists()
     result = train(tiny_run, {"layer3": 20}, run_dir=killed, seed=3, progress=False)
+    assert not leftover.exists()
     whole = load_run(run_dir)[2]
     assert whole is not None
     assert _losses(killed) == _losses(run_dir)

@@ -31,7 +31,8 @@ def test_a_group_is_what_must_change_together(depth: int) -> None:
     """Another width of one group changes exactly that group, and the detector still runs."""
     base = _model(depth)
     images = [torch.rand(3, 64, 64)]
-    for group in width_groups(base, vary=("backbone", "fpn", "heads")):
+    groups = width_groups(base, vary=("backbone", "fpn", "heads"))
+    for group in groups if depth == 18 else groups[::5]:
         changed = build_model(base.config, {group.name: group.width + 3})
         widths = {g.name: g.width for g in width_groups(changed, vary=("backbone", "fpn", "heads"))}
         assert widths == base.widths | {group.name: group.width + 3}

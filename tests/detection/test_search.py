@@ -102,6 +102,7 @@ def test_demo_leaves_a_result_of_the_schema(demo):
 @pytest.mark.slow
 def test_demo_costs_are_those_of_the_networks_that_were_trained(demo):
     arms = read_result(demo)["arms"]
+    assert min(arms["uniform"]["widths"].values()) >= 8
     for name, arm in arms.items():
         model, config, run = load_run(finished_runs(demo, {"arms": arms}, name)[0])
         assert sum(parameter.numel() for parameter in model.parameters()) == arm["params"]
@@ -164,7 +165,7 @@ def test_report_holds_its_pictures_and_loads_nothing(demo):
     assert text.count("data:image/png;base64,") >= 7
     for forbidden in ("<script", "http://", "https://", 'src="/', "<link"):
         assert forbidden not in text
-    for heading in ("Detections", "Widths", "Demand", "Spectra", "Training", "Settings"):
+    for heading in ("Detections", "Widths", "Demand", "Spectra", "Settings"):
         assert f"<h2>{heading}</h2>" in text
     for arm in ("baseline", "searched"):
         assert (demo / "pictures" / f"detections-{arm}.png").stat().st_size > 1000
@@ -249,14 +250,14 @@ def proposer():
 def test_controls_meet_what_they_are_held_to(proposer):
     baseline = proposer.baseline()
     assert baseline.macs == proposer.budget
-    power = proposer.costs
     searched = replace(baseline, params=0.85 * baseline.params)
     uniform = proposer.uniform(searched)
     assert 0.995 * searched.params <= uniform.params <= searched.params
-    assert uniform.macs == power.macs(uniform.widths) < 0.95 * baseline.macs
+    assert uniform.macs == proposer.costs.macs(uniform.widths) < 0.95 * baseline.macs
     matched = proposer.power(searched)
     assert 0.995 * proposer.budget <= matched.macs <= proposer.budget
-    assert matched.params == pytest.approx(searched.params, rel=0.01)
+    # Twelve groups in four sizes: those of one size move together, so the match is coarse.
+    assert abs(matched.params - searched.params) < 0.5 * (baseline.params - searched.params)
     assert matched.power < 1
     drawn = proposer.random(3)
     assert 0.99 * proposer.budget <= drawn.macs <= proposer.budget

@@ -1,5 +1,9 @@
 """The Lightning callback in real fits: exact counts, loggers, checkpoint and resume."""
 
+import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +112,52 @@ def test_a_resumed_fit_continues_statistics_and_history(tmp_path: Path) -> None:
     torch.testing.assert_close(
         resumed.tracker.covariance("0"), straight.tracker.covariance("0"), rtol=1e-9, atol=1e-12
     )
+
+
+@pytest.mark.dist
+def test_two_ranks_log_the_rows_of_both(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO_RANKS.format(folder=str(tmp_path), here=str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(fastcov.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "logs" / "version_0" / "metrics.csv").open() as lines:
+        logged = [row for row in csv.DictReader(lines) if row["0/rows"]]
+    assert [float(row["0/rows"]) for row in logged] == [2 * 10 * 36, 4 * 10 * 36]
+    assert fastcov.load_history(tmp_path / "run").steps() == [1, 2]
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    count = checkpoint["fastcov"]["layers"]["0"]["state"]["count"]
+    assert count.tolist() == [4 * 10 * 36, 0]
+
+
+TWO_RANKS = """
+import sys
+sys.path.insert(0, {here!r})
+from test_lightning import Classifier, DataLoader, TensorDataset, CSVLogger, pl, torch
+from fastcov.integrations.lightning import FastcovCallback
+
+if __name__ == "__main__":
+    batches = DataLoader(TensorDataset(torch.randn(40, 3, 8, 8), torch.arange(40) % 4), 10)
+    callback = FastcovCallback(
+        "net", log_every=1, rows="all", snapshot_every=1, out={folder!r} + "/run"
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=1,
+        default_root_dir={folder!r},
+        logger=CSVLogger({folder!r}, name="logs", version=0),
+        callbacks=[callback],
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(Classifier(), batches)
+    trainer.save_checkpoint({folder!r} + "/end.ckpt")
+"""

@@ -1,0 +1,148 @@
+"""Least time that second moments of a model's layers can take on a GPU, as a table.
+
+A layer's rows must be read once, and its lower triangle takes half the flops of a full product,
+rounded up to whole tiles: the floor is the longer of the two. ``python benchmarks/roofline.py``
+prints ResNet-50's 53 convolution outputs for a training batch and for a detection batch; give
+measured rates to hold a measurement against its own machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+BANDWIDTH = 3.0e12
+"""Bytes a second that a copy on an H100 SXM reaches, about 90 % of its data sheet."""
+MATMUL_FLOPS = 800e12
+"""bfloat16 flops a second that a large product on an H100 SXM reaches, about 80 %."""
+TILE = 128
+"""Channels of one tile: a triangle is paid for in whole tiles."""
+PRODUCTS = {"bfloat16": 1, "float16": 1, "float32": 3}
+"""Low-precision products that one product of rows takes."""
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Rows that one step of one layer brings."""
+
+    rows: int
+    channels: int
+    dtype: str = "bfloat16"
+    name: str = ""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the rows."""
+        return self.rows * self.channels * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Flops of the lower triangle in tiles of TILE, or of all channels where they are fewer."""
+        tile = min(TILE, self.channels)
+        tiles = -(-self.channels // tile)
+        return PRODUCTS[self.dtype] * self.rows * tile**2 * tiles * (tiles + 1)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that a layer needs at least, and what they go to."""
+
+    read_s: float
+    matmul_s: float
+
+    @property
+    def wall_s(self) -> float:
+        """Reading and multiplying overlap."""
+        return max(self.read_s, self.matmul_s)
+
+    @property
+    def bound(self) -> str:
+        """The longer one."""
+        return "memory" if self.read_s >= self.matmul_s else "matmul"
+
+
+def layer_floor(
+    layer: Layer, bandwidth: float = BANDWIDTH, matmul_flops: float = MATMUL_FLOPS
+) -> Floor:
+    """Floor of one layer.
+
+    Args:
+        layer: Rows, channels and dtype.
+        bandwidth: Bytes a second.
+        matmul_flops: Low-precision flops a second.
+
+    Returns:
+        Both times.
+    """
+    return Floor(layer.bytes_read / bandwidth, layer.flops / matmul_flops)
+
+
+def total_floor_s(
+    layers: Iterable[Layer], bandwidth: float = BANDWIDTH, matmul_flops: float = MATMUL_FLOPS
+) -> float:
+    """Seconds of all layers, one after the other, as hooks call them."""
+    return sum(layer_floor(layer, bandwidth, matmul_flops).wall_s for layer in layers)
+
+
+def resnet50_layers(batch: int, height: int, width: int, dtype: str = "bfloat16") -> list[Layer]:
+    """Outputs of ResNet-50's 53 convolutions, in torchvision's order and stride placement."""
+    height, width = -(-height // 2), -(-width // 2)
+    layers = [Layer(batch * height * width, 64, dtype, "conv1")]
+    height, width = -(-height // 2), -(-width // 2)
+    for stage, (blocks, inner) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), start=1):
+        for block in range(blocks):
+            stride = 2 if stage > 1 and block == 0 else 1
+            rows_in = batch * height * width
+            height, width = -(-height // stride), -(-width // stride)
+            rows = batch * height * width
+            name = f"layer{stage}.{block}"
+            layers.append(Layer(rows_in, inner, dtype, f"{name}.conv1"))
+            layers.append(Layer(rows, inner, dtype, f"{name}.conv2"))
+            layers.append(Layer(rows, 4 * inner, dtype, f"{name}.conv3"))
+            if block == 0:
+                layers.append(Layer(rows, 4 * inner, dtype, f"{name}.downsample"))
+    return layers
+
+
+def format_table(
+    title: str, layers: list[Layer], bandwidth: float = BANDWIDTH, matmul_flops: float = MATMUL_FLOPS
+) -> str:
+    """Floors by shape, and their sum."""
+    lines = [
+        title,
+        f"{'layers':>6} {'rows':>9} {'channels':>8} {'dtype':>9} {'read us':>9} {'matmul us':>9} "
+        f"{'floor us':>9}  bound",
+    ]
+    shapes = Counter((layer.rows, layer.channels, layer.dtype) for layer in layers)
+    for (rows, channels, dtype), count in shapes.items():
+        floor = layer_floor(Layer(rows, channels, dtype), bandwidth, matmul_flops)
+        lines.append(
+            f"{count:6d} {rows:9d} {channels:8d} {dtype:>9} {count * floor.read_s * 1e6:9.1f} "
+            f"{count * floor.matmul_s * 1e6:9.1f} {count * floor.wall_s * 1e6:9.1f}  {floor.bound}"
+        )
+    total_s = total_floor_s(layers, bandwidth, matmul_flops)
+    lines.append(f"{len(layers)} layers: at least {total_s * 1e3:.2f} ms")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the two tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes a second")
+    parser.add_argument("--matmul-flops", type=float, default=MATMUL_FLOPS, help="flops a second")
+    parser.add_argument("--dtype", choices=sorted(PRODUCTS), default="bfloat16")
+    options = parser.parse_args()
+    print(f"at {options.bandwidth / 1e12:.2f} TB/s and {options.matmul_flops / 1e12:.0f} TFLOP/s")
+    for title, sizes in (
+        ("ResNet-50, batch 256 at 224x224, every row", (256, 224, 224)),
+        ("ResNet-50 as a detector's backbone, batch 2 at 800x1344, every row", (2, 800, 1344)),
+    ):
+        layers = resnet50_layers(*sizes, dtype=options.dtype)
+        print("\n" + format_table(title, layers, options.bandwidth, options.matmul_flops))
+
+
+if __name__ == "__main__":
+    main()

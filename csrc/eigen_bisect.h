@@ -1,0 +1,91 @@
+// Eigenvalues of one tridiagonal matrix on the host by bisection, a vector of eigenvalues at a time.
+#pragma once
+
+#include "eigen.h"
+#include "eigen_lanes.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+// Sturm counts at Chains packs of points: several, to hide the latency of their divisions.
+template <class V, class T, int Chains>
+FASTCOV_INLINE void count_below_packs(const T* diagonal, const T* square, int n,
+                                      const V (&points)[Chains],
+                                      typename Numeric<V>::Count (&below)[Chains]) {
+  using Number = Numeric<V>;
+  V pivot[Chains];
+  FASTCOV_UNROLL
+  for (int c = 0; c < Chains; ++c) {
+    pivot[c] = diagonal[0] - points[c];
+    below[c] = Number::is_negative(pivot[c]);
+  }
+  for (int i = 1; i < n; ++i) {
+    const V square_i = Number::fill(square[i - 1]);
+    FASTCOV_UNROLL
+    for (int c = 0; c < Chains; ++c) {
+      pivot[c] = (diagonal[i] - points[c]) - square_i / pivot[c];
+      below[c] += Number::is_negative(pivot[c]);
+    }
+  }
+}
+
+// As bisect() of eigen.h for a team of one, but in vectors. counts: [n + 1] scratch.
+template <class T, class Write>
+FASTCOV_INLINE void bisect_packs(const T* diagonal, const T* square, int n, T lower, T upper,
+                                 int* counts, const Write& write) {
+  constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
+  constexpr int chains = 4;
+  constexpr int wide = lanes * chains;
+  using V = Pack<T, lanes>;
+  using Count = typename Numeric<V>::Count;
+  // A count at each of n evenly spaced points replaces the first log2(n) halvings of all.
+  const T section = (upper - lower) / static_cast<T>(n);
+  int halvings = Numeric<T>::digits + 1;
+  for (int s = n; s > 1; s /= 2) --halvings;
+  V points[chains];
+  Count below[chains];
+  for (int first = 0; first < n; first += wide) {
+    for (int c = 0; c < chains; ++c) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        points[c][lane] = lower + section * static_cast<T>(first + c * lanes + lane);
+      }
+    }
+    count_below_packs<V, T, chains>(diagonal, square, n, points, below);
+    for (int k = 0; k < wide && first + k < n; ++k) {
+      counts[first + k] = static_cast<int>(below[k / lanes][k % lanes]);
+    }
+  }
+  for (int first = 0; first < n; first += wide) {
+    V low[chains], high[chains];
+    Count index[chains];
+    for (int k = 0; k < wide; ++k) {
+      const int wanted = first + k < n ? first + k : n - 1;
+      int from = 0;
+      int to = n;
+      while (to - from > 1) {
+        const int middle = (from + to) / 2;
+        (counts[middle] <= wanted ? from : to) = middle;
+      }
+      low[k / lanes][k % lanes] = lower + section * static_cast<T>(from);
+      high[k / lanes][k % lanes] = to == n ? upper : lower + section * static_cast<T>(to);
+      index[k / lanes][k % lanes] = wanted;
+    }
+    for (int step = 0; step < halvings; ++step) {
+      for (int c = 0; c < chains; ++c) points[c] = low[c] + (high[c] - low[c]) * T(0.5);
+      count_below_packs<V, T, chains>(diagonal, square, n, points, below);
+      for (int c = 0; c < chains; ++c) {
+        const auto is_low = below[c] <= index[c];
+        low[c] = is_low ? points[c] : low[c];
+        high[c] = is_low ? high[c] : points[c];
+      }
+    }
+    for (int k = 0; k < wide && first + k < n; ++k) {
+      const T a = low[k / lanes][k % lanes];
+      const T b = high[k / lanes][k % lanes];
+      write(first + k, a + (b - a) * T(0.5));
+    }
+  }
+}
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

@@ -1,0 +1,329 @@
+// eigvalsh, eigh and count_above for the CPU: groups of matrices of one order go to the kernels of
+// the machine's instruction set, on torch's threads; what LAPACK does faster goes to torch.linalg.
+#include "eigen_cpu.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "boxing.h"
+
+extern "C" const char* fastcov_cpu_instruction_set();
+
+namespace fastcov {
+namespace {
+
+// Below this many multiply-adds in all a second thread costs more than it brings.
+constexpr double kSerialWork = 1 << 17;
+// Up to this order one thread of ours is faster than LAPACK on all threads (2 measured); above, only
+// where there is a matrix for every thread.
+constexpr int kAlwaysOwnOrder = 256;
+constexpr int kLargestOwnOrder = 1024;
+
+const EigenLevel& level() {
+#ifdef FASTCOV_X86
+  static const char* const name = fastcov_cpu_instruction_set();
+  if (std::strcmp(name, "avx512") == 0) return eigen_avx512;
+  if (std::strcmp(name, "avx2") == 0) return eigen_avx2;
+#endif
+  return eigen_baseline;
+}
+
+template <typename T>
+const EigenKernels<T>& kernels() {
+  if constexpr (sizeof(T) == 4) {
+    return level().float32;
+  } else {
+    return level().float64;
+  }
+}
+
+// Scratch memory of the calling thread, kept between calls.
+void* scratch(int64_t bytes) {
+  struct Arena {
+    std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+    int64_t bytes = 0;
+  };
+  static thread_local Arena arena;
+  if (arena.bytes < bytes) {
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    arena.bytes = 0;
+    arena.memory.reset();
+    arena.memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
+    if (!arena.memory) throw std::bad_alloc();
+    arena.bytes = rounded;
+  }
+  return arena.memory.get();
+}
+
+int thread_count() {
+  uint32_t threads = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return static_cast<int>(threads);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::vector<int64_t> shape_without_last(const Tensor& tensor) {
+  return {tensor.sizes().begin(), tensor.sizes().end() - 1};
+}
+
+// One entry of a call: a matrix [n, n] or a batch [B, n, n] of any strides.
+template <typename T>
+struct Batch {
+  const T* data;
+  int64_t count;
+  int n;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+
+  explicit Batch(const Tensor& matrices) {
+    const int64_t dims = matrices.dim();
+    STD_TORCH_CHECK(dims == 2 || dims == 3, "matrices must be [n, n] or [B, n, n]");
+    STD_TORCH_CHECK(matrices.size(dims - 1) == matrices.size(dims - 2) &&
+                        matrices.size(dims - 1) > 0 && matrices.size(dims - 1) < (1 << 24),
+                    "matrices must be square and not empty");
+    data = static_cast<const T*>(matrices.const_data_ptr());
+    n = static_cast<int>(matrices.size(dims - 1));
+    count = dims == 3 ? matrices.size(0) : 1;
+    batch_stride = dims == 3 ? matrices.stride(0) : 0;
+    row_stride = matrices.stride(dims - 2);
+    column_stride = matrices.stride(dims - 1);
+  }
+  // Of the two ways to read a triangle by columns, the one that finds them side by side.
+  MatrixRef<T> operator[](int64_t index) const {
+    const T* const matrix = data + index * batch_stride;
+    if (row_stride == 1) return {matrix, row_stride, column_stride};
+    return {matrix + (n - 1) * (row_stride + column_stride), -column_stride, -row_stride};
+  }
+};
+
+// Whether matrices of order n are solved here, given how many of the call are above
+// kAlwaysOwnOrder.
+bool is_own(int n, int64_t large, int threads) {
+  if (n <= kAlwaysOwnOrder) return true;
+  return n <= kLargestOwnOrder && large >= threads;
+}
+
+template <typename T>
+int64_t count_large(const std::vector<Batch<T>>& batches) {
+  int64_t large = 0;
+  for (const Batch<T>& batch : batches) {
+    if (batch.n > kAlwaysOwnOrder) large += batch.count;
+  }
+  return large;
+}
+
+// Runs tasks in groups of one order, the longest first, each thread taking the next when it is free.
+template <typename T, typename Run>
+void run_groups(std::vector<EigenTask<T>>& tasks, const Run& run) {
+  if (tasks.empty()) return;
+  const auto is_larger = [](const EigenTask<T>& a, const EigenTask<T>& b) { return a.n > b.n; };
+  if (!std::is_sorted(tasks.begin(), tasks.end(), is_larger)) {
+    std::stable_sort(tasks.begin(), tasks.end(), is_larger);
+  }
+  const int64_t threads = thread_count();
+  const int64_t total = static_cast<int64_t>(tasks.size());
+  double work = 0;
+  std::vector<int64_t> starts;
+  for (int64_t begin = 0; begin < total;) {
+    int64_t end = begin;
+    while (end < total && tasks[end].n == tasks[begin].n) ++end;
+    const double order = tasks[begin].n;
+    work += static_cast<double>(end - begin) * order * order * order;
+    // Groups as wide as the kernels take, in full vectors, and a multiple of the threads.
+    const int64_t count = end - begin;
+    const int64_t rounds = divide_up(count, threads * kernels<T>().group);
+    int64_t width = divide_up(count, threads * rounds);
+    if (width > kernels<T>().lanes) width = divide_up(width, kernels<T>().lanes) * kernels<T>().lanes;
+    for (; begin < end; begin += width) starts.push_back(begin);
+    begin = end;
+  }
+  const int64_t groups = static_cast<int64_t>(starts.size());
+  starts.push_back(total);
+  const int64_t bytes = kernels<T>().scratch_bytes(tasks.front().n);
+  std::atomic<int64_t> next{0};
+  const auto drain = [&] {
+    void* const memory = scratch(bytes);
+    for (int64_t group = next++; group < groups; group = next++) {
+      run(&tasks[starts[group]], static_cast<int>(starts[group + 1] - starts[group]), memory);
+    }
+  };
+  if (threads == 1 || groups == 1 || work < kSerialWork) {
+    drain();
+    return;
+  }
+  torch::stable::parallel_for(0, std::min(threads, groups), 1,
+                              [&](int64_t, int64_t) { drain(); });
+}
+
+Tensor call_linalg_eigvalsh(const Tensor& matrices) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(matrices),
+                                    torch::stable::detail::from(std::string("L"))};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linalg_eigvalsh", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// LAPACK's eigenvalues of one entry of a call; it refuses what is not finite, so that goes around it.
+template <typename T>
+Tensor lapack_eigenvalues(const Tensor& matrices, const Batch<T>& batch) {
+  std::vector<int64_t> broken;
+  for (int64_t index = 0; index < batch.count; ++index) {
+    EigenTask<T> task{};
+    task.matrix = batch[index];
+    task.n = batch.n;
+    if (!kernels<T>().is_finite(task)) broken.push_back(index);
+  }
+  if (broken.empty()) return call_linalg_eigvalsh(matrices);
+  const int64_t n = batch.n;
+  Tensor copy = torch::stable::new_zeros(matrices, {batch.count, n, n});
+  T* const data = static_cast<T*>(copy.mutable_data_ptr());
+  for (int64_t index = 0; index < batch.count; ++index) {
+    if (std::binary_search(broken.begin(), broken.end(), index)) continue;
+    const T* const source = batch.data + index * batch.batch_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        data[(index * n + i) * n + j] = source[i * batch.row_stride + j * batch.column_stride];
+      }
+    }
+  }
+  Tensor values = torch::stable::reshape(call_linalg_eigvalsh(copy), shape_without_last(matrices));
+  T* const result = static_cast<T*>(values.mutable_data_ptr());
+  for (const int64_t index : broken) {
+    std::fill_n(result + index * n, n, std::numeric_limits<T>::quiet_NaN());
+  }
+  return values;
+}
+
+template <typename T>
+void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& entries,
+                 std::vector<Tensor>& results) {
+  std::vector<Batch<T>> batches;
+  for (const size_t entry : entries) batches.emplace_back(matrices[entry]);
+  const int64_t large = count_large(batches);
+  const int threads = thread_count();
+  std::vector<EigenTask<T>> tasks;
+  for (size_t index = 0; index < entries.size(); ++index) {
+    const Tensor& matrix = matrices[entries[index]];
+    const Batch<T>& batch = batches[index];
+    Tensor& result = results[entries[index]];
+    if (!is_own(batch.n, large, threads)) {
+      result = lapack_eigenvalues(matrix, batch);
+      continue;
+    }
+    result = torch::stable::new_empty(matrix, shape_without_last(matrix));
+    T* const values = static_cast<T*>(result.mutable_data_ptr());
+    for (int64_t b = 0; b < batch.count; ++b) {
+      tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr});
+    }
+  }
+  run_groups<T>(tasks, kernels<T>().eigenvalues);
+}
+
+// Counts from the eigenvalues of LAPACK, with the interval of count_above in eigen.h.
+template <typename T>
+void count_values(const T* values, const EigenTask<T>& task) {
+  const int n = task.n;
+  const T size = std::max(std::abs(values[0]), std::abs(values[n - 1]));
+  const T error = static_cast<T>(kernels<T>().relative_tolerance(n)) * size;
+  for (int t = 0; t < task.threshold_count; ++t) {
+    const T tau = task.thresholds[t * task.threshold_stride];
+    int64_t low = 0, high = n;
+    for (int k = 0; k < n; ++k) {
+      low += values[k] > tau + error;
+      high -= values[k] <= tau - error;
+    }
+    task.counts[2 * t] = low;
+    task.counts[2 * t + 1] = high;
+  }
+}
+
+template <typename T>
+void count_above_of(const std::vector<Tensor>& matrices, const std::vector<Tensor>& thresholds,
+                    const std::vector<size_t>& entries, std::vector<Tensor>& results) {
+  std::vector<Batch<T>> batches;
+  for (const size_t entry : entries) batches.emplace_back(matrices[entry]);
+  const int64_t large = count_large(batches);
+  const int threads = thread_count();
+  std::vector<EigenTask<T>> tasks;
+  for (size_t index = 0; index < entries.size(); ++index) {
+    const Tensor& matrix = matrices[entries[index]];
+    const Tensor& tau = thresholds[entries[index]];
+    const Batch<T>& batch = batches[index];
+    const int64_t dims = tau.dim();
+    STD_TORCH_CHECK(dims == matrix.dim() - 1 && (dims == 1 || tau.size(0) == batch.count) &&
+                        tau.scalar_type() == matrix.scalar_type(),
+                    "thresholds must be [T] or [B, T], in the matrices' dtype");
+    const int64_t per_matrix = tau.size(dims - 1);
+    std::vector<int64_t> shape(tau.sizes().begin(), tau.sizes().end());
+    shape.push_back(2);
+    Tensor& result = results[entries[index]];
+    result = torch::stable::new_empty(matrix, shape, ScalarType::Long);
+    int64_t* const counts = static_cast<int64_t*>(result.mutable_data_ptr());
+    const T* const taus = static_cast<const T*>(tau.const_data_ptr());
+    const int64_t tau_stride = dims == 2 ? tau.stride(0) : 0;
+    const bool own = is_own(batch.n, large, threads);
+    const Tensor values = own ? result : lapack_eigenvalues(matrix, batch);
+    for (int64_t b = 0; b < batch.count; ++b) {
+      const EigenTask<T> task{batch[b], batch.n, nullptr, taus + b * tau_stride,
+                              tau.stride(dims - 1), static_cast<int>(per_matrix),
+                              counts + b * per_matrix * 2};
+      if (own) {
+        tasks.push_back(task);
+      } else {
+        count_values(static_cast<const T*>(values.const_data_ptr()) + b * batch.n, task);
+      }
+    }
+  }
+  run_groups<T>(tasks, kernels<T>().counts);
+}
+
+// Entries of a call by dtype: one call may mix them, a group may not.
+struct Split {
+  std::vector<size_t> singles;
+  std::vector<size_t> doubles;
+
+  explicit Split(const std::vector<Tensor>& matrices) {
+    for (size_t index = 0; index < matrices.size(); ++index) {
+      const ScalarType dtype = matrices[index].scalar_type();
+      STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                      "matrices must be float32 or float64");
+      (dtype == ScalarType::Float ? singles : doubles).push_back(index);
+    }
+  }
+};
+
+std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices) {
+  std::vector<Tensor> results(matrices.size());
+  const Split split(matrices);
+  if (!split.singles.empty()) eigvalsh_of<float>(matrices, split.singles, results);
+  if (!split.doubles.empty()) eigvalsh_of<double>(matrices, split.doubles, results);
+  return results;
+}
+
+std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor> thresholds) {
+  STD_TORCH_CHECK(matrices.size() == thresholds.size(), "one set of thresholds for each entry");
+  std::vector<Tensor> results(matrices.size());
+  const Split split(matrices);
+  if (!split.singles.empty()) count_above_of<float>(matrices, thresholds, split.singles, results);
+  if (!split.doubles.empty()) count_above_of<double>(matrices, thresholds, split.doubles, results);
+  return results;
+}
+
+}  // namespace
+}  // namespace fastcov
+
+STABLE_TORCH_LIBRARY_IMPL(fastcov, CPU, m) {
+  m.impl("eigvalsh", TORCH_BOX(&fastcov::eigvalsh));
+  m.impl("count_above", TORCH_BOX(&fastcov::count_above));
+}

@@ -1,0 +1,56 @@
+// Symmetric eigenvalues on the CPU: what the driver (eigen_cpu.cpp) and the loops compiled once for
+// each instruction set (eigen_kernels.cpp) share.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcov {
+
+// Entry (i, j) of a lower triangle, i >= j, is data[i * step_i + j * step_j]. A matrix and its
+// reversal in both indices have the same eigenvalues: the driver picks the one that has columns
+// side by side in memory.
+template <typename T>
+struct MatrixRef {
+  const T* data;
+  int64_t step_i;
+  int64_t step_j;
+};
+
+// One matrix of a call, and where its results go.
+template <typename T>
+struct EigenTask {
+  MatrixRef<T> matrix;
+  int n;
+  T* values;             // [n], ascending
+  const T* thresholds;   // [threshold_count], threshold_stride apart
+  int64_t threshold_stride;
+  int threshold_count;
+  int64_t* counts;       // [threshold_count][2]
+};
+
+template <typename T>
+struct EigenKernels {
+  int group;  // how many matrices of one order are solved side by side
+  int lanes;  // how many of them fill a vector
+  // Bytes of scratch, aligned to 64, for up to `group` matrices.
+  int64_t (*scratch_bytes)(int n);
+  // Up to `group` matrices of one order.
+  void (*eigenvalues)(const EigenTask<T>* tasks, int count, void* scratch);
+  void (*counts)(const EigenTask<T>* tasks, int count, void* scratch);
+  // Error bound of an eigenvalue of a matrix of order n, relative to the largest magnitude.
+  T (*relative_tolerance)(int n);
+  // Whether every entry of the triangle is a finite number.
+  bool (*is_finite)(const EigenTask<T>& task);
+};
+
+struct EigenLevel {
+  const char* name;
+  EigenKernels<float> float32;
+  EigenKernels<double> float64;
+};
+
+extern const EigenLevel eigen_baseline;
+extern const EigenLevel eigen_avx2;
+extern const EigenLevel eigen_avx512;
+
+}  // namespace fastcov

@@ -1,0 +1,314 @@
+// Symmetric eigenvalues on the CPU, compiled once for each instruction set (FASTCOV_LEVEL). No inline
+// function of the standard library may appear here: the linker keeps one copy of it for the whole
+// library, possibly the one that needs AVX-512.
+//
+// Small matrices lie side by side, one to a vector lane; larger ones are reduced one by one, with
+// vectors along their columns. Either way a group shares the iteration that ends it.
+#include "eigen_cpu.h"
+
+#include "eigen.h"
+#include "eigen_bisect.h"
+#include "eigen_lanes.h"
+#include "eigen_ql.h"
+#include "eigen_storage.h"
+
+#define FASTCOV_PASTE_(a, b) a##b
+#define FASTCOV_PASTE(a, b) FASTCOV_PASTE_(a, b)
+#define FASTCOV_QUOTE_(a) #a
+#define FASTCOV_QUOTE(a) FASTCOV_QUOTE_(a)
+
+namespace fastcov {
+namespace {
+
+constexpr int kPacks = 4;  // vectors of doubles in flight: hides the latency of a division
+constexpr int kDoubles = kVectorBytes / 8;
+constexpr int kGroup = kPacks * kDoubles;
+using Doubles = Pack<double, kDoubles>;
+
+// Side by side, the triangles of a vector of matrices must fit the cache that cores share: 4 MB.
+constexpr int kLaneOrder = 512;
+// Up to this many matrices bisection in vectors of eigenvalues is faster than QL side by side.
+template <class T>
+constexpr int kBisectCount = sizeof(T) == 4 ? 8 : 1;
+// What is left of an off-diagonal, relative to the largest entry, when it counts as zero.
+template <class T>
+constexpr double kTolerance = sizeof(T) == 4 ? 0x1p-30 : 0x1p-54;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Sweeps of the QL iteration for each eigenvalue, on average; three are usual.
+constexpr int kSweeps = 30;
+
+// Scratch of a group beside that of its reductions.
+constexpr int64_t group_bytes(int n) { return 2 * int64_t{padded(n)} * kGroup * 8; }
+
+// Matrices that make it worth to reduce side by side: a full vector of them takes the time of
+// 1 (n <= 32), 2 (64), 3 (128), 4 (256) reduced one by one.
+constexpr int lane_count(int n) {
+  int count = 1;
+  for (int order = 32; order < n; order *= 2) ++count;
+  return count;
+}
+
+// Scratch of one group. Sizes are in elements of R: T itself, or a lane vector of it.
+template <class R>
+struct Workspace {
+  R* triangle;
+  Reflectors<R> vectors;
+  R* diagonal;
+  R* off_diagonal;
+
+  static int64_t bytes(int n) {
+    const int64_t elements = ColumnTriangle<R, LoopTeam>::elements(n) + 6 * int64_t{padded(n)} + 16;
+    return elements * static_cast<int64_t>(sizeof(R));
+  }
+  Workspace(void* scratch, int n) {
+    const int stride = padded(n);
+    R* next = static_cast<R*>(scratch);
+    vectors = {{next, next + stride}, next + 2 * stride, next + 3 * stride};
+    diagonal = next + 4 * stride;
+    off_diagonal = next + 5 * stride;
+    triangle = next + 6 * stride;
+  }
+};
+
+// Copies a triangle to out[0], out[stride], ... by columns; returns the largest magnitude's bits.
+template <class T>
+typename Numeric<T>::Bits load(const MatrixRef<T>& matrix, int n, T* out, int64_t stride) {
+  using Bits = typename Numeric<T>::Bits;
+  Bits largest = 0;
+  for (int j = 0; j < n; ++j) {
+    const T* const column = matrix.data + j * (matrix.step_i + matrix.step_j);
+    const int rows = n - j;
+    Bits top = 0;
+    if (stride == 1 && matrix.step_i == 1) {
+      FASTCOV_SIMD(reduction(max : top))
+      for (int i = 0; i < rows; ++i) {
+        const T value = column[i];
+        const Bits bits = magnitude_bits(value);
+        top = bits > top ? bits : top;
+        out[i] = value;
+      }
+    } else if (stride == 1 && matrix.step_i == -1) {
+      FASTCOV_SIMD(reduction(max : top))
+      for (int i = 0; i < rows; ++i) {
+        const T value = column[-i];
+        const Bits bits = magnitude_bits(value);
+        top = bits > top ? bits : top;
+        out[i] = value;
+      }
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        const T value = column[i * matrix.step_i];
+        const Bits bits = magnitude_bits(value);
+        top = bits > top ? bits : top;
+        out[i * stride] = value;
+      }
+    }
+    largest = top > largest ? top : largest;
+    out += rows * stride;
+  }
+  return largest;
+}
+
+// Reduces up to kLanes matrices side by side; lanes beyond `count` hold zeros.
+template <class T>
+void reduce_lanes(const EigenTask<T>* tasks, int count, Workspace<Pack<T, kLanes<T>>>& work,
+                  Scale<T>* scales) {
+  using V = Pack<T, kLanes<T>>;
+  using Triangle = ColumnTriangle<V, LoopTeam>;
+  const int n = tasks[0].n;
+  const int64_t elements = Triangle::elements(n);
+  if (count < kLanes<T>) {
+    for (int64_t i = 0; i < elements; ++i) work.triangle[i] = V{};
+  }
+  V shrink = V{};
+  for (int lane = 0; lane < count; ++lane) {
+    T* const first = reinterpret_cast<T*>(work.triangle) + lane;
+    scales[lane] = Scale<T>(load(tasks[lane].matrix, n, first, kLanes<T>));
+    shrink[lane] = scales[lane].is_finite ? scales[lane].shrink : T(0);
+  }
+  for (int64_t i = 0; i < elements; ++i) {
+    const V scaled = work.triangle[i] * shrink;
+    work.triangle[i] = shrink > V{} ? scaled : V{};  // zero times NaN is NaN
+  }
+  LoopTeam team;
+  Triangle triangle{work.triangle, n, padded(n)};
+  tridiagonalize(team, triangle, n, work.vectors, work.diagonal, work.off_diagonal);
+}
+
+template <class T>
+Scale<T> reduce_one(const EigenTask<T>& task, Workspace<T>& work) {
+  using Triangle = ColumnTriangle<T, LoopTeam>;
+  const int n = task.n;
+  const Scale<T> scale(load(task.matrix, n, work.triangle, 1));
+  const int64_t elements = Triangle::elements(n);
+  const T shrink = scale.shrink;
+  for (int64_t i = 0; i < elements; ++i) {
+    work.triangle[i] = scale.is_finite ? work.triangle[i] * shrink : T(0);
+  }
+  LoopTeam team;
+  Triangle triangle{work.triangle, n, padded(n)};
+  tridiagonalize(team, triangle, n, work.vectors, work.diagonal, work.off_diagonal);
+  return scale;
+}
+
+// Calls visit(index, scale, diagonal, off_diagonal, stride) for each reduced matrix.
+template <class T, class Visit>
+void reduce_group(const EigenTask<T>* tasks, int count, void* scratch, const Visit& visit) {
+  const int n = tasks[0].n;
+  constexpr int lanes = kLanes<T>;
+  int index = 0;
+  while (n <= kLaneOrder && count - index >= lane_count(n)) {
+    const int used = count - index < lanes ? count - index : lanes;
+    Workspace<Pack<T, lanes>> work(scratch, n);
+    Scale<T> scales[lanes]{};
+    reduce_lanes(tasks + index, used, work, scales);
+    for (int lane = 0; lane < used; ++lane) {
+      visit(index + lane, scales[lane], reinterpret_cast<T*>(work.diagonal) + lane,
+            reinterpret_cast<T*>(work.off_diagonal) + lane, lanes);
+    }
+    index += used;
+  }
+  for (; index < count; ++index) {
+    Workspace<T> work(scratch, n);
+    const Scale<T> scale = reduce_one(tasks[index], work);
+    visit(index, scale, work.diagonal, work.off_diagonal, 1);
+  }
+}
+
+template <class T>
+int64_t reduce_bytes(int n) {
+  return n <= kLaneOrder ? Workspace<Pack<T, kLanes<T>>>::bytes(n) : Workspace<T>::bytes(n);
+}
+
+// A tridiagonal matrix of its own, and its eigenvalues by bisection.
+template <class T>
+void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
+  const int n = tasks[0].n;
+  T* const diagonal = static_cast<T*>(scratch);
+  T* const square = diagonal + padded(n);
+  int* const sturm_counts = reinterpret_cast<int*>(square + padded(n));
+  void* const rest = static_cast<char*>(scratch) + group_bytes(n);
+  reduce_group(tasks, count, rest,
+               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+                 LoopTeam team;
+                 T lower, upper;
+                 bound_eigenvalues(team, diagonal, square, n, lower, upper);
+                 T* const values = tasks[index].values;
+                 bisect_packs(diagonal, square, n, lower, upper, sturm_counts,
+                              [&](int k, T value) { values[k] = value * scale.restore; });
+               });
+}
+
+// Returns false when the iteration has not converged; nothing is written then.
+template <class T, int Packs>
+bool solve(const EigenTask<T>* tasks, int count, Doubles* diagonal, Doubles* square,
+           void* scratch) {
+  constexpr int stride = Packs * kDoubles;
+  const int n = tasks[0].n;
+  double* const d = reinterpret_cast<double*>(diagonal);
+  double* const s = reinterpret_cast<double*>(square);
+  for (int i = 0; i < n * Packs; ++i) diagonal[i] = square[i] = Doubles{};
+  double restore[stride];
+  reduce_group(tasks, count, scratch,
+               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+                 restore[index] = static_cast<double>(scale.restore);
+                 for (int i = 0; i < n; ++i) d[i * stride + index] = a[i * step];
+                 for (int i = 0; i < n - 1; ++i) {
+                   const double off_diagonal = b[i * step];
+                   s[i * stride + index] = off_diagonal * off_diagonal;
+                 }
+               });
+  if (!rational_ql<Doubles, Packs>(diagonal, square, n, kTolerance<T>, kSweeps * n)) return false;
+  sort_lanes<Doubles, Packs>(diagonal, n);
+  for (int index = 0; index < count; ++index) {
+    for (int k = 0; k < n; ++k) {
+      tasks[index].values[k] = static_cast<T>(d[k * stride + index] * restore[index]);
+    }
+  }
+  return true;
+}
+
+template <class T>
+int64_t scratch_bytes(int n) {
+  return group_bytes(n) + reduce_bytes<T>(n);
+}
+
+template <class T>
+void eigenvalues(const EigenTask<T>* tasks, int count, void* scratch) {
+  const int n = tasks[0].n;
+  if (count > kBisectCount<T>) {
+    Doubles* const diagonal = static_cast<Doubles*>(scratch);
+    Doubles* const square = diagonal + int64_t{padded(n)} * kPacks;
+    void* const rest = static_cast<char*>(scratch) + group_bytes(n);
+    const bool converged = count <= kDoubles ? solve<T, 1>(tasks, count, diagonal, square, rest)
+                           : count <= 2 * kDoubles
+                               ? solve<T, 2>(tasks, count, diagonal, square, rest)
+                               : solve<T, kPacks>(tasks, count, diagonal, square, rest);
+    if (converged) return;
+  }
+  bisect_group(tasks, count, scratch);
+}
+
+template <class T>
+void counts(const EigenTask<T>* tasks, int count, void* scratch) {
+  const int n = tasks[0].n;
+  T* const diagonal = static_cast<T*>(scratch);
+  T* const square = diagonal + padded(n);
+  void* const rest = static_cast<char*>(scratch) + group_bytes(n);
+  reduce_group(tasks, count, rest,
+               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+                 const EigenTask<T>& task = tasks[index];
+                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+                 LoopTeam team;
+                 T lower, upper;
+                 bound_eigenvalues(team, diagonal, square, n, lower, upper);
+                 for (int t = 0; t < task.threshold_count; ++t) {
+                   const T tau = task.thresholds[t * task.threshold_stride];
+                   int low = 0, high = n;
+                   if (scale.is_finite) {
+                     count_above(diagonal, square, n, lower, upper, tau * scale.shrink, low, high);
+                   }
+                   task.counts[2 * t] = low;
+                   task.counts[2 * t + 1] = high;
+                 }
+               });
+}
+
+template <class T>
+bool is_finite(const EigenTask<T>& task) {
+  using Bits = typename Numeric<T>::Bits;
+  Bits largest = 0;
+  for (int j = 0; j < task.n; ++j) {
+    const T* const column = task.matrix.data + j * (task.matrix.step_i + task.matrix.step_j);
+    FASTCOV_SIMD(reduction(max : largest))
+    for (int i = 0; i < task.n - j; ++i) {
+      const Bits bits = magnitude_bits(column[i * task.matrix.step_i]);
+      largest = bits > largest ? bits : largest;
+    }
+  }
+  return largest < Numeric<T>::infinity;
+}
+
+template <class T>
+T tolerance(int n) {
+  return relative_tolerance<T>(n);
+}
+
+template <class T>
+constexpr EigenKernels<T> kernels() {
+  return {kGroup, kLanes<T>, scratch_bytes<T>, eigenvalues<T>, counts<T>, tolerance<T>,
+          is_finite<T>};
+}
+
+}  // namespace
+
+const EigenLevel FASTCOV_PASTE(eigen_, FASTCOV_LEVEL) = {FASTCOV_QUOTE(FASTCOV_LEVEL),
+                                                         kernels<float>(), kernels<double>()};
+
+}  // namespace fastcov

@@ -1,0 +1,106 @@
+"""Result files: one JSON a case, written whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fastcov.bench.contest import Row
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Result:
+    """What one case gave on one machine.
+
+    Attributes:
+        case: Name of the case.
+        size: "tiny", "default" or "full".
+        machine: Device, driver, versions and commit; see fastcov.bench.machine.describe.
+        rates: Measured in the same run.
+        clocks: As read before and after.
+        missing: Peers that could not run, with the reason.
+        rows: One a contender and work.
+        started: UTC, ISO 8601.
+        wall_s: Of the whole case.
+    """
+
+    case: str
+    size: str
+    machine: dict[str, Any]
+    rates: dict[str, Any]
+    clocks: dict[str, Any]
+    missing: dict[str, str]
+    rows: list[Row]
+    started: str = field(default_factory=lambda: _now())
+    wall_s: float = 0.0
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``folder/case.json``: to a temporary name, then renamed.
+
+        Returns:
+            The file.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.case}.json"
+        content = {"schema_version": SCHEMA_VERSION, **vars(self)}
+        content["rows"] = [_rounded(row.as_dict()) for row in self.rows]
+        content["rates"] = _rounded(self.rates)
+        part = path.with_suffix(f".part{os.getpid()}")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+        return path
+
+
+def load_results(path: Path) -> dict[str, Result]:
+    """Results of one file, or of every file of a folder, by case.
+
+    Raises:
+        ValueError: If there is none, or a file is no result of this version.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"no benchmark result at {path}: give a JSON file or a folder of them")
+    return {result.case: result for result in map(_load, files)}
+
+
+def _load(path: Path) -> Result:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {version}, expected {SCHEMA_VERSION}")
+        known = {f.name for f in fields(Row)}
+        rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in content.pop("rows")]
+        return Result(rows=rows, **content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no result of 'fastcov bench' ({type(error).__name__}: {error}); "
+            "measure again with this version"
+        ) from error
+
+
+def find_row(rows: Iterable[Row], work: str, contender: str) -> Row | None:
+    """The row of one contender on one work."""
+    return next((r for r in rows if (r.work, r.contender) == (work, contender)), None)
+
+
+def _rounded(value: Any) -> Any:
+    # Five digits: what a clock gives, and what a reader of a diff can take in.
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,254 @@
+"""Contests of whole training steps: what tracking costs, in time and in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastcov
+from fastcov.bench import models, peers
+from fastcov.bench.contest import (
+    Contest,
+    Row,
+    Setting,
+    Work,
+    WrongResultError,
+    check,
+    relative_error,
+)
+from fastcov.bench.covariance import ERROR_BAR, update_seconds
+from fastcov.bench.floors import GramLoad, gram_floor
+from fastcov.bench.memory import peak_bytes
+from fastcov.bench.models import HookTurns, Training
+from fastcov.bench.timing import Call
+from fastcov.estimate import Estimate, estimate
+from fastcov.ops.reference import accumulate_reference_
+from fastcov.rows import row_view
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
+from fastcov.state import CovarianceState
+from fastcov.taps import Tap, find_taps, first_tensor
+
+UNTRACKED = "untracked"
+DEFAULT = "fastcov, default"
+ALL = "fastcov, every row"
+NAIVE = "naive hooks"
+DELVE = "delve"
+NETWORKS = ("resnet50", "resnet50-compiled", "vit", "faster_rcnn")
+_BUDGET_S = {"cpu": 240.0, "cuda": 45.0}
+_WARM_STEPS = 3  # the first plans the sampling, the second is the first that follows the plan
+
+
+def works(setting: Setting, network: str) -> list[Work]:
+    """The contest of one of :data:`NETWORKS`."""
+    device, is_tiny = setting.device, setting.is_tiny
+    is_compiled = network.endswith("-compiled")
+    builders: dict[str, Callable[[], Training]] = {
+        "resnet50": lambda: models.resnet50(device, is_tiny),
+        "vit": lambda: models.vit(device, is_tiny),
+        "faster_rcnn": lambda: models.faster_rcnn(device, is_tiny),
+    }
+    build = builders[network.removesuffix("-compiled")]
+    if is_compiled and is_tiny:
+        build = partial(models.small_convnet, device)
+    name = f"{network} training step" + (", tiny stand-in" if is_tiny else "")
+    return [Work(name, lambda setting: contest(build(), setting, is_compiled=is_compiled))]
+
+
+def contest(training: Training, setting: Setting, *, is_compiled: bool = False) -> Contest:
+    """A model's step without hooks, with fastcov, and with what others use.
+
+    Args:
+        training: The model and its step.
+        setting: Where it runs.
+        is_compiled: Whether the forward is compiled, once for every set of hooks.
+
+    Returns:
+        The contest; every set of hooks has run and been checked.
+    """
+    model, turns = training.model, HookTurns(training.model)
+    error = _check_exactness(training, turns)
+    memory = {} if is_compiled else _added_memory(training, turns, setting)
+    trackers = {
+        DEFAULT: turns.add(DEFAULT, partial(fastcov.track, model)),
+        ALL: turns.add(ALL, partial(fastcov.track, model, rows="all")),
+    }
+    kept = set(trackers[ALL].names())
+    taps = [pair for pair in find_taps(model, None, None, "output") if pair[0].name in kept]
+    turns.add(NAIVE, partial(peers.hook_naively, taps))
+    sets = [UNTRACKED, DEFAULT, ALL, NAIVE]
+    if is_compiled:
+        setting.missing["delve under torch.compile"] = "measured in eager mode only"
+    else:
+        turns.add(DELVE, partial(_add_delve, training, setting, sets))
+
+    def call(name: str) -> Call:
+        forward = peers.compiled(model) if is_compiled else model
+        return lambda index: training.step(forward, index)
+
+    def prepare(name: str, round_number: int) -> None:
+        turns.install(name)
+        torch.manual_seed(round_number)  # detectors draw proposals: the same ones in a round
+
+    contenders = {name: call(name) for name in sets}
+    for name, run in contenders.items():
+        prepare(name, 0)
+        for index in range(_WARM_STEPS):
+            if is_compiled and name == UNTRACKED:
+                _try_compiled(run, index)
+            else:
+                run(index)
+    _check_counts(trackers)
+    return Contest(
+        contenders,
+        reference=UNTRACKED,
+        rounds=setting.rounds(40, full=100),
+        fewest_rounds=1 if setting.is_tiny else 40,
+        errors={ALL: error},
+        budget_s=_BUDGET_S[setting.device.type],
+        prepare=prepare,
+        notes={name: dict(note) for name, note in memory.items()},
+        after=partial(_finish, training, turns, setting),
+    )
+
+
+def _add_delve(training: Training, setting: Setting, sets: list[str]) -> None:
+    def attach() -> bool:
+        peers.hook_delve(training.model, setting.device)
+        training.step(training.model, 0)
+        return True
+
+    if peers.find(setting, DELVE, attach):
+        sets.append(DELVE)
+
+
+def _try_compiled(run: Call, index: int) -> None:
+    try:
+        run(index)
+    except Exception as error:  # no C++ compiler, a model that does not compile: both are said
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise peers.MissingPeerError(
+            f"torch.compile fails on the untracked model: {type(error).__name__}: {reason[:200]}"
+        ) from error
+
+
+def _check_exactness(training: Training, turns: HookTurns) -> float:
+    """Every row of one eager step against the oracle, on the very same activations."""
+    model = training.model
+    truths: dict[str, CovarianceState] = {}
+    running: list[nn.Module] = []  # the root, during its forward: a recomputation is no step
+
+    def attach() -> fastcov.Tracker:
+        tracker = fastcov.track(model, rows="all")
+        kept = set(tracker.names())
+        for tap, module in find_taps(model, None, None, "output"):
+            if tap.name in kept:
+                module.register_forward_hook(partial(add, tap, tracker.max_channels))
+        model.register_forward_pre_hook(lambda module, _args: running.append(module))
+        model.register_forward_hook(lambda _module, _args, _output: running.clear())
+        return tracker
+
+    def add(tap: Tap, widest: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        activation = first_tensor(output)
+        if activation is None or activation.numel() == 0 or not running:
+            return
+        rows = row_view(activation.detach(), tap.layout, tap.batched_rank)
+        if rows.shape[-1] > widest:
+            return
+        state = truths.setdefault(tap.name, CovarianceState(rows.shape[-1], rows.device))
+        accumulate_reference_(state.moment, state.sum, state.shift, state.weight, state.count, rows)
+
+    tracker: fastcov.Tracker = turns.add("oracle", attach)
+    turns.install("oracle")
+    training.step(model, 0)
+    turns.install(UNTRACKED)
+    worst = 0.0
+    for name, truth in truths.items():
+        if truth.count[0] > 0:
+            error = relative_error(tracker.covariance(name), truth.covariance())
+            worst = max(worst, check(f"layer {name}", error, ERROR_BAR))
+    tracker.close()
+    turns.forget("oracle")
+    return worst
+
+
+def _check_counts(trackers: dict[str, fastcov.Tracker]) -> None:
+    # Hooks that are not installed, or a compiled step traced without them, would cost nothing.
+    for name, tracker in trackers.items():
+        if tracker.steps != _WARM_STEPS:
+            raise WrongResultError(f"{name}: {tracker.steps} steps counted, {_WARM_STEPS} were run")
+    if not any(trackers[ALL].count(name) for name in trackers[ALL].names()):
+        raise WrongResultError(f"{ALL}: no row was read in {_WARM_STEPS} steps")
+
+
+def _added_memory(
+    training: Training, turns: HookTurns, setting: Setting
+) -> dict[str, dict[str, float]]:
+    """Peak of live bytes with tracking over that without, beside what estimate() says."""
+    model = training.model
+
+    def steps() -> None:
+        for index in range(_WARM_STEPS):
+            training.step(model, index)
+
+    def tracked(**options: Any) -> None:
+        with turns.add("memory", partial(fastcov.track, model, **options)):
+            turns.install("memory")
+            steps()
+
+    def peak(call: Callable[[], object]) -> int:
+        # Gradients left over by one measurement would be freed, and subtracted, in the next.
+        model.zero_grad(set_to_none=True)
+        return peak_bytes(setting.device, call)
+
+    training.step(model, 0)
+    bare = peak(steps)
+    notes: dict[str, dict[str, float]] = {}
+    for name, options in ((DEFAULT, {}), (ALL, {"rows": "all"})):
+        added = peak(partial(tracked, **options)) - bare
+        turns.install(UNTRACKED)
+        turns.forget("memory")
+        notes[name] = {"added_peak_bytes": added, "untracked_peak_bytes": bare}
+    return notes
+
+
+def _finish(training: Training, turns: HookTurns, setting: Setting, rows: Sequence[Row]) -> None:
+    """Adds what the pairs alone do not show: estimates, floors, updates between the pairs."""
+    turns.install(UNTRACKED)
+    if training.example is None:
+        return
+    by_name = {row.contender: row for row in rows}
+    untracked_s = by_name[UNTRACKED].p50_s
+    every_row = estimate(training.model, training.example, rows="all")
+    default = estimate(training.model, training.example)
+    by_name[ALL].notes["estimate_bytes"] = every_row.memory_bytes
+    by_name[DEFAULT].notes["estimate_bytes"] = default.memory_bytes
+    loads = [
+        GramLoad(layer.rows_offered, layer.channels, training.dtype) for layer in every_row.layers
+    ]
+    by_name[ALL].notes["gram_floor_s"] = gram_floor(loads, setting.rates).seconds
+    by_name[DEFAULT].notes.update(_updates(default, training, setting, by_name[DEFAULT]))
+    added = by_name[DEFAULT].notes["updates_s"] / untracked_s
+    by_name[DEFAULT].notes["ratio_with_updates"] = by_name[DEFAULT].ratio + added
+
+
+def _updates(sampled: Estimate, training: Training, setting: Setting, row: Row) -> dict[str, float]:
+    # A buffer is added to its state once in so many steps. Where that is more steps than were
+    # timed, the pairs hold none of it: it is timed apart and spread over the steps.
+    every = [
+        BUFFER_ROWS_PER_CHANNEL * layer.channels / layer.rows_read
+        for layer in sampled.layers
+        if layer.rows_read > 0
+    ]
+    if min(every) <= row.samples:
+        return {"steps_between_updates": min(every), "updates_s": 0.0}
+    widths = sorted({layer.channels for layer in sampled.layers})
+    seconds = update_seconds(widths, training.dtype, setting)
+    spread = sum(
+        seconds[layer.channels] * layer.rows_read / (BUFFER_ROWS_PER_CHANNEL * layer.channels)
+        for layer in sampled.layers
+    )
+    return {"steps_between_updates": min(every), "updates_s": spread}

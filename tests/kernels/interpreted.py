@@ -1,0 +1,381 @@
+"""Every kernel in Triton's interpreter against ops.reference in float64.
+
+Run by test_interpreter.py in a process of its own, because TRITON_INTERPRET must be set before
+triton is imported. Sizes are small: a program takes about 10 ms there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcov.kernels import config
+from fastcov.kernels.config import Architecture, GramConfig
+from fastcov.kernels.covariance import launch_accumulate_
+from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
+from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
+from fastcov.kernels.tiles import IS_INTERPRETED
+from fastcov.ops.reference import accumulate_reference_, gather_reference_
+
+HALF = (torch.bfloat16, torch.float16)
+FAMILIES = ("sm_80", "sm_90")
+
+
+@dataclasses.dataclass
+class State:
+    moment: Tensor
+    sum: Tensor
+    shift: Tensor
+    weight: Tensor
+    count: Tensor
+
+    @staticmethod
+    def empty(channels: int) -> State:
+        double = partial(torch.zeros, dtype=torch.float64)
+        return State(
+            double(channels, channels),
+            double(channels),
+            double(channels),
+            double(()),
+            torch.zeros(2, dtype=torch.int64),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.moment, self.sum, self.shift, self.weight, self.count
+
+
+def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_same(state: State, expected: State, dtype: torch.dtype, is_exact: bool = True) -> None:
+    tolerance = 1e-6
+    if dtype not in HALF or not is_exact:
+        # Rounding to two bfloat16 averages out over rows: few of them may come out worse.
+        tolerance = 1e-5 if expected.count[0] >= 100 else 3e-5
+    lower = torch.ones_like(expected.moment).tril() > 0
+    largest = expected.moment.abs().max().item()
+    error = (state.moment - expected.moment)[lower].abs().max().item()
+    assert error <= tolerance * largest, f"moment off by {error / largest:.1e}"
+    # Sums about a shift near the mean cancel: hold them against what was added up.
+    weight = max(expected.weight.item(), 1e-300)
+    typical = (largest * weight) ** 0.5
+    error = (state.sum - expected.sum).abs().max().item()
+    assert error <= tolerance * typical, f"sum off by {error / typical:.1e}"
+    torch.testing.assert_close(state.shift, expected.shift, rtol=1e-7, atol=0)
+    torch.testing.assert_close(state.weight, expected.weight, rtol=1e-12, atol=0)
+    assert state.count.tolist() == expected.count.tolist()
+    assert not (state.moment.triu(1) != 0).any(), "wrote above the diagonal"
+
+
+def check(
+    *updates: Tensor,
+    family: str = "sm_90",
+    multiprocessors: int = 2,
+    precision: str = "split",
+    **options: object,
+) -> State:
+    """Updates a state with each tensor, and holds it against the reference after each."""
+    channels = updates[0].shape[-1]
+    state, expected = State.empty(channels), State.empty(channels)
+    architecture = Architecture(family, multiprocessors)
+    is_exact = options.get("row_weight") is None and all(rows.dtype in HALF for rows in updates)
+    for rows in updates:
+        launch_accumulate_(
+            *state.tensors, rows, precision=precision, architecture=architecture, **options
+        )
+        accumulate_reference_(*expected.tensors, rows, **options)
+        assert_same(state, expected, rows.dtype, is_exact)
+    return state
+
+
+@pytest.fixture
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces all shapes, so that few channels already take triangles and rectangles."""
+
+    def replace(panel: int, panels: int, left: int, right: int) -> None:
+        shape = GramConfig(panel, panels, 32, warps=4, stages=2, left=left, right=right)
+        for case in config.GRAM_CONFIGS:
+            monkeypatch.setitem(config.GRAM_CONFIGS, case, (shape,))
+
+    return replace
+
+
+def test_runs_in_the_interpreter():
+    assert IS_INTERPRETED
+
+
+class TestAccumulate:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("rows", "channels"), [(1, 1), (199, 3), (40, 41), (33, 123)]
+    )
+    def test_grid(self, dtype, rows, channels):
+        family = FAMILIES[channels % 2]
+        check(normal(rows, channels, dtype=dtype), family=family)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_layouts(self, family, dtype):
+        nchw = normal(2, 24, 4, 8, dtype=dtype)
+        small_maps = normal(3, 24, 7, 7, dtype=dtype)
+        tokens = normal(2, 21, 24, dtype=dtype)
+        for rows in (
+            nchw.permute(0, 2, 3, 1),
+            nchw.to(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+            small_maps.permute(0, 2, 3, 1),
+            small_maps[:, 1:, 1:].permute(0, 2, 3, 1),
+            tokens[:, 1:],
+            tokens[:, :, 4:20],
+        ):
+            check(rows, family=family)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_any_strides(self, dtype):
+        block = normal(3, 4, 2, 5, 12, dtype=dtype)
+        for rows in (
+            block.permute(3, 1, 0, 2, 4)[:, ::2],
+            block.flip(0).permute(4, 1, 2, 3, 0)[1:, :, :, ::3],
+            block[0, 0, 0].T,
+            block[:, :, :, :1, ::5],
+            normal(1, 12, dtype=dtype).expand(50, 12),
+        ):
+            check(rows)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_non_finite_rows_are_skipped_and_counted(self, family, dtype):
+        rows = normal(150, 24, dtype=dtype)
+        rows[0, 3] = float("nan")
+        rows[70, 23] = float("inf")
+        rows[70, 22] = float("-inf")
+        rows[149] = float("nan")
+        state = check(rows, rows[1:70], family=family, multiprocessors=8)
+        assert state.count.tolist() == [147 + 69, 3]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_no_finite_row_leaves_the_shift_open(self, dtype):
+        broken = torch.full((5, 8), float("nan"), dtype=dtype)
+        state = check(broken, broken[:0], normal(9, 8, dtype=dtype) + 3, decay=0.5)
+        assert state.count.tolist() == [9, 5]
+
+    def test_shift_is_the_mean_of_the_first_finite_rows(self):
+        rows = normal(140, 70) + 100
+        rows[:70:2, 69] = float("inf")
+        state = check(rows)
+        finite = torch.isfinite(rows).all(1)
+        expected = rows[finite][:64].double().mean(0)
+        torch.testing.assert_close(state.shift, expected.float().double(), rtol=1e-7, atol=0)
+
+    def test_mean_far_from_zero_does_not_cancel(self):
+        rows = normal(190, 20) + 1e4
+        state = check(rows)
+        mean = state.sum / 190
+        centred = state.moment / 190 - mean[:, None] * mean
+        expected = torch.cov(rows.double().T, correction=0)
+        assert (centred - expected).tril().abs().max() <= 1e-5 * expected.max()
+
+    def test_constant_channel(self):
+        rows = normal(100, 20)
+        rows[:, 7] = 3.0
+        state = check(rows)
+        assert state.moment[7].abs().max() == 0
+
+    @pytest.mark.parametrize(
+        ("dtype", "weight_dtype"),
+        [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, None)],
+    )
+    def test_weights_and_decay(self, dtype, weight_dtype):
+        rows = normal(75, 20, dtype=dtype)
+        rows[4, 4] = float("nan")
+        if weight_dtype is None:
+            check(rows, rows, row_scale=1 / 3, decay=0.99)
+            return
+        weight = torch.rand(75, generator=torch.Generator().manual_seed(0), dtype=weight_dtype)
+        weight[3] = 0.0
+        check(rows, rows, row_weight=weight, row_scale=0.3, decay=0.9)
+
+    def test_decay_without_rows(self):
+        check(normal(9, 4), normal(0, 4), normal(2, 4), decay=0.5)
+
+    @pytest.mark.parametrize("precision", ["tf32", "ieee"])
+    def test_other_precisions(self, precision):
+        check(normal(75, 40), precision=precision)
+
+    def test_half_precision_rows_on_a_shifted_state(self):
+        first = normal(50, 20) + 2
+        check(first, (normal(30, 20, seed=1) + 2).bfloat16(), first)
+
+    def test_bfloat16_beyond_float16(self):
+        check(normal(50, 8, dtype=torch.bfloat16) * 1e15)
+        check((normal(50, 8) * 100 + 6e4).clamp(max=65504).half())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(32, 2, 1, 2), (32, 2, 2, 2), (32, 1, 1, 1)])
+    def test_more_channels_than_one_triangle(self, narrow_tiles, dtype, shape):
+        narrow_tiles(*shape)
+        rows = normal(70, 130, dtype=dtype)
+        broken = rows.clone()
+        broken[66, 129] = float("nan")
+        check(rows, broken, family=FAMILIES[shape[2] - 1], multiprocessors=1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_same_input_same_bits(self, dtype):
+        rows = normal(199, 20, dtype=dtype)
+        states = [check(rows, multiprocessors=8) for _ in range(2)]
+        for one, other in zip(states[0].tensors, states[1].tensors, strict=True):
+            assert torch.equal(one, other)
+
+
+class TestGather:
+    @pytest.mark.parametrize("phase", [0, -5, 12345678901234567])
+    @pytest.mark.parametrize(
+        ("shape", "order", "run_length"),
+        [
+            ((3, 5, 7, 20), (0, 1, 2, 3), 1),
+            ((3, 20, 5, 7), (0, 2, 3, 1), 8),
+            ((50, 33), (0, 1), 3),
+            ((4, 6, 3, 2, 9), (3, 1, 0, 2, 4), 2),
+        ],
+    )
+    def test_host_counters(self, shape, order, run_length, phase):
+        rows = normal(*shape, dtype=torch.bfloat16).permute(order)
+        buffer = torch.zeros(40, rows.shape[-1], dtype=rows.dtype)
+        expected = buffer.clone()
+        for first_sample in (17, (1 << 40) + 3):
+            arguments = (rows, 3, first_sample, 30, run_length, phase)
+            launch_gather_(buffer, *arguments)
+            gather_reference_(expected, *arguments)
+            assert torch.equal(buffer, expected)
+
+    def test_cursor_counts_like_the_host(self):
+        from fastcov.sampling import fixed_point, rows_due
+
+        rows = normal(3, 5, 4, 9)
+        rows[1, 2, 3, 8] = float("nan")
+        buffer, expected = torch.zeros(2, 200, 9)
+        row_step = torch.zeros(200, dtype=torch.int32)
+        cursor = torch.zeros(CURSOR_FIELDS, dtype=torch.int64)
+        step = torch.zeros((), dtype=torch.int64)
+        fraction = fixed_point(0.3)
+        sampled = carry = 0
+        for number in range(5):
+            step.fill_(number)
+            launch_cursor_gather_(buffer, row_step, cursor, step, rows, fraction, 2, 77)
+            due, carry = rows_due(60, fraction, carry)
+            gather_reference_(expected, rows, sampled, sampled, due, 2, 77)
+            steps = torch.full((due,), number, dtype=torch.int32)
+            is_finite = torch.isfinite(expected[sampled : sampled + due]).all(1)
+            assert torch.equal(
+                row_step[sampled : sampled + due], steps.where(is_finite, torch.tensor(-1))
+            )
+            sampled += due
+            assert cursor.tolist() == [sampled, sampled, carry, 0, 0, 0, 0, 0]
+        torch.testing.assert_close(buffer, expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_cursor_drops_what_finds_no_room(self):
+        rows = normal(40, 9)
+        buffer = torch.zeros(50, 9)
+        row_step = torch.zeros(50, dtype=torch.int32)
+        cursor = torch.zeros(CURSOR_FIELDS, dtype=torch.int64)
+        for _ in range(2):
+            launch_cursor_gather_(
+                buffer, row_step, cursor, torch.zeros((), dtype=torch.int64), rows, 1 << 32
+            )
+        assert torch.equal(buffer, torch.cat([rows, rows[:10]]))
+        assert cursor.tolist() == [50, 50, 0, 0, 0, 0, 30, 0]
+
+
+class TestFlush:
+    @pytest.mark.parametrize("decay", [1.0, 0.9])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_flush_is_one_update_per_full_buffer(self, dtype, decay):
+        widths = (70, 16)
+        fraction, capacity, threshold = 1 << 30, 60, 40
+        states = [State.empty(width) for width in widths]
+        expected = [State.empty(width) for width in widths]
+        buffers = [torch.zeros(capacity, width, dtype=dtype) for width in widths]
+        row_steps = [torch.zeros(capacity, dtype=torch.int32) for _ in widths]
+        cursors = [torch.zeros(CURSOR_FIELDS, dtype=torch.int64) for _ in widths]
+        step = torch.zeros((), dtype=torch.int64)
+        # The second layer never fills: only the forced flush at the end takes its rows.
+        thresholds = (threshold, capacity)
+        table = FlushTable(
+            [
+                BufferedLayer(*state.tensors, buffer, row_step, cursor, least, 0.5)
+                for state, buffer, row_step, cursor, least in zip(
+                    states, buffers, row_steps, cursors, thresholds, strict=True
+                )
+            ]
+        )
+        last_step = [0, 0]
+        flushes = [0, 0]
+        for number in range(4):
+            step.fill_(number)
+            for layer, width in enumerate(widths):
+                rows = normal(2, 30, width, dtype=dtype, seed=number) + layer
+                rows[0, 0, 3] = float("nan")
+                launch_cursor_gather_(
+                    buffers[layer], row_steps[layer], cursors[layer], step, rows, fraction, 1, 9
+                )
+            is_last = number == 3
+            for layer in range(len(widths)):
+                fill = int(cursors[layer][0])
+                if fill < thresholds[layer] and not is_last:
+                    continue
+                flushes[layer] += 1
+                marks = row_steps[layer][:fill]
+                ages = torch.where(marks >= 0, number - marks, 0)
+                accumulate_reference_(
+                    *expected[layer].tensors,
+                    buffers[layer][:fill],
+                    row_weight=decay ** ages.double(),
+                    row_scale=0.5,
+                    decay=decay ** (number - last_step[layer]),
+                )
+                last_step[layer] = number
+            launch_flush_(table, step, decay=decay, force=is_last)
+            for layer in range(len(widths)):
+                if flushes[layer]:
+                    assert_same(states[layer], expected[layer], dtype, is_exact=decay == 1.0)
+        assert flushes == [2, 1]
+        assert [int(cursor[0]) for cursor in cursors] == [0, 0]
+
+    def test_half_precision_rows_on_a_shifted_state(self):
+        state, expected = State.empty(20), State.empty(20)
+        first = normal(50, 20) + 2
+        for target in (state, expected):
+            accumulate_reference_(*target.tensors, first)
+        state.moment.tril_()
+        rows = (normal(30, 20, seed=1) + 2).bfloat16()
+        buffer = torch.zeros(30, 20, dtype=torch.bfloat16)
+        row_step = torch.zeros(30, dtype=torch.int32)
+        cursor = torch.zeros(CURSOR_FIELDS, dtype=torch.int64)
+        step = torch.zeros((), dtype=torch.int64)
+        launch_cursor_gather_(buffer, row_step, cursor, step, rows, 1 << 32)
+        launch_flush_(
+            FlushTable([BufferedLayer(*state.tensors, buffer, row_step, cursor, 30)]), step
+        )
+        accumulate_reference_(*expected.tensors, rows)
+        assert_same(state, expected, torch.float32)
+
+    def test_wrong_cursor_is_named(self):
+        state = State.empty(4)
+        with pytest.raises(ValueError, match="cursor has 3 fields, expected 8"):
+            FlushTable(
+                [
+                    BufferedLayer(
+                        *state.tensors,
+                        torch.zeros(2, 4),
+                        torch.zeros(2, dtype=torch.int32),
+                        torch.zeros(3, dtype=torch.int64),
+                        2,
+                    )
+                ]
+            )

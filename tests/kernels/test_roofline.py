@@ -1,0 +1,67 @@
+"""The roofline model: DESIGN's two floors, shapes of the real model, and its laws."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def roofline() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "roofline.py"
+    spec = importlib.util.spec_from_file_location("roofline", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["roofline"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wall_ms"), [((256, 224, 224), 2.5), ((2, 800, 1344), 0.41)]
+)
+def test_floor_of_resnet50(roofline, sizes, wall_ms):
+    total_s = roofline.total_floor_s(roofline.resnet50_layers(*sizes))
+    assert total_s * 1e3 == pytest.approx(wall_ms, rel=0.03)
+
+
+@pytest.mark.parametrize("size", [(2, 64, 64), (1, 75, 130)])
+def test_layers_are_those_of_the_model(roofline, size):
+    from torchvision.models import resnet50
+
+    seen: list[tuple[int, int]] = []
+    with torch.device("meta"):
+        model = resnet50()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(
+                    lambda _module, _inputs, output: seen.append(
+                        (output.numel() // output.shape[1], output.shape[1])
+                    )
+                )
+        model(torch.empty(size[0], 3, *size[1:]))
+    layers = roofline.resnet50_layers(*size)
+    assert sorted((layer.rows, layer.channels) for layer in layers) == sorted(seen)
+
+
+def test_bound_changes_at_405_channels(roofline):
+    narrow, wide = (
+        roofline.layer_floor(roofline.Layer(1 << 18, channels)) for channels in (384, 512)
+    )
+    assert narrow.bound == "memory"
+    assert wide.bound == "matmul"
+
+
+def test_table_sums_to_the_total(roofline):
+    layers = roofline.resnet50_layers(2, 64, 64, dtype="float32")
+    table = roofline.format_table("t", layers)
+    total_ms = roofline.total_floor_s(layers) * 1e3
+    assert table.endswith(f"53 layers: at least {total_ms:.2f} ms")
+    assert sum(int(line.split()[0]) for line in table.splitlines()[2:-1]) == 53
