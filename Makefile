@@ -6,7 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
 RUNS := runs
-HEAVY ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,8 +25,7 @@ DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*')
 # Tests and benchmarks run against the installed wheel: with PYTHONSAFEPATH, and through the scripts
 # in .venv/bin, the checkout's fastcov/ is never on sys.path, in child processes neither.
 INSTALLED := PYTHONSAFEPATH=1
-CHECK_INSTALLED := $(INSTALLED) $(BIN)/python -c "import fastcov, sys; \
-	sys.exit(0 if 'site-packages' in fastcov.__file__ else 'fastcov is imported from ' + fastcov.__file__)"
+CHECK_INSTALLED := $(INSTALLED) $(BIN)/python tools/check_installed.py
 
 .PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu wheels lint readme-tables clean
 
@@ -60,9 +58,6 @@ $(STAMPS)/installed: $(STAMPS)/wheel $(DETECTION_SOURCES)
 	@touch $@
 
 setup: $(STAMPS)/installed  ## virtual environment, pinned packages, wheel built and installed
-	@$(INSTALLED) $(BIN)/python -c "import fastcov; \
-		[print(f'{name}: {\"active\" if b.active else \"off\"}, {b.reason}') \
-		for name, b in fastcov.backends().items()]"
 
 dev: | $(BIN)/python  ## compiled libraries into fastcov/lib, to work from the checkout
 	@$(BIN)/cmake -S . -B build/dev -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python) \

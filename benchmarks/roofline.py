@@ -108,7 +108,10 @@ def resnet50_layers(batch: int, height: int, width: int, dtype: str = "bfloat16"
 
 
 def format_table(
-    title: str, layers: list[Layer], bandwidth: float = BANDWIDTH, matmul_flops: float = MATMUL_FLOPS
+    title: str,
+    layers: list[Layer],
+    bandwidth: float = BANDWIDTH,
+    matmul_flops: float = MATMUL_FLOPS,
 ) -> str:
     """Floors by shape, and their sum."""
     lines = [

@@ -278,7 +278,8 @@ def _state_of(statuses: Sequence[LayerStatus], history: History | None) -> str:
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2429;max-width:1100px;margin:2rem auto}
 body{padding:0 1rem}footer{color:#667;font-size:12px}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}img{max-width:100%;height:auto;display:block}
+h1{font-size:1.5rem}
+h2{font-size:1.1rem;margin-top:2rem}img{max-width:100%;height:auto;display:block}
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;white-space:nowrap}
 th,td{padding:2px 10px;text-align:right;border-bottom:1px solid #e3e8eb}
 th:first-child,td:first-child,.note{text-align:left}td.note{white-space:normal}

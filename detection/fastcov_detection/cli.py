@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,13 +83,13 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     train = _command(commands, "train", "train one detector", _train)
-    _add_run_options(train)
+    _add_run_options(train, "runs/train")
     train.add_argument("--widths", help="widths.json of a search, or a plan of its widths/ folder")
     train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     train.add_argument("--restart", action="store_true", help="start over instead of resuming")
 
     search = _command(commands, "search", "search widths and compare the arms", _search)
-    _add_run_options(search)
+    _add_run_options(search, "runs/search")
     search.add_argument("--rounds", type=int, help="train, measure, propose: at most this often")
     search.add_argument(
         "--rules",
@@ -139,7 +140,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     return {}
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--data", help="mini, or a folder in COCO layout (default mini)")
     parser.add_argument("--model", help="for example maskrcnn_resnet50_fpn")
     parser.add_argument("--init", help="random, imagenet, a state_dict's file or a run folder")
@@ -148,7 +149,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         help=f"settings to start from: {', '.join(presets())} (default mini for mini, else coco)",
     )
     parser.add_argument("--config", help="JSON file of settings instead of a preset")
-    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--out", default=out, help=f"folder of the run (default {out})")
     _add_set(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -199,6 +200,8 @@ def _train(arguments: argparse.Namespace) -> None:
         resume=not arguments.restart,
         progress=not arguments.quiet,
     )
+    if os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks for all
+        return
     masks = "" if result.segm_ap is None else f", mask AP {result.segm_ap:.3f}"
     print(
         f"AP {result.ap:.3f}, AP50 {result.ap50:.3f}{masks} after {result.steps} steps in "

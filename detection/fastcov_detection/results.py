@@ -37,7 +37,7 @@ class ArmRecord:
 
     def mean_cost(self, name: str) -> int:
         """Mean over the runs of ``params``, ``backbone_params`` or ``macs``."""
-        values = [getattr(run, name) for run in self.runs]
+        values: list[int] = [getattr(run, name) for run in self.runs]
         return round(sum(values) / len(values))
 
     def by_seed(self, metric: str) -> dict[int, float]:

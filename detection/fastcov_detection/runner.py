@@ -8,15 +8,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _POLL_S = 0.25
 _PLAIN_EVERY_S = 10.0
@@ -78,7 +85,12 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, at_once: int = 1, lock: int | None = None, progress: bool = True
+    jobs: Sequence[Job],
+    *,
+    at_once: int = 1,
+    lock: int | None = None,
+    on_finish: Callable[[], Any] | None = None,
+    progress: bool = True,
 ) -> None:
     """Runs what is not finished, ``at_once`` at a time, and shows how far each is.
 
@@ -89,6 +101,7 @@ def run_jobs(
         jobs: Independent of each other.
         at_once: Processes side by side.
         lock: Descriptor of :func:`locked`, inherited by the processes.
+        on_finish: Called after each run that ends well.
         progress: Show a bar for each run.
 
     Raises:
@@ -102,6 +115,8 @@ def run_jobs(
                 for slot, running in enumerate(slots):
                     if running is not None and running.poll(display):
                         slots[slot] = running = None
+                        if on_finish is not None:
+                            on_finish()
                     if running is None and waiting:
                         slots[slot] = _Running(waiting.pop(0), slot, len(slots), lock, display)
                 time.sleep(_POLL_S)
@@ -219,7 +234,7 @@ class _Bars(_Display):
         return self.bars.add_task(label, total=total, note="starting")
 
     def update(self, task: int, step: int, note: str, *, is_done: bool = False) -> None:
-        self.bars.update(task, completed=step, note=note or "starting")
+        self.bars.update(TaskID(task), completed=step, note=note or "starting")
 
 
 class _Lines(_Display):

@@ -108,13 +108,13 @@ class _Search:
         self.proposer = Proposer(config, self.groups, Costs(self.model_config, self.image_size))
         self.seeds = [config.first_seed + index for index in range(config.seeds)]
         self.device = pick_device(config.train.device)
+        self.arms: dict[str, Arm] = {}
 
     def run(self) -> dict[str, Any]:
         """Every step of the search; what an earlier process finished is read, not repeated."""
         baseline = self._arm(BASELINE, BASELINE, self.proposer.baseline)
         self._train([baseline])
         arms = [baseline]
-        self._record(arms)
         spectra = self._measured("baseline", baseline)
         untrained = self._untrained_spectra()
         searched = None
@@ -137,7 +137,7 @@ class _Search:
                 propose = partial(getattr(self.proposer, name), self._first_plan(searched))
                 arms.append(self._arm(name, name, propose))
         self._train(arms)
-        return self._record(arms, with_latency=True)
+        return self._record(with_latency=True)
 
     def _search_rounds(self, spectra: Mapping[str, Spectrum]) -> Arm:
         """Proposes and trains until widths stand still or the rounds are used up."""
@@ -190,6 +190,7 @@ class _Search:
         return run_dir(self.folder, arm.folder, seed)
 
     def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
+        self.arms |= {arm.name: arm for arm in arms}
         jobs = []
         for seed in seeds or self.seeds:
             for arm in arms:
@@ -204,7 +205,14 @@ class _Search:
                         steps=self.config.train.steps,
                     )
                 )
-        run_jobs(jobs, at_once=self.config.jobs, lock=self.lock, progress=self.progress)
+        run_jobs(
+            jobs,
+            at_once=self.config.jobs,
+            lock=self.lock,
+            # A long search can be read, and stopped, after every run.
+            on_finish=self._record,
+            progress=self.progress,
+        )
 
     def _measured(self, name: str, arm: Arm) -> dict[str, Spectrum]:
         """Spectra of the arm's first run, measured once."""
@@ -218,7 +226,7 @@ class _Search:
         """Spectra of the network that the first baseline run started from."""
         path = spectra_path(self.folder, "untrained")
         if not path.exists():
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 # The engine's own seeding of a run's initial weights.
                 torch.manual_seed(mix_seed(self.seeds[0], 2))
                 model = build_model(self.model_config)
@@ -234,11 +242,11 @@ class _Search:
             progress=self.progress,
         )
 
-    def _record(self, arms: Sequence[Arm], with_latency: bool = False) -> dict[str, Any]:
+    def _record(self, *, with_latency: bool = False) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""
-        latency = self._latency(arms) if with_latency else {}
+        latency = self._latency() if with_latency else {}
         records = []
-        for arm in arms:
+        for arm in self.arms.values():
             runs = [self._result(arm, seed) for seed in self.seeds]
             record = ArmRecord(arm.name, self._all_widths(arm), [run for run in runs if run])
             record.latency_ms = latency.get(arm.name)
@@ -260,8 +268,10 @@ class _Search:
             macs=cost.macs,
         )
 
-    def _latency(self, arms: Sequence[Arm]) -> dict[str, float]:
-        models = {arm.name: load_run(self._run_dir(arm, self.seeds[0]))[0] for arm in arms}
+    def _latency(self) -> dict[str, float]:
+        models = {
+            name: load_run(self._run_dir(arm, self.seeds[0]))[0] for name, arm in self.arms.items()
+        }
         image, _ = self.data.val[0]
         return measure_latency(models, image, self.config.latency_runs, self.device)
 
@@ -286,6 +296,11 @@ def _checked(config: SearchConfig) -> SearchConfig:
     for name in ("seeds", "rounds", "jobs", "measure_images", "latency_runs"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; give at least 1")
+    if config.train.model.init != "random":
+        raise ConfigError(
+            f"model.init is {config.train.model.init!r}: pretrained weights fit one set of widths, "
+            "and a search trains every set; use random"
+        )
     return replace(config, arms=check_arms(config.arms))
 
 

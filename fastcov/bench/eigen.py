@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,15 +97,15 @@ def _contest(problem: Problem, setting: Setting) -> Contest:
         OURS: lambda index: eigvalsh(ours[index % copies]),
         "torch.linalg": lambda index: peers.linalg_loop(ours[index % copies]),
     }
-    for name, peer in (("jax", peers.jax_eigvalsh), ("cupy", peers.cupy_eigvalsh)):
 
-        def start(peer: Callable[[torch.device], Any] = peer) -> Call:
-            prepare = peer(device)
-            solves = [prepare(batches) for batches in ours]
-            solves[0]()
-            return lambda index: solves[index % copies]()
+    def start(peer: Callable[[torch.device], peers.EigenvalueSolver]) -> Call:
+        prepare = peer(device)
+        solves = [prepare(batches) for batches in ours]
+        solves[0]()
+        return lambda index: solves[index % copies]()
 
-        call = peers.find(setting, name, start)
+    for name, peer in peers.EIGENVALUE_PEERS.items():
+        call = peers.find(setting, name, partial(start, peer))
         if call is not None:
             contenders[name] = call
     if len(problem.sizes) == 1:

@@ -287,3 +287,11 @@ def cupy_eigvalsh(device: torch.device) -> Callable[[Sequence[Tensor]], Callable
         return solve
 
     return prepare
+
+
+EigenvalueSolver = Callable[[Sequence[Tensor]], Callable[[], Any]]
+
+EIGENVALUE_PEERS: dict[str, Callable[[torch.device], EigenvalueSolver]] = {
+    "jax": jax_eigvalsh,
+    "cupy": cupy_eigvalsh,
+}

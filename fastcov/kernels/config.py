@@ -7,7 +7,7 @@ others on real hardware, replace entries of :data:`GRAM_CONFIGS`, which every la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastcov.kernels.layout import RowLayout
@@ -112,29 +112,38 @@ def _narrow(*widths: int, step: int = 64) -> tuple[GramConfig, ...]:
 
 
 _POINTERS_128 = GramConfig(64, 2, 32, warps=8, stages=3, residents=2)
-_POINTERS_REST = GramConfig(64, 2, 32, warps=8, stages=3, left=2, right=2, residents=2)
+_POINTERS_REST = GramConfig(64, 2, 32, warps=8, stages=3, left=1, right=2, residents=1)
 _POINTERS_256 = GramConfig(64, 4, 32, warps=8, stages=3)
 _POINTERS_WIDE = GramConfig(64, 4, 32, warps=8, stages=3, left=2, right=2)
 _DESCRIPTORS_128 = GramConfig(128, 1, 64, warps=8, stages=4, residents=2)
 _DESCRIPTORS_256 = GramConfig(128, 2, 64, warps=8, stages=4)
 _DESCRIPTORS_WIDE = GramConfig(128, 2, 64, warps=8, stages=4, left=1, right=2)
 
-_SPLIT_REST = GramConfig(64, 2, 32, warps=8, stages=3, left=1, right=2)
-_SPLIT_ANY_128 = GramConfig(64, 2, 16, warps=8, stages=3, residents=1)
+_SPLIT_REST = GramConfig(64, 2, 32, warps=8, stages=2, left=1, right=2)
+_SPLIT_ANY_128 = GramConfig(64, 2, 16, warps=8, stages=3)
 _SPLIT_ANY_REST = GramConfig(64, 2, 16, warps=8, stages=3, left=1, right=2)
-_UNALIGNED = (*_narrow(32, 64, step=32), _POINTERS_128, _POINTERS_REST)
+_UNALIGNED = (*_narrow(32, 64), _POINTERS_128, _POINTERS_REST)
 _SPLIT = (*_narrow(32, 64, step=32), _POINTERS_128, _SPLIT_REST)
 _SPLIT_UNALIGNED = (*_narrow(32, 64, step=32), _SPLIT_ANY_128, _SPLIT_ANY_REST)
+# Triton 3.6 cannot pipeline three products into several accumulators of tcgen05: panels of 32
+# channels take mma.sync instead.
+_SPLIT_100 = (
+    *_narrow(32, step=32),
+    GramConfig(32, 2, 32, warps=4, stages=2, residents=2),
+    GramConfig(32, 4, 32, warps=8, stages=2),
+    GramConfig(32, 4, 32, warps=8, stages=2, left=2, right=2),
+)
 _DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTORS_WIDE)
 
 
-def _pointers(step: int) -> tuple[GramConfig, ...]:
-    return (*_narrow(32, 64, step=step), _POINTERS_128, _POINTERS_256, _POINTERS_WIDE)
+def _pointers(step: int, stages: int = 3) -> tuple[GramConfig, ...]:
+    wide = (replace(config, stages=stages) for config in (_POINTERS_256, _POINTERS_WIDE))
+    return (*_narrow(32, 64, step=step), _POINTERS_128, *wide)
 
 
 GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     GramCase("sm_80", "direct", "rows"): _pointers(32),
-    GramCase("sm_80", "direct", "planes"): _pointers(32),
+    GramCase("sm_80", "direct", "planes"): _pointers(32, stages=2),
     GramCase("sm_80", "direct", "unaligned"): _UNALIGNED,
     GramCase("sm_80", "split", "rows"): _SPLIT,
     GramCase("sm_80", "split", "planes"): _SPLIT,
@@ -150,8 +159,8 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     GramCase("sm_100", "direct", "rows"): _pointers(64),
     GramCase("sm_100", "direct", "planes"): _pointers(64),
     GramCase("sm_100", "direct", "unaligned"): _UNALIGNED,
-    GramCase("sm_100", "split", "rows"): _SPLIT,
-    GramCase("sm_100", "split", "planes"): _SPLIT,
-    GramCase("sm_100", "split", "unaligned"): _SPLIT_UNALIGNED,
+    GramCase("sm_100", "split", "rows"): _SPLIT_100,
+    GramCase("sm_100", "split", "planes"): _SPLIT_100,
+    GramCase("sm_100", "split", "unaligned"): _SPLIT_100,
 }
 """Configurations by case, from few channels to many; the last serves any number."""

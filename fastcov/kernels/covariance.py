@@ -34,12 +34,11 @@ from fastcov.kernels.tiles import IS_INTERPRETED, MODES
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _BLOCK_EDGE = 64
-_BLOCK_STEP = 32
 _REPAIR_STEP = 16
 _MASK_STEP = 64
 # The interpreter's time goes with the number of programs.
 _SEGMENT = 4096 if IS_INTERPRETED else 128
-_FOLD = 32
+_FOLD = 16
 
 
 @lru_cache
@@ -105,7 +104,7 @@ def launch_accumulate_(
         partial, notes = _launch_gram(case, config, plan, shift, count, rows, layout)
         chunk_weight = None
     else:
-        plan = block_plan(_BLOCK_EDGE, _BLOCK_STEP, layout, architecture)
+        plan = block_plan(_BLOCK_EDGE, _block_step(mode), layout, architecture)
         partial, notes, chunk_weight = _launch_blocks(
             plan, mode, is_centred, shift, count, rows, row_weight, layout
         )
@@ -146,12 +145,17 @@ def workspace_bytes(
         config = gram_config(case, layout.channels)
         plan = gram_plan(config, layout, rows.element_size(), architecture)
     else:
-        plan = block_plan(_BLOCK_EDGE, _BLOCK_STEP, layout, architecture)
+        plan = block_plan(_BLOCK_EDGE, _block_step(mode), layout, architecture)
     return 4 * plan.chunks * (plan.slot + plan.triangles) + layout.rows
 
 
 def _segment(edge: int) -> int:
     return min(_SEGMENT, edge * edge)
+
+
+def _block_step(mode: Mode) -> int:
+    # Rows of one step: what fits into registers beside the two parts of float32 operands.
+    return 16 if mode in ("split", "ieee") else 32
 
 
 def _geometry(layout: RowLayout, step: int) -> tuple[int, ...]:
@@ -185,7 +189,7 @@ def _launch_shift(shift: Tensor, count: Tensor, rows: Tensor, layout: RowLayout)
         STEP=SHIFT_ROWS,
         EDGE=_BLOCK_EDGE,
         IS_DEEP=_is_deep(layout),
-        num_warps=4,
+        num_warps=8,
     )
 
 
@@ -284,7 +288,8 @@ def _launch_blocks(
     if row_weight is not None:
         row_weight = row_weight.double()
         chunk_weight = torch.empty(plan.chunks, dtype=torch.float64, device=rows.device)
-    geometry = (plan.steps, plan.steps_per_chunk, *_geometry(layout, _BLOCK_STEP))
+    step = _block_step(mode)
+    geometry = (plan.steps, plan.steps_per_chunk, *_geometry(layout, step))
     mask_kernel[(plan.chunks,)](
         rows,
         row_weight,
@@ -293,7 +298,7 @@ def _launch_blocks(
         chunk_weight,
         count,
         *geometry,
-        STEP=_BLOCK_STEP,
+        STEP=step,
         EDGE=_BLOCK_EDGE,
         IS_DEEP=_is_deep(layout),
         num_warps=4,
@@ -307,7 +312,7 @@ def _launch_blocks(
         notes,
         plan.triangles,
         *geometry,
-        STEP=_BLOCK_STEP,
+        STEP=step,
         EDGE=_BLOCK_EDGE,
         MODE=MODES[mode],
         IS_CENTRED=is_centred,

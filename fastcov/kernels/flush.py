@@ -36,7 +36,6 @@ ROW_SCALE = tl.constexpr(10)  # the bits of a float64
 BLOCKS = tl.constexpr(11)  # programs of the layer
 
 EDGE = 64
-STEP = 32
 _CHAIN_ROWS = 4096
 _SHIFT_ROWS = 64
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -336,14 +335,14 @@ def launch_flush_(
             VALUES=_VALUES[dtype],
             VECTOR=vector,
             EDGE=EDGE,
-            STEP=STEP,
+            STEP=32 if mode == "direct" else 16,
             CHAIN_ROWS=_CHAIN_ROWS,
             SHIFT_ROWS=_SHIFT_ROWS,
             FIELDS=FIELDS,
             MODE=MODES[mode],
             IS_CENTRED=is_centred,
             HAS_DECAY=decay != 1.0,
-            STAGES=2,
+            STAGES=2 if vector > 1 else 1,
             IS_INTERPRETED=IS_INTERPRETED,
             num_warps=8,
         )

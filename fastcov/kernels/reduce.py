@@ -102,11 +102,10 @@ def reduce_kernel(
             row_sum = fold(column_sums, stride, row, chunks, FOLD, SEGMENT)
             column_sum = fold(column_sums, stride, column, chunks, FOLD, SEGMENT)
             if chunk_weight is not None:
-                zero = tl.zeros([SEGMENT], tl.int32)
-                rows_weight = fold(chunk_weight, 1, zero, chunks, FOLD, SEGMENT)
+                rows_weight = fold_weights(chunk_weight, chunks, FOLD)
             else:
-                skipped = rows_skipped(notes, chunks, flags, FOLD, FLAGS)
-                rows_weight = (row_count - skipped).to(tl.float64) + tl.zeros([SEGMENT], tl.float64)
+                skipped = rows_skipped(notes, chunks, flags, FOLD)
+                rows_weight = (row_count - skipped).to(tl.float64)
             total += row_shift * column_shift * rows_weight
             total -= row_shift * column_sum + row_sum * column_shift
         is_kept = (column <= row) & (row < channels)

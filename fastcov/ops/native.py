@@ -103,7 +103,7 @@ def load_cpu() -> str:
 
 
 def load_cuda() -> str:
-    """Opens libfastcov_cuda.so if torch, driver and GPU fit; else raises :class:`UnavailableError`."""
+    """Opens libfastcov_cuda.so where torch, driver and GPU fit; raises as :func:`load_cpu`."""
     path = _library_path("cuda")
     if torch.version.cuda is None:
         raise UnavailableError(f"torch {torch.__version__} is not a CUDA build")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fastcov_detection import cli
 from fastcov_detection.config import SearchConfig, TrainConfig, preset, save_config
 
@@ -51,6 +52,12 @@ def test_demo_is_the_mini_search_of_three_arms(searched):
     assert (config.seeds, config.jobs) == (1, 2)
 
 
+def test_folders_have_defaults(searched):
+    assert cli.main(["search"]) == 0
+    assert searched["out"] == "runs/search"
+    assert cli._parser().parse_strictly(["train"]).out == "runs/train"
+
+
 def _parse(*words):
     return cli._train_config(cli._parser().parse_strictly(["train", "--out", "x", *words]))
 
@@ -75,7 +82,7 @@ WRONG = [
         ["train", "--out", "x", "--wdiths", "w"],
         "unknown option '--wdiths'; did you mean '--widths'",
     ),
-    (["train"], "the following arguments are required: --out"),
+    (["export", "runs/x"], "the following arguments are required: OUT"),
     (["train", "--out", "x", "--seed", "one"], "invalid int value: 'one'"),
     ([], "the following arguments are required: command"),
 ]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from fastcov_detection.cli import main
-from fastcov_detection.compare import compare_runs, numbers
-from fastcov_detection.errors import DataError
 from PIL import Image
 
 from fastcov import Spectrum, load_history
 from fastcov.history import History, Snapshot
+from fastcov_detection.cli import main
+from fastcov_detection.compare import compare_runs, numbers
+from fastcov_detection.errors import DataError
 
 STEPS = (0, 10, 20)
 

@@ -5,15 +5,15 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+
+from fastcov import Spectrum, WidthGroup
 from fastcov_detection import page, pictures
 from fastcov_detection.config import ConfigError
 from fastcov_detection.report import write_report
 from fastcov_detection.stats import compare_paired
 from fastcov_detection.summary import columns, print_summary, rows, sentences
-from PIL import Image
-from rich.console import Console
-
-from fastcov import Spectrum, WidthGroup
 
 EVIL = "<script>alert('x')</script>&\"layer\""
 

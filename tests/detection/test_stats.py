@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+
 from fastcov_detection.stats import (
     compare_paired,
     mean_and_error,

@@ -113,9 +113,7 @@ def test_runs_in_the_interpreter():
 
 class TestAccumulate:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize(
-        ("rows", "channels"), [(1, 1), (199, 3), (40, 41), (33, 123)]
-    )
+    @pytest.mark.parametrize(("rows", "channels"), [(1, 1), (199, 3), (40, 41), (33, 123)])
     def test_grid(self, dtype, rows, channels):
         family = FAMILIES[channels % 2]
         check(normal(rows, channels, dtype=dtype), family=family)
@@ -138,11 +136,9 @@ class TestAccumulate:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_any_strides(self, dtype):
-        block = normal(3, 4, 2, 5, 12, dtype=dtype)
+        block = normal(2, 3, 2, 4, 12, dtype=dtype)
         for rows in (
-            block.permute(3, 1, 0, 2, 4)[:, ::2],
-            block.flip(0).permute(4, 1, 2, 3, 0)[1:, :, :, ::3],
-            block[0, 0, 0].T,
+            block.permute(3, 1, 0, 2, 4)[::2, ::2],
             block[:, :, :, :1, ::5],
             normal(1, 12, dtype=dtype).expand(50, 12),
         ):

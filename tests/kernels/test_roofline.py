@@ -24,9 +24,7 @@ def roofline() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(
-    ("sizes", "wall_ms"), [((256, 224, 224), 2.5), ((2, 800, 1344), 0.41)]
-)
+@pytest.mark.parametrize(("sizes", "wall_ms"), [((256, 224, 224), 2.5), ((2, 800, 1344), 0.41)])
 def test_floor_of_resnet50(roofline, sizes, wall_ms):
     total_s = roofline.total_floor_s(roofline.resnet50_layers(*sizes))
     assert total_s * 1e3 == pytest.approx(wall_ms, rel=0.03)

@@ -84,28 +84,24 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 41, 64, 123, 256, 520])
-def test_grid_of_layouts(channels: int, dtype: torch.dtype, threads: int) -> None:
+def test_grid_of_layouts(channels: int, dtype: torch.dtype) -> None:
     for rows in views(images(3, channels, 9, 7, dtype)).values():
         check(rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [3, 41, 130])
+@pytest.mark.parametrize("channels", [41, 130])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64], ids=str)
-def test_grid_of_weights(
-    channels: int, dtype: torch.dtype, weight_dtype: torch.dtype, threads: int
-) -> None:
-    row_weight = torch.rand(2 * 19 * 17, generator=torch.Generator().manual_seed(3)).to(
-        weight_dtype
-    )
+def test_grid_of_weights(channels: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    row_weight = torch.rand(2 * 9 * 17, generator=torch.Generator().manual_seed(3)).to(weight_dtype)
     row_weight[5] = 0
-    for rows in views(images(2, channels, 19, 17, dtype)).values():
+    for rows in views(images(2, channels, 9, 17, dtype)).values():
         check(rows, row_weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [5, 64, 200])
-def test_grid_of_non_finite_rows(channels: int, dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("channels", [5, 200])
+def test_grid_of_non_finite_rows(channels: int, dtype: torch.dtype) -> None:
     maps = images(3, channels, 13, 11, dtype)
     maps[0, 0, 0, 0] = float("nan")
     maps[1, channels - 1, 12, 3] = float("inf")
@@ -115,7 +111,7 @@ def test_grid_of_non_finite_rows(channels: int, dtype: torch.dtype, threads: int
         check(rows, torch.rand(3 * 13 * 11))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 199, 257, 8192])
+@pytest.mark.parametrize("rows", [0, 1, 199, 257, 3000])
 @pytest.mark.parametrize("channels", [3, 129])
 def test_grid_of_row_counts(channels: int, rows: int, threads: int) -> None:
     check(images(rows, channels, 1, 1, torch.float32).flatten(1))

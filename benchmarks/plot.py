@@ -1,0 +1,277 @@
+"""Tables and the figure of README.md, from result files: none of their numbers is typed by hand.
+
+    python benchmarks/plot.py --readme README.md          rewrites what stands between the markers
+    python benchmarks/plot.py --readme README.md --check  fails when something differs
+
+Markers are ``<!-- table:DEVICE/NAME -->`` and ``<!-- /table -->``; the figure stands between
+``<!-- figure:DEVICE/NAME -->`` and ``<!-- /figure -->``. DEVICE is a folder of benchmarks/results,
+NAME one of training, memory, covariance, eigen, snapshot, hooks.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from fastcov.bench.contest import Row
+from fastcov.bench.results import Result, load_results
+from fastcov.bench.table import seconds
+
+RESULTS = Path("benchmarks/results")
+_MARKER = re.compile(
+    r"<!-- (?P<kind>table|figure):(?P<device>[^/ ]+)/(?P<name>[a-z0-9_-]+) -->\n"
+    r"(?P<body>.*?)<!-- /(?P=kind) -->",
+    re.DOTALL,
+)
+_NETWORKS = {
+    "training-resnet50": "ResNet-50",
+    "training-resnet50-compiled": "ResNet-50, torch.compile",
+    "training-vit": "ViT",
+    "training-faster_rcnn": "Faster R-CNN",
+}
+_TRACKED = ("fastcov, default", "fastcov, every row", "naive hooks", "delve")
+
+Results = dict[str, Result]
+
+
+def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    ruled = [headers, ["---"] * len(headers), *lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in ruled)
+
+
+def by_contender(result: Result) -> dict[str, dict[str, Row]]:
+    """Rows by work, then by contender."""
+    table: dict[str, dict[str, Row]] = {}
+    for row in result.rows:
+        table.setdefault(row.work, {})[row.contender] = row
+    return table
+
+
+def training_table(results: Results) -> str:
+    """Step time over the untracked step's."""
+    lines = []
+    for case, rows in _networks(results):
+        cells = [_ratio(rows.get(name)) for name in _TRACKED]
+        lines.append([_NETWORKS[case], seconds(rows["untracked"].p50_s), *cells])
+    return markdown(("training step", "untracked", *_TRACKED), lines)
+
+
+def memory_table(results: Results) -> str:
+    """Peak memory that tracking adds, beside what fastcov.estimate says."""
+    lines = []
+    for case, rows in _networks(results):
+        for name in _TRACKED[:2]:
+            notes = rows[name].notes
+            if "added_peak_bytes" in notes:
+                sizes = ("added_peak_bytes", "estimate_bytes", "untracked_peak_bytes")
+                lines.append([_NETWORKS[case], name, *(_mebibytes(notes.get(s)) for s in sizes)])
+    headers = ("training step", "contender", "added at the peak", "estimate()", "untracked peak")
+    return markdown(headers, lines)
+
+
+def versus_table(case: str, results: Results) -> str:
+    """Ours in seconds and over the floor, everyone else as a multiple of ours."""
+    table = by_contender(results[case])
+    names = list(dict.fromkeys(name for rows in table.values() for name in rows))
+    reference = next(iter(results[case].rows)).versus
+    others = [name for name in names if name != reference]
+    lines = []
+    for work, rows in table.items():
+        ours = rows[reference]
+        floor = "" if ours.floor_ratio is None else f"{ours.floor_ratio:.2f} ({ours.floor_of})"
+        lines.append([work, seconds(ours.p50_s), floor, *(_ratio(rows.get(n)) for n in others)])
+    return markdown(("work", reference, "over the floor", *others), lines)
+
+
+def snapshot_table(results: Results) -> str:
+    """Latency of a snapshot, and of steps with one among them."""
+    lines = [
+        [row.work, row.contender, seconds(row.p50_s), seconds(row.p20_s), seconds(row.p80_s)]
+        for row in results["snapshot"].rows
+    ]
+    return markdown(("work", "contender", "p50", "p20", "p80"), lines)
+
+
+def hooks_table(results: Results) -> str:
+    """Host time of one hook."""
+    lines = [
+        [row.contender, seconds(row.p50_s), seconds(max(0.0, row.notes["per_hook_s"]))]
+        for row in results["hooks"].rows
+    ]
+    return markdown(("53 hooks", "all", "one hook"), lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "training": ("training-resnet50", training_table),
+    "memory": ("training-resnet50", memory_table),
+    "covariance": ("covariance", lambda results: versus_table("covariance", results)),
+    "eigen": ("eigen", lambda results: versus_table("eigen", results)),
+    "snapshot": ("snapshot", snapshot_table),
+    "hooks": ("hooks", hooks_table),
+}
+
+
+def conditions(results: Results, case: str) -> str:
+    """Where and how a table was measured."""
+    result = results[case]
+    machine, rates = result.machine, result.rates
+    versions = machine["versions"]
+    peers = ", ".join(
+        f"{name} {versions[name]}" for name in ("delve", "torchmetrics", "jax") if name in versions
+    )
+    where = f"{machine['device']}, {machine['threads']} threads"
+    if machine["kind"] == "cuda":
+        where = f"{machine['device']}, driver {machine['driver']}"
+    matmul = rates["matmul_tflop_s"]["bfloat16" if machine["kind"] == "cuda" else "float32"]
+    parts = [
+        where,
+        f"torch {versions['torch']}",
+        *([peers] if peers else []),
+        f"measured in the same run: copy {rates['copy_gb_s']:.3g} GB/s, matmul {matmul:.3g} "
+        "TFLOP/s",
+        f"{result.started[:10]}",
+    ]
+    return "; ".join(parts) + ". Medians; in brackets the 95 % interval of the median ratio."
+
+
+def overhead_svg(results: Results) -> str:
+    """Bars of the step time over the untracked step's, with intervals: one group a network."""
+    colours = ("#0b7285", "#66b3c2", "#adb5bd", "#868e96")
+    bar, gap, left, width = 15, 16, 190, 430
+    groups = [(name, rows) for name, rows in _networks(results)]
+    most = max(row.ratio_high for _, rows in groups for name in _TRACKED if (row := rows.get(name)))
+    scale = width / (max(1.1, most) - 1)
+    parts, y = [], 34
+    for case, rows in groups:
+        present = [(i, name, rows[name]) for i, name in enumerate(_TRACKED) if name in rows]
+        middle = y + bar * len(present) / 2 + 4
+        parts.append(_text(8, middle, _NETWORKS[case], "start", "bold"))
+        for i, _name, row in present:
+            length = max(1.0, (row.ratio - 1) * scale)
+            low, high = (left + max(0.0, (v - 1) * scale) for v in (row.ratio_low, row.ratio_high))
+            centre = y + bar / 2
+            parts.append(
+                f'<rect x="{left}" y="{y + 2:.1f}" width="{length:.1f}" height="{bar - 4}" '
+                f'fill="{colours[i]}"/>'
+                f'<path d="M{low:.1f} {centre:.1f}H{high:.1f}" stroke="#212529"/>'
+            )
+            label = f"{100 * (row.ratio - 1):+.1f} %"
+            parts.append(_text(max(high, left + length) + 6, y + bar - 3, label, "start", "normal"))
+            y += bar
+        y += gap
+    x = left
+    for i, name in enumerate(_TRACKED):
+        parts.append(f'<rect x="{x}" y="10" width="10" height="10" fill="{colours[i]}"/>')
+        parts.append(_text(x + 14, 19, name, "start", "normal"))
+        x += 26 + 7 * len(name)
+    parts.append(f'<path d="M{left} 28V{y - gap + 4}" stroke="#212529"/>')
+    parts.append(_text(left, y + 2, "time added to a training step", "start", "normal"))
+    height = y + 12
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 80} {height}" '
+        'font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _text(x: float, y: float, words: str, anchor: str, weight: str) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}">'
+        f"{escape(words)}</text>"
+    )
+
+
+def _networks(results: Results) -> list[tuple[str, dict[str, Row]]]:
+    found = []
+    for case in _NETWORKS:
+        if case in results and results[case].rows:
+            found.append((case, {row.contender: row for row in results[case].rows}))
+    return found
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return "not run"
+    return f"{row.ratio:.3f}x ({row.ratio_low:.3f} to {row.ratio_high:.3f})"
+
+
+def _mebibytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**20:.0f} MiB"
+
+
+def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
+    """A page with every marked part made anew, and the pictures that belong to it.
+
+    Args:
+        text: The page.
+        root: Folder that holds benchmarks/results.
+
+    Returns:
+        The new text, and the content of each picture by its path under root.
+
+    Raises:
+        ValueError: If a marker asks for a table that is not known or was not measured.
+    """
+    pictures: dict[Path, str] = {}
+
+    def fill(match: re.Match[str]) -> str:
+        device, name, kind = match["device"], match["name"], match["kind"]
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; tables: {', '.join(TABLES)}")
+        results = load_results(root / RESULTS / device)
+        case, make = TABLES[name]
+        if case not in results:
+            raise ValueError(
+                f"{device}/{name} needs {RESULTS / device / case}.json, which was not measured: "
+                f"run 'fastcov bench --only {case}' on that machine"
+            )
+        if kind == "figure":
+            path = RESULTS / device / f"{name}.svg"
+            pictures[path] = overhead_svg(results)
+            body = f"![Time that tracking adds to a training step]({path.as_posix()})\n"
+        else:
+            body = "\n" + make(results) + "\n"
+        opening = match[0].split("\n", 1)[0]
+        return f"{opening}\n{body}{conditions(results, case)}\n<!-- /{kind} -->"
+
+    return _MARKER.sub(fill, text), pictures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites or checks a page.
+
+    Returns:
+        0; 1 if ``--check`` found a difference; 2 if a table cannot be made.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
+    options = parser.parse_args(arguments)
+    root = options.readme.resolve().parent
+    try:
+        before = options.readme.read_text(encoding="utf-8")
+        after, pictures = render(before, root)
+    except (OSError, ValueError) as error:
+        print(f"{options.readme}: {error}", file=sys.stderr)
+        return 2
+    wanted = {options.readme: after} | {root / path: svg for path, svg in pictures.items()}
+    differing = [
+        path
+        for path, content in wanted.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != content
+    ]
+    if options.check:
+        for path in differing:
+            print(f"{path} differs from the result files: run 'make readme-tables'")
+        return 1 if differing else 0
+    for path in differing:
+        path.write_text(wanted[path], encoding="utf-8")
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Pure parts: layouts describe every element, chunks cover every row, chains stay short."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastcov.kernels.config import (
+    GRAM_CONFIGS,
+    MAX_CHAIN_ROWS,
+    Architecture,
+    gram_case,
+    gram_config,
+)
+from fastcov.kernels.layout import RowLayout, row_layout
+from fastcov.kernels.plan import block_plan, gram_plan
+
+
+def addresses(layout: RowLayout) -> list[int]:
+    """Offsets of channel 0 of every row, by the formula that the kernels use."""
+    found = []
+    for row in range(layout.rows):
+        image, position = divmod(row, layout.positions)
+        outer, inner = divmod(image, layout.size_2)
+        outer, middle = divmod(outer, layout.size_1)
+        found.append(
+            outer * layout.stride_0
+            + middle * layout.stride_1
+            + inner * layout.stride_2
+            + position * layout.stride_position
+        )
+    return found
+
+
+BLOCK = torch.arange(2 * 3 * 4 * 5 * 16).reshape(2, 3, 4, 5, 16).to(torch.float32)
+VIEWS = {
+    "matrix": (BLOCK.reshape(-1, 16), "rows"),
+    "channels_last": (BLOCK[0].to(torch.float32), "rows"),
+    "nchw": (BLOCK[0].permute(0, 2, 3, 1), "planes"),
+    "planes": (BLOCK.reshape(2, 3, 320).permute(0, 2, 1), "planes"),
+    "tokens": (BLOCK.reshape(6, 20, 16)[:, 1:], "rows"),
+    "part of each image": (BLOCK[:, :, ::2], "rows"),
+    "deep": (BLOCK[:, ::2, ::2], "strided"),
+    "every second channel": (BLOCK[..., ::2], "strided"),
+    "reversed dimensions": (BLOCK.permute(3, 2, 1, 0, 4), "strided"),
+    "one row": (BLOCK[0, 0, 0, 0], "rows"),
+    "one channel": (BLOCK[..., :1], "rows"),
+    "repeated": (BLOCK[0, 0, 0, 0].expand(7, 16), "rows"),
+    "one image of planes": (BLOCK.reshape(1, 6, 320).permute(0, 2, 1), "planes"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_layout_finds_every_row(name):
+    rows, kind = VIEWS[name]
+    layout = row_layout(rows)
+    assert layout.kind == kind
+    channels = rows.shape[-1]
+    assert (layout.rows, layout.channels) == (rows.numel() // channels, channels)
+    start = torch.tensor(addresses(layout)) + rows.storage_offset()
+    column = torch.arange(channels) * layout.stride_channel
+    found = BLOCK.view(-1)[start[:, None] + column]
+    assert torch.equal(found, rows.reshape(-1, channels))
+
+
+def test_too_many_dimensions_are_named():
+    rows = torch.empty(32, 32, 32)[::2, ::2, ::2].reshape(16, 16, 16)
+    deep = torch.empty(4, 4, 4, 4, 4, 4)[::2, ::2, ::2, ::2, ::2]
+    assert row_layout(rows).rows == 256
+    with pytest.raises(ValueError, match="5 separate leading dimensions"):
+        row_layout(deep)
+
+
+def test_alignment_is_told_by_strides_and_address():
+    rows = torch.empty(64, 72, dtype=torch.bfloat16)
+    assert row_layout(rows).is_aligned
+    assert row_layout(rows[:, 8:]).is_aligned
+    assert not row_layout(rows[:, 1:65]).is_aligned
+    assert not row_layout(rows[:, :63]).is_aligned
+    assert row_layout(torch.empty(2, 5, 64).transpose(1, 2)).is_aligned
+    assert not row_layout(torch.empty(2, 5, 49).transpose(1, 2)).is_aligned
+
+
+def test_offsets_beyond_32_bits_take_the_wide_path():
+    rows = torch.empty(1, 1 << 12, 1 << 20, device="meta").transpose(1, 2)
+    assert row_layout(rows).kind == "strided"
+    assert row_layout(rows[:, : 1 << 10].contiguous()).kind == "rows"
+
+
+SHAPES = [
+    (1, 1, 3),
+    (1, 199, 64),
+    (256, 12544, 64),
+    (256, 3136, 256),
+    (256, 196, 1024),
+    (256, 49, 2048),
+    (2, 67200, 64),
+    (2, 1050, 2048),
+    (1, 8192, 1128),
+    (7, 1, 4096),
+]
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_cover_all_rows_in_short_chains(family, dtype, shape):
+    images, positions, channels = shape
+    architecture = Architecture(family, 132)
+    element_bytes = torch.empty((), dtype=dtype).element_size()
+    mode = "direct" if dtype == torch.bfloat16 else "split"
+    for rows in (
+        torch.empty(images, positions, channels, dtype=dtype, device="meta"),
+        torch.empty(images, channels, positions, dtype=dtype, device="meta").transpose(1, 2),
+    ):
+        layout = row_layout(rows)
+        case = gram_case(architecture, layout, mode)
+        assert case is not None
+        config = gram_config(case, channels)
+        plan = gram_plan(config, layout, element_bytes, architecture)
+        assert plan.steps * config.step >= layout.rows
+        assert plan.steps_per_chunk * config.step <= MAX_CHAIN_ROWS
+        assert (plan.chunks - 1) * plan.steps_per_chunk < plan.steps
+        assert plan.chunks * plan.steps_per_chunk >= plan.steps
+        edges = -(-channels // config.edge)
+        assert plan.slot == edges * (edges + 1) // 2 * config.edge**2 + edges * config.edge
+        plan = block_plan(64, 32, layout, architecture)
+        assert plan.steps_per_chunk * 32 <= MAX_CHAIN_ROWS
+        assert plan.chunks * plan.steps_per_chunk >= plan.steps
+
+
+def test_one_triangle_up_to_256_channels_of_half_precision():
+    layout = row_layout(torch.empty(512, 256, dtype=torch.bfloat16))
+    for family in ("sm_80", "sm_90", "sm_100"):
+        case = gram_case(Architecture(family, 132), layout, "direct")
+        assert case is not None
+        config = gram_config(case, 256)
+        assert config.width == 256
+        assert config.left == 0
+
+
+def test_shapes_fit_together():
+    for case, configs in GRAM_CONFIGS.items():
+        assert [c.width for c in configs] == sorted(c.width for c in configs), case
+        for config in configs:
+            assert config.step % 16 == 0
+            assert config.panel % config.edge == 0
+        assert all(config.left == config.right == 0 for config in configs[:-1])
+        assert configs[-1].panels % configs[-1].left == 0
+        assert configs[-1].panels % configs[-1].right == 0
+
+
+def truncated(values: np.ndarray) -> np.ndarray:
+    """float64 cut to float32's 24 bits towards zero, as matrix instructions add."""
+    bits = values.view(np.uint64) & ~np.uint64((1 << 29) - 1)
+    return bits.view(np.float64)
+
+
+def chained_sum(values: np.ndarray, chain_rows: int, step_rows: int = 16) -> float:
+    """Sum over rows: chains that truncate at every instruction, then added in float64."""
+    steps = values.reshape(-1, chain_rows // step_rows, step_rows).sum(2)
+    total = np.zeros(len(steps))
+    for step in steps.T:
+        total = truncated(total + step)
+    return float(total.sum())
+
+
+def test_short_chains_bound_what_truncation_loses():
+    """2**20 rows of one sign, bfloat16: the worst case, because every cut goes the same way."""
+    rows = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16() + 0.5
+    squares = rows.double().numpy() ** 2
+    exact = squares.sum()
+    errors = {
+        chain: abs(chained_sum(squares, chain) / exact - 1) for chain in (MAX_CHAIN_ROWS, 1 << 20)
+    }
+    assert errors[MAX_CHAIN_ROWS] <= 1e-5
+    assert errors[1 << 20] >= 5e-4, "the cap would not be needed"
+
+
+def test_importing_fastcov_imports_no_triton():
+    code = (
+        "import sys, fastcov, fastcov.kernels;"
+        "fastcov.kernels.unavailable_reason();"
+        "sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_kernels_package_has_no_other_names():
+    from fastcov import kernels
+
+    with pytest.raises(AttributeError, match="launch_nothing"):
+        _ = kernels.launch_nothing
+    assert kernels.unavailable_reason() is None or "triton" in kernels.unavailable_reason()
+    assert itertools.chain(kernels.__all__)

@@ -1,0 +1,58 @@
+"""Builds the release wheel for every architecture and tags it with what auditwheel measures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str, **environment: str) -> str:
+    """Output of a command; its errors go to the terminal, and end this program."""
+    return subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ).stdout
+
+
+def main() -> None:
+    """Writes the wheel into the folder given as argument and says what it is."""
+    destination = Path(sys.argv[1])
+    destination.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # FASTCOV_CUDA_ARCHS empty: all that nvcc knows. A build folder of its own, so that the
+        # development wheel stays as it is.
+        run(
+            *(sys.executable, "-m", "pip", "wheel", "-qq", str(ROOT), "--no-deps"),
+            *("--no-build-isolation", "-w", folder, "-Cbuild-dir=build/release"),
+            FASTCOV_CUDA_ARCHS="",
+        )
+        (built,) = Path(folder).glob("*.whl")
+        shown = " ".join(run(sys.executable, "-m", "auditwheel", "show", str(built)).split())
+        match = re.search(r'platform tag: "(\w+)"', shown)
+        if match is None:
+            sys.exit(f"auditwheel names no platform for {built.name}: {shown}")
+        platform = match.group(1)
+        if platform.startswith("manylinux"):
+            run(
+                *(sys.executable, "-m", "auditwheel", "repair", str(built), "--plat", platform),
+                *("--exclude", "libtorch*", "--only-plat", "-w", str(destination)),
+            )
+        else:
+            shutil.copy(built, destination)
+    record = json.loads((ROOT / "build" / "release" / "build.json").read_text(encoding="utf-8"))
+    for wheel in destination.glob("*.whl"):
+        print(f"{wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
+    print(f"platform {platform}; CUDA {record['cuda']} for {record['cuda_archs']}")
+    if platform != "manylinux_2_28_x86_64":
+        print("manylinux_2_28 needs that image to build in: this machine's libraries are newer")
+
+
+if __name__ == "__main__":
+    main()
