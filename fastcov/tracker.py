@@ -41,7 +41,9 @@ class Tracker(Keeper):
         out: str | Path | None,
         **options: Any,
     ) -> None:
-        self.history = History(out)
+        # One process writes a folder: the ranks' snapshots differ only in the rows they sampled.
+        is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self.history = History(out if is_first else None)
         self.snapshot_every = snapshot_every
         super().__init__(model, taps, **options)
 
@@ -244,6 +246,11 @@ class Tracker(Keeper):
         self._synced = sync_named_states(states, group)
         return self
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`fastcov.keeper.Keeper.load_state_dict`; later snapshots are dropped."""
+        super().load_state_dict(state_dict)
+        self.history.truncate(self.steps + 1)
+
     def __enter__(self) -> Tracker:
         return self
 
@@ -275,7 +282,7 @@ class Tracker(Keeper):
         """
         from fastcov.report import write_report
 
-        return write_report(path, self.history if len(self.history) else self.statuses())
+        return write_report(path, self.statuses(), history=self.history)
 
 
 def track(
@@ -313,7 +320,7 @@ def track(
         max_channels: Wider layers are skipped and listed in the summary.
         train_only: Whether only forwards of a model in training mode are steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none.
-        out: Folder where snapshots are appended; None keeps them in memory.
+        out: Folder where rank 0 appends snapshots; None keeps them in memory.
 
     Returns:
         The tracker.
