@@ -33,7 +33,6 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | \
 		expand -t 22
 
-# ---- environment and wheel -------------------------------------------------------------------
 $(BIN)/python:
 	@echo "fastcov: creating $(VENV) with $(PYTHON)"
 	@command -v $(PYTHON) > /dev/null || { echo "fastcov: $(PYTHON) not found;" \
@@ -66,20 +65,19 @@ dev: | $(BIN)/python  ## compiled libraries into fastcov/lib, to work from the c
 	@$(BIN)/cmake --install build/dev --prefix $(CURDIR) > build/dev/install.log
 	@ls -l fastcov/lib
 
-# ---- what people run -------------------------------------------------------------------------
 demo: setup  ## the main job: data, search, retraining, table and report in runs/demo (15 minutes)
 	@$(INSTALLED) $(BIN)/fastcov-detection demo --out $(RUNS)/demo
 
 test: setup  ## every test, against the installed wheel
 	@$(INSTALLED) $(BIN)/pytest
 
-bench: setup  ## benchmarks of this machine's CPU, a few minutes
+bench: setup  ## benchmarks of this machine's CPU beside its peers, at most 15 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench
 
-bench-full: setup  ## the same at full size, with every peer
+bench-full: setup  ## the same over the whole grid
 	@$(INSTALLED) $(BIN)/fastcov bench --full
 
-bench-gpu: setup  ## the GPU's target table
+bench-gpu: setup  ## the GPU's target table, at most 9 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench --gpu
 
 wheels: $(STAMPS)/environment  ## release wheel for all architectures in dist/release, honestly tagged
@@ -95,7 +93,7 @@ lint: $(STAMPS)/environment  ## ruff, mypy, import-linter, clang-format
 	@PYTHONPATH=.:detection $(BIN)/lint-imports
 	@$(BIN)/clang-format --dry-run -Werror csrc/*
 
-readme-tables: setup  ## tables of README.md from benchmarks/results
+readme-tables: setup  ## tables and figure of README.md from benchmarks/results
 	@$(INSTALLED) $(BIN)/python benchmarks/plot.py --readme README.md
 
 clean:  ## what was built; the virtual environment and runs stay

@@ -1,4 +1,4 @@
-"""Which peers can take part on this machine, and why the others cannot: python benchmarks/peers.py."""
+"""Which peers can take part on this machine, and why the others cannot."""
 
 import torch
 

@@ -4,8 +4,9 @@
     python benchmarks/plot.py --readme README.md --check  fails when something differs
 
 Markers are ``<!-- table:DEVICE/NAME -->`` and ``<!-- /table -->``; the figure stands between
-``<!-- figure:DEVICE/NAME -->`` and ``<!-- /figure -->``. DEVICE is a folder of benchmarks/results,
-NAME one of training, memory, covariance, eigen, snapshot, hooks.
+``<!-- figure:DEVICE/NAME -->`` and ``<!-- /figure -->``. DEVICE is a folder of benchmarks/results;
+without ``DEVICE/`` it is the only CPU there. NAME is one of training, memory, covariance, eigen,
+snapshot, hooks.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from fastcov.bench.results import Result, load_results
 from fastcov.bench.table import seconds
 
 RESULTS = Path("benchmarks/results")
+UNMEASURED = "Not measured yet: `make bench` writes the file that this table is made from."
 _MARKER = re.compile(
-    r"<!-- (?P<kind>table|figure):(?P<device>[^/ ]+)/(?P<name>[a-z0-9_-]+) -->\n"
+    r"<!-- (?P<kind>table|figure):(?:(?P<device>[^/ ]+)/)?(?P<name>[a-z0-9_-]+) -->\n"
     r"(?P<body>.*?)<!-- /(?P=kind) -->",
     re.DOTALL,
 )
@@ -114,7 +116,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
 }
 
 
-def conditions(results: Results, case: str) -> str:
+def conditions(results: Results, device: str, case: str) -> str:
     """Where and how a table was measured."""
     result = results[case]
     machine, rates = result.machine, result.rates
@@ -132,7 +134,8 @@ def conditions(results: Results, case: str) -> str:
         *([peers] if peers else []),
         f"measured in the same run: copy {rates['copy_gb_s']:.3g} GB/s, matmul {matmul:.3g} "
         "TFLOP/s",
-        f"{result.started[:10]}",
+        result.started[:10],
+        f"[file]({(RESULTS / device / case).as_posix()}.json)",
     ]
     return "; ".join(parts) + ". Medians; in brackets the 95 % interval of the median ratio."
 
@@ -202,6 +205,16 @@ def _mebibytes(value: float | None) -> str:
     return "" if value is None else f"{value / 2**20:.0f} MiB"
 
 
+def _only_cpu(folder: Path) -> str | None:
+    names = sorted(path.name for path in folder.glob("cpu-*") if path.is_dir())
+    if len(names) > 1:
+        raise ValueError(
+            f"{RESULTS} has several CPUs ({', '.join(names)}): name one, as in "
+            f"<!-- table:{names[0]}/training -->"
+        )
+    return names[0] if names else None
+
+
 def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
     """A page with every marked part made anew, and the pictures that belong to it.
 
@@ -218,9 +231,13 @@ def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
     pictures: dict[Path, str] = {}
 
     def fill(match: re.Match[str]) -> str:
-        device, name, kind = match["device"], match["name"], match["kind"]
+        name, kind = match["name"], match["kind"]
         if name not in TABLES:
             raise ValueError(f"no table {name!r}; tables: {', '.join(TABLES)}")
+        opening = match[0].split("\n", 1)[0]
+        device = match["device"] or _only_cpu(root / RESULTS)
+        if device is None:
+            return f"{opening}\n{UNMEASURED}\n<!-- /{kind} -->"
         results = load_results(root / RESULTS / device)
         case, make = TABLES[name]
         if case not in results:
@@ -234,8 +251,7 @@ def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
             body = f"![Time that tracking adds to a training step]({path.as_posix()})\n"
         else:
             body = "\n" + make(results) + "\n"
-        opening = match[0].split("\n", 1)[0]
-        return f"{opening}\n{body}{conditions(results, case)}\n<!-- /{kind} -->"
+        return f"{opening}\n{body}{conditions(results, device, case)}\n<!-- /{kind} -->"
 
     return _MARKER.sub(fill, text), pictures
 

@@ -47,8 +47,8 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
   const Real* const product = vectors.product;
   Real inverse_half = zero;
   for (int k = 0; k < n; ++k) {
-    Real* const u = vectors.reflector[k & 1];
-    const Real* const v = vectors.reflector[(k & 1) ^ 1];
+    Real* const u = k % 2 ? vectors.reflector[1] : vectors.reflector[0];
+    const Real* const v = k % 2 ? vectors.reflector[0] : vectors.reflector[1];
 
     const Real dot = team.sum(sum_strided<Real>(
         k + lane, n, lanes, [=](int i) { return product[i] * v[i]; }));
@@ -135,8 +135,8 @@ FASTCOV_INLINE typename Numeric<Real>::Count count_below(const Real* diagonal, c
   return below;
 }
 
-// Writes eigenvalue k, ascending, by write(k, value); one lane for each. Counts at evenly spaced
-// points, shared by all lanes [size + 1], replace the first log2(size) halvings.
+// Writes eigenvalue k, ascending, by write(k, value); one lane for each, over all members. Counts at
+// evenly spaced points, shared by the team's lanes [size], replace the first log2(size) halvings.
 template <class Real, class Team, class Write>
 FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square, int n, Real lower,
                            Real upper, int* counts, const Write& write) {
@@ -150,7 +150,8 @@ FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square,
         count_below(diagonal, square, n, lower + section * static_cast<Real>(team.rank()));
     team.sync();
   }
-  for (int k = team.rank(); k < n; k += team.size()) {
+  const int step = team.size() * team.members();
+  for (int k = team.member() * team.size() + team.rank(); k < n; k += step) {
     int first = 0;
     int last = sections;
     while (last - first > 1) {
@@ -159,7 +160,7 @@ FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square,
     }
     Real low = lower + section * static_cast<Real>(first);
     Real high = last == sections ? upper : lower + section * static_cast<Real>(last);
-    for (int step = 0; step < halvings; ++step) {
+    for (int halving = 0; halving < halvings; ++halving) {
       const Real middle = low + (high - low) * Number::fill(0.5);
       const bool is_low = count_below(diagonal, square, n, middle) <= k;
       low = is_low ? middle : low;

@@ -115,6 +115,16 @@ struct Scale {
   }
 };
 
+// Reads what another member has written since the launch: not from a cache of this one alone.
+template <class Real>
+FASTCOV_INLINE Real load_published(const Real* source) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(source);
+#else
+  return *source;
+#endif
+}
+
 // Sum of term(i) over i = from, from + step, ... below n, in an order that only the instruction set
 // and the team decide.
 template <class Real, class Term>

@@ -1,4 +1,4 @@
-// Where the matrix lies while it is reduced: the two storages of eigen.h's Matrix.
+// Where a matrix lies while it is reduced: the storages that eigen.h calls Matrix.
 #pragma once
 
 #include "eigen_numeric.h"
@@ -109,6 +109,114 @@ struct ColumnTriangle {
     sums[1] = s1;
     sums[2] = s2;
     sums[3] = s3;
+  }
+};
+
+// Row i in registers of lane i, Order of them at most: no entry is shared, and the vectors of a step
+// are read as broadcasts. Only constant indices keep `entry` in registers.
+template <class Real, int Order, class Team>
+struct RegisterRows {
+  Real entry[Order];
+  Real* pivot_column;  // [Order], shared: the column to be reduced next
+
+  FASTCOV_INLINE Real pivot(int i, int) const { return pivot_column[i]; }
+
+  FASTCOV_INLINE void sweep(Team& team, int k, int n, const Real* v, const Real* w, const Real* u,
+                            Real* product) {
+    const int i = team.rank();
+    const Real v_i = v[i];
+    const Real w_i = w[i];
+    Real sum = Numeric<Real>::fill(0);
+    Real next = sum;
+    FASTCOV_UNROLL
+    for (int tile = 0; tile < Order; tile += 4) {
+      if (tile + 3 <= k || tile >= n) continue;
+      FASTCOV_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const int j = tile + c;
+        entry[j] -= v_i * w[j] + w_i * v[j];
+        sum += entry[j] * u[j];
+        next = j == k + 1 ? entry[j] : next;
+      }
+    }
+    product[i] = sum;
+    pivot_column[i] = next;
+    team.sync();
+  }
+};
+
+// Whole rows, dealt to the members in turn: member m holds rows m, m + members, ... The last ones,
+// which the reduction needs longest, lie in memory of its own, the others in `far`. A step publishes
+// products and the next pivot row, and waits for the other members once.
+template <class Real, class Team>
+struct MemberRows {
+  Real* far;
+  Real* near;
+  int far_rows;
+  Real* published[2];  // by turns, so that one exchange a step is enough: [2][stride]
+  int stride;
+  Real* pivot_row;     // this member's copy
+
+  static FASTCOV_INLINE int rows_before(int i, int member, int members) {
+    return i <= member ? 0 : (i - member + members - 1) / members;
+  }
+  FASTCOV_INLINE Real* row(int r, int n) const {
+    return r < far_rows ? far + static_cast<int64_t>(r) * n
+                        : near + static_cast<int64_t>(r - far_rows) * n;
+  }
+  FASTCOV_INLINE Real pivot(int i, int) const { return pivot_row[i]; }
+
+  FASTCOV_INLINE void sweep(Team& team, int k, int n, const Real* v, const Real* w, const Real* u,
+                            Real* product) {
+    const int members = team.members();
+    const int rows = rows_before(n, team.member(), members);
+    const int first = rows_before(k + 1, team.member(), members);
+    Real* const product_out = k % 2 ? published[1] : published[0];
+    Real* const pivot_out = product_out + stride;
+    for (int r = first + 4 * team.row_squad(); r < rows; r += 4 * team.row_squads()) {
+      const int count = rows - r < 4 ? rows - r : 4;
+      Real v_i[4], w_i[4], sums[4];
+      Real *a[4], *targets[4];
+      FASTCOV_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const int i = (c < count ? r + c : r) * members + team.member();
+        a[c] = row(c < count ? r + c : r, n);
+        targets[c] = c < count ? product_out + i : nullptr;
+        v_i[c] = v[i];
+        w_i[c] = w[i];
+        sums[c] = Numeric<Real>::fill(0);
+      }
+      for (int j = k + 1 + team.row_lane(); j < n; j += team.row_lanes()) {
+        const Real v_j = v[j], w_j = w[j], u_j = u[j];
+        FASTCOV_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          if (c >= count) continue;
+          const Real entry = a[c][j] - (v_i[c] * w_j + w_i[c] * v_j);
+          a[c][j] = entry;
+          sums[c] += entry * u_j;
+        }
+      }
+      team.store_sums(sums, targets);
+      if (r * members + team.member() == k + 1) {
+        for (int j = k + 1 + team.row_lane(); j < n; j += team.row_lanes()) pivot_out[j] = a[0][j];
+      }
+    }
+    gather(team, k, n, product);
+  }
+
+  // An entry of row 0, before the first gather, which is that of a step -1.
+  FASTCOV_INLINE void publish_first(int j, Real entry) const { published[1][stride + j] = entry; }
+
+  // Waits for all members and copies what they have published.
+  FASTCOV_INLINE void gather(Team& team, int k, int n, Real* product) {
+    const Real* const product_in = k % 2 ? published[1] : published[0];
+    const Real* const pivot_in = product_in + stride;
+    team.exchange();
+    for (int j = k + 1 + team.lane(); j < n; j += team.lanes()) {
+      product[j] = load_published(product_in + j);
+      pivot_row[j] = load_published(pivot_in + j);
+    }
+    team.sync();
   }
 };
 

@@ -6,9 +6,14 @@
 //   squad(), squads()  a squad's place among those that share vectors in memory
 //   rank(), size()     a lane's place among all lanes that share those vectors
 //   owns(i)            whether this squad is the one that writes element i of a shared vector
+//   leads()            whether this lane writes what all lanes know
 //   squad_sync()       lanes of a squad see each other's writes
 //   sync()             all lanes that share vectors see each other's writes
 //   sum, maximum       over the lanes of a squad; every lane gets the same bits
+//   add_sums(s, t, n)  adds the squad's sum of s[c] to t[c], c < 4 and c < n
+// A matrix too large for one block has several members, each a team with vectors of its own:
+//   member(), members()
+//   exchange()         all members see each other's writes to what they publish
 // Reductions have a fixed order, so results repeat bit for bit.
 #pragma once
 
@@ -33,16 +38,22 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
+// A team that has a matrix to itself.
+struct SingleMember {
+  static FASTCOV_INLINE constexpr int member() { return 0; }
+  static FASTCOV_INLINE constexpr int members() { return 1; }
+};
+
 // One thread: every loop over lanes is a plain loop.
-struct LoopTeam {
-  static constexpr int lane() { return 0; }
-  static constexpr int lanes() { return 1; }
-  static constexpr int squad() { return 0; }
-  static constexpr int squads() { return 1; }
-  static constexpr int rank() { return 0; }
-  static constexpr int size() { return 1; }
-  static constexpr bool owns(int) { return true; }
-  static constexpr bool leads() { return true; }
+struct LoopTeam : SingleMember {
+  static FASTCOV_INLINE constexpr int lane() { return 0; }
+  static FASTCOV_INLINE constexpr int lanes() { return 1; }
+  static FASTCOV_INLINE constexpr int squad() { return 0; }
+  static FASTCOV_INLINE constexpr int squads() { return 1; }
+  static FASTCOV_INLINE constexpr int rank() { return 0; }
+  static FASTCOV_INLINE constexpr int size() { return 1; }
+  static FASTCOV_INLINE constexpr bool owns(int) { return true; }
+  static FASTCOV_INLINE constexpr bool leads() { return true; }
   FASTCOV_INLINE void squad_sync() const {}
   FASTCOV_INLINE void sync() const {}
   template <class Real>
@@ -53,7 +64,6 @@ struct LoopTeam {
   FASTCOV_INLINE Real maximum(Real value) const {
     return value;
   }
-  // Adds the squad's sum of sums[c] to target[c].
   template <class Real>
   FASTCOV_INLINE void add_sums(const Real (&sums)[4], Real* target, int count) const {
     for (int c = 0; c < 4 && c < count; ++c) target[c] += sums[c];

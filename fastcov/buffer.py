@@ -91,8 +91,8 @@ class RowBuffer:
         last = self._spans[-1].step
         weights = [span.weight * decay ** (last - span.step) for span in self._spans]
         return torch.repeat_interleave(
-            torch.tensor(weights, dtype=torch.float64),
-            torch.tensor([span.rows for span in self._spans]),
+            torch.tensor(weights, dtype=torch.float64, device="cpu"),
+            torch.tensor([span.rows for span in self._spans], device="cpu"),
         )
 
     def clear(self) -> None:

@@ -6,14 +6,14 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from fastcov.isolation import has_modes, is_transformed, isolated
 from fastcov.ops.library import observers
 from fastcov.reader import Reader
 from fastcov.replay import DeviceCounters
@@ -84,10 +84,22 @@ class Collector:
         self._install(model, taps)
 
     def _install(self, model: nn.Module, taps: list[tuple[Tap, nn.Module]]) -> None:
+        watched = []
         for tap, module in taps:
             if tap.channels is not None and tap.channels > self.max_channels:
                 self._skip_wide(tap.name, tap.channels)
-                continue
+            else:
+                watched.append((tap, module))
+        if not watched:
+            raise ValueError(
+                f"nothing to track: every selected layer is wider than max_channels="
+                f"{self.max_channels}; raise max_channels"
+            )
+        # The root may be tapped too: its step begins before and ends after. (Not by prepend=True:
+        # torch.compile then guards the wrong hooks, torch 2.11.)
+        step = StepHook(self)
+        self._handles.append(model.register_forward_pre_hook(step.begin))
+        for tap, module in watched:
             hook = Hook(self, len(self.taps))
             self.taps.append(tap)
             reader = self._make_reader(tap)
@@ -98,13 +110,6 @@ class Collector:
                 if tap.position == "output"
                 else module.register_forward_pre_hook(hook.input, with_kwargs=True)
             )
-        if not self.taps:
-            raise ValueError(
-                f"nothing to track: every selected layer is wider than max_channels="
-                f"{self.max_channels}; raise max_channels"
-            )
-        step = StepHook(self)
-        self._handles.append(model.register_forward_pre_hook(step.begin, prepend=True))
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
 
@@ -166,17 +171,18 @@ class Collector:
         if tap in self._given_up or is_recomputing():
             return
         try:
-            if torch._C._functorch.maybe_current_level() is None:
-                self._observe(tap, activation, batch_dims, False)
+            if has_modes():
+                is_wrapped = is_transformed()
+                with isolated():
+                    self._observe(tap, activation, batch_dims, is_wrapped)
             else:
-                with temporarily_clear_interpreter_stack():
-                    self._observe(tap, activation, batch_dims, True)
+                self._observe(tap, activation, batch_dims, False)
         except Exception as error:
             self._fail(self._by_tap[tap], error)
 
-    def _observe(self, tap: int, activation: Tensor, batch_dims: int, is_transformed: bool) -> None:
+    def _observe(self, tap: int, activation: Tensor, batch_dims: int, is_wrapped: bool) -> None:
         spec = self.taps[tap]
-        found = plain_tensor(activation, is_transformed)
+        found = plain_tensor(activation, is_wrapped)
         if isinstance(found, str):
             self.refuse(tap, found)
             return
@@ -220,7 +226,7 @@ class Collector:
         was_reading, self._is_reading = self._is_reading, self._is_reading and self.step.is_running
         if not (is_done and was_reading):
             return
-        with torch.no_grad(), temporarily_clear_interpreter_stack():
+        with torch.no_grad(), isolated() if has_modes() else nullcontext():
             for tap in self._inputs.diverged():
                 self._split(tap)
             self._inputs.forget_step()

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastcov.rows import row_view
 from fastcov.sampling import (
@@ -113,6 +112,9 @@ def estimate(
         >>> [layer.channels for layer in report.layers], report.flops_share < 0.011
         ([16, 4], True)
     """
+    # torch's flop counter imports triton: a plain `import fastcov` must not.
+    from torch.utils.flop_counter import FlopCounterMode
+
     offered: dict[str, tuple[int, int, int]] = {}
     shared: dict[int, tuple[str, Tensor]] = {}
     taps = find_taps(model, include, exclude, where)

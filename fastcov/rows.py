@@ -90,12 +90,12 @@ def unreadable_type(kind: type[Tensor]) -> str:
     return f"gives tensors of type {kind.__name__}, which hold no plain rows: not read"
 
 
-def plain_tensor(activation: Tensor, is_transformed: bool = False) -> tuple[Tensor, int] | str:
+def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, int] | str:
     """The dense tensor that an activation is, free of subclasses and of torch.func's wrappers.
 
     Args:
         activation: Of any type.
-        is_transformed: Whether a transform of torch.func is running.
+        is_wrapped: Whether transforms of torch.func may have wrapped it.
 
     Returns:
         The tensor and the number of vmapped dimensions, now in front; or why there is none.
@@ -109,7 +109,7 @@ def plain_tensor(activation: Tensor, is_transformed: bool = False) -> tuple[Tens
             return reason
         activation = activation.as_subclass(Tensor)
     batch_dims = 0
-    if is_transformed:
+    if is_wrapped:
         activation, batch_dims = _unwrapped(activation)
         if type(activation) is not Tensor:
             return unreadable_type(type(activation)) or "is wrapped by torch.func: not read"

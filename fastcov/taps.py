@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -304,6 +309,16 @@ class StepHook:
         elif "_is_replica" not in module.__dict__:
             tracker.end_step()
 
+
+def _run_by_python(*functions: Callable[..., None]) -> None:
+    # torch.compile(module) starts below the module's own hooks: they would become graphs of their
+    # own, with guards and a compilation each. Inside a larger graph hooks are traced as ever.
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    for function in functions:
+        set_code_exec_strategy(function.__code__, skip)
+
+
+_run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.end)
 
 _CALL = nn.Module._call_impl.__code__
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from fastcov.budget import CostFn, Solver, WidthGroup, Widths, cached, closest
@@ -49,6 +49,7 @@ __all__ = [
 
 _LARGEST_POWER = 2.0
 _MOST_POWERS = 10
+_CLOSE = 0.02
 
 Rule = Literal["dof", "share", "relative", "absolute"]
 
@@ -276,7 +277,7 @@ def power_widths(
         power = _matching_power(
             Solver(groups, current, mac_fn, budget, tolerance), param_fn, params
         )
-    return solve_widths(
+    plan = solve_widths(
         groups,
         current,
         mac_fn,
@@ -286,6 +287,10 @@ def power_widths(
         param_fn=param_fn,
         tolerance=tolerance,
     )
+    if params is None or plan.params is None or abs(plan.params / params - 1) <= _CLOSE:
+        return plan
+    note = f"no power brings the parameters nearer to {params:,.0f} than {plan.params:,.0f}"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _matching_power(solver: Solver, param_fn: CostFn, params: float) -> float:

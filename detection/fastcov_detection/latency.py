@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from fastcov_detection.progress import progress_bar
+
 _WARM_UP = 3
 
 
@@ -19,6 +21,8 @@ def measure_latency(
     image: Tensor,
     runs: int = 20,
     device: str | torch.device = "cpu",
+    *,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Median milliseconds of a forward pass in eval mode, for the same image.
 
@@ -29,6 +33,7 @@ def measure_latency(
         image: Values in [0, 1]. [3, H, W]
         runs: Timed passes of each model, after three that are not.
         device: Where the passes run.
+        progress: Show a bar.
 
     Raises:
         ValueError: If ``runs`` is below 1.
@@ -41,7 +46,8 @@ def measure_latency(
     images = [image.to(place)]
     for model in models.values():
         model.to(place).eval()
-    with torch.inference_mode():
+    bar = progress_bar("measuring latency", _WARM_UP + runs, enabled=progress)
+    with torch.inference_mode(), bar as advance:
         for turn in range(_WARM_UP + runs):
             for name, model in models.items():
                 finish()
@@ -50,6 +56,7 @@ def measure_latency(
                 finish()
                 if turn >= _WARM_UP:
                     seconds[name].append(time.perf_counter() - start)
+            advance(1)
     for model in models.values():
         model.to("cpu")
     return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}

@@ -63,10 +63,9 @@ def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> P
             parts.append(make())
             advance(1)
     detector = search.config.train.model.name
-    footer = (
-        f"fastcov-detection {__version__}, torch {torch.__version__}, {search.result['commit']}; "
-        f"data {search.config.train.data.name}"
-    )
+    versions = f"fastcov-detection {__version__}"
+    made_by = [versions, f"torch {torch.__version__}", search.result["commit"]]
+    footer = ", ".join(dict.fromkeys(made_by)) + f"; data {search.config.train.data.name}"
     title = f"Width search: {detector} on {Path(search.config.train.data.name).name}"
     return page.write_page(search.folder / "report.html", title, parts, footer)
 

@@ -53,7 +53,8 @@ class Job:
 
     def command(self) -> list[str]:
         """The command line that runs or resumes it."""
-        words = [sys.executable, "-m", "fastcov_detection.cli", "train", "--quiet"]
+        # -P: the process imports what this one did, not a checkout that happens to lie here.
+        words = [sys.executable, "-P", "-m", "fastcov_detection.cli", "train", "--quiet"]
         words += ["--config", str(self.config_file), "--out", str(self.run_dir)]
         words += ["--seed", str(self.seed)]
         return words + ([] if self.widths_file is None else ["--widths", str(self.widths_file)])

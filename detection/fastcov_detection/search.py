@@ -31,6 +31,7 @@ from fastcov_detection.groups import width_groups
 from fastcov_detection.latency import measure_latency
 from fastcov_detection.layout import plan_path, run_dir, searched_folder, spectra_path
 from fastcov_detection.model import build_model, parse_name, save_widths
+from fastcov_detection.progress import progress_bar
 from fastcov_detection.proposals import (
     BASELINE,
     SEARCHED,
@@ -170,7 +171,9 @@ class _Search:
     def _plan(self, name: str, propose: Callable[[], WidthPlan]) -> WidthPlan:
         path = plan_path(self.folder, name)
         if not path.exists():
-            save_plan(propose(), path)
+            with progress_bar(f"widths of {name}", 1, enabled=self.progress) as advance:
+                save_plan(propose(), path)
+                advance(1)
         return load_plan(path)
 
     def _first_plan(self, arm: Arm | None) -> WidthPlan:
@@ -273,7 +276,9 @@ class _Search:
             name: load_run(self._run_dir(arm, self.seeds[0]))[0] for name, arm in self.arms.items()
         }
         image, _ = self.data.val[0]
-        return measure_latency(models, image, self.config.latency_runs, self.device)
+        return measure_latency(
+            models, image, self.config.latency_runs, self.device, progress=self.progress
+        )
 
 
 def train_result(run_dir: Path) -> RunResult:

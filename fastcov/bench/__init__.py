@@ -4,8 +4,8 @@ Every number is taken beside its peers in one interleaved run, after its result 
 the float64 oracle, and stands beside what the machine itself can do.
 """
 
+from fastcov.bench.command import CASES, main, run_case, works
 from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError, measure
-from fastcov.bench.main import CASES, main, run_case, works
 
 __all__ = [
     "CASES",

@@ -205,6 +205,7 @@ def check(work: str, error: float, bar: float) -> float:
 
 
 def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest difference over the truth's largest entry, in float64."""
-    scale = truth.double().abs().max()
-    return float((result.double() - truth.double()).abs().max() / scale)
+    """Largest difference over the truth's largest entry, in float64; absolute if that is 0."""
+    scale = float(truth.double().abs().max())
+    difference = float((result.double() - truth.double()).abs().max())
+    return difference / scale if scale else difference

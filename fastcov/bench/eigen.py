@@ -38,7 +38,8 @@ class Problem(NamedTuple):
 
 def works(setting: Setting) -> list[Work]:
     """The eigenvalue contests of a setting."""
-    return [Work(problem.name, partial(_contest, problem)) for problem in _problems(setting)]
+    problems = dict.fromkeys(_problems(setting))
+    return [Work(problem.name, partial(_contest, problem)) for problem in problems]
 
 
 def _problems(setting: Setting) -> list[Problem]:

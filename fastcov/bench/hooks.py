@@ -86,7 +86,7 @@ def _contest(setting: Setting) -> Contest:
         contenders,
         reference=NO_HOOK,
         rounds=setting.rounds(200),
-        budget_s=20.0,
+        budget_s=10.0,
         clock="host",
         prepare=lambda name, _round: turns.install(name),
         after=partial(_finish, len(maps)),

@@ -40,7 +40,7 @@ def _network(setting: Setting) -> tuple[str, int, int]:
 
 def _tracked(setting: Setting) -> tuple[Training, fastcov.Tracker]:
     training = models.resnet(*_network(setting), setting.device)
-    tracker = fastcov.track(training.model, rows=256)
+    tracker = fastcov.track(training.model, rows=256, max_channels=64 if setting.is_tiny else 4096)
     for index in range(_STEPS):
         training.step(training.model, index)
     return training, tracker

@@ -2,6 +2,15 @@
 
 Importing this package imports no triton: the launchers do when they are first looked up, so that a
 machine without a GPU never loads it.
+
+===============  ====================================================================
+covariance.py    launch_accumulate_: one update of one state (gram, block, reduce, shift)
+gather.py        launch_gather_, launch_cursor_gather_: sampled rows into a buffer
+flush.py         launch_flush_: all full buffers into their states, one launch
+layout, plan,    pure: strides, grids, tile shapes
+config
+panels, tiles    device code that the kernels share
+===============  ====================================================================
 """
 
 from __future__ import annotations
@@ -12,17 +21,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastcov.kernels.covariance import launch_accumulate_, workspace_bytes
-    from fastcov.kernels.gather import launch_gather_
+    from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
+    from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
 
 __all__ = [
+    "CURSOR_FIELDS",
+    "BufferedLayer",
+    "FlushTable",
     "launch_accumulate_",
+    "launch_cursor_gather_",
+    "launch_flush_",
     "launch_gather_",
     "unavailable_reason",
     "workspace_bytes",
 ]
 
 _HOMES = {
+    "CURSOR_FIELDS": "gather",
+    "BufferedLayer": "flush",
+    "FlushTable": "flush",
     "launch_accumulate_": "covariance",
+    "launch_cursor_gather_": "gather",
+    "launch_flush_": "flush",
     "launch_gather_": "gather",
     "workspace_bytes": "covariance",
 }

@@ -122,7 +122,7 @@ _DESCRIPTORS_WIDE = GramConfig(128, 2, 64, warps=8, stages=4, left=1, right=2)
 _SPLIT_REST = GramConfig(64, 2, 32, warps=8, stages=2, left=1, right=2)
 _SPLIT_ANY_128 = GramConfig(64, 2, 16, warps=8, stages=3)
 _SPLIT_ANY_REST = GramConfig(64, 2, 16, warps=8, stages=3, left=1, right=2)
-_UNALIGNED = (*_narrow(32, 64), _POINTERS_128, _POINTERS_REST)
+_UNALIGNED = (*_narrow(32), *_narrow(64, step=32), _POINTERS_128, _POINTERS_REST)
 _SPLIT = (*_narrow(32, 64, step=32), _POINTERS_128, _SPLIT_REST)
 _SPLIT_UNALIGNED = (*_narrow(32, 64, step=32), _SPLIT_ANY_128, _SPLIT_ANY_REST)
 # Triton 3.6 cannot pipeline three products into several accumulators of tcgen05: panels of 32
@@ -130,8 +130,8 @@ _SPLIT_UNALIGNED = (*_narrow(32, 64, step=32), _SPLIT_ANY_128, _SPLIT_ANY_REST)
 _SPLIT_100 = (
     *_narrow(32, step=32),
     GramConfig(32, 2, 32, warps=4, stages=2, residents=2),
-    GramConfig(32, 4, 32, warps=8, stages=2),
-    GramConfig(32, 4, 32, warps=8, stages=2, left=2, right=2),
+    GramConfig(32, 4, 16, warps=8, stages=2),
+    GramConfig(32, 4, 16, warps=8, stages=2, left=2, right=2),
 )
 _DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTORS_WIDE)
 

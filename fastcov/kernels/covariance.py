@@ -8,7 +8,9 @@ in workspace from torch's caching allocator.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +21,6 @@ from fastcov.kernels.block import block_kernel, mask_kernel
 from fastcov.kernels.config import (
     SHIFT_ROWS,
     Architecture,
-    GramCase,
-    GramConfig,
     Mode,
     gram_case,
     gram_config,
@@ -35,7 +35,6 @@ from fastcov.kernels.tiles import IS_INTERPRETED, MODES
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _BLOCK_EDGE = 64
 _REPAIR_STEP = 16
-_MASK_STEP = 64
 # The interpreter's time goes with the number of programs.
 _SEGMENT = 4096 if IS_INTERPRETED else 128
 _FOLD = 16
@@ -87,80 +86,207 @@ def launch_accumulate_(
             cores. Others are multiplied exactly.
         architecture: Overrides what is known of the device; for tests.
     """
-    layout = row_layout(rows)
-    if layout.rows == 0 or layout.channels == 0:
+    job = _job(rows, row_weight is not None, precision, architecture)
+    if job is None:
         for tensor in (moment, sum, weight):
             tensor.mul_(decay)
         return
-    architecture = architecture or architecture_of(rows.device)
-    mode = mode_of(rows.dtype, row_weight is not None, precision)
-    is_centred = rows.dtype not in _LOW_PRECISION
-    if is_centred:
-        _launch_shift(shift, count, rows, layout)
-    case = None if row_weight is not None else gram_case(architecture, layout, mode)
-    if case is not None:
-        config = gram_config(case, layout.channels)
-        plan = gram_plan(config, layout, rows.element_size(), architecture)
-        partial, notes = _launch_gram(case, config, plan, shift, count, rows, layout)
+    with torch.cuda.device_of(rows):
+        if job.is_centred:
+            shift_kernel[job.shift_grid](
+                rows, shift, count, *job.shift_numbers, **job.shift_options
+            )
         chunk_weight = None
-    else:
-        plan = block_plan(_BLOCK_EDGE, _block_step(mode), layout, architecture)
-        partial, notes, chunk_weight = _launch_blocks(
-            plan, mode, is_centred, shift, count, rows, row_weight, layout
+        if job.gram_grid is not None:
+            partial, notes = _launch_gram(job, shift, count, rows)
+        else:
+            partial, notes, chunk_weight = _launch_blocks(job, shift, count, rows, row_weight)
+        reduce_kernel[job.reduce_grid](
+            partial,
+            notes,
+            chunk_weight,
+            moment,
+            sum,
+            shift,
+            weight,
+            count,
+            *job.reduce_numbers,
+            row_scale,
+            decay,
+            **job.reduce_options,
         )
-    segments = plan.blocks * plan.edge**2 // _segment(plan.edge)
-    columns = triton.cdiv(layout.channels, _segment(plan.edge))
-    reduce_kernel[(segments + columns + 1,)](
-        partial,
-        notes,
-        chunk_weight,
-        moment,
-        sum,
-        shift,
-        weight,
-        count,
-        layout.rows,
-        plan.chunks,
-        plan.triangles,
-        layout.channels,
-        row_scale,
-        decay,
-        EDGE=plan.edge,
-        SEGMENT=_segment(plan.edge),
-        FOLD=_FOLD,
-        IS_CENTRED=is_centred,
-        num_warps=4,
-    )
 
 
 def workspace_bytes(
     rows: Tensor, *, is_weighted: bool = False, architecture: Architecture | None = None
 ) -> int:
     """Bytes that one call of :func:`launch_accumulate_` takes and gives back."""
-    layout = row_layout(rows)
-    architecture = architecture or architecture_of(rows.device)
-    mode = mode_of(rows.dtype, is_weighted)
+    job = _job(rows, is_weighted, "split", architecture)
+    if job is None:
+        return 0
+    weights = 8 * job.plan.chunks if is_weighted else 0
+    return 4 * (job.partial_entries + job.notes_entries) + job.rows + weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about the launches of one update that its shape decides: made once a shape."""
+
+    plan: Plan
+    rows: int
+    is_centred: bool
+    partial_entries: int
+    notes_entries: int
+    matrix_block: tuple[int, int] | None
+    is_aligned: bool
+    shift_grid: tuple[int, ...]
+    shift_numbers: tuple[int, ...]
+    shift_options: dict[str, Any]
+    gram_grid: tuple[int, ...] | None
+    gram_numbers: tuple[int, ...]
+    gram_options: dict[str, Any]
+    block_grid: tuple[int, ...] | None
+    block_numbers: tuple[int, ...]
+    block_options: dict[str, Any]
+    mask_options: dict[str, Any]
+    reduce_grid: tuple[int, ...]
+    reduce_numbers: tuple[int, ...]
+    reduce_options: dict[str, Any]
+
+
+def _job(
+    rows: Tensor, is_weighted: bool, precision: Mode, architecture: Architecture | None
+) -> Job | None:
+    return _cached_job(
+        row_layout(rows),
+        rows.dtype,
+        is_weighted,
+        precision,
+        architecture or architecture_of(rows.device),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _cached_job(
+    layout: RowLayout,
+    dtype: torch.dtype,
+    is_weighted: bool,
+    precision: Mode,
+    architecture: Architecture,
+) -> Job | None:
+    if layout.rows == 0 or layout.channels == 0:
+        return None
+    mode = mode_of(dtype, is_weighted, precision)
+    is_centred = dtype not in _LOW_PRECISION
+    is_deep = layout.kind == "strided"
     case = None if is_weighted else gram_case(architecture, layout, mode)
+    gram_grid = block_grid = matrix_block = None
+    gram_numbers: tuple[int, ...] = ()
+    gram_options: dict[str, Any] = {}
     if case is not None:
         config = gram_config(case, layout.channels)
-        plan = gram_plan(config, layout, rows.element_size(), architecture)
+        plan = gram_plan(config, layout, dtype.itemsize, architecture)
+        step = config.step
+        gram_grid = (plan.programs,)
+        gram_numbers = (
+            plan.chunks,
+            plan.steps,
+            plan.steps_per_chunk,
+            triton.cdiv(layout.positions, step),
+            layout.channels,
+            layout.positions,
+            layout.stride_2,
+            layout.stride_position,
+            layout.stride_channel,
+        )
+        gram_options = {
+            "STEP": step,
+            "PANEL": config.panel,
+            "PANELS": config.panels,
+            "LEFT": config.left,
+            "RIGHT": config.right,
+            "EDGE": config.edge,
+            "VECTOR": 1 if case.kind == "unaligned" else 16 // dtype.itemsize,
+            "MODE": MODES[mode],
+            "IS_PLANES": layout.kind == "planes",
+            "LOADS_TWICE": case.loads_twice,
+            "STAGES": config.stages,
+            "IS_INTERPRETED": IS_INTERPRETED,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+        if case.kind == "matrix":
+            matrix_block = (step, config.panel)
+        if plan.triangles > 1:
+            block_grid = (plan.blocks, plan.chunks)
+        block_step, warps, stages = _REPAIR_STEP, 4, 1
     else:
-        plan = block_plan(_BLOCK_EDGE, _block_step(mode), layout, architecture)
-    return 4 * plan.chunks * (plan.slot + plan.triangles) + layout.rows
+        # Rows of one step: what fits into registers beside the two parts of float32 operands.
+        step = block_step = 16 if mode in ("split", "ieee") else 32
+        plan = block_plan(_BLOCK_EDGE, step, layout, architecture)
+        block_grid = (plan.blocks, plan.chunks)
+        # Element-wise loads cannot be pipelined.
+        warps, stages = 8, 1 if is_deep else 2
+    shorter = step // block_step
+    segment = min(_SEGMENT, plan.edge**2)
+    segments = plan.blocks * plan.edge**2 // segment
+    return Job(
+        plan=plan,
+        rows=layout.rows,
+        is_centred=is_centred,
+        partial_entries=plan.chunks * plan.slot,
+        notes_entries=plan.chunks * plan.triangles + 1,
+        matrix_block=matrix_block,
+        is_aligned=case is not None and case.kind != "unaligned",
+        shift_grid=(triton.cdiv(layout.channels, _BLOCK_EDGE),),
+        shift_numbers=(
+            layout.images * triton.cdiv(layout.positions, SHIFT_ROWS),
+            triton.cdiv(layout.positions, SHIFT_ROWS),
+            *_geometry(layout),
+        ),
+        shift_options={
+            "SHIFT_ROWS": SHIFT_ROWS,
+            "STEP": SHIFT_ROWS,
+            "EDGE": _BLOCK_EDGE,
+            "IS_DEEP": is_deep,
+            "num_warps": 8,
+        },
+        gram_grid=gram_grid,
+        gram_numbers=gram_numbers,
+        gram_options=gram_options,
+        block_grid=block_grid,
+        block_numbers=(
+            plan.steps * shorter,
+            plan.steps_per_chunk * shorter,
+            triton.cdiv(layout.positions, step) * shorter,
+            *_geometry(layout),
+        ),
+        block_options={
+            "STEP": block_step,
+            "EDGE": plan.edge,
+            "MODE": MODES[mode],
+            "IS_CENTRED": is_centred,
+            "IS_DEEP": is_deep,
+            "ONLY_BROKEN": gram_grid is not None,
+            "STAGES": stages,
+            "IS_INTERPRETED": IS_INTERPRETED,
+            "num_warps": warps,
+        },
+        mask_options={"STEP": step, "EDGE": _BLOCK_EDGE, "IS_DEEP": is_deep, "num_warps": 4},
+        reduce_grid=(segments + triton.cdiv(layout.channels, segment) + 1,),
+        reduce_numbers=(layout.rows, plan.chunks, plan.triangles, layout.channels),
+        reduce_options={
+            "EDGE": plan.edge,
+            "SEGMENT": segment,
+            "FOLD": _FOLD,
+            "IS_CENTRED": is_centred,
+            "num_warps": 4,
+        },
+    )
 
 
-def _segment(edge: int) -> int:
-    return min(_SEGMENT, edge * edge)
-
-
-def _block_step(mode: Mode) -> int:
-    # Rows of one step: what fits into registers beside the two parts of float32 operands.
-    return 16 if mode in ("split", "ieee") else 32
-
-
-def _geometry(layout: RowLayout, step: int) -> tuple[int, ...]:
+def _geometry(layout: RowLayout) -> tuple[int, ...]:
     return (
-        triton.cdiv(layout.positions, step),
         layout.channels,
         layout.positions,
         layout.size_1,
@@ -173,161 +299,76 @@ def _geometry(layout: RowLayout, step: int) -> tuple[int, ...]:
     )
 
 
-def _is_deep(layout: RowLayout) -> bool:
-    return layout.kind == "strided"
-
-
-def _launch_shift(shift: Tensor, count: Tensor, rows: Tensor, layout: RowLayout) -> None:
-    steps = layout.images * triton.cdiv(layout.positions, SHIFT_ROWS)
-    shift_kernel[(triton.cdiv(layout.channels, _BLOCK_EDGE),)](
-        rows,
-        shift,
-        count,
-        steps,
-        *_geometry(layout, SHIFT_ROWS),
-        SHIFT_ROWS=SHIFT_ROWS,
-        STEP=SHIFT_ROWS,
-        EDGE=_BLOCK_EDGE,
-        IS_DEEP=_is_deep(layout),
-        num_warps=8,
-    )
-
-
-def _launch_gram(
-    case: GramCase,
-    config: GramConfig,
-    plan: Plan,
-    shift: Tensor,
-    count: Tensor,
-    rows: Tensor,
-    layout: RowLayout,
-) -> tuple[Tensor, Tensor]:
-    partial, notes, is_row_finite = _workspace(plan, rows, layout)
+def _launch_gram(job: Job, shift: Tensor, count: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    partial, notes, is_row_finite = _workspace(job, rows)
     matrix = None
-    if case.kind == "matrix":
+    if job.matrix_block is not None:
+        _, _, _, _, channels, positions, _, stride_position, _ = job.gram_numbers
         matrix = TensorDescriptor(
-            rows,
-            [layout.positions, layout.channels],
-            [layout.stride_position, 1],
-            [config.step, config.panel],
+            rows, [positions, channels], [stride_position, 1], list(job.matrix_block)
         )
-    is_aligned = case.kind != "unaligned"
-    gram_kernel[(plan.programs,)](
+    gram_kernel[job.gram_grid](
         rows,
-        rows if is_aligned else None,
+        rows if job.is_aligned else None,
         matrix,
         shift,
         is_row_finite,
         partial,
         notes,
         count,
-        plan.chunks,
-        plan.steps,
-        plan.steps_per_chunk,
-        triton.cdiv(layout.positions, config.step),
-        layout.channels,
-        layout.positions,
-        layout.stride_2,
-        layout.stride_position,
-        layout.stride_channel,
-        STEP=config.step,
-        PANEL=config.panel,
-        PANELS=config.panels,
-        LEFT=config.left,
-        RIGHT=config.right,
-        EDGE=config.edge,
-        VECTOR=16 // rows.element_size() if is_aligned else 1,
-        MODE=MODES[case.mode],
-        IS_PLANES=layout.kind == "planes",
-        LOADS_TWICE=case.loads_twice,
-        STAGES=config.stages,
-        IS_INTERPRETED=IS_INTERPRETED,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        *job.gram_numbers,
+        **job.gram_options,
     )
-    if plan.triangles > 1:
-        shorter = config.step // _REPAIR_STEP
-        steps_per_image, *extents = _geometry(layout, config.step)
-        block_kernel[(plan.blocks, plan.chunks)](
+    if job.block_grid is not None:
+        block_kernel[job.block_grid](
             rows,
             shift,
             None,
             is_row_finite,
             partial,
             notes,
-            plan.triangles,
-            plan.steps * shorter,
-            plan.steps_per_chunk * shorter,
-            steps_per_image * shorter,
-            *extents,
-            STEP=_REPAIR_STEP,
-            EDGE=config.edge,
-            MODE=MODES[case.mode],
-            IS_CENTRED=case.mode == "split",
-            IS_DEEP=False,
-            ONLY_BROKEN=True,
-            STAGES=1,
-            IS_INTERPRETED=IS_INTERPRETED,
-            num_warps=4,
+            job.plan.triangles,
+            *job.block_numbers,
+            **job.block_options,
         )
     return partial, notes
 
 
 def _launch_blocks(
-    plan: Plan,
-    mode: Mode,
-    is_centred: bool,
-    shift: Tensor,
-    count: Tensor,
-    rows: Tensor,
-    row_weight: Tensor | None,
-    layout: RowLayout,
+    job: Job, shift: Tensor, count: Tensor, rows: Tensor, row_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    partial, notes, is_row_finite = _workspace(plan, rows, layout)
+    partial, notes, is_row_finite = _workspace(job, rows)
     chunk_weight = None
     if row_weight is not None:
         row_weight = row_weight.double()
-        chunk_weight = torch.empty(plan.chunks, dtype=torch.float64, device=rows.device)
-    step = _block_step(mode)
-    geometry = (plan.steps, plan.steps_per_chunk, *_geometry(layout, step))
-    mask_kernel[(plan.chunks,)](
+        chunk_weight = torch.empty(job.plan.chunks, dtype=torch.float64, device=rows.device)
+    mask_kernel[(job.plan.chunks,)](
         rows,
         row_weight,
         is_row_finite,
         notes,
         chunk_weight,
         count,
-        *geometry,
-        STEP=step,
-        EDGE=_BLOCK_EDGE,
-        IS_DEEP=_is_deep(layout),
-        num_warps=4,
+        *job.block_numbers,
+        **job.mask_options,
     )
-    block_kernel[(plan.blocks, plan.chunks)](
+    block_kernel[job.block_grid](
         rows,
         shift,
         row_weight,
         is_row_finite,
         partial,
         notes,
-        plan.triangles,
-        *geometry,
-        STEP=step,
-        EDGE=_BLOCK_EDGE,
-        MODE=MODES[mode],
-        IS_CENTRED=is_centred,
-        IS_DEEP=_is_deep(layout),
-        ONLY_BROKEN=False,
-        STAGES=2,
-        IS_INTERPRETED=IS_INTERPRETED,
-        num_warps=8,
+        job.plan.triangles,
+        *job.block_numbers,
+        **job.block_options,
     )
     return partial, notes, chunk_weight
 
 
-def _workspace(plan: Plan, rows: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor]:
+def _workspace(job: Job, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = rows.device
-    partial = torch.empty(plan.chunks * plan.slot, dtype=torch.float32, device=device)
-    notes = torch.empty(plan.chunks * plan.triangles + 1, dtype=torch.int32, device=device)
-    is_row_finite = torch.empty(layout.rows, dtype=torch.uint8, device=device)
+    partial = torch.empty(job.partial_entries, dtype=torch.float32, device=device)
+    notes = torch.empty(job.notes_entries, dtype=torch.int32, device=device)
+    is_row_finite = torch.empty(job.rows, dtype=torch.uint8, device=device)
     return partial, notes, is_row_finite

@@ -326,26 +326,27 @@ def launch_flush_(
     for dtype, vector, fields, programs in table.launches:
         is_centred = dtype not in _LOW_PRECISION
         mode = "split" if is_centred or decay != 1.0 else "direct"
-        flush_kernel[(programs.shape[0],)](
-            fields,
-            programs,
-            step,
-            int(force),
-            math.log(decay),
-            VALUES=_VALUES[dtype],
-            VECTOR=vector,
-            EDGE=EDGE,
-            STEP=32 if mode == "direct" else 16,
-            CHAIN_ROWS=_CHAIN_ROWS,
-            SHIFT_ROWS=_SHIFT_ROWS,
-            FIELDS=FIELDS,
-            MODE=MODES[mode],
-            IS_CENTRED=is_centred,
-            HAS_DECAY=decay != 1.0,
-            STAGES=2 if vector > 1 else 1,
-            IS_INTERPRETED=IS_INTERPRETED,
-            num_warps=8,
-        )
+        with torch.cuda.device_of(programs):
+            flush_kernel[(programs.shape[0],)](
+                fields,
+                programs,
+                step,
+                int(force),
+                math.log(decay),
+                VALUES=_VALUES[dtype],
+                VECTOR=vector,
+                EDGE=EDGE,
+                STEP=32 if mode == "direct" else 16,
+                CHAIN_ROWS=_CHAIN_ROWS,
+                SHIFT_ROWS=_SHIFT_ROWS,
+                FIELDS=FIELDS,
+                MODE=MODES[mode],
+                IS_CENTRED=is_centred,
+                HAS_DECAY=decay != 1.0,
+                STAGES=2 if vector > 1 else 1,
+                IS_INTERPRETED=IS_INTERPRETED,
+                num_warps=8,
+            )
 
 
 _VALUES = {

@@ -6,6 +6,7 @@ that changes from step to step is an argument, so a CUDA graph replays the launc
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -272,22 +273,23 @@ def launch_gather_(
     if samples == 0:
         return
     layout = row_layout(rows)
-    gather_kernel[(triton.cdiv(samples, _ROWS),)](
-        buffer,
-        rows,
-        buffer_row,
-        first_sample,
-        samples,
-        run_length,
-        phase,
-        layout.rows,
-        _image_rows(rows, layout),
-        *_geometry(layout),
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        IS_DEEP=layout.kind == "strided",
-        num_warps=4,
-    )
+    with torch.cuda.device_of(rows):
+        gather_kernel[(triton.cdiv(samples, _ROWS),)](
+            buffer,
+            rows,
+            buffer_row,
+            first_sample,
+            samples,
+            run_length,
+            phase,
+            layout.rows,
+            _image_rows(rows, layout),
+            *_geometry(layout),
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+            IS_DEEP=layout.kind == "strided",
+            num_warps=4,
+        )
 
 
 def launch_cursor_gather_(
@@ -321,25 +323,26 @@ def launch_cursor_gather_(
     most = (layout.rows * fraction + 2**32 - 1) >> 32
     if most == 0:
         return
-    cursor_gather_kernel[(triton.cdiv(most, _ROWS),)](
-        buffer,
-        rows,
-        row_step,
-        cursor,
-        step,
-        buffer.shape[0],
-        fraction,
-        run_length,
-        phase,
-        layout.rows,
-        _image_rows(rows, layout),
-        *_geometry(layout),
-        IS_ORDERED=fraction >= 2**32,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        IS_DEEP=layout.kind == "strided",
-        num_warps=4,
-    )
+    with torch.cuda.device_of(rows):
+        cursor_gather_kernel[(triton.cdiv(most, _ROWS),)](
+            buffer,
+            rows,
+            row_step,
+            cursor,
+            step,
+            buffer.shape[0],
+            fraction,
+            run_length,
+            phase,
+            layout.rows,
+            _image_rows(rows, layout),
+            *_geometry(layout),
+            IS_ORDERED=fraction >= 2**32,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+            IS_DEEP=layout.kind == "strided",
+            num_warps=4,
+        )
 
 
 def _image_rows(rows: Tensor, layout: RowLayout) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from torch import Tensor
@@ -65,17 +66,27 @@ def row_layout(rows: Tensor) -> RowLayout:
     Raises:
         ValueError: If more than four leading dimensions remain after joining neighbours.
     """
-    channels = rows.shape[-1]
-    leading = _joined(rows.shape[:-1], rows.stride()[:-1])
+    return _row_layout(
+        rows.shape, rows.stride(), rows.element_size(), rows.data_ptr() % _VECTOR_BYTES == 0
+    )
+
+
+# Activations come with the same strides every step.
+@lru_cache(maxsize=4096)
+def _row_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], element_bytes: int, is_address_aligned: bool
+) -> RowLayout:
+    channels = shape[-1]
+    leading = _joined(shape[:-1], strides[:-1])
     if len(leading) > 4:
         raise ValueError(
-            f"rows of shape {tuple(rows.shape)} with strides {rows.stride()} have "
-            f"{len(leading)} separate leading dimensions; the kernels take 4: make them contiguous"
+            f"rows of shape {tuple(shape)} with strides {strides} have {len(leading)} separate "
+            "leading dimensions; the kernels take 4: make them contiguous"
         )
     (size_0, stride_0), (size_1, stride_1), (size_2, stride_2), (positions, stride_position) = [
         (1, 0)
     ] * (4 - len(leading)) + leading
-    stride_channel = rows.stride(-1) if channels > 1 else 1
+    stride_channel = strides[-1] if channels > 1 else 1
     is_small = channels * abs(stride_channel) + _MAX_BLOCK_ROWS * abs(stride_position) <= _INT32_MAX
     kind: LayoutKind = "strided"
     if len(leading) <= 2 and is_small:
@@ -86,10 +97,10 @@ def row_layout(rows: Tensor) -> RowLayout:
     inner, outer_stride = (
         (positions, stride_channel) if kind == "planes" else (channels, stride_position)
     )
-    vector = _VECTOR_BYTES // rows.element_size()
+    vector = _VECTOR_BYTES // element_bytes
     is_aligned = (
         kind != "strided"
-        and rows.data_ptr() % _VECTOR_BYTES == 0
+        and is_address_aligned
         and all(extent % vector == 0 for extent in (inner, outer_stride, stride_2))
     )
     return RowLayout(

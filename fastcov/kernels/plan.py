@@ -21,7 +21,7 @@ class Plan:
 
     Attributes:
         edge: Edge of the blocks of the packed triangle.
-        blocks: Blocks of the packed triangle.
+        edges: Blocks along its diagonal.
         triangles: Programs that cover the diagonal, per chunk.
         tiles: Programs below the diagonal, per chunk.
         steps: Steps of all rows; an image's last step may be shorter.
@@ -30,12 +30,17 @@ class Plan:
     """
 
     edge: int
-    blocks: int
+    edges: int
     triangles: int
     tiles: int
     steps: int
     steps_per_chunk: int
     chunks: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the packed triangle."""
+        return self.edges * (self.edges + 1) // 2
 
     @property
     def programs(self) -> int:
@@ -45,8 +50,7 @@ class Plan:
     @property
     def slot(self) -> int:
         """float32 entries of one chunk's partial result."""
-        edges = _triangle_root(self.blocks)
-        return self.blocks * self.edge**2 + edges * self.edge
+        return self.blocks * self.edge**2 + self.edges * self.edge
 
 
 def gram_plan(
@@ -64,12 +68,13 @@ def gram_plan(
 
 def block_plan(edge: int, step: int, layout: RowLayout, architecture: Architecture) -> Plan:
     """Chunks for block_kernel: about eight programs a multiprocessor."""
-    blocks = _blocks(layout.channels, edge)
+    edges = -(-layout.channels // edge)
+    blocks = edges * (edges + 1) // 2
     steps = layout.images * -(-layout.positions // step)
     least = -(-steps * step // MAX_CHAIN_ROWS)
     wanted = -(-8 * architecture.multiprocessors // blocks)
     per_chunk = -(-steps // max(1, least, min(wanted, steps)))
-    return Plan(edge, blocks, 1, 0, steps, per_chunk, -(-steps // per_chunk))
+    return Plan(edge, edges, 1, 0, steps, per_chunk, -(-steps // per_chunk))
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +104,7 @@ def _gram_plan(
     per_chunk = best[1] if best else -(-steps // least)
     return Plan(
         config.edge,
-        _blocks(channels, config.edge),
+        -(-channels // config.edge),
         triangles,
         tiles,
         steps,
@@ -135,15 +140,6 @@ def _clocks(
     longest = fixed + rows * max(triangle_row, tile_row)
     mean = fixed + rows * (triangles * triangle_row + tiles * tile_row) / (triangles + tiles)
     rounds, rest = divmod((triangles + tiles) * chunks, slots)
-    reduction = 4 * _blocks(channels, config.edge) * config.edge**2 * chunks * config.residents
+    entries = channels * (channels + config.edge) // 2
+    reduction = 4 * entries * chunks * config.residents
     return rounds * mean + (longest if rest else 0.0) + reduction / (slots * _CACHE_BYTES_PER_CLOCK)
-
-
-def _blocks(channels: int, edge: int) -> int:
-    edges = -(-channels // edge)
-    return edges * (edges + 1) // 2
-
-
-def _triangle_root(blocks: int) -> int:
-    edges = int((2 * blocks) ** 0.5)
-    return edges if edges * (edges + 1) // 2 == blocks else edges - 1

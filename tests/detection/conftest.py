@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from fastcov_detection.config import DataConfig, MiniConfig, ModelConfig, TrainConfig
 from fastcov_detection.mini import make_mini
-from PIL import Image
 
 TINY_MINI = MiniConfig(train=12, val=6, canvas=64, digits=(1, 3), sizes=(14, 36))
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools import mask as rle
+
 from fastcov_detection.coco import read_coco
 from fastcov_detection.data import CocoDataset
 from fastcov_detection.errors import DataError
-from pycocotools import mask as rle
 
 # A 4x4 square at (2, 3) in a 32x24 image, in each of the three ways that COCO writes masks.
 SQUARE = np.zeros((24, 32), dtype=np.uint8)

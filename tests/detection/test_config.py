@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fastcov_detection.config import (
     ConfigError,
     ModelConfig,

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
+from torch import nn
+
 from fastcov_detection.config import ModelConfig, preset
 from fastcov_detection.cost import Cost, cost_of, count_cost
 from fastcov_detection.groups import width_groups
 from fastcov_detection.model import build_model
-from torch import nn
 
 
 def _counted_by_hooks(model: nn.Module, image_size: int, boxes: int, masks: int) -> int:

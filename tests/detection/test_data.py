@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
 from fastcov_detection.batches import AugmentedView, BatchPlan, mix_seed
 from fastcov_detection.config import DataConfig
 from fastcov_detection.data import CocoDataset, load_data, training_transform
 from fastcov_detection.errors import DataError
-from PIL import Image
-from torch.utils.data import DataLoader
 
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 10], "area": 80, "iscrowd": 0}
 CocoFolder = Callable[..., Path]

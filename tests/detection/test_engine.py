@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import fastcov
 from fastcov_detection import checkpoint, engine
 from fastcov_detection.config import ConfigError, TrainConfig, load_config, save_config
 from fastcov_detection.data import DataError, load_data
@@ -17,8 +19,6 @@ from fastcov_detection.engine import RunResult, load_run, train
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.logbook import LossError, read_log
 from fastcov_detection.model import WidthsError
-
-import fastcov
 
 _FILES = {
     "checkpoint.pt",

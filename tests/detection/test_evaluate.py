@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
+
 from fastcov_detection.config import ModelConfig
 from fastcov_detection.data import CocoDataset
 from fastcov_detection.errors import DataError
 from fastcov_detection.evaluate import draw_detections, evaluate
 from fastcov_detection.model import build_model
-from PIL import Image
-from torch import Tensor, nn
 
 
 class _Oracle(nn.Module):

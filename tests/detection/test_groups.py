@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from fastcov_detection.config import ModelConfig
 from fastcov_detection.groups import part_of, width_groups
 from fastcov_detection.model import build_model, default_widths
-from torch import nn
 
 NARROW = {"fpn_channels": 8, "box_head_width": 8, "mask_head_width": 8, "width_multiplier": 0.125}
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fastcov
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.data import CocoDataset, load_data
 from fastcov_detection.engine import measure_spectra
 from fastcov_detection.groups import width_groups
 from fastcov_detection.model import build_model
-from torch import Tensor, nn
-
-import fastcov
 
 ALL = ("backbone", "fpn", "heads")
 

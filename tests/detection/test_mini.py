@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from pycocotools import mask as rle
+
 from fastcov_detection import mini
 from fastcov_detection.config import MiniConfig
 from fastcov_detection.errors import DataError
 from fastcov_detection.mini import make_mini
-from PIL import Image
-from pycocotools import mask as rle
 
 SMALL = MiniConfig(train=5, val=3, canvas=64, digits=(1, 3), sizes=(14, 36))
 

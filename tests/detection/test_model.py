@@ -8,6 +8,11 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torchvision.models._api import WeightsEnum
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.ops.misc import FrozenBatchNorm2d
+
 from fastcov_detection.backbone import build_resnet, norm_layer, stock_widths
 from fastcov_detection.config import ConfigError, ModelConfig
 from fastcov_detection.model import (
@@ -18,10 +23,6 @@ from fastcov_detection.model import (
     load_widths,
     save_widths,
 )
-from torch import nn
-from torchvision.models._api import WeightsEnum
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 
 def _randomise_norms(module: nn.Module) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 
 import pytest
+
 from fastcov_detection import progress
 from fastcov_detection.progress import progress_bar
 

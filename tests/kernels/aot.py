@@ -1,7 +1,8 @@
 """Compiles every specialisation that the launchers launch, with no GPU, and reads its resources.
 
 Launches are recorded, not listed: the launchers run on CPU tensors while the step that would start
-a kernel is replaced. ``python tests/kernels/aot.py 80 90`` writes tests/resources/triton.json.
+a kernel is replaced. ``python -m tests.kernels.aot 80 90`` updates tests/resources/triton.json for
+two architectures; ``--check`` compares instead.
 """
 
 from __future__ import annotations
@@ -240,9 +241,16 @@ def _compile_named(key: tuple[int, str]) -> dict[str, int]:
     return compile_resources(all_specializations(FAMILIES[target])[name], target)
 
 
-def compile_all(targets: list[int], workers: int = 1) -> dict[str, dict[str, dict[str, int]]]:
-    """Resources of everything, by architecture and name."""
-    keys = [(t, name) for t in targets for name in sorted(all_specializations(FAMILIES[t]))]
+def compile_all(
+    targets: list[int], filters: list[str], workers: int = 1
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Resources of everything whose name contains all filters, by architecture and name."""
+    keys = [
+        (target, name)
+        for target in targets
+        for name in sorted(all_specializations(FAMILIES[target]))
+        if all(word in name for word in filters)
+    ]
     table: dict[str, dict[str, dict[str, int]]] = {f"sm_{target}": {} for target in targets}
     with ProcessPoolExecutor(workers) as pool:
         for (target, name), resources in zip(keys, pool.map(_compile_named, keys), strict=True):
@@ -251,10 +259,31 @@ def compile_all(targets: list[int], workers: int = 1) -> dict[str, dict[str, dic
 
 
 def main() -> None:
-    """Compiles for the architectures given and updates their part of the table."""
-    targets = [int(word) for word in sys.argv[1:]] or [80, 90, 100, 120]
+    """Updates the table, or with --check compares it with what is compiled now.
+
+    Arguments: architectures (80 90 100 120 by default) and words that names must contain.
+    """
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    targets = [int(word) for word in words if word.isdigit()] or [80, 90, 100, 120]
+    filters = [word for word in words if not word.isdigit()]
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    table |= {"triton": triton.__version__} | compile_all(targets, workers=2)
+    found = compile_all(targets, filters, workers=2)
+    if "--check" in sys.argv:
+        changed = [
+            f"{target}: {name}: {resources}, table: {table[target].get(name)}"
+            for target, part in found.items()
+            for name, resources in part.items()
+            if table[target].get(name) != resources
+        ]
+        print(
+            f"{sum(map(len, found.values()))} compiled, {len(changed)} differ", *changed, sep="\n"
+        )
+        sys.exit(bool(changed))
+    for target, part in found.items():
+        current = set(all_specializations(FAMILIES[int(target[3:])]))
+        kept = {name: row for name, row in table.get(target, {}).items() if name in current}
+        table[target] = kept | part
+    table["triton"] = triton.__version__
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 
@@ -191,10 +190,48 @@ def test_importing_fastcov_imports_no_triton():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_kernels_package_has_no_other_names():
+def test_package_names_its_launchers_and_no_others():
     from fastcov import kernels
 
-    with pytest.raises(AttributeError, match="launch_nothing"):
+    pytest.importorskip("triton")
+    assert kernels.unavailable_reason() is None
+    for name in kernels.__all__:
+        assert getattr(kernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'launch_nothing'"):
         _ = kernels.launch_nothing
-    assert kernels.unavailable_reason() is None or "triton" in kernels.unavailable_reason()
-    assert itertools.chain(kernels.__all__)
+
+
+class _NoKernel:
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "is_weighted"),
+    [
+        ((3000, 300), torch.bfloat16, False),
+        ((3000, 24), torch.float32, False),
+        ((3000, 24), torch.float32, True),
+    ],
+)
+def test_workspace_is_what_a_launch_takes(monkeypatch, size, dtype, is_weighted):
+    pytest.importorskip("triton")
+    from fastcov.kernels import covariance
+
+    rows = torch.empty(size, dtype=dtype)
+    weight = torch.empty(size[0], dtype=torch.float64) if is_weighted else None
+    state = [torch.zeros(size[1], size[1]), *torch.zeros(3, size[1]), torch.zeros(2)]
+    for kernel in ("gram_kernel", "block_kernel", "mask_kernel", "reduce_kernel", "shift_kernel"):
+        monkeypatch.setattr(covariance, kernel, _NoKernel())
+    taken = []
+    empty = torch.empty
+
+    def counted(*size, **options):
+        taken.append(empty(*size, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    architecture = Architecture("sm_90", 132)
+    covariance.launch_accumulate_(*state, rows, weight, architecture=architecture)
+    expected = covariance.workspace_bytes(rows, is_weighted=is_weighted, architecture=architecture)
+    assert sum(tensor.nbytes for tensor in taken) == expected

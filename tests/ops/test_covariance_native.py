@@ -42,9 +42,9 @@ def images(
 def views(maps: Tensor) -> dict[str, Tensor]:
     """Views of rows [..., C] of the same maps [B, C, H, W] in every layout."""
     last = maps.to(memory_format=torch.channels_last)
-    spread = torch.empty(*maps.shape[:2], maps.shape[2] * 2, maps.shape[3] + 3, dtype=maps.dtype)
+    spread = maps.new_empty(*maps.shape[:2], maps.shape[2] * 2, maps.shape[3] + 3)
     sliced = spread[:, :, ::2, 3:].copy_(maps)
-    pairs = torch.empty(*maps.shape[:1], *maps.shape[2:], maps.shape[1], 2, dtype=maps.dtype)
+    pairs = maps.new_empty(*maps.shape[:1], *maps.shape[2:], maps.shape[1], 2)
     every_other = pairs[..., 1].copy_(maps.permute(0, 2, 3, 1))
     return {
         "NCHW": maps.permute(0, 2, 3, 1),
@@ -120,7 +120,17 @@ def test_grid_of_row_counts(channels: int, rows: int, threads: int) -> None:
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_pass_the_grid(level: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "grid_of"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "grid_of and (41 or 200)",
+        ],
         env={**os.environ, "FASTCOV_CPU_LEVEL": level},
         capture_output=True,
         text=True,
@@ -188,7 +198,7 @@ def test_decay_without_rows_still_ages_the_state() -> None:
 def test_channels_last_is_not_copied() -> None:
     rows = images(8, 64, 56, 56, torch.float32).to(memory_format=torch.channels_last)
     moments = Moments(64)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         torch.ops.fastcov.accumulate_(
             *vars(moments).values(), rows.permute(0, 2, 3, 1), None, 1.0, 1.0
         )
@@ -206,6 +216,22 @@ def test_gather_in_every_layout(dtype: torch.dtype, run_length: int) -> None:
         torch.ops.fastcov.gather_(got, rows, 3, 12345, 70, run_length, -987654321)
         gather_reference_(expected, rows, 3, 12345, 70, run_length, -987654321)
         assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 21, 64])
+@pytest.mark.parametrize("run_length", [1, 8])
+def test_gather_on_the_gpu_in_every_layout(
+    dtype: torch.dtype, channels: int, run_length: int
+) -> None:
+    maps = images(3, channels, 9, 7, dtype).cuda()
+    for rows in views(maps).values():
+        got = torch.zeros(80, channels, dtype=dtype, device="cuda")
+        expected = torch.zeros(80, channels, dtype=dtype)
+        torch.ops.fastcov.gather_(got, rows, 3, 12345, 70, run_length, -987654321)
+        gather_reference_(expected, rows.cpu(), 3, 12345, 70, run_length, -987654321)
+        assert torch.equal(got.cpu(), expected)
 
 
 def test_gather_refuses_samples_that_do_not_fit() -> None:

@@ -1,4 +1,4 @@
-"""eigvalsh, eigh and count_above against LAPACK in float64, over the families that break solvers."""
+"""eigvalsh, eigh and count_above against LAPACK in float64, on families that break solvers."""
 
 from __future__ import annotations
 

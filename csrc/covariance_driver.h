@@ -1,0 +1,353 @@
+// The driver of accumulate_ on the CPU: blocks of rows are packed, then multiplied tile by tile.
+//
+// Narrow layers (few tiles) split the rows over threads, each with a triangle of its own, added in
+// thread order; wide ones pack one block together and split its tiles. Both are free of races and
+// repeatable for a given number of threads.
+#pragma once
+
+#include "covariance_update.h"
+#include "workspace.h"
+
+namespace fastcov {
+
+// Above this width a triangle for each thread outgrows its L2 cache beside the packed rows.
+constexpr int64_t kSplitRowsChannels = 128;
+// Packed rows of a shared block: half a million values, 2 MiB in float32.
+constexpr int64_t kSharedBlockValues = 1 << 19;
+constexpr int64_t kSharedBlockRows = 1024;
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 1 << 18;
+
+const Level& level();
+
+template <typename T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return level().float32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return level().float64;
+}
+
+template <typename T>
+struct Block {
+  int64_t capacity;
+  T* panels;       // [panels][capacity][W]
+  T* root_weight;  // [capacity]; used where rows are weighted
+};
+
+// What one thread has read; added up in thread order.
+struct Tally {
+  int64_t rows = 0;
+  int64_t finite = 0;
+  double weight = 0;  // of finite rows, before row_scale
+  uint64_t peak = 0;
+
+  void add(const Tally& other) {
+    rows += other.rows;
+    finite += other.finite;
+    weight += other.weight;
+    peak = std::max(peak, other.peak);
+  }
+};
+
+template <typename T>
+class Accumulator {
+ public:
+  static constexpr int64_t W = kPanel<T>;
+  static constexpr uint64_t kInfinity = sizeof(T) == 4 ? 0x7f800000ull : 0x7ff0000000000000ull;
+
+  explicit Accumulator(const Update& update)
+      : update_(update),
+        channels_(update.rows.channels),
+        panels_((channels_ + W - 1) / W),
+        tiles_(panels_ * (panels_ + 1) / 2) {}
+
+  void run() {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t work = update_.rows.rows * tiles_ * W * W;
+    const int64_t useful = std::max<int64_t>(1, std::min(threads, work / kSerialWork));
+    const Tally tally = channels_ <= kSplitRowsChannels ? split_rows(useful) : split_tiles(useful);
+    const double read_weight =
+        update_.row_weight.data ? tally.weight : static_cast<double>(tally.finite);
+    *update_.weight = *update_.weight * update_.decay + read_weight * update_.row_scale;
+    update_.count[0] += tally.finite;
+    update_.count[1] += tally.rows - tally.finite;
+  }
+
+ private:
+  Tally split_rows(int64_t threads) {
+    const int64_t rows = update_.rows.rows;
+    const int64_t blocks = (rows + kChainRows - 1) / kChainRows;
+    const int64_t slots = std::max<int64_t>(1, std::min(threads, blocks));
+    const int64_t capacity = std::max<int64_t>(1, std::min(rows, kChainRows));
+    const int64_t block_bytes = block_bytes_of(capacity);
+    const int64_t triangle_values = tiles_ * W * W;
+    const int64_t slot_bytes = block_bytes + Workspace::round_up(triangle_values * 8) +
+                               Workspace::round_up(panels_ * W * 8);
+    Workspace workspace(shift_bytes() + slots * (slot_bytes + 64));
+    take_shift(workspace);
+    Tally* tallies = workspace.take<Tally>(slots);
+    double* triangles = workspace.take<double>(slots * triangle_values);
+    double* sums = workspace.take<double>(slots * panels_ * W);
+    char* block_memory = workspace.take<char>(slots * block_bytes);
+
+    parallel(slots, [&](int64_t slot) {
+      double* triangle = triangles + slot * triangle_values;
+      double* sum = sums + slot * panels_ * W;
+      std::fill(triangle, triangle + triangle_values, 0.0);
+      std::fill(sum, sum + panels_ * W, 0.0);
+      Block<T> block = block_at(block_memory + slot * block_bytes, capacity);
+      Tally tally;
+      const int64_t first = blocks * slot / slots;
+      const int64_t last = blocks * (slot + 1) / slots;
+      for (int64_t index = first; index < last; ++index) {
+        const int64_t begin = index * kChainRows;
+        const int64_t end = std::min(rows, begin + kChainRows);
+        const Tally packed = pack(block, 0, begin, end);
+        tally.add(packed);
+        const T factor = rescale_factor(packed.peak);
+        if (factor != T{1}) rescale(block, end - begin, factor);
+        multiply(block, end - begin, factor, triangle, sum);
+      }
+      tallies[slot] = tally;
+    });
+
+    Tally total;
+    for (int64_t slot = 0; slot < slots; ++slot) total.add(tallies[slot]);
+    int64_t tile = 0;
+    for (int64_t i = 0; i < panels_; ++i) {
+      for (int64_t j = 0; j <= i; ++j, ++tile) {
+        add_tile(i, j, triangles + tile * W * W, slots, triangle_values);
+      }
+    }
+    for (int64_t channel = 0; channel < channels_; ++channel) {
+      double added = 0;
+      for (int64_t slot = 0; slot < slots; ++slot) added += sums[slot * panels_ * W + channel];
+      update_.sum[channel] = update_.sum[channel] * update_.decay + added;
+    }
+    return total;
+  }
+
+  void multiply(const Block<T>& block, int64_t rows, T factor, double* triangle,
+                double* sum) const {
+    const double linear = update_.row_scale / static_cast<double>(factor);
+    const double square = linear / static_cast<double>(factor);
+    const T* roots = update_.row_weight.data ? block.root_weight : nullptr;
+    for (int64_t i = 0; i < panels_; ++i) {
+      const T* left = block.panels + i * block.capacity * W;
+      for (int64_t j = 0; j <= i; ++j, triangle += W * W) {
+        const T* right = block.panels + j * block.capacity * W;
+        kernels<T>().tile(left, right, rows, square, 1.0, triangle, W, W, W);
+      }
+      kernels<T>().panel_sum(left, roots, rows, linear, sum + i * W, W);
+    }
+  }
+
+  void add_tile(int64_t i, int64_t j, const double* tile, int64_t slots,
+                int64_t slot_stride) const {
+    const int64_t row_end = std::min(W, channels_ - i * W);
+    const int64_t column_end = std::min(W, channels_ - j * W);
+    for (int64_t row = 0; row < row_end; ++row) {
+      double* out = update_.moment + (i * W + row) * channels_ + j * W;
+      for (int64_t column = 0; column < column_end; ++column) {
+        double added = tile[row * W + column];
+        for (int64_t slot = 1; slot < slots; ++slot) {
+          added += tile[slot * slot_stride + row * W + column];
+        }
+        out[column] = out[column] * update_.decay + added;
+      }
+    }
+  }
+
+  Tally split_tiles(int64_t threads) {
+    const int64_t rows = update_.rows.rows;
+    const int64_t fitting = kSharedBlockValues / (panels_ * W) / 32 * 32;
+    const int64_t capacity =
+        std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fitting, 128, kSharedBlockRows)));
+    Workspace workspace(shift_bytes() + block_bytes_of(capacity) +
+                        64 * threads * static_cast<int64_t>(sizeof(Tally)) + 64);
+    take_shift(workspace);
+    Tally* tallies = workspace.take<Tally>(threads);
+    Block<T> block = block_at(workspace.take<char>(block_bytes_of(capacity)), capacity);
+    Tally total;
+    double keep = update_.decay;
+    for (int64_t begin = 0; begin < rows; begin += capacity) {
+      const int64_t block_rows = std::min(capacity, rows - begin);
+      const int64_t pieces = std::min(threads, (block_rows + 15) / 16);
+      parallel(pieces, [&](int64_t piece) {
+        const int64_t first = block_rows * piece / pieces;
+        const int64_t last = block_rows * (piece + 1) / pieces;
+        tallies[piece] = pack(block, first, begin + first, begin + last);
+      });
+      uint64_t peak = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        total.add(tallies[piece]);
+        peak = std::max(peak, tallies[piece].peak);
+      }
+      const T factor = rescale_factor(peak);
+      if (factor != T{1}) rescale(block, block_rows, factor);
+      parallel(threads, [&](int64_t slot) {
+        tile_range(block, block_rows, factor, keep, tiles_ * slot / threads,
+                   tiles_ * (slot + 1) / threads);
+      });
+      keep = 1.0;
+    }
+    if (rows == 0) decay_only();
+    return total;
+  }
+
+  // Tiles in groups of eight columns: their panels stay in L2 while the rows' panels pass by.
+  void tile_range(const Block<T>& block, int64_t rows, T factor, double keep, int64_t begin,
+                  int64_t end) const {
+    constexpr int64_t kGroup = 8;
+    const double linear = update_.row_scale / static_cast<double>(factor);
+    const double square = linear / static_cast<double>(factor);
+    const T* roots = update_.row_weight.data ? block.root_weight : nullptr;
+    int64_t tile = 0;
+    for (int64_t group = 0; group < panels_; group += kGroup) {
+      for (int64_t i = group; i < panels_; ++i) {
+        const int64_t group_end = std::min(i + 1, group + kGroup);
+        if (tile >= end) return;
+        if (tile + group_end - group <= begin) {
+          tile += group_end - group;
+          continue;
+        }
+        const T* left = block.panels + i * block.capacity * W;
+        const int64_t row_end = std::min(W, channels_ - i * W);
+        for (int64_t j = group; j < group_end; ++j, ++tile) {
+          if (tile < begin || tile >= end) continue;
+          const T* right = block.panels + j * block.capacity * W;
+          const int64_t column_end = std::min(W, channels_ - j * W);
+          kernels<T>().tile(left, right, rows, square, keep,
+                            update_.moment + i * W * channels_ + j * W, channels_, row_end,
+                            column_end);
+          if (i == j) {
+            double* sum = update_.sum + i * W;
+            for (int64_t c = 0; keep != 1.0 && c < row_end; ++c) sum[c] *= keep;
+            kernels<T>().panel_sum(left, roots, rows, linear, sum, row_end);
+          }
+        }
+      }
+    }
+  }
+
+  void decay_only() const {
+    if (update_.decay == 1.0) return;
+    for (int64_t row = 0; row < channels_; ++row) {
+      double* moment = update_.moment + row * channels_;
+      for (int64_t column = 0; column <= row; ++column) moment[column] *= update_.decay;
+      update_.sum[row] *= update_.decay;
+    }
+  }
+
+  Tally pack(const Block<T>& block, int64_t offset, int64_t begin, int64_t end) const {
+    T* roots = block.root_weight + offset;
+    const bool weighted = update_.row_weight.data != nullptr;
+    for (int64_t row = begin; weighted && row < end; ++row) {
+      roots[row - begin] = static_cast<T>(std::sqrt(update_.row_weight.at(row)));
+    }
+    Tally tally;
+    tally.rows = end - begin;
+    for_each_run(update_.rows, begin, end, [&](int64_t row, int64_t count, int64_t element) {
+      PackRun<T> run;
+      run.source = update_.rows.data + element * update_.rows.item_bytes;
+      run.dtype = update_.dtype;
+      run.rows = count;
+      run.row_stride = update_.rows.run_stride();
+      run.channel_stride = update_.rows.channel_stride;
+      run.channels = channels_;
+      run.shift = shift_;
+      run.root_weight = weighted ? roots + (row - begin) : nullptr;
+      run.panels = block.panels + (offset + row - begin) * W;
+      run.panel_stride = block.capacity * W;
+      tally.peak = std::max(tally.peak, kernels<T>().pack(run));
+    });
+    tally.finite = tally.rows;
+    if (tally.peak >= kInfinity) mask(block, offset, tally);
+    for (int64_t row = begin; weighted && row < end; ++row) {
+      const T root = roots[row - begin];
+      if (root >= 0) tally.weight += update_.row_weight.at(row);
+    }
+    return tally;
+  }
+
+  // Rare: some row holds a value that is not finite. Such rows become zero and are counted.
+  void mask(const Block<T>& block, int64_t offset, Tally& tally) const {
+    tally.peak = 0;
+    tally.finite = 0;
+    for (int64_t row = offset; row < offset + tally.rows; ++row) {
+      uint64_t peak = 0;
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        const T* values = block.panels + (panel * block.capacity + row) * W;
+        for (int64_t column = 0; column < W; ++column) {
+          peak = std::max(peak, bits_of(values[column]));
+        }
+      }
+      if (peak < kInfinity) {
+        ++tally.finite;
+        tally.peak = std::max(tally.peak, peak);
+        continue;
+      }
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        T* values = block.panels + (panel * block.capacity + row) * W;
+        std::fill(values, values + W, T{0});
+      }
+      block.root_weight[row] = T{-1};  // marks a skipped row; its panels are zero
+    }
+  }
+
+  // A power of two that brings values whose squares would overflow or vanish to about one; else 1.
+  static T rescale_factor(uint64_t peak) {
+    const double largest = static_cast<double>(from_bits<T>(peak));
+    const double high = sizeof(T) == 4 ? 1e15 : 1e145;
+    const double low = sizeof(T) == 4 ? 1e-12 : 1e-130;
+    if (largest == 0 || (largest < high && largest > low)) return T{1};
+    return static_cast<T>(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -126, 126)));
+  }
+
+  void rescale(const Block<T>& block, int64_t rows, T factor) const {
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      T* values = block.panels + panel * block.capacity * W;
+      for (int64_t at = 0; at < rows * W; ++at) values[at] *= factor;
+    }
+  }
+
+  int64_t block_bytes_of(int64_t capacity) const {
+    return Workspace::round_up(panels_ * capacity * 64) +
+           Workspace::round_up(capacity * static_cast<int64_t>(sizeof(T)));
+  }
+
+  Block<T> block_at(char* memory, int64_t capacity) const {
+    T* panels = reinterpret_cast<T*>(memory);
+    return {capacity, panels, panels + panels_ * capacity * W};
+  }
+
+  int64_t shift_bytes() const { return panels_ * 64; }
+
+  void take_shift(Workspace& workspace) {
+    T* shift = workspace.take<T>(panels_ * W);
+    for (int64_t channel = 0; channel < panels_ * W; ++channel) {
+      shift[channel] = channel < channels_ ? static_cast<T>(update_.shift[channel]) : T{0};
+    }
+    shift_ = shift;
+  }
+
+  template <typename Body>
+  static void parallel(int64_t pieces, const Body& body) {
+    if (pieces == 1) return body(0);
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) body(piece);
+    });
+  }
+
+  const Update& update_;
+  const int64_t channels_;
+  const int64_t panels_;
+  const int64_t tiles_;
+  const T* shift_ = nullptr;
+};
+
+}  // namespace fastcov

@@ -1,0 +1,62 @@
+// What every eigenvalue kernel does before and after the reduction.
+#pragma once
+
+#include "eigen.h"
+#include "eigen_cuda.h"
+#include "eigen_storage.h"
+#include "team_cuda.h"
+
+namespace fastcov {
+
+// One matrix of a table.
+template <class Real>
+struct Located {
+  const EigenEntry* entry;
+  int64_t index;  // in its entry
+  const Real* matrix;
+
+  __device__ Located(const EigenTable& table, int64_t number) {
+    int found = 0;
+    while (found + 1 < table.entries && table.entry[found + 1].first <= number) ++found;
+    entry = &table.entry[found];
+    index = number - entry->first;
+    matrix = static_cast<const Real*>(entry->matrices) + index * entry->batch_stride;
+  }
+  __device__ int order() const { return entry->n; }
+  // Entry of the lower triangle: row >= column.
+  __device__ Real lower(int row, int column) const {
+    return matrix[row * entry->row_stride + column * entry->column_stride];
+  }
+};
+
+// Eigenvalues, or counts, of the tridiagonal matrix that all lanes of the team see.
+template <class Real, class Team>
+__device__ void finish(Team& team, const Located<Real>& located, const Scale<Real>& scale,
+                       const Real* diagonal, Real* off_diagonal, int* counts) {
+  const EigenEntry& entry = *located.entry;
+  const int n = entry.n;
+  Real lower, upper;
+  bound_eigenvalues(team, diagonal, off_diagonal, n, lower, upper);
+  const int lane = team.member() * team.size() + team.rank();
+  const int step = team.members() * team.size();
+  if (entry.thresholds) {
+    const Real* const tau = static_cast<const Real*>(entry.thresholds) +
+                            located.index * entry.threshold_batch_stride;
+    int64_t* const out = entry.counts + located.index * entry.threshold_count * 2;
+    for (int t = lane; t < entry.threshold_count; t += step) {
+      int low = 0, high = n;
+      if (scale.is_finite) {
+        count_above(diagonal, off_diagonal, n, lower, upper,
+                    tau[t * entry.threshold_stride] * scale.shrink, low, high);
+      }
+      out[2 * t] = low;
+      out[2 * t + 1] = high;
+    }
+    return;
+  }
+  Real* const values = static_cast<Real*>(entry.values) + located.index * n;
+  bisect(team, diagonal, off_diagonal, n, lower, upper, counts,
+         [&](int k, Real value) { values[k] = value * scale.restore; });
+}
+
+}  // namespace fastcov

@@ -1,0 +1,222 @@
+// Teams of a GPU: a part of a warp, a block, and several blocks for one matrix.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "team.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+// Reductions over Width neighbouring lanes of a warp. A butterfly gives all lanes the same bits.
+template <int Width>
+struct WarpLanes {
+  unsigned mask;
+
+  FASTCOV_DEVICE WarpLanes() {
+    const unsigned all = Width == 32 ? 0xffffffffu : (1u << (Width & 31)) - 1;
+    mask = all << (threadIdx.x % 32 / Width * Width);
+  }
+  FASTCOV_DEVICE int lane() const { return threadIdx.x % Width; }
+  FASTCOV_DEVICE void sync() const { __syncwarp(mask); }
+  template <class Value>
+  FASTCOV_DEVICE Value sum(Value value) const {
+    FASTCOV_UNROLL
+    for (int offset = Width / 2; offset > 0; offset /= 2) {
+      value += __shfl_xor_sync(mask, value, offset, Width);
+    }
+    return value;
+  }
+  template <class Value>
+  FASTCOV_DEVICE Value maximum(Value value) const {
+    FASTCOV_UNROLL
+    for (int offset = Width / 2; offset > 0; offset /= 2) {
+      const Value other = __shfl_xor_sync(mask, value, offset, Width);
+      value = other > value ? other : value;
+    }
+    return value;
+  }
+  // Four sums in six exchanges instead of twenty: each step halves what a lane still carries. The
+  // sum of sums[c] ends in lanes c * 8 to c * 8 + 7.
+  template <class Value>
+  FASTCOV_DEVICE Value sum_four(const Value (&sums)[4]) const {
+    static_assert(Width == 32);
+    const bool upper = lane() & 16;
+    const Value a = (upper ? sums[2] : sums[0]) +
+                    __shfl_xor_sync(mask, upper ? sums[0] : sums[2], 16);
+    const Value b = (upper ? sums[3] : sums[1]) +
+                    __shfl_xor_sync(mask, upper ? sums[1] : sums[3], 16);
+    const bool odd = lane() & 8;
+    Value sum = (odd ? b : a) + __shfl_xor_sync(mask, odd ? a : b, 8);
+    FASTCOV_UNROLL
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(mask, sum, offset);
+    return sum;
+  }
+};
+
+// Width lanes of a warp for one matrix: 32 / Width matrices share a warp.
+template <int Width>
+struct WarpTeam : SingleMember {
+  WarpLanes<Width> warp;
+
+  FASTCOV_DEVICE int lane() const { return warp.lane(); }
+  static constexpr FASTCOV_DEVICE int lanes() { return Width; }
+  static constexpr FASTCOV_DEVICE int squad() { return 0; }
+  static constexpr FASTCOV_DEVICE int squads() { return 1; }
+  FASTCOV_DEVICE int rank() const { return warp.lane(); }
+  static constexpr FASTCOV_DEVICE int size() { return Width; }
+  static constexpr FASTCOV_DEVICE bool owns(int) { return true; }
+  FASTCOV_DEVICE bool leads() const { return warp.lane() == 0; }
+  FASTCOV_DEVICE void squad_sync() const { warp.sync(); }
+  FASTCOV_DEVICE void sync() const { warp.sync(); }
+  template <class Value>
+  FASTCOV_DEVICE Value sum(Value value) const {
+    return warp.sum(value);
+  }
+  template <class Value>
+  FASTCOV_DEVICE Value maximum(Value value) const {
+    return warp.maximum(value);
+  }
+};
+
+// A block for one matrix; its squads are warps, which all compute the short vectors of a step so
+// that a step needs two barriers.
+template <int Warps>
+struct BlockTeam : SingleMember {
+  WarpLanes<32> warp;
+
+  FASTCOV_DEVICE int lane() const { return warp.lane(); }
+  static constexpr FASTCOV_DEVICE int lanes() { return 32; }
+  FASTCOV_DEVICE int squad() const { return threadIdx.x / 32; }
+  static constexpr FASTCOV_DEVICE int squads() { return Warps; }
+  FASTCOV_DEVICE int rank() const { return threadIdx.x; }
+  static constexpr FASTCOV_DEVICE int size() { return 32 * Warps; }
+  FASTCOV_DEVICE bool owns(int i) const { return i / 32 % Warps == squad(); }
+  FASTCOV_DEVICE bool leads() const { return threadIdx.x == 0; }
+  FASTCOV_DEVICE void squad_sync() const { warp.sync(); }
+  FASTCOV_DEVICE void sync() const { __syncthreads(); }
+  template <class Value>
+  FASTCOV_DEVICE Value sum(Value value) const {
+    return warp.sum(value);
+  }
+  template <class Value>
+  FASTCOV_DEVICE Value maximum(Value value) const {
+    return warp.maximum(value);
+  }
+  template <class Real>
+  FASTCOV_DEVICE void add_sums(const Real (&sums)[4], Real* target, int count) const {
+    const Real sum = warp.sum_four(sums);
+    if (lane() % 8 == 0 && lane() / 8 < count) target[lane() / 8] += sum;
+  }
+};
+
+// How the blocks of one matrix wait for each other.
+struct ClusterBarrier {
+  FASTCOV_DEVICE void wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+#endif
+  }
+};
+
+// A counter in global memory, zero at launch; the launch must be cooperative, so that every block
+// that is waited for is running.
+struct CounterBarrier {
+  unsigned* counter;
+  unsigned members;
+  unsigned expected = 0;
+
+  FASTCOV_DEVICE void wait() {
+    expected += members;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      unsigned arrived;
+      __threadfence();
+      atomicAdd(counter, 1u);
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(counter)
+                     : "memory");
+        // The difference is signed: a counter that wraps still compares right.
+      } while (static_cast<int>(arrived - expected) < 0);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+};
+
+// One of several blocks for one matrix. The whole block reduces together: vectors are long here, and
+// each block keeps its own copy of them.
+template <int Threads, class Barrier>
+struct MemberTeam {
+  static constexpr int kWarps = Threads / 32;
+
+  WarpLanes<32> warp;
+  Barrier barrier;
+  int index;
+  int count;
+  void* scratch;  // [kWarps] values of 8 bytes, shared by the block
+
+  static constexpr FASTCOV_DEVICE int lanes() { return Threads; }
+  FASTCOV_DEVICE int lane() const { return threadIdx.x; }
+  static constexpr FASTCOV_DEVICE int squad() { return 0; }
+  static constexpr FASTCOV_DEVICE int squads() { return 1; }
+  FASTCOV_DEVICE int rank() const { return threadIdx.x; }
+  static constexpr FASTCOV_DEVICE int size() { return Threads; }
+  static constexpr FASTCOV_DEVICE bool owns(int) { return true; }
+  FASTCOV_DEVICE bool leads() const { return threadIdx.x == 0; }
+  FASTCOV_DEVICE int member() const { return index; }
+  FASTCOV_DEVICE int members() const { return count; }
+  FASTCOV_DEVICE void squad_sync() const { __syncthreads(); }
+  FASTCOV_DEVICE void sync() const { __syncthreads(); }
+  FASTCOV_DEVICE void exchange() {
+    if (count > 1) {
+      barrier.wait();
+    } else {
+      __syncthreads();
+    }
+  }
+  // Warps of the block work on rows of their own.
+  FASTCOV_DEVICE int row_lane() const { return warp.lane(); }
+  static constexpr FASTCOV_DEVICE int row_lanes() { return 32; }
+  FASTCOV_DEVICE int row_squad() const { return threadIdx.x / 32; }
+  static constexpr FASTCOV_DEVICE int row_squads() { return kWarps; }
+  template <class Real>
+  FASTCOV_DEVICE void store_sums(const Real (&sums)[4], Real* const (&targets)[4]) const {
+    const Real sum = warp.sum_four(sums);
+    const int c = warp.lane() / 8;
+    Real* const target = c == 0 ? targets[0] : c == 1 ? targets[1] : c == 2 ? targets[2] : targets[3];
+    if (warp.lane() % 8 == 0 && target) *target = sum;
+  }
+
+  template <class Value>
+  FASTCOV_DEVICE Value sum(Value value) const {
+    Value* const sums = static_cast<Value*>(scratch);
+    value = warp.sum(value);
+    __syncthreads();
+    if (warp.lane() == 0) sums[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = sums[0];
+    FASTCOV_UNROLL
+    for (int w = 1; w < kWarps; ++w) value += sums[w];
+    return value;
+  }
+  template <class Value>
+  FASTCOV_DEVICE Value maximum(Value value) const {
+    Value* const values = static_cast<Value*>(scratch);
+    value = warp.maximum(value);
+    __syncthreads();
+    if (warp.lane() == 0) values[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = values[0];
+    FASTCOV_UNROLL
+    for (int w = 1; w < kWarps; ++w) value = values[w] > value ? values[w] : value;
+    return value;
+  }
+};
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov

@@ -1,0 +1,40 @@
+"""Keeps what the tracker runs inside a user's forward apart from the modes active there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) is running."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def has_modes() -> bool:
+    """Whether some mode or transform would see the operators called here."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or is_transformed()
+    )
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Runs operators outside every mode and transform.
+
+    A transform refuses writes to tensors that it did not make. Selective checkpointing pairs the
+    operators of a forward with those of its recomputation: ours would shift the pairs and corrupt
+    gradients. Flop counters would count them, make_fx would record them.
+    """
+    with (
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield

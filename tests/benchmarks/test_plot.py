@@ -1,0 +1,146 @@
+"""README's tables come from result files, and a difference is noticed."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+
+from fastcov.bench.contest import Row
+from fastcov.bench.results import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {
+    "device": "A CPU",
+    "kind": "cpu",
+    "threads": 2,
+    "driver": None,
+    "versions": {"torch": "2.11.0", "delve": "0.1.50"},
+}
+RATES = {"copy_gb_s": 20.0, "matmul_tflop_s": {"float32": 0.1}}
+PAGE = """# Title
+<!-- table:cpu-a/training -->
+<!-- /table -->
+between
+<!-- figure:cpu-a/training -->
+<!-- /figure -->
+end
+"""
+
+
+@pytest.fixture(scope="module")
+def plot() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_plot", ROOT / "benchmarks" / "plot.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(contender: str, seconds: float) -> Row:
+    return Row(
+        work="step",
+        contender=contender,
+        samples=40,
+        p20_s=seconds,
+        p50_s=seconds,
+        p80_s=seconds,
+        low_s=seconds,
+        high_s=seconds,
+        versus="untracked",
+        ratio=seconds,
+        ratio_low=seconds - 0.005,
+        ratio_high=seconds + 0.005,
+    )
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    times = {
+        "untracked": 1.0,
+        "fastcov, default": 1.012,
+        "fastcov, every row": 1.1,
+        "naive hooks": 1.234,
+    }
+    rows = [row(name, seconds) for name, seconds in times.items()]
+    result = Result("training-resnet50", "default", MACHINE, RATES, {}, {}, rows)
+    result.save(tmp_path / "benchmarks" / "results" / "cpu-a")
+    page = tmp_path / "README.md"
+    page.write_text(PAGE)
+    return page
+
+
+def test_numbers_come_from_the_files(plot: ModuleType, readme: Path) -> None:
+    assert plot.main(["--readme", str(readme)]) == 0
+    text = readme.read_text()
+    for number in ("1.012x (1.007 to 1.017)", "1.234x", "A CPU", "torch 2.11.0", "not run"):
+        assert number in text
+    assert text.startswith("# Title\n")
+    assert "\nbetween\n" in text
+    assert text.endswith("end\n")
+    picture = readme.parent / "benchmarks/results/cpu-a/training.svg"
+    words = "".join(ElementTree.fromstring(picture.read_text()).itertext())
+    assert "+1.2 %" in words
+    assert "+23.4 %" in words
+
+
+def test_a_difference_is_noticed(
+    plot: ModuleType, readme: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--readme", str(readme), "--check"]
+    assert plot.main(arguments) == 1
+    assert plot.main(arguments[:2]) == 0
+    assert plot.main(arguments) == 0
+    readme.write_text(readme.read_text().replace("1.012x", "1.002x"))
+    assert plot.main(arguments) == 1
+    assert "differs from the result files" in capsys.readouterr().out
+    assert plot.main(arguments[:2]) == 0
+    path = readme.parent / "benchmarks/results/cpu-a/training-resnet50.json"
+    content = json.loads(path.read_text())
+    content["rows"][1]["ratio"] = 1.5
+    path.write_text(json.dumps(content))
+    assert plot.main(arguments) == 1
+
+
+def test_device_may_be_left_out(plot: ModuleType, readme: Path) -> None:
+    readme.write_text("<!-- table:training -->\n<!-- /table -->\n")
+    assert plot.main(["--readme", str(readme)]) == 0
+    assert "1.012x" in readme.read_text()
+    (readme.parent / "benchmarks/results/cpu-b").mkdir()
+    assert plot.main(["--readme", str(readme)]) == 2
+
+
+def test_nothing_measured_is_said(plot: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table:training -->\n<!-- /table -->\n")
+    assert plot.main(["--readme", str(page)]) == 0
+    assert "Not measured yet" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("table:cpu-a/nothing", "no table 'nothing'"),
+        ("table:cpu-a/eigen", "fastcov bench --only eigen"),
+        ("table:cpu-b/training", "no benchmark result"),
+    ],
+)
+def test_unmeasured_tables_are_refused(
+    plot: ModuleType,
+    readme: Path,
+    marker: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    readme.write_text(f"<!-- {marker} -->\n<!-- /table -->\n")
+    assert plot.main(["--readme", str(readme)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_committed_tables_are_current(plot: ModuleType) -> None:
+    page = ROOT / "README.md"
+    if page.is_file():
+        assert plot.main(["--readme", str(page), "--check"]) == 0

@@ -1,0 +1,88 @@
+"""Every kernel that can be launched compiles for every architecture, with the resources on record.
+
+``python -m tests.kernels.aot`` writes the table, with ``--check`` it compares all of it; here the
+shapes that carry most of the work are compiled again, and the table's claims are held.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def aot() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("aot", HERE / "aot.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["aot"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads((HERE.parent / "resources" / "triton.json").read_text())
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120])
+def test_table_lists_what_is_launched(aot, table, target):
+    launched = aot.all_specializations(aot.FAMILIES[target])
+    assert set(table[f"sm_{target}"]) == set(launched)
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120])
+def test_nothing_spills_and_everything_fits(aot, table, target):
+    for name, resources in table[f"sm_{target}"].items():
+        assert resources["spills"] == 0, name
+        assert resources["registers"] <= 255, name
+        assert resources["shared"] <= aot.SHARED_LIMITS[target], name
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120])
+def test_products_use_matrix_instructions(table, target):
+    for name, resources in table[f"sm_{target}"].items():
+        multiplies = name.split()[0] in ("gram_kernel", "block_kernel", "flush_kernel")
+        has_matrix = resources["matrix_instructions"] > 0
+        assert has_matrix == (multiplies and "MODE=ieee" not in name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("90", "gram_kernel", "matrix", "bf16", "PANELS=2"),
+        ("90", "gram_kernel", "fp32", "VECTOR=4", "PANELS=2", "IS_PLANES=False"),
+        ("90", "flush_kernel", "bf16", "VECTOR=8"),
+        ("80", "gram_kernel", "bf16", "PANELS=4", "IS_PLANES=False"),
+        ("80", "reduce_kernel", "EDGE=64", "SEGMENT", "IS_CENTRED=False"),
+        ("80", "block_kernel", "bf16", "ONLY_BROKEN=True"),
+    ],
+    ids=" ".join,
+)
+def test_compiles_to_the_resources_on_record(table, words):
+    if table["triton"] != triton.__version__:
+        pytest.fail(
+            f"the table is of triton {table['triton']}, installed is {triton.__version__}: run "
+            "python -m tests.kernels.aot"
+        )
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot", "--check", *words],
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert int(run.stdout.split()[0]) >= 1, "no specialisation matches"

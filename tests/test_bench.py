@@ -1,0 +1,446 @@
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fastcov
+from fastcov import bench
+from fastcov.bench import (
+    command,
+    compare,
+    covariance,
+    eigen,
+    floors,
+    machine,
+    models,
+    peers,
+    results,
+    training,
+)
+from fastcov.bench.contest import Row, Setting, WrongResultError, check
+from fastcov.bench.memory import peak_bytes
+from fastcov.bench.timing import interleave, median_interval, quantile, ratios
+from fastcov.ops import accumulate_
+
+CPU = torch.device("cpu")
+RATES = machine.Rates(CPU, copy_bytes_s=1e10, matmul={"float32": 1e11, "float64": 5e10})
+GPU_RATES = machine.Rates(
+    torch.device("cuda"), 1e12, {"float32": 1e13, "bfloat16": 1e14, "float64": 1e13}, clock_hz=1e9
+)
+
+
+# statistics
+
+
+def test_quantiles_are_numpys() -> None:
+    samples = np.random.default_rng(0).exponential(size=37)
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert quantile(samples, share) == pytest.approx(np.quantile(samples, share))
+
+
+@pytest.mark.parametrize("count", [6, 9, 40])
+def test_interval_covers_the_median(count: int) -> None:
+    draw = random.Random(count)
+    trials = 3000
+    covered = 0
+    for _ in range(trials):
+        low, high = median_interval([draw.expovariate(1.0) for _ in range(count)])
+        covered += low <= math.log(2) <= high
+    # At least 95 %, within three standard errors of the estimate; and no wider than the range.
+    assert covered / trials >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / trials)
+
+
+def test_interval_is_the_narrowest_that_covers() -> None:
+    # From tables of the sign test: 40 samples, ranks 14 and 27; 6 samples, the range.
+    assert median_interval(range(1, 41)) == (14, 27)
+    assert median_interval(range(1, 7)) == (1, 6)
+    assert median_interval([3.0]) == (3.0, 3.0)
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    prepared: list[str] = []
+
+    def slow(_index: int) -> None:
+        order.append("slow")
+        time.sleep(0.004)
+
+    def fast(_index: int) -> None:
+        order.append("fast")
+        time.sleep(0.001)
+
+    samples = interleave(
+        {"slow": slow, "fast": fast},
+        CPU,
+        rounds=8,
+        prepare=lambda name, _round: prepared.append(name),
+    )
+    turns = order[-16:]
+    assert all(set(turns[i : i + 2]) == {"slow", "fast"} for i in range(0, 16, 2))
+    assert prepared[-16:] == turns
+    assert quantile(ratios(samples["slow"], samples["fast"]), 0.5) > 1.5
+
+
+def test_short_calls_are_repeated_and_counted_up() -> None:
+    seen: list[int] = []
+    samples = interleave({"short": seen.append}, CPU, rounds=3)
+    assert len(samples["short"]) == 3
+    assert seen[2:] == list(range(2, len(seen)))
+    assert len(seen) > 100
+
+
+def test_budget_ends_a_run() -> None:
+    samples = interleave(
+        {"sleep": lambda _index: time.sleep(0.01)}, CPU, rounds=1000, budget_s=0.05, fewest_rounds=7
+    )
+    assert 7 <= len(samples["sleep"]) < 20
+
+
+# floors
+
+
+@pytest.mark.parametrize("size", [(1, 224, 224), (2, 97, 131)])
+def test_resnet50_maps_are_torchvisions(size: tuple[int, int, int]) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+        shapes: list[tuple[int, ...]] = []
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda _m, _a, output: shapes.append(output.shape))
+        model(torch.zeros(size[0], 3, *size[1:]))
+    assert shapes == floors.resnet50_maps(*size)
+
+
+def test_gram_floor_is_the_larger_bound() -> None:
+    narrow = floors.GramLoad(100_000, 8, torch.float32)
+    wide = floors.GramLoad(10_000, 512, torch.float32)
+    floor = floors.gram_floor([narrow], RATES)
+    assert floor.of == "bandwidth"
+    assert floor.seconds == pytest.approx((100_000 * 8 * 4 + 8 * 8 * 9) / 1e10)
+    floor = floors.gram_floor([wide], RATES)
+    assert floor.of == "arithmetic"
+    assert floor.seconds == pytest.approx(10_000 * 512 * 513 / 1e11)
+    both = floors.gram_floor([narrow, wide], RATES).seconds
+    assert both == pytest.approx(
+        floors.gram_floor([narrow], RATES).seconds + floors.gram_floor([wide], RATES).seconds
+    )
+
+
+def test_float32_on_a_gpu_counts_three_products() -> None:
+    load = floors.GramLoad(100_000, 2048, torch.float32)
+    floor = floors.gram_floor([load], GPU_RATES)
+    assert floor.seconds == pytest.approx(3 * floors.gram_flops(load) / 1e14)
+
+
+def test_small_matrices_are_bound_by_latency_on_a_gpu() -> None:
+    assert floors.eigenvalue_floor([(64, 1)], torch.float32, GPU_RATES).of == "latency"
+    assert floors.eigenvalue_floor([(64, 1)], torch.float32, RATES).of != "latency"
+
+
+# hooks in turns
+
+
+def test_hook_sets_do_not_mix() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    heard: list[str] = []
+    model[0].register_forward_hook(lambda *_: heard.append("own"))
+    turns = models.HookTurns(model)
+    for name in ("a", "b"):
+        turns.add(name, lambda n=name: model[0].register_forward_hook(lambda *_: heard.append(n)))
+    for name, expected in (("none", ["own"]), ("a", ["own", "a"]), ("b", ["own", "b"])):
+        heard.clear()
+        turns.install(name)
+        model(torch.zeros(1, 2))
+        assert heard == expected
+    turns.forget("b")
+    turns.install("b")
+    heard.clear()
+    model(torch.zeros(1, 2))
+    assert heard == ["own"]
+
+
+def test_tracker_counts_only_its_turns() -> None:
+    model = nn.Linear(3, 4)
+    turns = models.HookTurns(model)
+    tracker = turns.add("tracked", lambda: fastcov.track(model, rows="all"))
+    for name in ("tracked", "none", "tracked"):
+        turns.install(name)
+        model(torch.randn(10, 3))
+    assert (tracker.steps, tracker.count("")) == (2, 20)
+
+
+def test_peak_counts_what_is_alive_at_once() -> None:
+    def grow() -> None:
+        first = torch.zeros(1000, 250)
+        second = first + 1
+        del first, second
+        torch.zeros(1000, 250)
+
+    assert peak_bytes(CPU, grow) == pytest.approx(2_000_000, rel=0.01)
+
+
+# correctness comes first
+
+
+@pytest.mark.parametrize("error", [2e-5, math.nan])
+def test_wrong_result_is_refused(error: float) -> None:
+    with pytest.raises(WrongResultError, match="nothing was timed"):
+        check("work", error, 1e-5)
+    assert check("work", 1e-5, 1e-5) == 1e-5
+
+
+def test_wrong_operator_is_never_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(covariance, "accumulate_", lambda s, x: accumulate_(s, x * 1.001))
+    assert command.main(["--tiny", "--only", "covariance"]) == 1
+    printed = capsys.readouterr()
+    assert "off by" in printed.err
+    assert "p50" not in printed.out
+
+
+def test_untracked_hooks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A set of hooks that is never called would look free.
+    step = models.supervised(nn.Linear(4, 4), [torch.randn(8, 4)], autocast=None)
+    monkeypatch.setattr(models.HookTurns, "install", lambda self, name: None)
+    with pytest.raises((WrongResultError, ValueError), match=r"steps counted|no row"):
+        training.contest(step, Setting(CPU, "tiny"))
+
+
+# inputs
+
+
+@pytest.mark.parametrize(
+    ("layout", "strides"),
+    [
+        ("rows", (8, 1)),
+        ("tokens", (49 * 8, 8, 1)),
+        ("strided", (49 * 16, 16, 1)),
+        ("channels_last", (49 * 8, 7 * 8, 8, 1)),
+        ("nchw", (49 * 8, 7, 1, 49)),
+    ],
+)
+def test_layouts_are_what_they_say(layout: str, strides: tuple[int, ...]) -> None:
+    shape = covariance.Shape(layout, torch.bfloat16, 8, 392)
+    rows = covariance.make_rows(shape, CPU, seed=0)
+    assert rows.stride() == strides
+    assert rows.numel() == 392 * 8
+    assert rows.dtype == torch.bfloat16
+    assert len(rows.unique()) > 100  # never zeros: denormals and zeros are faster
+
+
+def test_matrices_are_symmetric_and_differ_by_seed() -> None:
+    problem = eigen.Problem("two sizes", torch.float32, ((4, 3), (6, 2)))
+    first, other = (eigen.make_matrices(problem, CPU, seed) for seed in (0, 1))
+    assert [tuple(batch.shape) for batch in first] == [(3, 4, 4), (2, 6, 6)]
+    for batch, another in zip(first, other, strict=True):
+        assert torch.equal(batch, batch.mT)
+        assert not torch.equal(batch, another)
+
+
+# whole cases
+
+
+def run(name: str, tmp_path: Path, *more: str) -> results.Result:
+    assert command.main(["--tiny", "--only", name, "--out", str(tmp_path), *more]) == 0
+    return results.load_results(tmp_path / f"{name}.json")[name]
+
+
+def test_covariance_case(tmp_path: Path) -> None:
+    result = run("covariance", tmp_path)
+    ours = [row for row in result.rows if row.contender == "fastcov"]
+    assert len(ours) == 4
+    for row in ours:
+        assert row.error is not None
+        assert 0 < row.error <= 1e-5
+        assert row.floor_s is not None
+        assert row.floor_s > 0
+        assert row.p20_s <= row.p50_s <= row.p80_s
+        assert row.ratio == 1
+    others = {row.contender for row in result.rows}
+    assert {"torch.mm", "cast + addmm", "torch.compile"} <= others | set(result.missing)
+    assert "float32" in result.missing["torch.mm"]  # half precision has no such mm on a CPU
+    content = json.loads((tmp_path / "covariance.json").read_text())
+    assert {"device", "driver", "versions", "commit", "threads"} <= set(content["machine"])
+    assert content["clocks"]["before"]
+    assert content["rates"]["copy_gb_s"] > 0
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_eigen_case_names_missing_peers(tmp_path: Path) -> None:
+    result = run("eigen", tmp_path)
+    assert {"fastcov", "torch.linalg"} <= {row.contender for row in result.rows}
+    assert result.missing["cupy"] == "needs a GPU"
+
+
+def test_hooks_case(tmp_path: Path) -> None:
+    rows = {row.contender: row for row in run("hooks", tmp_path).rows}
+    for name in ("fastcov, default", "fastcov, every row"):
+        assert 0 < rows[name].notes["per_hook_s"] < 1e-2
+
+
+def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str, package: str) -> None:
+        raise peers.MissingPeerError(f"not installed (pip install {package})")
+
+    monkeypatch.setattr(peers, "_module", absent)
+    result = run("eigen", tmp_path)
+    assert "pip install jax" in result.missing["jax"]
+    assert "jax" not in {row.contender for row in result.rows}
+
+
+def test_broken_peer_is_named() -> None:
+    setting = Setting(CPU, "tiny")
+
+    def break_() -> None:
+        raise ZeroDivisionError("by design\nsecond line")
+
+    assert peers.find(setting, "peer", break_) is None
+    assert setting.missing == {"peer": "failed: ZeroDivisionError: by design"}
+
+
+MODEL = """
+import torch
+import torchvision
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(32, 6)
+
+def build_step():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
+    images = torch.randn(2, 3, 8, 8)
+    return model, lambda: model(images).sum().backward()
+
+def build_wrong():
+    return nn.Linear(2, 2)
+"""
+
+
+@pytest.mark.parametrize("function", ["build", "build_step"])
+def test_own_model(
+    function: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "my_own_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", f"my_own_model:{function}", "--tiny", "--out", "out"]
+    assert command.main(arguments) == 0
+    rows = {row.contender: row for row in results.load_results(Path("out"))["model"].rows}
+    assert rows["untracked"].ratio == 1
+    assert rows["fastcov, every row"].error is not None
+    assert rows["fastcov, every row"].error <= 1e-5
+    assert rows["fastcov, default"].notes["added_peak_bytes"] > 0
+    assert ("estimate_bytes" in rows["fastcov, default"].notes) == (function == "build")
+    assert "naive hooks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no_such_module_here:build"], "cannot be imported"),
+        (["--model", "just_a_module"], "expected MODULE:FUNCTION"),
+        (["--model", "fastcov:backends"], "expected (model, inputs)"),
+        (["--only", "nothing"], "names no case; cases: covariance"),
+        (["--compare", "nowhere", "nowhere"], "no benchmark result at nowhere"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--gpu"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_every_case_is_a_public_name() -> None:
+    setting = Setting(CPU, "full", _rates=RATES)
+    for case in bench.CASES:
+        names = [work.name for work in bench.works(case, setting)]
+        assert names
+        assert len(set(names)) == len(names)
+
+
+# comparing results
+
+
+def result(times: dict[str, float], spread: float = 0.01, **machine_: object) -> results.Result:
+    rows = []
+    for contender, seconds in times.items():
+        low, high = seconds * (1 - spread), seconds * (1 + spread)
+        rows.append(
+            Row("work", contender, 20, low, seconds, high, low, high, "fastcov", 1.0, 1.0, 1.0)
+        )
+    about = {"device": "d", "driver": None, "threads": 2, "versions": {"torch": "2"}, **machine_}
+    return results.Result("case", "default", about, {}, {}, {}, rows)
+
+
+PEERS = {f"peer {i}": 1.0 for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "machine_factor", "verdict"),
+    [(1.0, 1.0, "same"), (1.3, 1.0, "slower"), (0.7, 1.0, "faster"), (1.3, 1.3, "same")],
+)
+def test_only_what_peers_do_not_explain_has_moved(
+    tmp_path: Path, ours: float, machine_factor: float, verdict: str
+) -> None:
+    before = result({"fastcov": 1.0, **PEERS})
+    after = result({"fastcov": ours, **dict.fromkeys(PEERS, machine_factor)})
+    a, b = before.save(tmp_path / "a"), after.save(tmp_path / "b")
+    changes = compare.compare_results(a, b)
+    assert [change.verdict for change in changes.rows] == [verdict]
+    assert changes.drift_from == 6
+    assert changes.drift == pytest.approx(max(0.02, machine_factor - 1), rel=1e-3)
+
+
+def test_overlapping_intervals_are_the_same(tmp_path: Path) -> None:
+    before = result({"fastcov": 1.0, **PEERS}, spread=0.2).save(tmp_path / "a")
+    after = result({"fastcov": 1.3, **PEERS}, spread=0.2).save(tmp_path / "b")
+    assert compare.compare_results(before, after).rows[0].verdict == "same"
+
+
+def test_comparison_says_what_is_not_comparable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result({"fastcov": 1.0, "fastcov, old": 1.0}).save(tmp_path / "a")
+    result({"fastcov": 1.0}, device="e", versions={"torch": "3"}).save(tmp_path / "b")
+    assert command.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert "device differs: d and e" in printed
+    assert "torch differs: 2 and 3" in printed
+    assert "not in B: case: work: fastcov, old" in printed
+    assert "fewer than 5 peers" in printed
+
+
+def test_damaged_result_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "case.json"
+    for content in ("{", "[]", '{"schema_version": 999}', '{"schema_version": 1, "rows": [{}]}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="is no result of 'fastcov bench'"):
+            results.load_results(path)
+
+
+def test_result_survives_a_round_trip(tmp_path: Path) -> None:
+    before = result({"fastcov": 1.5, "peer": 2.5}, spread=0.5)
+    before.rows[0].notes["updates_s"] = 0.125
+    before.missing["cupy"] = "needs a GPU"
+    after = results.load_results(before.save(tmp_path))["case"]
+    assert after.rows == before.rows
+    assert (after.missing, after.machine) == (before.missing, before.machine)
