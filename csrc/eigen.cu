@@ -72,7 +72,8 @@ std::array<Tensor, 2> run_library(const Tensor& matrices, EigenEntry entry, bool
     results[1] = torch::stable::contiguous(torch::stable::detail::to<Tensor>(pair[1]));
     vectors = results[1].mutable_data_ptr();
   } else {
-    results[0] = torch::stable::detail::to<Tensor>(call_linalg<1>("aten::linalg_eigvalsh", copy)[0]);
+    results[0] =
+        torch::stable::detail::to<Tensor>(call_linalg<1>("aten::linalg_eigvalsh", copy)[0]);
   }
   if (count > 0) {
     STD_CUDA_CHECK(
@@ -178,9 +179,8 @@ struct Split {
       const ScalarType dtype = matrices[index].scalar_type();
       STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                       "matrices must be float32 or float64");
-      STD_TORCH_CHECK(
-          matrices[index].get_device_index() == matrices.front().get_device_index(),
-          "matrices must be on one device");
+      STD_TORCH_CHECK(matrices[index].get_device_index() == matrices.front().get_device_index(),
+                      "matrices must be on one device");
       (dtype == ScalarType::Float ? singles : doubles).push_back(index);
     }
   }

@@ -50,8 +50,8 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
     Real* const u = k % 2 ? vectors.reflector[1] : vectors.reflector[0];
     const Real* const v = k % 2 ? vectors.reflector[0] : vectors.reflector[1];
 
-    const Real dot = team.sum(sum_strided<Real>(
-        k + lane, n, lanes, [=](int i) { return product[i] * v[i]; }));
+    const Real dot =
+        team.sum(sum_strided<Real>(k + lane, n, lanes, [=](int i) { return product[i] * v[i]; }));
     const Real correction = Number::fill(0.5) * inverse_half * inverse_half * dot;
     const Real v_k = v[k];
     const Real w_k = inverse_half * product[k] - correction * v_k;
@@ -66,8 +66,13 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
         w[i] = zero;
       }
     }
-    const Real square = team.sum(sum_strided<Real>(
-        k + 1 + lane, n, lanes, [=, &matrix, &team](int i) {
+    // The first entry of the column is computed once: the reflector is orthogonal only if its norm,
+    // its sign and its entries agree bit for bit, which a second copy of the sum, contracted to
+    // other fused operations, would not do where it cancels.
+    const Real w_next = inverse_half * product[k + 1] - correction * v[k + 1];
+    const Real first = matrix.pivot(k + 1, k) - (v[k + 1] * w_k + w_next * v_k);
+    const Real rest =
+        team.sum(sum_strided<Real>(k + 2 + lane, n, lanes, [=, &matrix, &team](int i) {
           const Real w_i = inverse_half * product[i] - correction * v[i];
           const Real x_i = matrix.pivot(i, k) - (v[i] * w_k + w_i * v_k);
           if (team.owns(i)) {
@@ -76,8 +81,7 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
           }
           return x_i * x_i;
         }));
-    const Real w_next = inverse_half * product[k + 1] - correction * v[k + 1];
-    const Real first = matrix.pivot(k + 1, k) - (v[k + 1] * w_k + w_next * v_k);
+    const Real square = rest + first * first;
 
     // u = x / |x| + sign(x_0) e_0 has entries of order one, whatever the size of x.
     const auto is_live = square > Number::fill(Number::negligible_square);
@@ -86,10 +90,13 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
     const Real sign = is_live ? (first < zero ? -one : one) : zero;
     inverse_half = is_live ? one / (one + absolute(first) * inverse_norm) : zero;
     if (team.leads()) off_diagonal[k] = -sign * norm;
-    for (int i = k + 1 + lane; i < n; i += lanes) {
+    for (int i = k + 2 + lane; i < n; i += lanes) {
       if (team.owns(i)) u[i] *= inverse_norm;
     }
-    if (lane == 0 && team.owns(k + 1)) u[k + 1] += sign;
+    if (lane == 0 && team.owns(k + 1)) {
+      w[k + 1] = w_next;
+      u[k + 1] = first * inverse_norm + sign;
+    }
     team.sync();
     matrix.sweep(team, k, n, v, w, u, vectors.product);
   }
@@ -114,8 +121,7 @@ FASTCOV_INLINE void bound_eigenvalues(Team& team, const Real* diagonal, Real* of
   lower = -team.maximum(bottom);
   team.sync();
   for (int i = team.rank(); i < n - 1; i += team.size()) {
-    off_diagonal[i] =
-        larger(off_diagonal[i] * off_diagonal[i], Number::fill(Number::least_square));
+    off_diagonal[i] = larger(off_diagonal[i] * off_diagonal[i], Number::fill(Number::least_square));
   }
   team.sync();
 }
@@ -135,8 +141,9 @@ FASTCOV_INLINE typename Numeric<Real>::Count count_below(const Real* diagonal, c
   return below;
 }
 
-// Writes eigenvalue k, ascending, by write(k, value); one lane for each, over all members. Counts at
-// evenly spaced points, shared by the team's lanes [size], replace the first log2(size) halvings.
+// Writes eigenvalue k, ascending, by write(k, value); one lane for each, over all members. Counts
+// at evenly spaced points, shared by the team's lanes [size], replace the first log2(size)
+// halvings.
 template <class Real, class Team, class Write>
 FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square, int n, Real lower,
                            Real upper, int* counts, const Write& write) {
@@ -174,10 +181,12 @@ FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square,
 // fastcov/ops/reference.py states it for every path.
 template <class Real>
 FASTCOV_INLINE Real relative_tolerance(int n) {
-  if (sizeof(Real) == 8) return static_cast<Real>(1e-13) * Numeric<Real>::square_root(static_cast<Real>(n));
+  if (sizeof(Real) == 8)
+    return static_cast<Real>(1e-13) * Numeric<Real>::square_root(static_cast<Real>(n));
   if (n <= 256) return static_cast<Real>(4e-6);
   const Real growth = static_cast<Real>(n) / static_cast<Real>(2048);
-  return static_cast<Real>(1e-5) * (growth > 1 ? Numeric<Real>::square_root(growth) : static_cast<Real>(1));
+  return static_cast<Real>(1e-5) *
+         (growth > 1 ? Numeric<Real>::square_root(growth) : static_cast<Real>(1));
 }
 
 // Bounds on the number of eigenvalues above tau: an eigenvalue within the error bound may be on

@@ -1,4 +1,5 @@
-// Eigenvalues of one tridiagonal matrix on the host by bisection, a vector of eigenvalues at a time.
+// Eigenvalues of one tridiagonal matrix on the host by bisection, a vector of eigenvalues at a
+// time.
 #pragma once
 
 #include "eigen.h"

@@ -111,7 +111,8 @@ inline EigenClass register_class(int n, size_t item_bytes) {
   return EigenClass::kTriangle;
 }
 
-// Kernels that size their shared memory by the largest order of a table get tables of similar orders.
+// Kernels that size their shared memory by the largest order of a table get tables of similar
+// orders.
 inline int order_band(int n) { return (n + 31) / 32 * 32; }
 
 // The matrices of one call, by size class.
@@ -130,9 +131,7 @@ class Call {
     }
     return n <= kLargestMembers && plan_members<Real>(n, 1, limits_).members > 0;
   }
-  bool has_vectors(int n) const {
-    return plan_jacobi<Real>(n, 1, limits_.shared_bytes).fits;
-  }
+  bool has_vectors(int n) const { return plan_jacobi<Real>(n, 1, limits_.shared_bytes).fits; }
 
   // Eigenvalues, or counts, of an order that has_values.
   void add(const EigenEntry& entry, int64_t count) {
@@ -173,8 +172,7 @@ class Call {
     stream = nullptr;
     descending(jacobi_, [&](int key, const EigenTable& table, void* const* vectors) {
       const JacobiPlan plan = plan_jacobi<Real>(key, table.matrices, limits_.shared_bytes);
-      return launch_jacobi<Real>(table, vectors, plan, keep(plan.workspace_bytes),
-                                 branch_of(key));
+      return launch_jacobi<Real>(table, vectors, plan, keep(plan.workspace_bytes), branch_of(key));
     });
     stream = nullptr;
     descending(registers_, [&](EigenClass key, const EigenTable& table, void* const*) {

@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "boxing.h"
@@ -73,6 +74,9 @@ int thread_count() {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+std::vector<int64_t> shape_of(const Tensor& tensor) {
+  return {tensor.sizes().begin(), tensor.sizes().end()};
+}
 std::vector<int64_t> shape_without_last(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end() - 1};
 }
@@ -100,6 +104,9 @@ struct Batch {
     row_stride = matrices.stride(dims - 2);
     column_stride = matrices.stride(dims - 1);
   }
+  MatrixRef<T> plain(int64_t index) const {
+    return {data + index * batch_stride, row_stride, column_stride};
+  }
   // Of the two ways to read a triangle by columns, the one that finds them side by side.
   MatrixRef<T> operator[](int64_t index) const {
     const T* const matrix = data + index * batch_stride;
@@ -124,9 +131,10 @@ int64_t count_large(const std::vector<Batch<T>>& batches) {
   return large;
 }
 
-// Runs tasks in groups of one order, the longest first, each thread taking the next when it is free.
+// Runs tasks in groups of one order, of at most `most`, the longest first, each thread taking the
+// next when it is free.
 template <typename T, typename Run>
-void run_groups(std::vector<EigenTask<T>>& tasks, const Run& run) {
+void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, const Run& run) {
   if (tasks.empty()) return;
   const auto is_larger = [](const EigenTask<T>& a, const EigenTask<T>& b) { return a.n > b.n; };
   if (!std::is_sorted(tasks.begin(), tasks.end(), is_larger)) {
@@ -143,9 +151,10 @@ void run_groups(std::vector<EigenTask<T>>& tasks, const Run& run) {
     work += static_cast<double>(end - begin) * (100 + order * order * (4.5 + 0.02 * order));
     // Groups as wide as the kernels take, in full vectors, and a multiple of the threads.
     const int64_t count = end - begin;
-    const int64_t rounds = divide_up(count, threads * kernels<T>().group);
+    const int64_t rounds = divide_up(count, threads * most);
     int64_t width = divide_up(count, threads * rounds);
-    if (width > kernels<T>().lanes) width = divide_up(width, kernels<T>().lanes) * kernels<T>().lanes;
+    const int64_t lanes = kernels<T>().lanes;
+    if (width > lanes) width = divide_up(width, lanes) * lanes;
     for (; begin < end; begin += width) starts.push_back(begin);
     begin = end;
   }
@@ -163,21 +172,24 @@ void run_groups(std::vector<EigenTask<T>>& tasks, const Run& run) {
     drain();
     return;
   }
-  torch::stable::parallel_for(0, std::min(threads, groups), 1,
-                              [&](int64_t, int64_t) { drain(); });
+  torch::stable::parallel_for(0, std::min(threads, groups), 1, [&](int64_t, int64_t) { drain(); });
 }
 
-Tensor call_linalg_eigvalsh(const Tensor& matrices) {
+template <size_t Results>
+std::array<Tensor, Results> call_linalg(const char* name, const Tensor& matrices) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(matrices),
                                     torch::stable::detail::from(std::string("L"))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linalg_eigvalsh", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, Results> results;
+  for (size_t r = 0; r < Results; ++r) results[r] = torch::stable::detail::to<Tensor>(stack[r]);
+  return results;
 }
 
-// LAPACK's eigenvalues of one entry of a call; it refuses what is not finite, so that goes around it.
-template <typename T>
-Tensor lapack_eigenvalues(const Tensor& matrices, const Batch<T>& batch) {
+// One entry of a call by LAPACK: eigenvalues and, with two results, eigenvectors. It refuses what
+// is not finite, so such matrices go around it.
+template <size_t Results, typename T>
+std::array<Tensor, Results> run_lapack(const Tensor& matrices, const Batch<T>& batch) {
+  const char* const name = Results == 2 ? "aten::linalg_eigh" : "aten::linalg_eigvalsh";
   std::vector<int64_t> broken;
   for (int64_t index = 0; index < batch.count; ++index) {
     EigenTask<T> task{};
@@ -185,25 +197,31 @@ Tensor lapack_eigenvalues(const Tensor& matrices, const Batch<T>& batch) {
     task.n = batch.n;
     if (!kernels<T>().is_finite(task)) broken.push_back(index);
   }
-  if (broken.empty()) return call_linalg_eigvalsh(matrices);
+  if (broken.empty()) return call_linalg<Results>(name, matrices);
   const int64_t n = batch.n;
   Tensor copy = torch::stable::new_zeros(matrices, {batch.count, n, n});
   T* const data = static_cast<T*>(copy.mutable_data_ptr());
   for (int64_t index = 0; index < batch.count; ++index) {
     if (std::binary_search(broken.begin(), broken.end(), index)) continue;
-    const T* const source = batch.data + index * batch.batch_stride;
+    const MatrixRef<T> source = batch.plain(index);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j <= i; ++j) {
-        data[(index * n + i) * n + j] = source[i * batch.row_stride + j * batch.column_stride];
+        data[(index * n + i) * n + j] = source.data[i * source.step_i + j * source.step_j];
       }
     }
   }
-  Tensor values = torch::stable::reshape(call_linalg_eigvalsh(copy), shape_without_last(matrices));
-  T* const result = static_cast<T*>(values.mutable_data_ptr());
-  for (const int64_t index : broken) {
-    std::fill_n(result + index * n, n, std::numeric_limits<T>::quiet_NaN());
+  std::array<Tensor, Results> results = call_linalg<Results>(name, copy);
+  int64_t size = n;
+  for (size_t r = 0; r < Results; ++r, size *= n) {
+    results[r] = torch::stable::contiguous(results[r]);
+    T* const out = static_cast<T*>(results[r].mutable_data_ptr());
+    for (const int64_t index : broken) {
+      std::fill_n(out + index * size, size, std::numeric_limits<T>::quiet_NaN());
+    }
+    results[r] = torch::stable::reshape(results[r],
+                                        r == 0 ? shape_without_last(matrices) : shape_of(matrices));
   }
-  return values;
+  return results;
 }
 
 template <typename T>
@@ -219,16 +237,16 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
     const Batch<T>& batch = batches[index];
     Tensor& result = results[entries[index]];
     if (!is_own(batch.n, large, threads)) {
-      result = lapack_eigenvalues(matrix, batch);
+      result = run_lapack<1>(matrix, batch)[0];
       continue;
     }
     result = torch::stable::new_empty(matrix, shape_without_last(matrix));
     T* const values = static_cast<T*>(result.mutable_data_ptr());
     for (int64_t b = 0; b < batch.count; ++b) {
-      tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr});
+      tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr, nullptr});
     }
   }
-  run_groups<T>(tasks, kernels<T>().eigenvalues);
+  run_groups<T>(tasks, kernels<T>().group, kernels<T>().eigenvalues);
 }
 
 // Counts from the eigenvalues of LAPACK, with the interval of count_above in eigen.h.
@@ -266,7 +284,7 @@ void count_above_of(const std::vector<Tensor>& matrices, const std::vector<Tenso
                         tau.scalar_type() == matrix.scalar_type(),
                     "thresholds must be [T] or [B, T], in the matrices' dtype");
     const int64_t per_matrix = tau.size(dims - 1);
-    std::vector<int64_t> shape(tau.sizes().begin(), tau.sizes().end());
+    std::vector<int64_t> shape = shape_of(tau);
     shape.push_back(2);
     Tensor& result = results[entries[index]];
     result = torch::stable::new_empty(matrix, shape, ScalarType::Long);
@@ -274,11 +292,16 @@ void count_above_of(const std::vector<Tensor>& matrices, const std::vector<Tenso
     const T* const taus = static_cast<const T*>(tau.const_data_ptr());
     const int64_t tau_stride = dims == 2 ? tau.stride(0) : 0;
     const bool own = is_own(batch.n, large, threads);
-    const Tensor values = own ? result : lapack_eigenvalues(matrix, batch);
+    const Tensor values = own ? result : run_lapack<1>(matrix, batch)[0];
     for (int64_t b = 0; b < batch.count; ++b) {
-      const EigenTask<T> task{batch[b], batch.n, nullptr, taus + b * tau_stride,
-                              tau.stride(dims - 1), static_cast<int>(per_matrix),
-                              counts + b * per_matrix * 2};
+      const EigenTask<T> task{batch[b],
+                              batch.n,
+                              nullptr,
+                              taus + b * tau_stride,
+                              tau.stride(dims - 1),
+                              static_cast<int>(per_matrix),
+                              counts + b * per_matrix * 2,
+                              nullptr};
       if (own) {
         tasks.push_back(task);
       } else {
@@ -286,7 +309,33 @@ void count_above_of(const std::vector<Tensor>& matrices, const std::vector<Tenso
       }
     }
   }
-  run_groups<T>(tasks, kernels<T>().counts);
+  run_groups<T>(tasks, kernels<T>().group, kernels<T>().counts);
+}
+
+template <typename T>
+void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& entries,
+             std::vector<Tensor>& all_values, std::vector<Tensor>& all_vectors) {
+  std::vector<EigenTask<T>> tasks;
+  for (const size_t entry : entries) {
+    const Tensor& matrix = matrices[entry];
+    const Batch<T> batch(matrix);
+    // Half a vector of lanes at least: one matrix alone is LAPACK's.
+    if (batch.n > kVectorsOrder || 2 * batch.count < kernels<T>().lanes) {
+      const std::array<Tensor, 2> results = run_lapack<2>(matrix, batch);
+      all_values[entry] = results[0];
+      all_vectors[entry] = torch::stable::contiguous(results[1]);
+      continue;
+    }
+    all_values[entry] = torch::stable::new_empty(matrix, shape_without_last(matrix));
+    all_vectors[entry] = torch::stable::new_empty(matrix, matrix.sizes());
+    T* const values = static_cast<T*>(all_values[entry].mutable_data_ptr());
+    T* const vectors = static_cast<T*>(all_vectors[entry].mutable_data_ptr());
+    for (int64_t b = 0; b < batch.count; ++b) {
+      tasks.push_back({batch.plain(b), batch.n, values + b * batch.n, nullptr, 0, 0, nullptr,
+                       vectors + b * batch.n * batch.n});
+    }
+  }
+  run_groups<T>(tasks, kernels<T>().lanes, kernels<T>().eigenvectors);
 }
 
 // Entries of a call by dtype: one call may mix them, a group may not.
@@ -312,6 +361,15 @@ std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices) {
   return results;
 }
 
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> eigh(std::vector<Tensor> matrices) {
+  std::vector<Tensor> values(matrices.size());
+  std::vector<Tensor> vectors(matrices.size());
+  const Split split(matrices);
+  if (!split.singles.empty()) eigh_of<float>(matrices, split.singles, values, vectors);
+  if (!split.doubles.empty()) eigh_of<double>(matrices, split.doubles, values, vectors);
+  return {values, vectors};
+}
+
 std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor> thresholds) {
   STD_TORCH_CHECK(matrices.size() == thresholds.size(), "one set of thresholds for each entry");
   std::vector<Tensor> results(matrices.size());
@@ -326,5 +384,6 @@ std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(fastcov, CPU, m) {
   m.impl("eigvalsh", TORCH_BOX(&fastcov::eigvalsh));
+  m.impl("eigh", TORCH_BOX(&fastcov::eigh));
   m.impl("count_above", TORCH_BOX(&fastcov::count_above));
 }

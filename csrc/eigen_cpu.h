@@ -21,12 +21,17 @@ template <typename T>
 struct EigenTask {
   MatrixRef<T> matrix;
   int n;
-  T* values;             // [n], ascending
-  const T* thresholds;   // [threshold_count], threshold_stride apart
+  T* values;            // [n], ascending
+  const T* thresholds;  // [threshold_count], threshold_stride apart
   int64_t threshold_stride;
   int threshold_count;
-  int64_t* counts;       // [threshold_count][2]
+  int64_t* counts;  // [threshold_count][2]
+  T* vectors;       // [n, n], in columns
 };
+
+// Up to this order Jacobi rotations of matrices side by side are faster than LAPACK: 8 times at
+// order 8, 3 times at 16, not at 32.
+constexpr int kVectorsOrder = 16;
 
 template <typename T>
 struct EigenKernels {
@@ -39,6 +44,8 @@ struct EigenKernels {
   void (*counts)(const EigenTask<T>* tasks, int count, void* scratch);
   // Error bound of an eigenvalue of a matrix of order n, relative to the largest magnitude.
   T (*relative_tolerance)(int n);
+  // Up to `lanes` matrices, read as they are, of an order up to kVectorsOrder.
+  void (*eigenvectors)(const EigenTask<T>* tasks, int count, void* scratch);
   // Whether every entry of the triangle is a finite number.
   bool (*is_finite)(const EigenTask<T>& task);
 };

@@ -7,8 +7,8 @@
 
 namespace fastcov {
 
-// One entry of a call: B matrices of order n and where their results go. With thresholds, counts are
-// wanted instead of values.
+// One entry of a call: B matrices of order n and where their results go. With thresholds, counts
+// are wanted instead of values.
 struct EigenEntry {
   const void* matrices;
   int64_t batch_stride;  // in elements, as all strides
@@ -34,7 +34,7 @@ struct EigenTable {
 };
 
 enum class EigenClass {
-  kWarp8,     // registers, 8 lanes of a warp for a matrix
+  kWarp8,  // registers, 8 lanes of a warp for a matrix
   kWarp16,
   kWarp32,
   kBlock64,   // registers, a block for a matrix
@@ -52,13 +52,13 @@ struct DeviceLimits {
 
 // Several blocks for each matrix of a table, all of one order.
 struct MembersPlan {
-  int members;     // blocks for a matrix
-  int groups;      // matrices at a time
+  int members;  // blocks for a matrix
+  int groups;   // matrices at a time
   bool is_cluster;
-  int near_rows;   // rows of each block in shared memory
-  int far_rows;    // and in the workspace
+  int near_rows;  // rows of each block in shared memory
+  int far_rows;   // and in the workspace
   int shared_bytes;
-  int64_t far_bytes;      // of one group, for all its members
+  int64_t far_bytes;  // of one group, for all its members
   int64_t workspace_bytes;
 };
 
@@ -96,8 +96,8 @@ template <class Real>
 cudaError_t launch_jacobi(const EigenTable& table, void* const* vectors, const JacobiPlan& plan,
                           void* workspace, cudaStream_t stream);
 
-// For torch.linalg, one entry of one order: a scaled copy [B, n, n] of what is finite, and after it the
-// eigenvalues as they should be; counts where the entry has thresholds. largest: [B] scratch.
+// For torch.linalg, one entry of one order: a scaled copy [B, n, n] of what is finite, and after it
+// the eigenvalues as they should be; counts where the entry has thresholds. largest: [B] scratch.
 template <class Real>
 cudaError_t prepare_library(const EigenTable& table, unsigned long long* largest, void* copy,
                             cudaStream_t stream);

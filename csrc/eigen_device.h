@@ -8,6 +8,18 @@
 
 namespace fastcov {
 
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int threads,
+                          int64_t shared_bytes, cudaStream_t stream,
+                          const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
 // One matrix of a table.
 template <class Real>
 struct Located {
@@ -40,8 +52,8 @@ __device__ void finish(Team& team, const Located<Real>& located, const Scale<Rea
   const int lane = team.member() * team.size() + team.rank();
   const int step = team.members() * team.size();
   if (entry.thresholds) {
-    const Real* const tau = static_cast<const Real*>(entry.thresholds) +
-                            located.index * entry.threshold_batch_stride;
+    const Real* const tau =
+        static_cast<const Real*>(entry.thresholds) + located.index * entry.threshold_batch_stride;
     int64_t* const out = entry.counts + located.index * entry.threshold_count * 2;
     for (int t = lane; t < entry.threshold_count; t += step) {
       int low = 0, high = n;

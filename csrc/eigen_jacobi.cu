@@ -1,5 +1,5 @@
-// Eigenvectors on a GPU of matrices up to order 128, by Jacobi rotations in shared memory: a warp for
-// each up to order 32, else a block.
+// Eigenvectors on a GPU of matrices up to order 128, by Jacobi rotations in shared memory: a warp
+// for each up to order 32, else a block.
 #include "eigen_device.h"
 #include "eigen_jacobi.h"
 
@@ -12,8 +12,8 @@ constexpr int kWarpOrder = 32;
 constexpr int kSweeps = 20;  // eight or nine are usual, quadratic once they converge
 
 template <class Real>
-constexpr Real kNegligible = sizeof(Real) == 4 ? static_cast<Real>(0x1p-26)
-                                               : static_cast<Real>(0x1p-55);
+constexpr Real kNegligible =
+    sizeof(Real) == 4 ? static_cast<Real>(0x1p-26) : static_cast<Real>(0x1p-55);
 
 // Rows of vectors fall into different banks.
 __host__ __device__ constexpr int vector_stride(int n) { return n | 1; }
@@ -27,8 +27,8 @@ template <class Real>
 __host__ __device__ constexpr int64_t shared_bytes(int n, bool has_vectors) {
   const int64_t elements =
       (has_vectors ? vector_elements(n) : 0) + n * (n + 1) / 2 + 2 * ((n + 1) / 2);
-  const int64_t bytes = elements * static_cast<int64_t>(sizeof(Real)) +
-                        n * static_cast<int64_t>(sizeof(int));
+  const int64_t bytes =
+      elements * static_cast<int64_t>(sizeof(Real)) + n * static_cast<int64_t>(sizeof(int));
   return (bytes + 15) / 16 * 16;
 }
 
@@ -98,8 +98,8 @@ __device__ void solve_jacobi(Team& team, const Located<Real>& located, unsigned 
   }
 }
 
-// Eigenvectors of entry e start at vectors.of[e]; far_vectors, where given, holds as many matrices as
-// the table, each of vector_elements(largest order).
+// Eigenvectors of entry e start at vectors.of[e]; far_vectors, where given, holds as many matrices
+// as the table, each of vector_elements(largest order).
 struct JacobiOutputs {
   void* of[EigenTable::kEntries];
 };
@@ -146,8 +146,8 @@ template <class Real>
 JacobiPlan plan_jacobi(int n, int64_t matrices, int available_bytes) {
   JacobiPlan plan{};
   const int64_t reserved = 1024;
-  plan.fits = n <= kLargestJacobi &&
-              shared_bytes<Real>(n, n <= kWarpOrder) + reserved <= available_bytes;
+  plan.fits =
+      n <= kLargestJacobi && shared_bytes<Real>(n, n <= kWarpOrder) + reserved <= available_bytes;
   plan.has_near_vectors =
       n <= kWarpOrder || shared_bytes<Real>(n, true) + reserved <= available_bytes;
   if (!plan.has_near_vectors) {
@@ -168,25 +168,22 @@ cudaError_t launch_jacobi(const EigenTable& table, void* const* vectors, const J
         eigen_jacobi_warp_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>((table.matrices + kWarpTeams - 1) / kWarpTeams);
-    eigen_jacobi_warp_kernel<Real>
-        <<<blocks, 32 * kWarpTeams, bytes, stream>>>(table, outputs, n);
-    return cudaGetLastError();
+    return launch_kernel(eigen_jacobi_warp_kernel<Real>, blocks, 32 * kWarpTeams, bytes, stream,
+                         table, outputs, n);
   }
   const int bytes = static_cast<int>(shared_bytes<Real>(n, plan.has_near_vectors));
   const cudaError_t error = cudaFuncSetAttribute(
       eigen_jacobi_block_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   Real* const far = plan.has_near_vectors ? nullptr : static_cast<Real*>(workspace);
-  eigen_jacobi_block_kernel<Real>
-      <<<static_cast<unsigned>(table.matrices), 32 * kWarps, bytes, stream>>>(table, outputs, far,
-                                                                              n);
-  return cudaGetLastError();
+  return launch_kernel(eigen_jacobi_block_kernel<Real>, static_cast<unsigned>(table.matrices),
+                       32 * kWarps, bytes, stream, table, outputs, far, n);
 }
 
 template JacobiPlan plan_jacobi<float>(int, int64_t, int);
 template JacobiPlan plan_jacobi<double>(int, int64_t, int);
-template cudaError_t launch_jacobi<float>(const EigenTable&, void* const*, const JacobiPlan&,
-                                          void*, cudaStream_t);
+template cudaError_t launch_jacobi<float>(const EigenTable&, void* const*, const JacobiPlan&, void*,
+                                          cudaStream_t);
 template cudaError_t launch_jacobi<double>(const EigenTable&, void* const*, const JacobiPlan&,
                                            void*, cudaStream_t);
 

@@ -50,9 +50,8 @@ FASTCOV_INLINE void rotate(Real& p, Real& q, Real sine, Real tau) {
 
 // Rotates rows and columns where two pairs cross. A resting index has the entry zero and no place.
 template <class Real>
-FASTCOV_INLINE void rotate_crossing(Real* matrix, const JacobiPair& first,
-                                    const JacobiPair& second, int n, Real sine1, Real tau1,
-                                    Real sine2, Real tau2) {
+FASTCOV_INLINE void rotate_crossing(Real* matrix, const JacobiPair& first, const JacobiPair& second,
+                                    int n, Real sine1, Real tau1, Real sine2, Real tau2) {
   const auto at = [matrix](int i, int j) -> Real& {
     return matrix[i > j ? triangle_index(i, j) : triangle_index(j, i)];
   };

@@ -1,6 +1,6 @@
-// Symmetric eigenvalues on the CPU, compiled once for each instruction set (FASTCOV_LEVEL). No inline
-// function of the standard library may appear here: the linker keeps one copy of it for the whole
-// library, possibly the one that needs AVX-512.
+// Symmetric eigenvalues on the CPU, compiled once for each instruction set (FASTCOV_LEVEL). No
+// inline function of the standard library may appear here: the linker keeps one copy of it for the
+// whole library, possibly the one that needs AVX-512.
 //
 // Small matrices lie side by side, one to a vector lane; larger ones are reduced one by one, with
 // vectors along their columns. Either way a group shares the iteration that ends it.
@@ -8,6 +8,7 @@
 
 #include "eigen.h"
 #include "eigen_bisect.h"
+#include "eigen_jacobi.h"
 #include "eigen_lanes.h"
 #include "eigen_ql.h"
 #include "eigen_storage.h"
@@ -235,7 +236,8 @@ bool solve(const EigenTask<T>* tasks, int count, Doubles* diagonal, Doubles* squ
 
 template <class T>
 int64_t scratch_bytes(int n) {
-  return group_bytes(n) + reduce_bytes<T>(n);
+  const int64_t vectors = n <= kVectorsOrder ? int64_t{2} * (n + 1) * (n + 1) * kVectorBytes : 0;
+  return group_bytes(n) + reduce_bytes<T>(n) + vectors;
 }
 
 template <class T>
@@ -295,6 +297,70 @@ bool is_finite(const EigenTask<T>& task) {
   return largest < Numeric<T>::infinity;
 }
 
+// Off-diagonals that Jacobi rotations leave, beside a largest entry of about 1.
+template <class T>
+constexpr T kLeftByJacobi = sizeof(T) == 4 ? static_cast<T>(0x1p-26) : static_cast<T>(0x1p-55);
+constexpr int kJacobiSweeps = 20;
+
+template <class T>
+void write_vectors(const EigenTask<T>& task, const Scale<T>& scale, const T* matrix,
+                   const T* vectors, int lanes) {
+  const int n = task.n;
+  const T factor = scale.is_finite ? T(1) : scale.restore;
+  for (int k = 0; k < n; ++k) {
+    const T value = matrix[triangle_index(k, k) * lanes];
+    int place = 0;  // equal eigenvalues keep their order
+    for (int other = 0; other < n; ++other) {
+      const T compared = matrix[triangle_index(other, other) * lanes];
+      place += compared < value || (compared == value && other < k);
+    }
+    task.values[place] = value * scale.restore;
+    for (int i = 0; i < n; ++i) {
+      task.vectors[i * n + place] = vectors[(k * n + i) * lanes] * factor;
+    }
+  }
+}
+
+template <class T>
+void eigenvectors(const EigenTask<T>* tasks, int count, void* scratch) {
+  constexpr int lanes = kLanes<T>;
+  using V = Pack<T, lanes>;
+  const int n = tasks[0].n;
+  V* const matrix = static_cast<V*>(scratch);
+  V* const vectors = matrix + n * (n + 1) / 2;
+  V* const sine = vectors + n * n;
+  const JacobiSpace<V> space{matrix, vectors, n, sine, sine + n};
+  Scale<T> scales[lanes]{};
+  V shrink = V{};
+  for (int i = 0; i < n * (n + 1) / 2; ++i) matrix[i] = V{};
+  for (int lane = 0; lane < count; ++lane) {
+    const MatrixRef<T>& ref = tasks[lane].matrix;
+    typename Numeric<T>::Bits largest = 0;
+    T* const out = reinterpret_cast<T*>(matrix) + lane;
+    for (int i = 0; i < n; ++i) {
+      for (int j = 0; j <= i; ++j) {
+        const T value = ref.data[i * ref.step_i + j * ref.step_j];
+        const auto bits = magnitude_bits(value);
+        largest = bits > largest ? bits : largest;
+        out[triangle_index(i, j) * lanes] = value;
+      }
+    }
+    scales[lane] = Scale<T>(largest);
+    shrink[lane] = scales[lane].is_finite ? scales[lane].shrink : T(0);
+  }
+  for (int i = 0; i < n * (n + 1) / 2; ++i) {
+    const V scaled = matrix[i] * shrink;
+    matrix[i] = shrink > V{} ? scaled : V{};  // zero times NaN is NaN
+  }
+  LoopTeam team;
+  jacobi(team, space, n, Numeric<V>::fill(kLeftByJacobi<T>), kJacobiSweeps,
+         [](const auto& mask) { return any_of(mask); });
+  for (int lane = 0; lane < count; ++lane) {
+    write_vectors(tasks[lane], scales[lane], reinterpret_cast<const T*>(matrix) + lane,
+                  reinterpret_cast<const T*>(vectors) + lane, lanes);
+  }
+}
+
 template <class T>
 T tolerance(int n) {
   return relative_tolerance<T>(n);
@@ -302,8 +368,8 @@ T tolerance(int n) {
 
 template <class T>
 constexpr EigenKernels<T> kernels() {
-  return {kGroup, kLanes<T>, scratch_bytes<T>, eigenvalues<T>, counts<T>, tolerance<T>,
-          is_finite<T>};
+  return {kGroup,    kLanes<T>,    scratch_bytes<T>, eigenvalues<T>,
+          counts<T>, tolerance<T>, eigenvectors<T>,  is_finite<T>};
 }
 
 }  // namespace

@@ -6,7 +6,9 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-#if defined(__AVX512F__)
+#if defined(FASTCOV_VECTOR_BYTES)  // tests: the lanes of another machine
+constexpr int kVectorBytes = FASTCOV_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -62,6 +64,15 @@ FASTCOV_INLINE bool all_of(V mask) {
     all &= mask[lane] != 0;
   }
   return all;
+}
+
+template <class V>
+FASTCOV_INLINE bool any_of(V mask) {
+  bool any = false;
+  for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(mask[0])); ++lane) {
+    any |= mask[lane] != 0;
+  }
+  return any;
 }
 
 }  // namespace FASTCOV_LEVEL

@@ -95,13 +95,12 @@ template <class Real>
 cudaError_t prepare_library(const EigenTable& table, unsigned long long* largest, void* copy,
                             cudaStream_t stream) {
   const dim3 blocks(64, static_cast<unsigned>(table.matrices));
-  const cudaError_t error =
-      cudaMemsetAsync(largest, 0, sizeof(*largest) * table.matrices, stream);
+  cudaError_t error = cudaMemsetAsync(largest, 0, sizeof(*largest) * table.matrices, stream);
   if (error != cudaSuccess) return error;
-  eigen_largest_kernel<Real><<<blocks, kThreads, 0, stream>>>(table, largest);
-  eigen_copy_kernel<Real>
-      <<<blocks, kThreads, 0, stream>>>(table, largest, static_cast<Real*>(copy));
-  return cudaGetLastError();
+  error = launch_kernel(eigen_largest_kernel<Real>, blocks, kThreads, 0, stream, table, largest);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(eigen_copy_kernel<Real>, blocks, kThreads, 0, stream, table, largest,
+                       static_cast<Real*>(copy));
 }
 
 template <class Real>
@@ -109,14 +108,13 @@ cudaError_t restore_library(const EigenTable& table, const unsigned long long* l
                             void* values, void* vectors, cudaStream_t stream) {
   const int n = table.entry[0].n;
   const dim3 blocks(divide_up(n, kThreads), static_cast<unsigned>(table.matrices));
-  eigen_restore_kernel<Real><<<blocks, kThreads, 0, stream>>>(
-      largest, static_cast<Real*>(values), static_cast<Real*>(vectors), n);
-  if (table.entry[0].thresholds && table.entry[0].threshold_count > 0) {
-    const dim3 chunks(divide_up(table.entry[0].threshold_count, kThreads), blocks.y);
-    eigen_count_kernel<Real>
-        <<<chunks, kThreads, 0, stream>>>(table, static_cast<const Real*>(values));
-  }
-  return cudaGetLastError();
+  const cudaError_t error =
+      launch_kernel(eigen_restore_kernel<Real>, blocks, kThreads, 0, stream, largest,
+                    static_cast<Real*>(values), static_cast<Real*>(vectors), n);
+  const int thresholds = table.entry[0].thresholds ? table.entry[0].threshold_count : 0;
+  if (error != cudaSuccess || thresholds == 0) return error;
+  return launch_kernel(eigen_count_kernel<Real>, dim3(divide_up(thresholds, kThreads), blocks.y),
+                       kThreads, 0, stream, table, static_cast<const Real*>(values));
 }
 
 template cudaError_t prepare_library<float>(const EigenTable&, unsigned long long*, void*,

@@ -7,10 +7,10 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kVectors = 7;  // in shared memory: reflectors, update, product, pivot row, diagonals
-constexpr int kRowsOfMember = 16;    // at least, on average: fewer do not pay for the waiting
-constexpr int kClusterOrder = 512;   // up to here a cluster is enough
-constexpr int kClusterMembers = 8;   // what every GPU with clusters takes
-constexpr int kReservedBytes = 2048; // shared memory of the system and of reductions
+constexpr int kRowsOfMember = 16;     // at least, on average: fewer do not pay for the waiting
+constexpr int kClusterOrder = 512;    // up to here a cluster is enough
+constexpr int kClusterMembers = 8;    // what every GPU with clusters takes
+constexpr int kReservedBytes = 2048;  // shared memory of the system and of reductions
 
 struct MembersArguments {
   MembersPlan plan;
@@ -45,8 +45,8 @@ __device__ void solve_members(Team& team, const Located<Real>& located,
   Bits* const largest_of = reinterpret_cast<Bits*>(published + 4 * stride);
   Real* const far = reinterpret_cast<Real*>(arguments.far + group * plan.far_bytes) +
                     static_cast<int64_t>(team.member()) * plan.far_rows * n;
-  MemberRows<Real, Team> rows{
-      far, near, plan.far_rows, {published, published + 2 * stride}, stride, pivot_row};
+  MemberRows<Real, Team> rows{far,    near,     plan.far_rows, {published, published + 2 * stride},
+                              stride, pivot_row};
   const int row_count = rows.rows_before(n, team.member(), members);
 
   Bits largest = 0;
@@ -109,8 +109,8 @@ cudaError_t launch(const EigenTable& table, const MembersArguments& arguments, b
                    cudaStream_t stream) {
   const auto kernel = eigen_members_kernel<Real, Barrier>;
   const MembersPlan& plan = arguments.plan;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           plan.shared_bytes);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   if (is_cluster) {
@@ -177,9 +177,9 @@ cudaError_t launch_members(const EigenTable& table, const MembersPlan& plan, voi
   unsigned char* const counters = static_cast<unsigned char*>(workspace);
   unsigned char* const published = counters + counter_bytes(plan.groups);
   const int n = table.entry[0].n;
-  const MembersArguments arguments{
-      plan, published + plan.groups * published_bytes<Real>(n, plan.members), published,
-      reinterpret_cast<unsigned*>(counters)};
+  const MembersArguments arguments{plan,
+                                   published + plan.groups * published_bytes<Real>(n, plan.members),
+                                   published, reinterpret_cast<unsigned*>(counters)};
   if (plan.is_cluster) {
     const cudaError_t error = launch<Real, ClusterBarrier>(table, arguments, true, stream);
     if (error != cudaErrorNotSupported) return error;

@@ -91,8 +91,9 @@ FASTCOV_INLINE typename Numeric<Real>::Bits magnitude_bits(Real value) {
 template <class Real>
 FASTCOV_INLINE Real power_of_two(int exponent) {
   using Number = Numeric<Real>;
-  return __builtin_bit_cast(Real, static_cast<typename Number::Bits>(exponent + Number::exponent_bias)
-                                      << Number::mantissa_bits);
+  return __builtin_bit_cast(Real,
+                            static_cast<typename Number::Bits>(exponent + Number::exponent_bias)
+                                << Number::mantissa_bits);
 }
 
 // How a matrix is scaled, from the largest magnitude_bits of its entries.

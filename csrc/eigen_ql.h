@@ -10,9 +10,9 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// diagonal, square: [n][Packs] with the squares of the off-diagonals, overwritten. tolerance: what an
-// off-diagonal may have left, relative to the largest entry. Returns false, leaving nothing usable,
-// when some lane has not converged within `limit` sweeps.
+// diagonal, square: [n][Packs] with the squares of the off-diagonals, overwritten. tolerance: what
+// an off-diagonal may have left, relative to the largest entry. Returns false, leaving nothing
+// usable, when some lane has not converged within `limit` sweeps.
 template <class V, int Packs>
 FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance, int limit) {
   using Number = Numeric<V>;

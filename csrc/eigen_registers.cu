@@ -21,8 +21,8 @@ struct RegistersShared {
   typename Numeric<Real>::Bits largest[Order / Lanes];
 };
 
-// Fills a lane's row of the symmetric matrix from its lower triangle. Tiles left of the diagonal are
-// read by rows and turned in shared memory; those below it are columns of a lane's row already.
+// Fills a lane's row of the symmetric matrix from its lower triangle. Tiles left of the diagonal
+// are read by rows and turned in shared memory; those below it are columns of a lane's row already.
 // Either way neighbouring lanes read neighbouring entries of a row-major matrix.
 template <class Real, int Order, class Team>
 __device__ void load_rows(const Team& team, const Located<Real>& located, int n,
@@ -76,7 +76,6 @@ __device__ void solve_registers(Team& team, const Located<Real>& located,
   if (Team::squads() > 1) {
     if (team.lane() == 0) shared.largest[team.squad()] = largest;
     team.sync();
-    FASTCOV_UNROLL
     for (int s = 0; s < Team::squads(); ++s) {
       largest = shared.largest[s] > largest ? shared.largest[s] : largest;
     }
@@ -108,7 +107,9 @@ __global__ void __launch_bounds__(kWarpBlock)
 
 // Blocks that the registers of a multiprocessor hold at once: a row and about forty more a thread.
 template <class Real, int Order>
-constexpr int kResidentBlocks = Order == 128 ? 3 : sizeof(Real) == 4 ? 8 : 4;
+constexpr int kResidentBlocks = Order == 128        ? 3
+                                : sizeof(Real) == 4 ? 8
+                                                    : 4;
 
 template <class Real, int Order>
 __global__ void __launch_bounds__(Order, kResidentBlocks<Real, Order>)
@@ -123,15 +124,13 @@ template <class Real, int Width>
 cudaError_t launch_warp(const EigenTable& table, cudaStream_t stream) {
   constexpr int teams = kWarpBlock / Width;
   const unsigned blocks = static_cast<unsigned>((table.matrices + teams - 1) / teams);
-  eigen_warp_kernel<Real, Width><<<blocks, kWarpBlock, 0, stream>>>(table);
-  return cudaGetLastError();
+  return launch_kernel(eigen_warp_kernel<Real, Width>, blocks, kWarpBlock, 0, stream, table);
 }
 
 template <class Real, int Order>
 cudaError_t launch_block(const EigenTable& table, cudaStream_t stream) {
-  eigen_block_kernel<Real, Order>
-      <<<static_cast<unsigned>(table.matrices), Order, 0, stream>>>(table);
-  return cudaGetLastError();
+  const unsigned blocks = static_cast<unsigned>(table.matrices);
+  return launch_kernel(eigen_block_kernel<Real, Order>, blocks, Order, 0, stream, table);
 }
 
 }  // namespace

@@ -112,8 +112,8 @@ struct ColumnTriangle {
   }
 };
 
-// Row i in registers of lane i, Order of them at most: no entry is shared, and the vectors of a step
-// are read as broadcasts. Only constant indices keep `entry` in registers.
+// Row i in registers of lane i, Order of them at most: no entry is shared, and the vectors of a
+// step are read as broadcasts. Only constant indices keep `entry` in registers.
 template <class Real, int Order, class Team>
 struct RegisterRows {
   Real entry[Order];
@@ -146,8 +146,8 @@ struct RegisterRows {
 };
 
 // Whole rows, dealt to the members in turn: member m holds rows m, m + members, ... The last ones,
-// which the reduction needs longest, lie in memory of its own, the others in `far`. A step publishes
-// products and the next pivot row, and waits for the other members once.
+// which the reduction needs longest, lie in memory of its own, the others in `far`. A step
+// publishes products and the next pivot row, and waits for the other members once.
 template <class Real, class Team>
 struct MemberRows {
   Real* far;
@@ -155,7 +155,7 @@ struct MemberRows {
   int far_rows;
   Real* published[2];  // by turns, so that one exchange a step is enough: [2][stride]
   int stride;
-  Real* pivot_row;     // this member's copy
+  Real* pivot_row;  // this member's copy
 
   static FASTCOV_INLINE int rows_before(int i, int member, int members) {
     return i <= member ? 0 : (i - member + members - 1) / members;

@@ -79,9 +79,8 @@ cudaError_t launch_triangle(const EigenTable& table, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(
       eigen_triangle_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  eigen_triangle_kernel<Real>
-      <<<static_cast<unsigned>(table.matrices), 32 * kWarps, bytes, stream>>>(table);
-  return cudaGetLastError();
+  const unsigned blocks = static_cast<unsigned>(table.matrices);
+  return launch_kernel(eigen_triangle_kernel<Real>, blocks, 32 * kWarps, bytes, stream, table);
 }
 
 template int largest_triangle<float>(int);

@@ -1,7 +1,8 @@
 // Team policy: who works on one matrix, and how they wait for each other.
 //
-// An algorithm written over a Team compiles to a plain loop, to host threads with real barriers, and
-// to a warp, a block, a cluster or a whole grid of a GPU. A team is made of squads, a squad of lanes:
+// An algorithm written over a Team compiles to a plain loop, to host threads with real barriers,
+// and to a warp, a block, a cluster or a whole grid of a GPU. A team is made of squads, a squad of
+// lanes:
 //   lane(), lanes()    a lane's place in its squad; a squad reduces without waiting for the others
 //   squad(), squads()  a squad's place among those that share vectors in memory
 //   rank(), size()     a lane's place among all lanes that share those vectors
@@ -19,7 +20,6 @@
 
 #if defined(__CUDACC__)
 #define FASTCOV_INLINE __host__ __device__ __forceinline__
-#define FASTCOV_DEVICE __device__ __forceinline__
 #define FASTCOV_UNROLL _Pragma("unroll")
 #define FASTCOV_SIMD(...)
 #else

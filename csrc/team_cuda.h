@@ -5,6 +5,8 @@
 
 #include "team.h"
 
+#define FASTCOV_DEVICE __device__ __forceinline__
+
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
@@ -42,10 +44,10 @@ struct WarpLanes {
   FASTCOV_DEVICE Value sum_four(const Value (&sums)[4]) const {
     static_assert(Width == 32);
     const bool upper = lane() & 16;
-    const Value a = (upper ? sums[2] : sums[0]) +
-                    __shfl_xor_sync(mask, upper ? sums[0] : sums[2], 16);
-    const Value b = (upper ? sums[3] : sums[1]) +
-                    __shfl_xor_sync(mask, upper ? sums[1] : sums[3], 16);
+    const Value a =
+        (upper ? sums[2] : sums[0]) + __shfl_xor_sync(mask, upper ? sums[0] : sums[2], 16);
+    const Value b =
+        (upper ? sums[3] : sums[1]) + __shfl_xor_sync(mask, upper ? sums[1] : sums[3], 16);
     const bool odd = lane() & 8;
     Value sum = (odd ? b : a) + __shfl_xor_sync(mask, odd ? a : b, 8);
     FASTCOV_UNROLL
@@ -132,24 +134,20 @@ struct CounterBarrier {
     expected += members;
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned arrived;
+      const volatile unsigned* const arrived = counter;
       __threadfence();
       atomicAdd(counter, 1u);
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(arrived)
-                     : "l"(counter)
-                     : "memory");
-        // The difference is signed: a counter that wraps still compares right.
-      } while (static_cast<int>(arrived - expected) < 0);
+      // The difference is signed: a counter that wraps still compares right.
+      while (static_cast<int>(*arrived - expected) < 0) {
+      }
       __threadfence();
     }
     __syncthreads();
   }
 };
 
-// One of several blocks for one matrix. The whole block reduces together: vectors are long here, and
-// each block keeps its own copy of them.
+// One of several blocks for one matrix. The whole block reduces together: vectors are long here,
+// and each block keeps its own copy of them.
 template <int Threads, class Barrier>
 struct MemberTeam {
   static constexpr int kWarps = Threads / 32;
@@ -188,7 +186,10 @@ struct MemberTeam {
   FASTCOV_DEVICE void store_sums(const Real (&sums)[4], Real* const (&targets)[4]) const {
     const Real sum = warp.sum_four(sums);
     const int c = warp.lane() / 8;
-    Real* const target = c == 0 ? targets[0] : c == 1 ? targets[1] : c == 2 ? targets[2] : targets[3];
+    Real* const target = c == 0   ? targets[0]
+                         : c == 1 ? targets[1]
+                         : c == 2 ? targets[2]
+                                  : targets[3];
     if (warp.lane() % 8 == 0 && target) *target = sum;
   }
 

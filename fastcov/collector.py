@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -65,13 +65,14 @@ class Collector:
         self.train_only = train_only
         self.number = next(_NUMBERS)
         # What torch.compile returns shares its mode with what it wraps, but cannot be traced.
-        self.root: weakref.ref[nn.Module] = weakref.ref(getattr(model, "_orig_mod", model))
+        self.root: Callable[[], nn.Module | None] = weakref.ref(getattr(model, "_orig_mod", model))
         with torch.inference_mode(False):  # orders the operators of a compiled step
             self.clock = torch.tensor([self.number], device="cpu")
         self.taps: list[Tap] = []
         self.readers: dict[str, Reader] = {}
         self.notes: dict[str, str] = {}
         self.step = Steps()
+        self._modules: list[Callable[[], nn.Module | None]] = []
         self._by_tap: list[Reader] = []
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
@@ -102,6 +103,7 @@ class Collector:
         for tap, module in watched:
             hook = Hook(self, len(self.taps))
             self.taps.append(tap)
+            self._modules.append(weakref.ref(module))
             reader = self._make_reader(tap)
             self._by_tap.append(reader)
             self.readers[tap.name] = reader
@@ -194,12 +196,9 @@ class Collector:
         if channels > self.max_channels:
             self._skip_wide(spec.name, channels)
             return
-        if spec.is_sharded and spec.channels not in (None, channels):
-            self.refuse(
-                tap,
-                f"gives {channels} of {spec.channels} channels on this rank (tensor parallel): not "
-                "read",
-            )
+        if spec.channels not in (None, channels) and self._is_sharded(tap):
+            whole = f"{spec.channels} channels"
+            self.refuse(tap, f"has {channels} of {whole} on this rank (tensor parallel): not read")
             return
         reader = self._by_tap[tap]
         if spec.position == "input":
@@ -215,6 +214,12 @@ class Collector:
             self._give_up(reader, reason)
             return
         reader.read(rows)
+
+    def _is_sharded(self, tap: int) -> bool:
+        module = self._modules[tap]()
+        return module is not None and any(
+            type(weight).__name__ == "DTensor" for weight in module.parameters()
+        )
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
@@ -321,6 +326,13 @@ class Collector:
             reader.leave_device()
         self._counters = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy holds: the statistics, tied to no model."""
+        if self._counters is not None:
+            self.leave_device()
+        untied = {"root": _no_model, "_modules": [], "_handles": [], "_inputs": SharedInputs()}
+        return {**self.__dict__, **untied}
+
     def close(self) -> None:
         """Removes every hook; the statistics stay readable."""
         for handle in self._handles:
@@ -336,3 +348,7 @@ class Collector:
             yield
         finally:
             self._is_paused = before
+
+
+def _no_model() -> None:
+    return None

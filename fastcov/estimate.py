@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastcov.rows import row_view
+from fastcov.ops.buffered import has_device_buffers
+from fastcov.rows import plain_tensor, row_view
 from fastcov.sampling import (
     BUFFER_ROWS_PER_CHANNEL,
     LayerLoad,
     read_fraction,
     rows_per_channel,
 )
+from fastcov.sharing import SharedInputs
 from fastcov.taps import Selector, Tap, find_taps, first_tensor
 
 
@@ -83,12 +87,13 @@ def estimate(
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
     rows: Literal["auto", "all"] | int | float = "auto",
+    weighting: Literal["position", "image"] = "position",
     max_channels: int = 4096,
 ) -> Estimate:
     """Memory and flops that :func:`fastcov.track` would add, before it allocates anything.
 
     One forward runs with the example, in evaluation mode and without gradients. A model on the
-    meta device is estimated without memory or arithmetic of its own.
+    meta device is estimated without memory or arithmetic of its own, as if it trained on a GPU.
 
     Args:
         model: As for :func:`fastcov.track`.
@@ -98,6 +103,7 @@ def estimate(
         exclude: As for :func:`fastcov.track`.
         where: As for :func:`fastcov.track`.
         rows: As for :func:`fastcov.track`.
+        weighting: As for :func:`fastcov.track`.
         max_channels: As for :func:`fastcov.track`.
 
     Returns:
@@ -115,83 +121,142 @@ def estimate(
     # torch's flop counter imports triton: a plain `import fastcov` must not.
     from torch.utils.flop_counter import FlopCounterMode
 
-    offered: dict[str, tuple[int, int, int]] = {}
-    shared: dict[int, tuple[str, Tensor]] = {}
-    taps = find_taps(model, include, exclude, where)
-    handles = []
-    for tap, module in taps:
-        handles.append(_watch(tap, module, offered, shared))
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in was_training:
-            module.training = True
-    loads = {
-        tap.name: LayerLoad(channels, count, count * tap.macs_per_row)
-        for tap, _ in taps
-        if tap.name in offered
-        for channels, count, _itemsize in [offered[tap.name]]
-        if channels <= max_channels
-    }
+    survey = _Survey(find_taps(model, include, exclude, where), max_channels)
+    with survey.watching(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _call(model, example)
+    loads = survey.loads()
     rho = rows_per_channel(list(loads.values())) if rows == "auto" else float("inf")
     layers = []
     for name, load in loads.items():
-        read = float(load.rows)
+        fraction = 1.0
         if rows == "auto":
-            read *= read_fraction(load, rho)
+            fraction = read_fraction(load, rho)
         elif isinstance(rows, float):
-            read *= rows
+            fraction = rows
         elif isinstance(rows, int):
-            read = float(min(rows, load.rows))
-        size = load.channels
-        buffer_rows = BUFFER_ROWS_PER_CHANNEL * size
-        is_buffered = read < buffer_rows if rows == "all" else read <= buffer_rows
-        layers.append(
-            LayerEstimate(
-                name=name,
-                channels=size,
-                rows_offered=load.rows,
-                rows_read=read,
-                state_bytes=8 * (size * size + 2 * size + 3),
-                buffer_bytes=buffer_rows * size * offered[name][2] if is_buffered else 0,
-                flops=read * size * (size + 1),
-            )
+            fraction = min(1.0, rows / load.rows)
+        layers.append(_layer_estimate(survey.seen[name], name, fraction, weighting == "image"))
+    return Estimate(layers, counter.get_total_flops(), survey.skipped)
+
+
+@dataclass
+class _Seen:
+    """What one tap is given in one step."""
+
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+    calls: list[int] = field(default_factory=list)  # rows of each
+
+
+def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) -> LayerEstimate:
+    size, offered = seen.channels, sum(seen.calls)
+    state_bytes = 8 * (size * size + 2 * size + 3)
+    threshold = BUFFER_ROWS_PER_CHANNEL * size
+    due = [fraction * count for count in seen.calls]
+    # As fastcov.reader: calls that bring many rows are added at once, the others wait in a buffer.
+    buffered = [count <= threshold if fraction < 1 else count < threshold for count in due]
+    capacity = threshold if any(buffered) else 0
+    if is_by_image and len(due) > 1:
+        # A step's rows wait for its last call to be weighed: in the buffer, or in a second state.
+        capacity = max(
+            capacity, ceil(sum(d for d, waits in zip(due, buffered, strict=True) if waits))
         )
-    skipped = {name: width for name, (width, _, _) in offered.items() if width > max_channels}
-    return Estimate(layers, counter.get_total_flops(), skipped)
+        state_bytes *= 1 if all(buffered) else 2
+    row_bytes = size * seen.dtype.itemsize
+    most_rows = ceil(fraction * offered) + len(due)
+    is_on_gpu = seen.device.type == "meta" or has_device_buffers(seen.dtype, seen.device)
+    if is_on_gpu and not is_by_image and most_rows <= threshold:
+        capacity, row_bytes = threshold + most_rows, row_bytes + 4  # and the step of each row
+    return LayerEstimate(
+        name=name,
+        channels=size,
+        rows_offered=offered,
+        rows_read=fraction * offered,
+        state_bytes=state_bytes,
+        buffer_bytes=capacity * row_bytes,
+        flops=fraction * offered * size * (size + 1),
+    )
 
 
-def _watch(
-    tap: Tap,
-    module: nn.Module,
-    offered: dict[str, tuple[int, int, int]],
-    seen: dict[int, tuple[str, Tensor]],
-) -> Any:
-    def note(value: Any) -> None:
+class _Survey:
+    """Sizes of all tapped tensors in one forward."""
+
+    def __init__(self, taps: list[tuple[Tap, nn.Module]], max_channels: int) -> None:
+        self.taps = taps
+        self.max_channels = max_channels
+        self.seen: dict[str, _Seen] = {}
+        self.skipped: dict[str, int] = {}
+        self._shared = SharedInputs()
+        self._macs = [0] * len(taps)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Hooks in place, the model in evaluation mode; afterwards all is as before."""
+        handles = [
+            module.register_forward_hook(self._output_hook(number))
+            if tap.position == "output"
+            else module.register_forward_pre_hook(self._input_hook(number), with_kwargs=True)
+            for number, (tap, module) in enumerate(self.taps)
+        ]
+        was_training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in was_training:
+                module.training = True
+
+    def loads(self) -> dict[str, LayerLoad]:
+        """Channels, rows and MACs of every state that would be made."""
+        self._shared.diverged()
+        macs = dict.fromkeys(self.seen, 0)
+        for number, (tap, _) in enumerate(self.taps):
+            owner = self.taps[self._shared.owner.get(number, number)][0].name
+            if owner in self.seen:
+                macs[owner] += self._macs[number]
+            if owner != tap.name:
+                self.seen.pop(tap.name, None)
+        return {
+            name: LayerLoad(seen.channels, sum(seen.calls), macs[name])
+            for name, seen in self.seen.items()
+        }
+
+    def _output_hook(self, number: int) -> Any:
+        return lambda _module, _args, output: self._note(number, output)
+
+    def _input_hook(self, number: int) -> Any:
+        return lambda _module, args, kwargs: self._note(number, (args, kwargs))
+
+    def _note(self, number: int, value: Any) -> None:
+        tap = self.taps[number][0]
         activation = first_tensor(value)
-        if activation is None or activation.numel() == 0:
+        plain = None if activation is None else _sized(activation)
+        if activation is None or plain is None:
             return
-        rows = row_view(activation, tap.layout, tap.batched_rank)
+        rows = row_view(plain, tap.layout, tap.batched_rank)
         channels = rows.shape[-1]
-        before = offered.get(tap.name, (channels, 0, 0))[1]
-        count = before + rows.numel() // channels
-        offered[tap.name] = (channels, count, activation.element_size())
+        if rows.numel() == 0:
+            return
+        if channels > self.max_channels:
+            self.skipped[tap.name] = channels
+            return
+        count = rows.numel() // channels
+        self._macs[number] += count * tap.macs_per_row
+        if tap.position == "input":
+            self._shared.see(number, activation, tap.name in self.seen)
+        seen = self.seen.setdefault(tap.name, _Seen(channels, rows.dtype, rows.device))
+        seen.calls.append(count)
 
-    if tap.position == "output":
-        return module.register_forward_hook(lambda _module, _args, output: note(output))
 
-    def note_input(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Consumers of one tensor share one tap. Kept alive, a tensor's identity stays its own.
-        tensor = first_tensor((args, kwargs))
-        if tensor is not None and seen.setdefault(id(tensor), (tap.name, tensor))[0] == tap.name:
-            note(tensor)
-
-    return module.register_forward_pre_hook(note_input, with_kwargs=True)
+def _sized(activation: Tensor) -> Tensor | None:
+    # On the meta device sizes are all there is, and all that is needed.
+    if activation.is_meta and activation.dim() > 0:
+        return activation
+    found = plain_tensor(activation)
+    return None if isinstance(found, str) else found[0]
 
 
 def _call(model: nn.Module, example: Any) -> Any:

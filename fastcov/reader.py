@@ -21,7 +21,7 @@ from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, fixed_point, rows_d
 from fastcov.state import CovarianceState
 
 _HALF = (torch.bfloat16, torch.float16)
-_WAITING_SHARE = 1 / 16  # of a call's rows, kept until the first step has shown the budget
+_WAITING_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the budget
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Reader:
         self.state_step = 0  # the step up to which decay has been applied
         self._pooled: CovarianceState | None = None
         self._is_pooled: bool | None = None  # unknown before the first step has ended
+        self._is_unweighted = False  # the state, during that step
         self._positions = 0  # of one image, over the calls of the running step
         self._buffer = RowBuffer(is_marked=weighting == "image" or decay is not None)
         self._sampled = 0
@@ -123,7 +124,8 @@ class Reader:
 
     def _wait(self, rows: Tensor, offered: int) -> None:
         self._match_dtype(rows)
-        limit = max(buffer_rows(rows), ceil(offered * _WAITING_SHARE))
+        kept_before = sum(part.rows.numel() for part in self._waiting) // rows.shape[-1]
+        limit = max(buffer_rows(rows) - kept_before, ceil(offered * _WAITING_SHARE))
         kept: Tensor
         if offered <= limit:
             kept = rows.clone(memory_format=torch.contiguous_format)
@@ -195,6 +197,10 @@ class Reader:
             # The weight of a row is known when the step's last call has been seen.
             if self._is_pooled is False and self.calls == 1:
                 self._accumulate(rows, self._step, row_scale=self._row_weight())
+                return
+            if self._is_pooled is None and self.total_calls == self.calls:
+                self._accumulate(rows, self._step)  # all that the state holds is of this step
+                self._is_unweighted = True
                 return
             if self._pooled is None:
                 self._pooled = CovarianceState(self.state.channels, rows.device)
@@ -271,6 +277,7 @@ class Reader:
         if not has_device_buffers(dtype, state.moment.device):
             return None
         self.flush()
+        self._buffer.release()
         self._device_step = step
         self._device_buffer = DeviceBuffer(
             state,
@@ -327,6 +334,9 @@ class Reader:
         if self.weighting == "position":
             return
         self._buffer.weigh(self._step, self._row_weight())
+        if self._is_unweighted and self.state is not None:
+            self.state.scale_(self._row_weight())
+            self._is_unweighted = False
         if self._pooled is not None and self.state is not None:
             self.state.scale_(self._decay_until(self._step))
             self.state.merge(self._pooled, scale=self._row_weight())

@@ -105,6 +105,8 @@ def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, 
         'gives tensors on the meta device, which hold no values: not read'
     """
     if type(activation) is not Tensor:
+        if wait := getattr(activation, "trigger_wait", None):  # a collective still under way
+            activation = wait()
         if reason := unreadable_type(type(activation)):
             return reason
         activation = activation.as_subclass(Tensor)

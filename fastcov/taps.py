@@ -47,7 +47,6 @@ class Tap:
         layout: Where the tensor holds its channels.
         batched_rank: Rank of a batched tensor where unbatched ones are possible.
         macs_per_row: Multiply-accumulates of the module's forward for one row of this tap.
-        is_sharded: Whether the module's weights are DTensors: a rank may hold some channels only.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Tap:
     layout: Layout
     batched_rank: int | None
     macs_per_row: int
-    is_sharded: bool = False
 
 
 def canonical_name(name: str) -> str:
@@ -138,7 +136,6 @@ def _make_tap(
         layout=layout_of(module),
         batched_rank=batched_rank(module),
         macs_per_row=_macs_per_row(module, position) if counts_macs else 0,
-        is_sharded=any(type(weight).__name__ == "DTensor" for weight in module.parameters()),
     )
 
 

@@ -55,14 +55,15 @@ class Tracker(Keeper):
     # reading
 
     @torch.no_grad()
-    def _state(self, name: str) -> CovarianceState:
+    def _state(self, name: str, needs_rows: bool = True) -> CovarianceState:
         if self._synced is not None and name in self._synced:
             return self._synced[name]
         if (reader := self.readers.get(name)) is not None:
             reader.flush()
-            if reader.state is None:
+            state = reader.state
+            if state is None or (needs_rows and float(state.weight) == 0):
                 raise ValueError(f"layer {name!r} has seen no row: {self._why_empty(reader)}")
-            return reader.state
+            return state
         close = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.3)
         raise KeyError(f"no layer {name!r} is tracked; closest names: {', '.join(close) or 'none'}")
 
@@ -88,7 +89,10 @@ class Tracker(Keeper):
 
     def count(self, name: str) -> int:
         """Rows read of a layer; rows with a NaN or an infinity are not among them."""
-        return int(self._state(name).count[0])
+        reader = self.readers.get(name)
+        if reader is not None and reader.state is None and name not in (self._synced or {}):
+            return 0
+        return int(self._state(name, needs_rows=False).count[0])
 
     def spectrum(self, name: str, centered: bool = False) -> Spectrum:
         """Eigenvalues of a layer's covariance; see :meth:`covariance`."""

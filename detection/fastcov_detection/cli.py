@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,7 +55,8 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     arguments = _parser().parse_strictly(words)
     try:
-        arguments.run(arguments)
+        with _stoppable():
+            arguments.run(arguments)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -63,6 +67,19 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"fastcov-detection: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Takes a polite kill like Ctrl-C, so that a search stops the runs it has started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_expected(error: Exception) -> bool:

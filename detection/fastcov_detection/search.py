@@ -43,7 +43,7 @@ from fastcov_detection.proposals import (
     save_plan,
 )
 from fastcov_detection.results import ArmRecord, compare_arms, macs_input, write_result
-from fastcov_detection.runner import Job, locked, run_jobs
+from fastcov_detection.runner import Job, locked, run_jobs, threads_per_run
 from fastcov_detection.spectra import load_spectra, save_spectra
 
 # What a search may change when it goes on in a folder: everything else would mix two experiments.
@@ -237,13 +237,19 @@ class _Search:
         return load_spectra(path)
 
     def _measure(self, model: Any) -> dict[str, Spectrum]:
-        return measure_spectra(
-            model.to(self.device),
-            self.data.train,
-            images=self.config.measure_images,
-            vary=self.config.vary,
-            progress=self.progress,
-        )
+        threads = torch.get_num_threads()
+        # One small image at a time gains little from more threads, and waiting ones spin.
+        torch.set_num_threads(min(threads, threads_per_run(self.config.jobs)))
+        try:
+            return measure_spectra(
+                model.to(self.device),
+                self.data.train,
+                images=self.config.measure_images,
+                vary=self.config.vary,
+                progress=self.progress,
+            )
+        finally:
+            torch.set_num_threads(threads)
 
     def _record(self, *, with_latency: bool = False) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""

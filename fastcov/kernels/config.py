@@ -18,7 +18,7 @@ MAX_CHAIN_ROWS = 4096
 SHIFT_ROWS = 64
 """Rows whose mean becomes the shift of a float32 state, as in ops/reference.py."""
 
-Family = Literal["sm_80", "sm_90", "sm_100"]
+Family = Literal["sm_80", "sm_90", "sm_100", "sm_120"]
 Mode = Literal["direct", "split", "tf32", "ieee"]
 Kind = Literal["matrix", "rows", "planes", "unaligned"]
 
@@ -27,8 +27,8 @@ Kind = Literal["matrix", "rows", "planes", "unaligned"]
 class Architecture:
     """What the choices depend on.
 
-    Family sm_80: pointers and mma.sync (8.x, and 12.x, whose shared memory is as small); sm_90:
-    descriptors and wgmma; sm_100: descriptors and tcgen05.
+    Families sm_80 and sm_120: pointers and mma.sync, at most 99 KB of shared memory, which 8.6, 8.9
+    and 12.x have; sm_90: descriptors and wgmma; sm_100: descriptors and tcgen05.
     """
 
     family: Family
@@ -37,7 +37,7 @@ class Architecture:
     @staticmethod
     def of(capability: tuple[int, int], multiprocessors: int) -> Architecture:
         """Family of a compute capability."""
-        families: dict[int, Family] = {9: "sm_90", 10: "sm_100"}
+        families: dict[int, Family] = {9: "sm_90", 10: "sm_100", 12: "sm_120"}
         return Architecture(families.get(capability[0], "sm_80"), multiprocessors)
 
 
@@ -82,7 +82,7 @@ class GramCase:
     @property
     def loads_twice(self) -> bool:
         """Whether a panel is loaded as left and as right operand: sm_80 pipelines it only so."""
-        return self.family == "sm_80" and self.mode == "direct"
+        return self.family in ("sm_80", "sm_120") and self.mode == "direct"
 
 
 def gram_case(architecture: Architecture, layout: RowLayout, mode: Mode) -> GramCase | None:
@@ -93,7 +93,7 @@ def gram_case(architecture: Architecture, layout: RowLayout, mode: Mode) -> Gram
         return GramCase(architecture.family, mode, "unaligned")
     if layout.kind == "planes":
         return GramCase(architecture.family, mode, "planes")
-    has_descriptors = architecture.family != "sm_80" and mode == "direct"
+    has_descriptors = architecture.family in ("sm_90", "sm_100") and mode == "direct"
     kind: Kind = "matrix" if has_descriptors and layout.is_matrix else "rows"
     return GramCase(architecture.family, mode, kind)
 
@@ -104,9 +104,9 @@ def gram_config(case: GramCase, channels: int) -> GramConfig:
     return next((config for config in configs[:-1] if config.width >= channels), configs[-1])
 
 
-def _narrow(*widths: int, step: int = 64) -> tuple[GramConfig, ...]:
+def _narrow(*widths: int, step: int = 64, stages: int = 3) -> tuple[GramConfig, ...]:
     return tuple(
-        GramConfig(width, 1, step, warps=4, stages=3, residents=4 if width == 64 else 8)
+        GramConfig(width, 1, step, warps=4, stages=stages, residents=4 if width == 64 else 8)
         for width in widths
     )
 
@@ -133,7 +133,31 @@ _SPLIT_100 = (
     GramConfig(32, 4, 16, warps=8, stages=2),
     GramConfig(32, 4, 16, warps=8, stages=2, left=2, right=2),
 )
+_SPLIT_ANY_100 = (*_narrow(32), *_SPLIT_100[1:])
 _DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTORS_WIDE)
+
+
+_SPLIT_120 = (
+    *_narrow(32, step=32),
+    *_narrow(64, step=32, stages=2),
+    _POINTERS_128,
+    _SPLIT_REST,
+)
+_DESCRIPTORS_100 = (
+    *_narrow(32),
+    GramConfig(64, 1, 64, warps=8, stages=3, residents=4),
+    _DESCRIPTORS_128,
+    _DESCRIPTORS_256,
+    _DESCRIPTORS_WIDE,
+)
+_PLANES_100 = (
+    *_narrow(32, 64),
+    replace(_POINTERS_128, step=64),
+    _POINTERS_256,
+    _POINTERS_WIDE,
+)
+_POINTERS_120 = (*_narrow(32, step=32), *_narrow(64), _POINTERS_128, _POINTERS_256, _POINTERS_WIDE)
+_PLANES_120 = (*_narrow(32, 64, step=32), _POINTERS_128, _POINTERS_REST)
 
 
 def _pointers(step: int, stages: int = 3) -> tuple[GramConfig, ...]:
@@ -155,12 +179,18 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     GramCase("sm_90", "split", "rows"): _SPLIT,
     GramCase("sm_90", "split", "planes"): _SPLIT,
     GramCase("sm_90", "split", "unaligned"): _SPLIT_UNALIGNED,
-    GramCase("sm_100", "direct", "matrix"): _DESCRIPTORS,
+    GramCase("sm_100", "direct", "matrix"): _DESCRIPTORS_100,
     GramCase("sm_100", "direct", "rows"): _pointers(64),
-    GramCase("sm_100", "direct", "planes"): _pointers(64),
+    GramCase("sm_100", "direct", "planes"): _PLANES_100,
     GramCase("sm_100", "direct", "unaligned"): _UNALIGNED,
     GramCase("sm_100", "split", "rows"): _SPLIT_100,
     GramCase("sm_100", "split", "planes"): _SPLIT_100,
-    GramCase("sm_100", "split", "unaligned"): _SPLIT_100,
+    GramCase("sm_100", "split", "unaligned"): _SPLIT_ANY_100,
+    GramCase("sm_120", "direct", "rows"): _POINTERS_120,
+    GramCase("sm_120", "direct", "planes"): _PLANES_120,
+    GramCase("sm_120", "direct", "unaligned"): _UNALIGNED,
+    GramCase("sm_120", "split", "rows"): _SPLIT_120,
+    GramCase("sm_120", "split", "planes"): _SPLIT_120,
+    GramCase("sm_120", "split", "unaligned"): _SPLIT_UNALIGNED,
 }
 """Configurations by case, from few channels to many; the last serves any number."""

@@ -11,12 +11,14 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcov.kernels.config import MAX_CHAIN_ROWS, SHIFT_ROWS
 from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, STATE_STEP
 from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
 
@@ -35,10 +37,12 @@ THRESHOLD = tl.constexpr(9)
 ROW_SCALE = tl.constexpr(10)  # the bits of a float64
 BLOCKS = tl.constexpr(11)  # programs of the layer
 
-EDGE = 64
-_CHAIN_ROWS = 4096
-_SHIFT_ROWS = 64
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_VALUES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
 
 
 @triton.jit
@@ -270,12 +274,41 @@ class FlushTable:
             vector = 16 // layer.buffer.element_size()
             is_aligned = layer.buffer.shape[1] % vector == 0 and layer.buffer.data_ptr() % 16 == 0
             groups.setdefault((layer.buffer.dtype, vector if is_aligned else 1), []).append(layer)
-        self.launches = [
-            (dtype, vector, *_tables(members)) for (dtype, vector), members in groups.items()
-        ]
+        self.launches = {
+            has_decay: [
+                _launch(dtype, vector, has_decay, members)
+                for (dtype, vector), members in groups.items()
+            ]
+            for has_decay in (False, True)
+        }
 
 
-def _tables(layers: Sequence[BufferedLayer]) -> tuple[Tensor, Tensor]:
+def _launch(
+    dtype: torch.dtype, vector: int, has_decay: bool, layers: Sequence[BufferedLayer]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    is_centred = dtype not in _LOW_PRECISION
+    is_direct = not is_centred and not has_decay
+    # Smaller blocks where operands are split or read one by one: registers.
+    edge = 64 if is_direct and vector > 1 else 32
+    options = {
+        "VALUES": _VALUES[dtype],
+        "VECTOR": vector,
+        "EDGE": edge,
+        "STEP": 32 if vector > 1 else 16,
+        "CHAIN_ROWS": MAX_CHAIN_ROWS,
+        "SHIFT_ROWS": SHIFT_ROWS,
+        "FIELDS": FIELDS,
+        "MODE": MODES["direct" if is_direct else "split"],
+        "IS_CENTRED": is_centred,
+        "HAS_DECAY": has_decay,
+        "STAGES": 2 if vector > 1 else 1,
+        "IS_INTERPRETED": IS_INTERPRETED,
+        "num_warps": 8 if edge == 64 or (vector == 1 and not is_direct) else 4,
+    }
+    return (*_tables(layers, edge), options)
+
+
+def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]:
     device = layers[0].buffer.device
     rows = []
     programs = []
@@ -286,7 +319,7 @@ def _tables(layers: Sequence[BufferedLayer]) -> tuple[Tensor, Tensor]:
                 f"cursor has {layer.cursor.numel()} fields, expected {CURSOR_FIELDS}: make it with "
                 "torch.zeros(CURSOR_FIELDS, dtype=torch.int64)"
             )
-        edges = triton.cdiv(channels, EDGE)
+        edges = triton.cdiv(channels, edge)
         blocks = edges * (edges + 1) // 2
         tensors = (
             layer.buffer,
@@ -323,34 +356,8 @@ def launch_flush_(
         decay: Factor of one step, in (0, 1].
         force: Whether buffers that are not full are flushed too.
     """
-    for dtype, vector, fields, programs in table.launches:
-        is_centred = dtype not in _LOW_PRECISION
-        mode = "split" if is_centred or decay != 1.0 else "direct"
+    for fields, programs, options in table.launches[decay != 1.0]:
         with torch.cuda.device_of(programs):
             flush_kernel[(programs.shape[0],)](
-                fields,
-                programs,
-                step,
-                int(force),
-                math.log(decay),
-                VALUES=_VALUES[dtype],
-                VECTOR=vector,
-                EDGE=EDGE,
-                STEP=32 if mode == "direct" else 16,
-                CHAIN_ROWS=_CHAIN_ROWS,
-                SHIFT_ROWS=_SHIFT_ROWS,
-                FIELDS=FIELDS,
-                MODE=MODES[mode],
-                IS_CENTRED=is_centred,
-                HAS_DECAY=decay != 1.0,
-                STAGES=2 if vector > 1 else 1,
-                IS_INTERPRETED=IS_INTERPRETED,
-                num_warps=8,
+                fields, programs, step, int(force), math.log(decay), **options
             )
-
-
-_VALUES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}

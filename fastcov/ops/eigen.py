@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -208,7 +208,7 @@ def _check_matrix(matrix: object, name: str) -> None:
         )
 
 
-def _check_sequence(A: Sequence[Tensor]) -> list[Tensor]:
+def _check_sequence(A: Any) -> list[Tensor]:
     if not isinstance(A, Sequence):
         _check_matrix(A, "A")
     if len(A) == 0:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from fastcov_detection.layout import finished_runs
 from fastcov_detection.model import load_widths
 from fastcov_detection.proposals import load_plan
 from fastcov_detection.results import read_result
+from fastcov_detection.runner import locked
 from fastcov_detection.search import run_search
 from fastcov_detection.spectra import load_spectra
 
@@ -144,6 +146,28 @@ def test_demo_goes_on_where_it_stopped_and_repeats_nothing(demo, tiny_root, caps
     out = capsys.readouterr().out
     assert "One seed shows that every step works" in out
     assert "backbone" in out
+
+
+@pytest.mark.slow
+def test_killed_demo_takes_its_runs_along(tiny_root, tmp_path):
+    words = _demo_words(tiny_root, tmp_path / "killed")
+    command = [sys.executable, "-P", "-m", "fastcov_detection.cli", *words, "--set", "steps=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as search:
+        log = tmp_path / "killed" / "arms" / "baseline" / "seed0" / "log.jsonl"
+        deadline = time.monotonic() + 120
+        while search.poll() is None and not (log.exists() and log.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        search.terminate()
+        _, said = search.communicate(timeout=60)
+    assert search.returncode == 130, said
+    assert "the same command goes on from here" in said
+    # The lock is free again: no run was left behind.
+    with locked(tmp_path / "killed"):
+        pass
+    steps = log.stat().st_size
+    time.sleep(0.5)
+    assert log.stat().st_size == steps > 0
 
 
 @pytest.mark.slow

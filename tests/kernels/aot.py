@@ -34,7 +34,7 @@ from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
 from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
 
 TABLE = Path(__file__).parents[1] / "resources" / "triton.json"
-FAMILIES: dict[int, Family] = {80: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_80"}
+FAMILIES: dict[int, Family] = {80: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes one program may take; sm_80 shapes also serve 8.6 and 8.9, which have less than 8.0."""
 

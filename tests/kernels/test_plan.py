@@ -105,7 +105,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_cover_all_rows_in_short_chains(family, dtype, shape):
@@ -135,7 +135,7 @@ def test_chunks_cover_all_rows_in_short_chains(family, dtype, shape):
 
 def test_one_triangle_up_to_256_channels_of_half_precision():
     layout = row_layout(torch.empty(512, 256, dtype=torch.bfloat16))
-    for family in ("sm_80", "sm_90", "sm_100"):
+    for family in ("sm_80", "sm_90", "sm_100", "sm_120"):
         case = gram_case(Architecture(family, 132), layout, "direct")
         assert case is not None
         config = gram_config(case, 256)

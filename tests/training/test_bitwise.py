@@ -48,8 +48,9 @@ def test_losses_gradients_parameters_buffers_and_random_state(
     assert tracker.steps == STEPS
     if options:
         assert not [name for name in tracker.names() if tracker.count(name) == 0]
-    else:  # a handful of rows here, in a few layers
-        assert "more steps until" in str(tracker.summary())
+    else:  # a handful of rows here at most: the summary says so
+        text = str(tracker.summary())
+        assert "more steps until" in text or "sampling has not reached it yet" in text
 
 
 def test_anomaly_mode_deterministic_algorithms_and_offloaded_activations(cases: Any) -> None:

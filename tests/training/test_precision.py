@@ -70,7 +70,7 @@ def test_model_in_another_precision(cases: Any, dtype: torch.dtype) -> None:
     model = cases["vit"].make().to(dtype)
     seen = watch(model, "blocks.0.attn.qkv")
     with fastcov.track(model, rows="all") as tracker:
-        for seed in range(2):
+        for _ in range(2):
             model(torch.randn(2, 3, 32, 32, dtype=dtype)).sum().backward()
     assert_covers(tracker, "blocks.0.attn.qkv", seen)
 
