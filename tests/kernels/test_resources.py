@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,9 +79,12 @@ def test_compiles_to_the_resources_on_record(table, words):
             f"the table is of triton {table['triton']}, installed is {triton.__version__}: run "
             "python -m tests.kernels.aot"
         )
+    # As a module from the root of the checkout, which PYTHONSAFEPATH would keep from sys.path.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot", "--check", *words],
         cwd=HERE.parents[1],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=600,
