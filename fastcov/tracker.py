@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -130,11 +131,14 @@ class Tracker(Keeper):
         }
 
     def _independent_rows(self, count: int) -> int:
+        return int(min(count, self._most_independent_rows(count)))
+
+    def _most_independent_rows(self, count: int) -> float:
         # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
         if self.decay is None or self.decay == 1.0:
-            return count
+            return math.inf
         steps = max(1, -(-self.steps // self.every))
-        return min(count, round(count / steps * (1 + self.decay) / (1 - self.decay)))
+        return round(count / steps * (1 + self.decay) / (1 - self.decay))
 
     def summary(self) -> Summary:
         """What every layer's spectrum looks like so far.
@@ -187,9 +191,14 @@ class Tracker(Keeper):
         if reader.calls == 0 and any(each.calls for each in self.unique_readers()):
             notes.append("its module did not run in the last step: replaced since, or optional")
         if reader.state is not None:
-            missing = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels - count
-            if missing > 0:
-                steps = -(-missing * max(1, self.steps) // count)
+            wanted = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels
+            if (most := self._most_independent_rows(count)) < wanted:
+                notes.append(
+                    f"decay={self.decay} is worth {most} rows, fewer than 16 a channel: raise rows "
+                    "or decay"
+                )
+            elif count < wanted:
+                steps = -(-(wanted - count) * max(1, self.steps) // count)
                 notes.append(f"about {steps} more steps until 16 rows a channel")
         return "; ".join(notes)
 
