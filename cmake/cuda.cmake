@@ -1,11 +1,8 @@
 # Compiles csrc/*.cu with nvcc and links them with the C++ compiler: `nvcc -shared` would drop the
 # DT_NEEDED entry for libtorch.so. cudart is static, so that any CUDA build of torch can load it.
 
-set(cuda_sources csrc/gather.cu)
-if(build_eigen STREQUAL "1")
-  list(APPEND cuda_sources csrc/eigen.cu csrc/eigen_jacobi.cu csrc/eigen_library.cu
-       csrc/eigen_members.cu csrc/eigen_registers.cu csrc/eigen_triangle.cu)
-endif()
+set(cuda_sources csrc/eigen.cu csrc/eigen_jacobi.cu csrc/eigen_library.cu csrc/eigen_members.cu
+    csrc/eigen_registers.cu csrc/eigen_triangle.cu csrc/gather.cu)
 
 # nvcc says where its toolkit is: what is on PATH may be a script that calls the real one.
 file(WRITE "${CMAKE_BINARY_DIR}/empty.cu" "")

@@ -10,6 +10,7 @@
 
 #include "boxing.h"
 #include "eigen_cuda.h"
+#include "fork.h"
 
 namespace fastcov {
 
@@ -25,61 +26,16 @@ inline DeviceLimits limits_of(int device) {
           attribute(cudaDevAttrClusterLaunch, device) != 0};
 }
 
-inline cudaStream_t current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Work that runs beside the current stream, on streams of torch's pool: starts after what the
-// current stream holds, and what comes next there waits for it.
-class Fork {
- public:
-  Fork(int device, size_t branches) : device_(device), current_(current_stream(device)) {
-    is_forked_ = branches > 1;
-    if (!is_forked_) return;
-    STD_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
-    STD_CUDA_CHECK(cudaEventRecord(event_, current_));
-  }
-  Fork(const Fork&) = delete;
-  Fork& operator=(const Fork&) = delete;
-  ~Fork() {
-    if (event_) cudaEventDestroy(event_);
-  }
-
-  cudaStream_t branch() {
-    if (!is_forked_) return current_;
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_get_cuda_stream_from_pool(false, device_, &stream));
-    streams_.push_back(static_cast<cudaStream_t>(stream));
-    STD_CUDA_CHECK(cudaStreamWaitEvent(streams_.back(), event_, 0));
-    return streams_.back();
-  }
-  void join() {
-    for (const cudaStream_t stream : streams_) {
-      STD_CUDA_CHECK(cudaEventRecord(event_, stream));
-      STD_CUDA_CHECK(cudaStreamWaitEvent(current_, event_, 0));
-    }
-    streams_.clear();
-  }
-
- private:
-  int device_;
-  cudaStream_t current_;
-  cudaEvent_t event_ = nullptr;
-  bool is_forked_;
-  std::vector<cudaStream_t> streams_;
-};
-
 // Entries of a call that go to one kernel, a table at a time.
 struct Bucket {
+  // Matrices of one table: a grid has fewer than 2^31 blocks.
+  static constexpr int64_t kMost = int64_t{1} << 30;
+
   std::vector<EigenEntry> entries;
   std::vector<int64_t> counts;
   std::vector<void*> vectors;  // eigh only
 
   void add(const EigenEntry& entry, int64_t count, void* eigenvectors = nullptr) {
-    // One grid holds at most 2^31 blocks; far fewer than that are already a long wait.
-    constexpr int64_t kMost = int64_t{1} << 30;
     if (count == 0) return;
     STD_TORCH_CHECK(count <= kMost, "too many matrices in one batch");
     entries.push_back(entry);
@@ -88,13 +44,13 @@ struct Bucket {
   }
   template <typename Run>
   void for_each_table(const Run& run) const {
-    for (size_t begin = 0; begin < entries.size(); begin += EigenTable::kEntries) {
+    for (size_t begin = 0, end = 0; begin < entries.size(); begin = end) {
       EigenTable table{};
-      const size_t end = std::min(entries.size(), begin + EigenTable::kEntries);
-      for (size_t e = begin; e < end; ++e) {
-        table.entry[table.entries] = entries[e];
+      for (; end < entries.size() && table.entries < EigenTable::kEntries; ++end) {
+        if (table.matrices + counts[end] > kMost) break;
+        table.entry[table.entries] = entries[end];
         table.entry[table.entries].first = table.matrices;
-        table.matrices += counts[e];
+        table.matrices += counts[end];
         ++table.entries;
       }
       run(table, vectors.data() + begin);
@@ -178,7 +134,7 @@ class Call {
     descending(registers_, [&](EigenClass key, const EigenTable& table, void* const*) {
       return launch_registers<Real>(key, table, branch_of(static_cast<int>(key)));
     });
-    fork.join();
+    STD_CUDA_CHECK(fork.join());
   }
 
  private:

@@ -32,6 +32,7 @@ struct EigenTable {
   int entries;
   EigenEntry entry[kEntries];
 };
+static_assert(sizeof(EigenTable) <= 3072, "leave room for a kernel's other parameters");
 
 enum class EigenClass {
   kWarp8,  // registers, 8 lanes of a warp for a matrix

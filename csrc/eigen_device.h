@@ -1,4 +1,4 @@
-// What every eigenvalue kernel does before and after the reduction.
+// What every eigenvalue kernel does before and after the reduction, and how it is launched.
 #pragma once
 
 #include "eigen.h"
@@ -18,6 +18,25 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int thread
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Lets a kernel use `bytes` of dynamic shared memory. The limit belongs to the kernel, not to a
+// launch: it always becomes all that the GPU gives, so that threads that launch different sizes at
+// the same time never lower it under each other.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
+  int device = 0;
+  int available = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  const int most = available - static_cast<int>(attributes.sharedSizeBytes);
+  if (bytes > most) return cudaErrorInvalidValue;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 // One matrix of a table.

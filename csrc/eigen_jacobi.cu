@@ -164,16 +164,14 @@ cudaError_t launch_jacobi(const EigenTable& table, void* const* vectors, const J
   for (int e = 0; e < table.entries; ++e) outputs.of[e] = vectors[e];
   if (n <= kWarpOrder) {
     const int bytes = static_cast<int>(kWarpTeams * shared_bytes<Real>(n, true));
-    const cudaError_t error = cudaFuncSetAttribute(
-        eigen_jacobi_warp_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error = allow_shared(eigen_jacobi_warp_kernel<Real>, bytes);
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>((table.matrices + kWarpTeams - 1) / kWarpTeams);
     return launch_kernel(eigen_jacobi_warp_kernel<Real>, blocks, 32 * kWarpTeams, bytes, stream,
                          table, outputs, n);
   }
   const int bytes = static_cast<int>(shared_bytes<Real>(n, plan.has_near_vectors));
-  const cudaError_t error = cudaFuncSetAttribute(
-      eigen_jacobi_block_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow_shared(eigen_jacobi_block_kernel<Real>, bytes);
   if (error != cudaSuccess) return error;
   Real* const far = plan.has_near_vectors ? nullptr : static_cast<Real*>(workspace);
   return launch_kernel(eigen_jacobi_block_kernel<Real>, static_cast<unsigned>(table.matrices),

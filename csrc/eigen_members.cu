@@ -109,8 +109,7 @@ cudaError_t launch(const EigenTable& table, const MembersArguments& arguments, b
                    cudaStream_t stream) {
   const auto kernel = eigen_members_kernel<Real, Barrier>;
   const MembersPlan& plan = arguments.plan;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  cudaError_t error = allow_shared(kernel, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   if (is_cluster) {

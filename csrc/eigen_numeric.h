@@ -31,9 +31,12 @@ struct Numeric<float> {
     return __builtin_sqrtf(value);
 #endif
   }
-  // a / b for Sturm counts: one instruction on a GPU, off by an ulp, infinities kept.
+  // a / b for Sturm counts: one instruction on a GPU, off by an ulp, infinities kept. The emulated
+  // GPU of the tests brings a reciprocal of its own.
   static FASTCOV_INLINE float ratio(float a, float b) {
-#if defined(__CUDA_ARCH__)
+#if defined(FASTCOV_EMULATED_RECIPROCAL)
+    return a * FASTCOV_EMULATED_RECIPROCAL(b);
+#elif defined(__CUDA_ARCH__)
     float inverse;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
     return a * inverse;

@@ -76,8 +76,7 @@ cudaError_t launch_triangle(const EigenTable& table, cudaStream_t stream) {
   int n = 0;
   for (int e = 0; e < table.entries; ++e) n = table.entry[e].n > n ? table.entry[e].n : n;
   const int bytes = static_cast<int>(shared_bytes<Real>(n));
-  const cudaError_t error = cudaFuncSetAttribute(
-      eigen_triangle_kernel<Real>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow_shared(eigen_triangle_kernel<Real>, bytes);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(table.matrices);
   return launch_kernel(eigen_triangle_kernel<Real>, blocks, 32 * kWarps, bytes, stream, table);

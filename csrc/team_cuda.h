@@ -115,10 +115,10 @@ struct BlockTeam : SingleMember {
 // How the blocks of one matrix wait for each other.
 struct ClusterBarrier {
   FASTCOV_DEVICE void wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
+    // No other compiler has these; a host compiler means the emulation of the tests.
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDACC__)
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
 #endif
   }
 };
@@ -134,13 +134,12 @@ struct CounterBarrier {
     expected += members;
     __syncthreads();
     if (threadIdx.x == 0) {
-      const volatile unsigned* const arrived = counter;
-      __threadfence();
-      atomicAdd(counter, 1u);
+      __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
       // The difference is signed: a counter that wraps still compares right.
-      while (static_cast<int>(*arrived - expected) < 0) {
+      while (static_cast<int>(
+                 __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE) -
+                 expected) < 0) {
       }
-      __threadfence();
     }
     __syncthreads();
   }

@@ -1,0 +1,119 @@
+"""Registers, spills and shared memory of the CUDA kernels, from ptxas: tables that a test compares.
+
+``python tests/csrc/cuda_resources.py`` compiles them all and writes tests/resources/.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+RESOURCES = HERE.parent / "resources"
+COMMAND = "python tests/csrc/cuda_resources.py"
+
+Resources = dict[str, int]
+ByArchitecture = dict[str, dict[str, Resources]]
+
+
+class Table(NamedTuple):
+    """What one file of tests/resources/ records."""
+
+    sources: tuple[str, ...]
+    archs: tuple[int, ...]
+
+
+TABLES = {
+    "eigen": Table(
+        (
+            "eigen_jacobi.cu",
+            "eigen_library.cu",
+            "eigen_members.cu",
+            "eigen_registers.cu",
+            "eigen_triangle.cu",
+        ),
+        (80, 90),
+    ),
+    # The oldest and the newest that wheels hold, and the one that is tuned for.
+    "gather": Table(("gather.cu",), (75, 90, 120)),
+}
+
+
+def path_of(name: str) -> Path:
+    """Where a table is committed."""
+    return RESOURCES / f"{name}.json"
+
+
+def nvcc_release() -> str | None:
+    """Version of the compiler, whose numbers a table holds, such as 13.0; None without one."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([0-9.]+)", text)
+    return found.group(1) if found else None
+
+
+def torch_headers() -> Path:
+    """Headers of the installed torch, which is not imported."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise RuntimeError("torch is not installed: its headers are needed to compile csrc/")
+    return Path(found.origin).parent / "include"
+
+
+def readable(mangled: str) -> str:
+    """Kernel and template arguments: eigen_warp_kernel<float, 8>."""
+    filt = shutil.which("c++filt") or "cu++filt"
+    text = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout
+    name = re.sub(r"\(anonymous namespace\)::|\(int\)|fastcov::|portable::", "", text.strip())
+    name = re.sub(r"^void ", "", name)
+    return name.partition("(")[0]
+
+
+def compile_source(source: str, archs: tuple[int, ...]) -> ByArchitecture:
+    """Resources of each kernel of csrc/<source>, by architecture and kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-c", str(CSRC / source), "-o", f"{folder}/kernels.o", "-std=c++20"]
+        command += ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem"]
+        command += [str(torch_headers()), "-Xcompiler", "-fPIC", "-Xptxas", "-v", "--threads", "2"]
+        command += ["-diag-suppress", "20012,20014"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise RuntimeError(f"{source} does not compile:\n{run.stderr[-4000:]}")
+    table: ByArchitecture = {f"sm_{arch}": {} for arch in archs}
+    for report in (run.stdout + run.stderr).split("Compiling entry function '")[1:]:
+        mangled, arch = re.match(r"(\w+)' for '(sm_\w+)'", report).groups()
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+        ).groups()
+        shared = re.search(r"(\d+) bytes smem", report)
+        table[arch][readable(mangled)] = {
+            "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+            "spills": int(stores) + int(loads),
+            "stack": int(stack),
+            "shared": int(shared.group(1)) if shared else 0,
+        }
+    return table
+
+
+def main() -> None:
+    """Writes every table."""
+    for name, (sources, archs) in TABLES.items():
+        table: dict[str, object] = {source: compile_source(source, archs) for source in sources}
+        table["nvcc"] = nvcc_release()
+        path_of(name).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        sys.stdout.write(f"{path_of(name)}\n")
+
+
+if __name__ == "__main__":
+    main()
