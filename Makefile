@@ -27,7 +27,7 @@ DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*')
 INSTALLED := PYTHONSAFEPATH=1
 CHECK_INSTALLED := $(INSTALLED) $(BIN)/python tools/check_installed.py
 
-.PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu wheels lint readme-tables clean
+.PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu sanitize-gpu wheels lint readme-tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | \
@@ -79,6 +79,9 @@ bench-full: setup  ## the same over the whole grid
 
 bench-gpu: setup  ## the GPU's target table, at most 9 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench --gpu
+
+sanitize-gpu: setup  ## eigenvalue kernels on a GPU under compute-sanitizer
+	@$(INSTALLED) $(BIN)/python tools/sanitize_gpu.py
 
 wheels: $(STAMPS)/environment  ## release wheel for all architectures in dist/release, honestly tagged
 	@$(BIN)/python tools/build_release.py dist/release

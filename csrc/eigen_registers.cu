@@ -93,8 +93,12 @@ __device__ void solve_registers(Team& team, const Located<Real>& located,
   finish(team, located, scale, shared.diagonal, shared.off_diagonal, shared.counts);
 }
 
+// Zero leaves it to the compiler, which for float64 in half a warp would spill on sm_100.
 template <class Real, int Width>
-__global__ void __launch_bounds__(kWarpBlock)
+constexpr int kResidentWarpBlocks = sizeof(Real) == 8 && Width == 16 ? 4 : 0;
+
+template <class Real, int Width>
+__global__ void __launch_bounds__(kWarpBlock, kResidentWarpBlocks<Real, Width>)
     eigen_warp_kernel(const __grid_constant__ EigenTable table) {
   constexpr int teams = kWarpBlock / Width;
   __shared__ RegistersShared<Real, Width, Width> shared[teams];
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kWarpBlock)
 // Blocks that the registers of a multiprocessor hold at once: a row and about forty more a thread.
 template <class Real, int Order>
 constexpr int kResidentBlocks = Order == 128        ? 3
-                                : sizeof(Real) == 4 ? 8
+                                : sizeof(Real) == 4 ? 6
                                                     : 4;
 
 template <class Real, int Order>

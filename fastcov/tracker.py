@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcov import ops
 from fastcov.history import History, Snapshot
 from fastcov.keeper import Keeper
 from fastcov.reader import Reader
+from fastcov.replay import is_capturing
 from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.snapshots import SnapshotQueue
+from fastcov.spectra import PendingSpectra
 from fastcov.spectrum import Spectrum
 from fastcov.state import CovarianceState, sync_named_states
 from fastcov.taps import Selector, Tap, find_taps
@@ -44,14 +47,23 @@ class Tracker(Keeper):
     ) -> None:
         # One process writes a folder: the ranks' snapshots differ only in the rows they sampled.
         is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        self.history = History(out if is_first else None)
+        self._snapshots = SnapshotQueue(History(out if is_first else None), self)
         self.snapshot_every = snapshot_every
         super().__init__(model, taps, **options)
 
     def after_step(self) -> None:
-        """Takes a snapshot where one is due."""
-        if self.snapshot_every is not None and self.steps % self.snapshot_every == 0:
-            self.snapshot()
+        """Takes a snapshot where one is due, without waiting for its spectra on a GPU."""
+        if self.snapshot_every is None or is_capturing():
+            return
+        self._snapshots.poll()
+        if self.steps % self.snapshot_every == 0:
+            self._snapshots.add(self.steps, self._start_spectra())
+
+    @property
+    def history(self) -> History:
+        """The snapshots, including those whose spectra had to be waited for."""
+        self._snapshots.deliver()
+        return self._snapshots.history
 
     # reading
 
@@ -97,48 +109,27 @@ class Tracker(Keeper):
 
     def spectrum(self, name: str, centered: bool = False) -> Spectrum:
         """Eigenvalues of a layer's covariance; see :meth:`covariance`."""
-        return self._spectra([name], centered)[name]
+        return self._pending({name: self._state(name)}, centered).get()[name]
 
     def spectra(self, centered: bool = False) -> dict[str, Spectrum]:
         """Spectra of all layers that have seen a row: one batched eigenvalue call."""
-        seen = [name for name, reader in self.readers.items() if self._has_rows(name, reader)]
-        return self._spectra(seen, centered)
+        return self._start_spectra(centered).get()
 
-    def _has_rows(self, name: str, reader: Reader) -> bool:
-        if self._synced is not None:
-            return name in self._synced
-        reader.flush()
-        return reader.state is not None and float(reader.state.weight) > 0
+    def _start_spectra(self, centered: bool = False) -> PendingSpectra:
+        states: dict[str, CovarianceState | None] = dict(self._synced or {})
+        if self._synced is None:
+            for name, reader in self.readers.items():
+                reader.flush()
+                states[name] = reader.state
+        return self._pending({n: s for n, s in states.items() if s is not None}, centered)
 
-    @torch.no_grad()
-    def _spectra(self, names: list[str], centered: bool) -> dict[str, Spectrum]:
-        if not names:
-            return {}
-        states = [self._state(name) for name in names]
-        matrices = [state.covariance(centered) for state in states]
-        # float64 costs little on a CPU; a GPU's fast path is float32, 2e-6 of the largest.
-        eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
-        return {
-            name: Spectrum(
-                values.double().cpu(),
-                self._independent_rows(int(state.count[0])),
-                max(0.0, float(matrix.trace())),
-                name,
-            )
-            for name, state, matrix, values in zip(
-                names, states, matrices, eigenvalues, strict=True
-            )
-        }
+    def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
+        # Numbers of this step, and nothing that holds the tracker or its model.
+        independent_rows = partial(_independent_rows, self.decay, self._steps_read())
+        return PendingSpectra(states, centered, independent_rows)
 
-    def _independent_rows(self, count: int) -> int:
-        return int(min(count, self._most_independent_rows(count)))
-
-    def _most_independent_rows(self, count: int) -> float:
-        # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
-        if self.decay is None or self.decay == 1.0:
-            return math.inf
-        steps = max(1, -(-self.steps // self.every))
-        return round(count / steps * (1 + self.decay) / (1 - self.decay))
+    def _steps_read(self) -> int:
+        return max(1, -(-self.steps // self.every))
 
     def summary(self) -> Summary:
         """What every layer's spectrum looks like so far.
@@ -192,7 +183,7 @@ class Tracker(Keeper):
             notes.append("its module did not run in the last step: replaced since, or optional")
         if reader.state is not None:
             wanted = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels
-            if (most := self._most_independent_rows(count)) < wanted:
+            if (most := _most_independent_rows(self.decay, self._steps_read(), count)) < wanted:
                 notes.append(
                     f"decay={self.decay} is worth {most} rows, fewer than 16 a channel: raise rows "
                     "or decay"
@@ -237,6 +228,11 @@ class Tracker(Keeper):
         )
         self.history.append(snapshot)
         return snapshot
+
+    def close(self) -> None:
+        """See :meth:`fastcov.collector.Collector.close`; the history is complete then."""
+        super().close()
+        self._snapshots.deliver()
 
     def sync(self, group: dist.ProcessGroup | None = None) -> Tracker:
         """Shows the statistics of all ranks together until the next step: the only collective.
@@ -380,6 +376,17 @@ def track(
         snapshot_every=snapshot_every,
         out=out,
     )
+
+
+def _independent_rows(decay: float | None, steps_read: int, count: int) -> int:
+    return int(min(count, _most_independent_rows(decay, steps_read, count)))
+
+
+def _most_independent_rows(decay: float | None, steps_read: int, count: int) -> float:
+    # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
+    if decay is None or decay == 1.0:
+        return math.inf
+    return round(count / steps_read * (1 + decay) / (1 - decay))
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
