@@ -221,7 +221,10 @@ class Tracker(Keeper):
                 "call track() before the first compiled forward, or torch.compiler.reset()"
             )
         if reader.total_calls == 0:
-            return "its module was not called, or gave no floating-point tensor with a row"
+            return (
+                "its module was not called (its parent may use its weights itself), or gave no "
+                "floating-point tensor with a row"
+            )
         if reader.state is not None and int(reader.state.count[1]):
             return "every row held a NaN or an infinity"
         return "the sampling has not reached it yet"

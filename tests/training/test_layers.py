@@ -14,7 +14,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcov
 
-NO_ROW = "its module was not called, or gave no floating-point tensor with a row"
+NO_ROW = (
+    "its module was not called (its parent may use its weights itself), or gave no floating-point "
+    "tensor with a row"
+)
 
 
 def second_moment(rows: Tensor) -> Tensor:
