@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -52,12 +53,19 @@ class Tracker(Keeper):
         super().__init__(model, taps, **options)
 
     def after_step(self) -> None:
-        """Takes a snapshot where one is due, without waiting for its spectra on a GPU."""
+        """Takes a snapshot where one is due, without waiting for its spectra on a GPU.
+
+        One that fails (a full disk) is a warning, not the end of training.
+        """
         if self.snapshot_every is None or is_capturing():
             return
-        self._snapshots.poll()
-        if self.steps % self.snapshot_every == 0:
-            self._snapshots.add(self.steps, self._start_spectra())
+        try:
+            self._snapshots.poll()
+            if self.steps % self.snapshot_every == 0:
+                self._snapshots.add(self.steps, self._start_spectra())
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"no snapshot at step {self.steps}, {what}", stacklevel=2)
 
     @property
     def history(self) -> History:
@@ -207,7 +215,10 @@ class Tracker(Keeper):
                 "call track() before the first compiled forward, or torch.compiler.reset()"
             )
         if reader.total_calls == 0:
-            return "its module was not called, or gave no floating-point tensor"
+            return (
+                "its module was not called (its parent may use its weights itself), or gave no "
+                "floating-point tensor with a row"
+            )
         if reader.state is not None and int(reader.state.count[1]):
             return "every row held a NaN or an infinity"
         return "the sampling has not reached it yet"
@@ -328,7 +339,8 @@ def track(
         decay: Factor in (0, 1) on all that was seen before, once a step; None keeps everything.
         max_channels: Wider layers are skipped and listed in the summary.
         train_only: Whether only forwards of a model in training mode are steps.
-        snapshot_every: Steps between snapshots of all spectra; None takes none.
+        snapshot_every: Steps between snapshots of all spectra; None takes none. One that fails (a
+            full disk) is a warning.
         out: Folder where rank 0 appends snapshots; None keeps them in memory.
 
     Returns:

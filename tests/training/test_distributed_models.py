@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
-import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 import fastcov
 
@@ -76,22 +78,11 @@ def collected(tracker: fastcov.Tracker) -> dict[str, Any]:
     }
 
 
-class Collectives:
-    """Names of the collectives that run, by asking every public function of torch.distributed."""
-
-    def __init__(self) -> None:
-        self.called: list[str] = []
-        names = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce", "barrier")
-        for name in (*names, "all_gather_into_tensor", "reduce_scatter_tensor", "gather"):
-            setattr(dist, name, self._recorded(name, getattr(dist, name)))
-
-    def _recorded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if "fastcov" in sys._getframe(1).f_globals["__name__"]:
-                self.called.append(name)
-            return function(*args, **kwargs)
-
-        return call
+def collectives(run: Callable[[], Any]) -> Counter[str]:
+    """What the process groups were asked for, by Python or by C++, as the dispatcher saw it."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return Counter(event.name for event in profiler.events() if event.name.startswith("c10d::"))
 
 
 def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], rank: int) -> None:
@@ -103,19 +94,41 @@ def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], rank: int)
 
 
 def run_ddp(rank: int) -> dict[str, Any]:
-    collectives = Collectives()
     model = DistributedDataParallel(mobilenet())
     tracker = fastcov.track(model, rows="all", where="both")
     train(model, classify, rank)
-    tracker.summary()
-    tracker.state_dict()
-    assert not collectives.called
-    tracker.sync()
-    during = list(collectives.called)
-    result = collected(tracker) | {"collectives": during}
+    result = collected(tracker.sync())
     model.eval()
     classify(model, 0)
     return result
+
+
+def run_collectives(rank: int) -> dict[str, Any]:
+    def fsdp() -> nn.Module:
+        model = llama()
+        fully_shard(model)
+        return model
+
+    asked = {}
+    for name, build, loss in (
+        ("ddp", lambda: DistributedDataParallel(mobilenet()), classify),
+        ("fsdp", fsdp, predict),
+    ):
+        model = build()
+        plain = collectives(lambda model=model, loss=loss: train(model, loss, rank))
+        model = build()
+        tracker = fastcov.track(model, snapshot_every=1, where="both")
+        tracked = collectives(lambda model=model, loss=loss: train(model, loss, rank))
+
+        def read(tracker: fastcov.Tracker = tracker) -> None:
+            tracker.summary()
+            tracker.snapshot()
+            other = copy.deepcopy(tracker)
+            other.merge(tracker)
+            other.load_state_dict(tracker.state_dict())
+
+        asked[name] = (plain, tracked, collectives(read), collectives(tracker.sync))
+    return asked
 
 
 def run_compiled_ddp(rank: int) -> dict[str, Any]:
@@ -154,6 +167,23 @@ def run_fsdp_half(rank: int) -> dict[str, Any]:
     fully_shard(model, mp_policy=policy)
     tracker = fastcov.track(model)
     train(model, predict, rank)
+    return collected(tracker.sync())
+
+
+def run_saving(rank: int) -> dict[str, Any]:
+    model = llama()
+    fully_shard(model)
+    tracker = fastcov.track(model, rows="all", where="both", decay=0.9)
+    train(model, predict, rank)
+    return tracker.sync().state_dict()
+
+
+def run_resumed(rank: int, state: dict[str, Any]) -> dict[str, Any]:
+    """Another number of ranks, another wrapper or none: one more step, on batches of its own."""
+    model = DistributedDataParallel(llama()) if dist.is_initialized() else llama()
+    tracker = fastcov.track(model, rows="all", where="both", decay=0.9)
+    tracker.load_state_dict(state)
+    predict(model, 2 * STEPS + rank)
     return collected(tracker.sync())
 
 
@@ -213,30 +243,39 @@ def run_dtensor_outputs(rank: int) -> dict[str, Any]:
 
 
 RUNS = (
-    run_ddp, run_compiled_ddp, run_fsdp, run_fsdp_tracked_first, run_fsdp_half,
+    run_ddp, run_collectives, run_compiled_ddp, run_fsdp, run_fsdp_tracked_first, run_fsdp_half,
+    run_saving,
     run_tensor_parallel, run_dtensor_outputs,
 )  # fmt: skip
 
 
-def _start(rank: int, port: int, folder: Path) -> None:
+def _start(rank: int, size: int, port: int, folder: Path, state: dict[str, Any] | None) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
     try:
-        torch.save({run.__name__: run(rank) for run in RUNS}, folder / f"rank{rank}.pt")
+        if state is None:
+            found = {run.__name__: run(rank) for run in RUNS}
+        else:
+            found = run_resumed(rank, state)
+        torch.save(found, folder / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def on_ranks(size: int, folder: Path, state: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (size, port, folder, state)
+    mp.start_processes(_start, args=arguments, nprocs=size, start_method="spawn")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every run has collected, by rank. One pair of processes serves all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_start, args=(port, folder), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_ranks(2, tmp_path_factory.mktemp("ranks"))
 
 
 def one_process(
@@ -263,7 +302,17 @@ def test_ddp_synced_is_one_process(ranks: list[dict[str, Any]]) -> None:
     expected = one_process(mobilenet, classify, where="both")
     for rank in ranks:
         assert_same(rank["run_ddp"], expected)
-        assert rank["run_ddp"]["collectives"] == ["all_gather_object", "all_gather", "all_reduce"]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_sync_is_the_only_collective(ranks: list[dict[str, Any]], wrapper: str) -> None:
+    for rank in ranks:
+        plain, tracked, reading, sync = rank["run_collectives"][wrapper]
+        assert tracked == plain
+        assert plain.total() > 0
+        assert reading.total() == 0
+        # Names and widths (all_gather_object: sizes, then bytes), shifts, then all sums at once.
+        assert sync == {"c10d::allgather_": 3, "c10d::allreduce_": 1}
 
 
 def test_compiled_ddp_with_several_buckets(ranks: list[dict[str, Any]]) -> None:
@@ -283,6 +332,31 @@ def test_fsdp2_in_half_precision_with_default_rows(ranks: list[dict[str, Any]]) 
     assert single["steps"] == double["steps"] == STEPS
     assert single["counts"] == double["counts"]
     assert max(single["counts"].values()) > 0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_statistics_of_two_ranks_go_on_with_another_number(
+    ranks: list[dict[str, Any]], tmp_path: Path, size: int
+) -> None:
+    state = ranks[0]["run_saving"]
+    resumed = [run_resumed(0, state)] if size == 1 else on_ranks(size, tmp_path, state)
+    # Decayed sums of every batch, by hand: step 0 and 1 on two ranks, step 2 on the new ones.
+    model = llama()
+    batches = {0: [0, 1], 1: [2, 3], 2: [2 * STEPS + rank for rank in range(size)]}
+    seen: list[Tensor] = []
+    layer = "model.layers.1.mlp.up_proj"
+    model.get_submodule(layer).register_forward_hook(lambda _m, _a, output: seen.append(output))
+    total, weight = torch.zeros(24, 24, dtype=torch.float64), 0.0
+    for step, seeds in batches.items():
+        for seed in seeds:
+            predict(model, seed)
+            rows = seen.pop().detach().double().flatten(0, 1)
+            total += 0.9 ** (2 - step) * rows.T @ rows
+            weight += 0.9 ** (2 - step) * len(rows)
+    for rank in resumed:
+        assert rank["steps"] == STEPS + 1
+        assert rank["counts"][layer] == (4 + size) * 24
+        torch.testing.assert_close(rank["covariances"][layer], total / weight, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
