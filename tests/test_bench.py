@@ -2,6 +2,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,22 @@ def test_float32_on_a_gpu_counts_three_products() -> None:
 def test_small_matrices_are_bound_by_latency_on_a_gpu() -> None:
     assert floors.eigenvalue_floor([(64, 1)], torch.float32, GPU_RATES).of == "latency"
     assert floors.eigenvalue_floor([(64, 1)], torch.float32, RATES).of != "latency"
+
+
+def test_eigenvalue_floor_counts_what_bisection_takes_on_a_gpu() -> None:
+    # n = 64: 6 of 24 bits are settled at once, one count more finds them: 19 counts.
+    latency = floors.eigenvalue_floor([(64, 1)], torch.float32, GPU_RATES).seconds
+    assert latency == pytest.approx(64 * 4 * (10 + 2 * 19) / 1e9)
+    flops = 10_000 * (4 / 3 * 64**3 + 3 * 64**2 * 19)
+    many = floors.eigenvalue_floor([(64, 10_000)], torch.float32, GPU_RATES)
+    assert many.of == "arithmetic"
+    assert many.seconds == pytest.approx(flops / 1e13)
+    small_gpu = replace(GPU_RATES, multiprocessors=10)
+    reciprocals = floors.eigenvalue_floor([(64, 10_000)], torch.float32, small_gpu)
+    assert reciprocals.of == "reciprocals"
+    assert reciprocals.seconds == pytest.approx(10_000 * 64**2 * 19 / (16 * 10 * 1e9))
+    alone = floors.eigenvalue_floor([(64, 1)], torch.float32, RATES)
+    assert alone.seconds == pytest.approx(4 / 3 * 64**3 / 1e11)
 
 
 # hooks in turns

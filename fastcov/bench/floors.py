@@ -16,6 +16,10 @@ from fastcov.bench.machine import Rates
 # Issue-to-use latency of one dependent float32 operation on every NVIDIA GPU since Volta.
 _DEPENDENT_CYCLES = 4
 _TREE_LEVELS = 5  # of a reduction over the 32 lanes of a warp
+# Reciprocals that a multiprocessor starts in a cycle, on all of these GPUs; a Sturm step takes one,
+# and three flops.
+_RECIPROCALS_A_CYCLE = 16
+_STURM_FLOPS = 3
 _SIGNIFICANT_BITS = {torch.float32: 24, torch.float64: 53}
 # float32 rows are split into bf16 high and low parts on a GPU: three products of four are kept.
 _SPLIT_PRODUCTS = 3
@@ -76,8 +80,11 @@ def gram_floor(loads: Iterable[GramLoad], rates: Rates) -> Floor:
 def eigenvalue_floor(sizes: Iterable[tuple[int, int]], dtype: torch.dtype, rates: Rates) -> Floor:
     """Floor of eigenvalues without vectors: 4/3 n^3 flops each, half a matrix read.
 
-    On a GPU also the latency of the largest matrix: n dependent steps of tridiagonalisation, each
-    with two reductions, and one Sturm count of n dependent steps for every bit of an eigenvalue.
+    On a GPU also what bisection takes: a Sturm count of n dependent steps for every eigenvalue and
+    bit, less the bits that counts at n evenly spaced points settle at once. A step needs a
+    reciprocal, of which a multiprocessor starts few; and the largest matrix has a latency, of n
+    steps of tridiagonalisation with two reductions each and of those counts. What several blocks
+    of one matrix wait for each other comes on top.
 
     Args:
         sizes: Matrix order and number of matrices.
@@ -85,23 +92,34 @@ def eigenvalue_floor(sizes: Iterable[tuple[int, int]], dtype: torch.dtype, rates
         rates: Of the machine.
 
     Returns:
-        The largest of the three.
+        The largest of the four.
     """
-    flops = byte_count = 0.0
+    flops = byte_count = sturm_steps = 0.0
     largest = 0
     for order, matrices in sizes:
         flops += matrices * 4 / 3 * order**3
         byte_count += matrices * dtype.itemsize * order * (order + 1) / 2
+        sturm_steps += matrices * order**2 * _sturm_counts(order, dtype)
         largest = max(largest, order)
+    if rates.clock_hz:
+        flops += _STURM_FLOPS * sturm_steps
     bounds = {
         "arithmetic": flops / rates.matmul_flop_s(dtype),
         "bandwidth": byte_count / rates.copy_bytes_s,
     }
     if rates.clock_hz:
-        steps = 2 * _TREE_LEVELS + 2 * _SIGNIFICANT_BITS[dtype]
-        bounds["latency"] = largest * steps * _DEPENDENT_CYCLES / rates.clock_hz
+        # A Sturm step depends on the one before through a reciprocal and a fused multiply-add.
+        cycles = _DEPENDENT_CYCLES * (2 * _TREE_LEVELS + 2 * _sturm_counts(largest, dtype))
+        bounds["latency"] = largest * cycles / rates.clock_hz
+        if rates.multiprocessors:
+            rate = _RECIPROCALS_A_CYCLE * rates.multiprocessors * rates.clock_hz
+            bounds["reciprocals"] = sturm_steps / rate
     binding = max(bounds, key=bounds.__getitem__)
     return Floor(bounds[binding], binding)
+
+
+def _sturm_counts(order: int, dtype: torch.dtype) -> int:
+    return _SIGNIFICANT_BITS[dtype] + 1 - max(0, order - 1).bit_length()
 
 
 def resnet50_maps(batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:

@@ -42,6 +42,7 @@ class Rates:
         matmul: Flops a second of a large square torch.mm, by dtype name.
         clock_hz: Highest clock of a GPU's processors; None on a CPU.
         cache_bytes: Last-level cache, rotated past by every benchmark.
+        multiprocessors: Of a GPU; 0 on a CPU.
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Rates:
     matmul: dict[str, float] = field(default_factory=dict)
     clock_hz: float | None = None
     cache_bytes: int = 0
+    multiprocessors: int = 0
 
     def matmul_flop_s(self, dtype: torch.dtype) -> float:
         """Rate for a dtype; where a CPU was not timed with it, float32's."""
@@ -97,6 +99,9 @@ def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
         matmul={name: 2 * order**3 / time for name, time in seconds.items()},
         clock_hz=_gpu_clock_hz() if is_cuda else None,
         cache_bytes=cache_bytes(device),
+        multiprocessors=(
+            torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 0
+        ),
     )
 
 
