@@ -5,12 +5,14 @@ from collections.abc import Mapping
 
 from fastcov.axes import line_height, log_axes, positive, short
 from fastcov.history import Comparison
-from fastcov.plot import DARK, SECOND, Axes, Figure, draw_layer
+from fastcov.plot import SECOND, Axes, Figure, curve_color, draw_layer
 from fastcov.spectrum import Spectrum
 
 
 def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Figure:
     """Small multiples: every layer's spectrum relative to its largest eigenvalue, on one scale.
+
+    Grey curves are of fewer than 16 rows a channel.
 
     Args:
         spectra: Name to spectrum.
@@ -24,7 +26,7 @@ def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Fi
     for ax, (name, spectrum) in zip(cells, spectra.items(), strict=True):
         if bool(spectrum.eigenvalues[0] > 0):
             ranks, values = positive(spectrum.eigenvalues / spectrum.eigenvalues[0])
-            ax.plot(ranks, values, color=DARK, linewidth=1.3)
+            ax.plot(ranks, values, color=curve_color(spectrum), linewidth=1.3)
         ax.axhline(threshold, color=SECOND, linestyle="--", linewidth=0.7)
         dim = spectrum.dim(threshold)
         log_axes(ax, widest, threshold / 100, 2.0)

@@ -38,6 +38,8 @@ except ImportError as error:
 DARK = "#17618c"
 LIGHT = "#d5e3ec"
 SECOND = "#c8501e"
+FEW = "#8c979d"
+ENOUGH_ROWS = 16  # a channel
 _GREY = "#666666"
 _MOST_LEGEND_LINES = 10
 _SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
@@ -196,6 +198,8 @@ def plot_demand(
 ) -> Axes:
     """Bars of demand against width: degrees of freedom (lambda = 1e-3 of the largest) per channel.
 
+    Grey bars are of fewer than 16 rows a channel: no more directions than rows can be seen.
+
     Args:
         spectra: Name to spectrum.
         ax: Where to draw; None makes a figure as high as the layers need.
@@ -214,14 +218,17 @@ def plot_demand(
     ax = _new_axes(7.2, line_height(len(widths))) if ax is None else ax
     ax.barh(places, [1.0] * len(widths), color=LIGHT, height=0.75)
     shares = [demand / width for demand, width in zip(demands, widths, strict=True)]
-    ax.barh(places, shares, color=DARK, height=0.75)
+    ax.barh(places, shares, color=[curve_color(s) for s in spectra.values()], height=0.75)
     ax.set_ylim(len(widths) - 0.4, -0.6)
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     ax.set_xlabel("share of the width")
     name_lines(ax, list(spectra))
     annotate_right(ax, [_of(d, w, ".1f") for d, w in zip(demands, widths, strict=True)])
-    ax.set_title("demand (degrees of freedom, dark) against width (light)", fontsize=10)
+    title = "demand (degrees of freedom, dark) against width (light)"
+    if not all(map(has_enough_rows, spectra.values())):
+        title += f"\ngrey: fewer than {ENOUGH_ROWS} rows a channel, the demand may be larger"
+    ax.set_title(title, fontsize=10)
     return ax
 
 
@@ -306,6 +313,16 @@ def draw_layer(ax: Axes, layer: LayerComparison, comparison: Comparison, what: s
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_ylabel("dim (directions)")
     ax.set_ylim(0, max(*layer.dims_a, *layer.dims_b, 1) * 1.08)
+
+
+def has_enough_rows(spectrum: Spectrum) -> bool:
+    """Whether a spectrum is of at least 16 rows a channel."""
+    return spectrum.count >= ENOUGH_ROWS * spectrum.channels
+
+
+def curve_color(spectrum: Spectrum) -> str:
+    """Dark, or grey where too few rows were read to tell."""
+    return DARK if has_enough_rows(spectrum) else FEW
 
 
 def _new_axes(width: float, height: float) -> Axes:

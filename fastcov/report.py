@@ -59,7 +59,8 @@ _LEGEND = {
 _DEMAND_CAPTION = "Dark: degrees of freedom (dof below), the number at the right; light: width."
 _GRID_CAPTION = (
     "Eigenvalues over the largest, against rank; both scales are logarithmic. Under each name: "
-    "dim, the eigenvalues above the dashed line (1e-3), of the width."
+    "dim, the eigenvalues above the dashed line (1e-3), of the width. Grey: fewer than 16 rows a "
+    "channel, too few to tell."
 )
 
 
@@ -291,7 +292,7 @@ h1{font-size:1.5rem}
 h2{font-size:1.1rem;margin-top:2rem}img{max-width:100%;height:auto;display:block}
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;white-space:nowrap}
 th,td{padding:2px 10px;text-align:right;border-bottom:1px solid #e3e8eb}
-th:first-child,td:first-child,.note{text-align:left}td.note{white-space:normal}
+th:first-child,td:first-child,.note{text-align:left}td.note{white-space:normal;min-width:18rem}
 dt{font-weight:600;float:left;clear:left;width:7rem}dd{margin:0 0 0 7.5rem}
 """
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fastcov import figures
 from fastcov.history import Comparison, History, Snapshot, compare_histories
-from fastcov.plot import plot_comparison, plot_demand, plot_dims, plot_spectrum
+from fastcov.plot import DARK, FEW, plot_comparison, plot_demand, plot_dims, plot_spectrum
 from fastcov.spectrum import Spectrum
 
 mpl.use("Agg")
@@ -207,6 +208,18 @@ def test_demand_against_width(ax: Axes) -> None:
     ]
     with pytest.raises(ValueError, match="no spectrum to draw"):
         plot_demand({}, ax)
+
+
+def test_too_few_rows_are_grey_and_said(ax: Axes) -> None:
+    """Seven rows show seven directions at most, whatever the layer uses."""
+    plot_demand({"sure": _spectrum(8, count=128), "unsure": _spectrum(8, count=127)}, ax)
+    _, demand = ax.containers
+    assert [to_hex(bar.get_facecolor()) for bar in demand] == [DARK, FEW]
+    assert "grey: fewer than 16 rows a channel" in ax.get_title()
+    grid = figures.spectra_grid({"sure": _spectrum(8, count=128), "un": _spectrum(8, count=127)})
+    assert [each.get_lines()[0].get_color() for each in grid.axes] == [DARK, FEW]
+    ax.clear()
+    assert "grey" not in plot_demand({"sure": _spectrum(8, count=128)}, ax).get_title()
 
 
 @pytest.mark.parametrize("lines", [1, 53, 160])
