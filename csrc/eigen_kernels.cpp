@@ -380,14 +380,9 @@ void eigenvectors(const EigenTask<T>* tasks, int count, void* scratch) {
 }
 
 template <class T>
-T tolerance(int n) {
-  return relative_tolerance<T>(n);
-}
-
-template <class T>
 constexpr EigenKernels<T> kernels() {
-  return {kGroup,    kLanes<T>,    scratch_bytes<T>, eigenvalues<T>,
-          counts<T>, tolerance<T>, eigenvectors<T>,  is_finite<T>};
+  return {kGroup,    kLanes<T>,       scratch_bytes<T>, eigenvalues<T>,
+          counts<T>, eigenvectors<T>, is_finite<T>};
 }
 
 }  // namespace
