@@ -325,7 +325,7 @@ def track(
     Nothing else in the training loop changes. Call it before the first compiled forward.
 
     Args:
-        model: The module whose forward is one step.
+        model: The module whose forward is one step; where gradients accumulate, each micro-batch.
         include: Glob patterns on module names, module types, or a predicate of (name, module);
             None watches every convolution, Linear and MultiheadAttention.
         exclude: Likewise, taken away from ``include``.

@@ -117,7 +117,7 @@ def run_collectives(rank: int) -> dict[str, Any]:
         model = build()
         plain = collectives(lambda model=model, loss=loss: train(model, loss, rank))
         model = build()
-        tracker = fastcov.track(model, snapshot_every=1, where="both")
+        tracker = fastcov.track(model, snapshot_every=1, where="both", max_channels=200)
         tracked = collectives(lambda model=model, loss=loss: train(model, loss, rank))
 
         def read(tracker: fastcov.Tracker = tracker) -> None:
@@ -170,12 +170,16 @@ def run_fsdp_half(rank: int) -> dict[str, Any]:
     return collected(tracker.sync())
 
 
-def run_saving(rank: int) -> dict[str, Any]:
-    model = llama()
-    fully_shard(model)
+def saved(model: nn.Module, rank: int) -> dict[str, Any]:
     tracker = fastcov.track(model, rows="all", where="both", decay=0.9)
     train(model, predict, rank)
     return tracker.sync().state_dict()
+
+
+def run_saving(rank: int) -> dict[str, Any]:
+    model = llama()
+    fully_shard(model)
+    return saved(model, rank)
 
 
 def run_resumed(rank: int, state: dict[str, Any]) -> dict[str, Any]:
@@ -249,33 +253,28 @@ RUNS = (
 )  # fmt: skip
 
 
-def _start(rank: int, size: int, port: int, folder: Path, state: dict[str, Any] | None) -> None:
+def _start(rank: int, port: int, folder: Path, state: dict[str, Any]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        if state is None:
-            found = {run.__name__: run(rank) for run in RUNS}
-        else:
-            found = run_resumed(rank, state)
+        found = {run.__name__: run(rank) for run in RUNS}
+        found["run_resumed"] = run_resumed(rank, state)
         torch.save(found, folder / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def on_ranks(size: int, folder: Path, state: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (size, port, folder, state)
-    mp.start_processes(_start, args=arguments, nprocs=size, start_method="spawn")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every run has collected, by rank. One pair of processes serves all tests."""
-    return on_ranks(2, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (port, folder, saved(llama(), rank=0))
+    mp.start_processes(_start, args=arguments, nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def one_process(
@@ -334,29 +333,33 @@ def test_fsdp2_in_half_precision_with_default_rows(ranks: list[dict[str, Any]]) 
     assert max(single["counts"].values()) > 0
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_statistics_of_two_ranks_go_on_with_another_number(
-    ranks: list[dict[str, Any]], tmp_path: Path, size: int
-) -> None:
-    state = ranks[0]["run_saving"]
-    resumed = [run_resumed(0, state)] if size == 1 else on_ranks(size, tmp_path, state)
-    # Decayed sums of every batch, by hand: step 0 and 1 on two ranks, step 2 on the new ones.
+def assert_decayed(resumed: list[dict[str, Any]], batches: list[list[int]]) -> None:
+    """Against sums by hand over the batches of every step, which all ranks shared."""
     model = llama()
-    batches = {0: [0, 1], 1: [2, 3], 2: [2 * STEPS + rank for rank in range(size)]}
     seen: list[Tensor] = []
     layer = "model.layers.1.mlp.up_proj"
     model.get_submodule(layer).register_forward_hook(lambda _m, _a, output: seen.append(output))
     total, weight = torch.zeros(24, 24, dtype=torch.float64), 0.0
-    for step, seeds in batches.items():
+    for age, seeds in enumerate(reversed(batches)):
         for seed in seeds:
             predict(model, seed)
             rows = seen.pop().detach().double().flatten(0, 1)
-            total += 0.9 ** (2 - step) * rows.T @ rows
-            weight += 0.9 ** (2 - step) * len(rows)
+            total += 0.9**age * rows.T @ rows
+            weight += 0.9**age * len(rows)
     for rank in resumed:
-        assert rank["steps"] == STEPS + 1
-        assert rank["counts"][layer] == (4 + size) * 24
+        assert rank["steps"] == len(batches)
+        assert rank["counts"][layer] == 24 * sum(map(len, batches))
         torch.testing.assert_close(rank["covariances"][layer], total / weight, rtol=1e-4, atol=1e-7)
+
+
+def test_statistics_of_two_ranks_go_on_in_one_process(ranks: list[dict[str, Any]]) -> None:
+    resumed = run_resumed(0, ranks[0]["run_saving"])
+    assert_decayed([resumed], [[0, 1], [2, 3], [4]])
+
+
+def test_statistics_of_one_process_go_on_in_two_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Were they loaded by both, sync() would count them twice."""
+    assert_decayed([rank["run_resumed"] for rank in ranks], [[0], [2], [4, 5]])
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -60,6 +60,15 @@ def retinanet() -> nn.Module:
     return RetinaNet(backbone, num_classes=3, min_size=96, max_size=96)
 
 
+def multihead() -> nn.Module:
+    """torchvision's transformer is built on nn.MultiheadAttention, whose out_proj never runs."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48
+    )
+
+
 def detect(model: nn.Module) -> Any:
     boxes = torch.tensor([[8.0, 8.0, 40.0, 44.0]])
     targets = [{"boxes": boxes, "labels": torch.tensor([1])} for _ in range(2)]
@@ -80,6 +89,7 @@ MODELS: dict[str, tuple[Callable[[], Callable[[], nn.Module]], Callable[[nn.Modu
         lambda m: m(images(1, 128), images(1, 128), num_flow_updates=2),
     ),
     "retinanet": (lambda: retinanet, detect),
+    "multihead": (lambda: multihead, lambda m: m(images(2, 32))),
     "repvgg": (lambda: of_timm("repvgg_a0"), lambda m: m(images())),
     "edgenext": (lambda: of_timm("edgenext_xx_small"), lambda m: m(images())),
     "beit": (
@@ -129,7 +139,8 @@ MODELS: dict[str, tuple[Callable[[], Callable[[], nn.Module]], Callable[[nn.Modu
 BYPASSED = {"swin": "*.attn.*", "mamba": "*.mixer.*", "beit": "*.attn.qkv"}
 
 
-def rows_of(module: nn.Module, activation: Tensor) -> Tensor:
+def rows_of(module: nn.Module, value: Tensor | tuple[Tensor, ...]) -> Tensor:
+    activation = value if isinstance(value, Tensor) else value[0]
     if isinstance(module, nn.modules.conv._ConvNd):
         activation = activation.movedim(1, -1)
     return activation.detach().double().reshape(-1, activation.shape[-1])
@@ -144,7 +155,7 @@ def watch(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
         seen[name] = (count + len(rows), total + rows.T @ rows)
 
     for name, module in model.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)):
             module.register_forward_hook(
                 lambda module, _args, output, name=name: add(name, rows_of(module, output))
             )
