@@ -73,7 +73,6 @@ __device__ void solve_jacobi(Team& team, const Located<Real>& located, unsigned 
   for (int i = team.rank(); i < n * (n + 1) / 2; i += team.size()) {
     space.matrix[i] = scale.is_finite ? space.matrix[i] * scale.shrink : Real(0);
   }
-  team.sync();
   jacobi(team, space, n, kNegligible<Real>, kSweeps,
          [&](bool has_rotated) { return is_anywhere(team, has_rotated); });
 

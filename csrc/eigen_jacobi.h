@@ -76,9 +76,9 @@ FASTCOV_INLINE void rotate_crossing(Real* matrix, const JacobiPair& first, const
   }
 }
 
-// Diagonalises the matrix, whose largest entry is about 1, until no entry off the diagonal is above
-// `negligible` or sweeps run out. is_anywhere(mask) says whether a condition holds for any lane of
-// the team, or in any matrix of a pack.
+// Diagonalises the matrix, which the lanes may have just written and whose largest entry is about
+// 1, until no entry off the diagonal is above `negligible` or sweeps run out. is_anywhere(mask)
+// says whether a condition holds for any lane of the team, or in any matrix of a pack.
 template <class Real, class Team, class IsAnywhere>
 FASTCOV_INLINE void jacobi(Team& team, const JacobiSpace<Real>& space, int n, Real negligible,
                            int sweeps, const IsAnywhere& is_anywhere) {

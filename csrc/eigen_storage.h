@@ -57,8 +57,8 @@ struct ColumnTriangle {
       }
       sweep_rows(tile + 4 + lane, order, lanes, a, v, w, u, v_j, w_j, u_j, sums, partial);
       team.squad_sync();
+      // Of these rows no further tile takes part, so that nobody waits for them before the end.
       team.add_sums(sums, partial + tile, order - tile);
-      team.squad_sync();
     }
     team.sync();
     if (team.squads() > 1) {

@@ -1,7 +1,7 @@
-"""The GPU's kernels on the host: no access that only luck orders, no barrier that is not needed.
+"""The GPU's kernels on the host: no access that only luck orders.
 
-ThreadSanitizer takes each thread of a block for a thread and knows what a barrier, a shuffle and a
-counter order: what compute-sanitizer's racecheck and synccheck look for on a GPU.
+ThreadSanitizer takes each thread of a block for a thread and knows what a barrier and a counter
+order: what compute-sanitizer's racecheck and synccheck look for on a GPU. A shuffle orders nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // Fibers, their meetings and launches. Compiled without ThreadSanitizer, to which it says what a
-// GPU orders: what a barrier, a shuffle or a counter makes visible, and nothing else.
+// GPU orders: what a barrier or a counter makes visible, and nothing else.
 //
 // Environment: EMULATED_ORDER is 0 (fibers in order), 1 (in reverse) or a seed that shuffles them;
 // EMULATED_WITHOUT=block, warp or cluster takes those barriers away, a control for the tests.
@@ -152,8 +152,10 @@ class Block {
     swapcontext(&fiber->context, &scheduler_);
   }
 
-  // Returns the meeting, and which of its two sides it used.
-  std::pair<Meeting*, unsigned> meet(unsigned mask, int lane, uint64_t value, int flag) {
+  // Returns the meeting, and which of its two sides it used. Shuffles and votes wait for the lanes
+  // but order no access to memory: only a barrier does.
+  std::pair<Meeting*, unsigned> meet(unsigned mask, bool orders, int lane, uint64_t value,
+                                     int flag) {
     const unsigned first = fiber_->thread.x / 32 * 32;
     const unsigned group = mask ? first + static_cast<unsigned>(__builtin_ctz(mask))
                                 : static_cast<unsigned>(fibers_.size());
@@ -164,7 +166,7 @@ class Block {
     if (meeting.arrived == 0) meeting.flags[side] = 0;
     if (lane >= 0) meeting.slots[side][lane] = value;
     meeting.flags[side] |= flag;
-    release(&meeting.slots[side]);
+    if (orders) release(&meeting.slots[side]);
     if (++meeting.arrived == expected) {
       meeting.arrived = 0;
       ++meeting.generation;
@@ -174,7 +176,7 @@ class Block {
       give_way();
       fiber_->awaited = nullptr;
     }
-    acquire(&meeting.slots[side]);
+    if (orders) acquire(&meeting.slots[side]);
     return {&meeting, side};
   }
 
@@ -287,13 +289,14 @@ static bool is_without(const char* barriers) {
 
 int meet(unsigned mask, int flag, bool is_barrier) {
   if (is_barrier && is_without(mask ? "warp" : "block")) return 0;
-  const auto [meeting, side] = Block::current()->meet(mask, -1, 0, flag);
+  const bool orders = is_barrier || mask == kWholeBlock;
+  const auto [meeting, side] = Block::current()->meet(mask, orders, -1, 0, flag);
   return meeting->flags[side];
 }
 
 uint64_t exchange(unsigned mask, uint64_t bits, unsigned other_lane) {
   const int lane = static_cast<int>(here.thread.x % 32);
-  const auto [meeting, side] = Block::current()->meet(mask, lane, bits, 0);
+  const auto [meeting, side] = Block::current()->meet(mask, false, lane, bits, 0);
   return meeting->slots[side][other_lane];
 }
 
