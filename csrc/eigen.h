@@ -195,7 +195,9 @@ template <class Real>
 FASTCOV_INLINE void count_above(const Real* diagonal, const Real* square, int n, Real lower,
                                 Real upper, Real tau, int& low, int& high) {
   const Real size = absolute(lower) > absolute(upper) ? absolute(lower) : absolute(upper);
-  const Real error = relative_tolerance<Real>(n) * size;
+  // Raising off-diagonals from zero moves an eigenvalue too: all that counts in a matrix of zeros.
+  const Real raised = 4 * Numeric<Real>::square_root(Numeric<Real>::least_square);
+  const Real error = relative_tolerance<Real>(n) * size + raised;
   low = tau == tau ? n - count_below(diagonal, square, n, tau + error) : 0;
   high = tau == tau ? n - count_below(diagonal, square, n, tau - error) : n;
 }
