@@ -175,6 +175,8 @@ class SearchConfig:
     """Which widths may change: ``backbone``, ``fpn``, ``heads``."""
     arms: tuple[str, ...] = ("baseline", "searched", "uniform", "random", "untrained", "power")
     seeds: int = 1
+    peer_seeds: int = 1
+    """Runs of arm ``torch-pruning``, which needs a second, larger training for each."""
     first_seed: int = 0
     measure_images: int = 512
     image_size: int | None = None

@@ -26,7 +26,6 @@ from fastcov_detection.config import (
     load_config,
 )
 from fastcov_detection.data import load_data
-from fastcov_detection.engine import has_weights, load_run
 from fastcov_detection.evaluate import draw_detections
 from fastcov_detection.groups import width_groups
 from fastcov_detection.layout import finished_runs, plan_path, spectra_path
@@ -35,6 +34,7 @@ from fastcov_detection.model import build_model
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.proposals import load_plan
 from fastcov_detection.results import read_result
+from fastcov_detection.runs import has_weights, load_run
 from fastcov_detection.spectra import load_spectra
 from fastcov_detection.summary import columns, rows, sentences
 
