@@ -102,6 +102,7 @@ def _parser() -> _Parser:
     train = _command(commands, "train", "train one detector", _train)
     _add_run_options(train, "runs/train")
     train.add_argument("--widths", help="widths.json of a search, or a plan of its widths/ folder")
+    train.add_argument("--start", help="state_dict of a whole detector to start from")
     train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     train.add_argument("--restart", action="store_true", help="start over instead of resuming")
 
@@ -114,10 +115,15 @@ def _parser() -> _Parser:
     )
     search.add_argument("--arms", help="comma list of arms (default: all controls)")
     search.add_argument("--seeds", type=int, help="runs of each arm")
+    search.add_argument("--peer-seeds", type=int, help="runs of arm torch-pruning (default 1)")
     search.add_argument("--max-params", type=int, help="cap on the searched parameters")
     search.add_argument("--budget", type=float, help="MACs (default: the baseline's)")
     search.add_argument("--vary", help="comma list of backbone, fpn, heads (default backbone)")
     search.add_argument("--jobs", type=int, help="training runs side by side (default 1)")
+    search.add_argument(
+        "--results",
+        help="folder for version control: keeps all but weights, and is gone on from",
+    )
 
     demo = _command(commands, "demo", "a whole search on two CPU cores in minutes", _demo)
     demo.add_argument("--out", default="runs/demo", help="folder (default runs/demo)")
@@ -214,6 +220,7 @@ def _train(arguments: argparse.Namespace) -> None:
         None if arguments.widths is None else load_widths(arguments.widths),
         run_dir=arguments.out,
         seed=arguments.seed,
+        start=arguments.start,
         resume=not arguments.restart,
         progress=not arguments.quiet,
     )
@@ -229,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _search(arguments: argparse.Namespace) -> None:
     config = SearchConfig(train=_train_config(arguments))
-    for name in ("rounds", "seeds", "max_params", "budget", "jobs"):
+    for name in ("rounds", "seeds", "peer_seeds", "max_params", "budget", "jobs"):
         if getattr(arguments, name) is not None:
             config = replace(config, **{name: getattr(arguments, name)})
     if arguments.vary is not None:
@@ -258,7 +265,12 @@ def _run_search(config: SearchConfig, arguments: argparse.Namespace) -> None:
     from fastcov_detection.search import run_search
     from fastcov_detection.summary import print_summary
 
-    result = run_search(config, arguments.out, progress=not arguments.quiet)
+    result = run_search(
+        config,
+        arguments.out,
+        results=getattr(arguments, "results", None),
+        progress=not arguments.quiet,
+    )
     page = write_report(arguments.out, progress=not arguments.quiet)
     print_summary(result)
     print(f"report: {page}; widths: {Path(arguments.out) / 'widths.json'}")
