@@ -15,8 +15,8 @@ from fastcov_detection.files import write_file
 log = logging.getLogger("fastcov_detection")
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_FORMAT = 1
-_KEYS = ("step", "seed", "config", "widths", "model", "optimizer", "train_s")
+_FORMAT = 2
+_KEYS = ("step", "seed", "config", "widths", "model", "optimizer", "train_s", "cpu_s")
 
 
 def save_checkpoint(run_dir: Path, content: Mapping[str, Any]) -> None:

@@ -118,6 +118,10 @@ def _parser() -> _Parser:
     search.add_argument("--budget", type=float, help="MACs (default: the baseline's)")
     search.add_argument("--vary", help="comma list of backbone, fpn, heads (default backbone)")
     search.add_argument("--jobs", type=int, help="training runs side by side (default 1)")
+    search.add_argument(
+        "--results",
+        help="folder for version control: keeps all but weights, and is gone on from",
+    )
 
     demo = _command(commands, "demo", "a whole search on two CPU cores in minutes", _demo)
     demo.add_argument("--out", default="runs/demo", help="folder (default runs/demo)")
@@ -258,7 +262,12 @@ def _run_search(config: SearchConfig, arguments: argparse.Namespace) -> None:
     from fastcov_detection.search import run_search
     from fastcov_detection.summary import print_summary
 
-    result = run_search(config, arguments.out, progress=not arguments.quiet)
+    result = run_search(
+        config,
+        arguments.out,
+        results=getattr(arguments, "results", None),
+        progress=not arguments.quiet,
+    )
     page = write_report(arguments.out, progress=not arguments.quiet)
     print_summary(result)
     print(f"report: {page}; widths: {Path(arguments.out) / 'widths.json'}")

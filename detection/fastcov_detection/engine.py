@@ -34,6 +34,7 @@ from fastcov_detection.logbook import Logbook
 from fastcov_detection.measure import measure_spectra, to_device
 from fastcov_detection.model import build_model, load_widths, parse_name, save_widths
 from fastcov_detection.progress import progress_bar
+from fastcov_detection.provenance import made_by
 from fastcov_detection.schedule import build_optimizer, learning_rate, set_learning_rate
 
 __all__ = ["RunResult", "load_run", "measure_spectra", "train"]
@@ -57,6 +58,9 @@ class RunResult:
     steps: int
     seed: int
     run_dir: str
+    cpu_s: float | None = None
+    """CPU seconds of the main process during the training steps, over all its threads: what
+    ``train_s`` would be on a thread that has a core to itself."""
 
 
 def train(
@@ -121,6 +125,11 @@ def load_run(
         CheckpointError: If the run has neither weights nor a checkpoint.
     """
     folder = Path(run_dir)
+    if (folder / "run.json").exists() and not has_weights(folder):
+        raise CheckpointError(
+            f"{folder} holds the result of a run whose weights are not here; "
+            f"delete {folder / 'run.json'} and run it again to have them"
+        )
     config = load_config(TrainConfig, folder / "config.json")
     model = build_model(replace(config.model, init="random"), load_widths(folder / "widths.json"))
     if (folder / "model.pt").exists():
@@ -132,6 +141,11 @@ def load_run(
         state = saved["model"]
     model.load_state_dict(state)
     return model.eval(), config, _read_result(folder)
+
+
+def has_weights(run_dir: Path) -> bool:
+    """Whether the folder holds the weights of a finished run, which a copy of its result lacks."""
+    return (run_dir / "model.pt").exists()
 
 
 class _Run:
@@ -156,7 +170,7 @@ class _Run:
         self.optimizer = build_optimizer(self.model, config)
         self.dtype = _PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-        self.step, self.train_s = 0, 0.0
+        self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
         self.tracker = self._track()
         self._restore()
         self.logbook = Logbook(folder if self.is_main else None, self.step)
@@ -186,13 +200,15 @@ class _Run:
             steps=self.step,
             seed=self.seed,
             run_dir=str(self.folder),
+            cpu_s=self.cpu_s,
         )
         if self.is_main:
             state = {
                 name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()
             }
             write_file(self.folder / "model.pt", lambda file: torch.save(state, file))
-            content = {**self.identity, "result": dataclasses.asdict(result)}
+            kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
+            content = {**self.identity, "result": kept, "made_by": made_by()}
             write_text(self.folder / "run.json", json.dumps(content, indent=2) + "\n")
         barrier()
         return result
@@ -221,12 +237,14 @@ class _Run:
         label = f"training {self.folder.name}"
         bar = progress_bar(label, config.steps, done=self.step, enabled=self.progress)
         start_s, before_s = time.monotonic(), self.train_s
+        start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
         with bar as advance:
             for batch in loader:
                 rate = learning_rate(config, self.step)
                 self._step(batch, rate)
                 self.step += 1
                 self.train_s = before_s + time.monotonic() - start_s
+                self.cpu_s = before_cpu_s + time.process_time() - start_cpu_s
                 is_last = self.step == config.steps
                 saves = self.step % config.checkpoint_every == 0 or is_last
                 note = ""
@@ -235,9 +253,10 @@ class _Run:
                 if saves:
                     self._save()
                 if config.evaluate_every and self.step % config.evaluate_every == 0 and not is_last:
-                    pause_s = time.monotonic()
+                    pause_s, pause_cpu_s = time.monotonic(), time.process_time()
                     self._evaluate()
                     start_s += time.monotonic() - pause_s
+                    start_cpu_s += time.process_time() - pause_cpu_s
                 advance(1, note)
         if self.tracker is not None and world_size() > 1:
             self.tracker.sync()
@@ -299,6 +318,7 @@ class _Run:
                 **self.identity,
                 "step": self.step,
                 "train_s": self.train_s,
+                "cpu_s": self.cpu_s,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -312,6 +332,7 @@ class _Run:
         barrier()
         if saved is not None:
             self.step, self.train_s = saved["step"], saved["train_s"]
+            self.cpu_s = saved["cpu_s"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -346,7 +367,8 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunRes
     finished = _read_result(folder)
     if finished is not None:
         content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        checkpoints.check_same_run(content, identity | {"result": content["result"]}, folder)
+        before = {key: content.get(key) for key in identity}
+        checkpoints.check_same_run(before, identity, folder)
         return finished
     saved = checkpoints.load_checkpoint(folder)
     if saved is not None:

@@ -25,9 +25,10 @@ from fastcov_detection.batches import mix_seed
 from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
-from fastcov_detection.engine import RunResult, load_run, measure_spectra
+from fastcov_detection.engine import RunResult, has_weights, load_run, measure_spectra
 from fastcov_detection.files import write_text
 from fastcov_detection.groups import width_groups
+from fastcov_detection.keeping import keep, restore
 from fastcov_detection.latency import measure_latency
 from fastcov_detection.layout import plan_path, run_dir, searched_folder, spectra_path
 from fastcov_detection.model import build_model, parse_name, save_widths
@@ -42,7 +43,13 @@ from fastcov_detection.proposals import (
     load_plan,
     save_plan,
 )
-from fastcov_detection.results import ArmRecord, compare_arms, macs_input, write_result
+from fastcov_detection.results import (
+    ArmRecord,
+    compare_arms,
+    macs_input,
+    read_result,
+    write_result,
+)
 from fastcov_detection.runner import Job, locked, run_jobs, threads_per_run
 from fastcov_detection.spectra import load_spectra, save_spectra
 
@@ -65,13 +72,20 @@ class Arm:
 
 
 def run_search(
-    config: SearchConfig, folder: str | Path, *, progress: bool = True
+    config: SearchConfig,
+    folder: str | Path,
+    *,
+    results: str | Path | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Runs a width search to its end, or goes on with one.
 
     Args:
         config: The search.
         folder: Its folder.
+        results: Folder that keeps what is small enough for version control (results, plans of
+            widths and spectra, no weights) as each run ends. What it holds already is not run
+            again, so a search goes on in a fresh clone.
         progress: Show bars.
 
     Returns:
@@ -81,18 +95,27 @@ def run_search(
         ConfigError: If settings are impossible, or the folder holds another search.
         RunError: If a training run fails or the folder is in use.
     """
-    folder = Path(folder)
+    folder, kept = Path(folder), None if results is None else Path(results)
     config = _checked(config)
     with locked(folder) as lock:
-        _open(folder, config)
-        return _Search(config, folder, lock, progress).run()
+        for known in (folder, kept):
+            if known is not None:
+                _check_same(known, config)
+        if kept is not None:
+            restore(kept, folder)
+        save_config(config, folder / "config.json")
+        write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
+        return _Search(config, folder, lock, kept, progress).run()
 
 
 class _Search:
     """One search at work."""
 
-    def __init__(self, config: SearchConfig, folder: Path, lock: int, progress: bool) -> None:
+    def __init__(
+        self, config: SearchConfig, folder: Path, lock: int, kept: Path | None, progress: bool
+    ) -> None:
         self.config, self.folder, self.lock, self.progress = config, folder, lock, progress
+        self.kept = kept
         predicts_masks, _ = parse_name(config.train.model.name)
         self.data: LoadedData = load_data(
             config.train.data, with_masks=predicts_masks, progress=progress
@@ -110,11 +133,14 @@ class _Search:
         self.seeds = [config.first_seed + index for index in range(config.seeds)]
         self.device = pick_device(config.train.device)
         self.arms: dict[str, Arm] = {}
+        self.latency = _recorded_latency(folder)
 
     def run(self) -> dict[str, Any]:
         """Every step of the search; what an earlier process finished is read, not repeated."""
         baseline = self._arm(BASELINE, BASELINE, self.proposer.baseline)
-        self._train([baseline])
+        # One run is what the widths follow from; others keep cores busy meanwhile. After that,
+        # seed by seed: whenever a search is stopped, what it has finished can be compared.
+        self._train([baseline], seeds=self.seeds[: self.config.jobs])
         arms = [baseline]
         spectra = self._measured("baseline", baseline)
         untrained = self._untrained_spectra()
@@ -138,7 +164,8 @@ class _Search:
                 propose = partial(getattr(self.proposer, name), self._first_plan(searched))
                 arms.append(self._arm(name, name, propose))
         self._train(arms)
-        return self._record(with_latency=True)
+        self.latency = self._latency() or self.latency
+        return self._record()
 
     def _search_rounds(self, spectra: Mapping[str, Spectrum]) -> Arm:
         """Proposes and trains until widths stand still or the rounds are used up."""
@@ -221,7 +248,12 @@ class _Search:
         """Spectra of the arm's first run, measured once."""
         path = spectra_path(self.folder, name)
         if not path.exists():
-            model, _, _ = load_run(self._run_dir(arm, self.seeds[0]))
+            run = self._run_dir(arm, self.seeds[0])
+            if not has_weights(run):
+                # Its result was kept, but the process ended before the spectra were measured.
+                (run / "run.json").unlink()
+                self._train([arm], seeds=self.seeds[:1])
+            model, _, _ = load_run(run)
             save_spectra(self._measure(model), path)
         return load_spectra(path)
 
@@ -251,18 +283,20 @@ class _Search:
         finally:
             torch.set_num_threads(threads)
 
-    def _record(self, *, with_latency: bool = False) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""
-        latency = self._latency() if with_latency else {}
         records = []
         for arm in self.arms.values():
             runs = [self._result(arm, seed) for seed in self.seeds]
             record = ArmRecord(arm.name, self._all_widths(arm), [run for run in runs if run])
-            record.latency_ms = latency.get(arm.name)
+            record.latency_ms = self.latency.get(arm.name)
             records.append(record)
         counted_on = macs_input(self.model_config, self.image_size)
         comparisons = compare_arms(records)
-        return write_result(self.folder / "result.json", records, comparisons, counted_on)
+        result = write_result(self.folder / "result.json", records, comparisons, counted_on)
+        if self.kept is not None:
+            keep(self.folder, self.kept)
+        return result
 
     def _result(self, arm: Arm, seed: int) -> RunResult | None:
         if not (self._run_dir(arm, seed) / "run.json").exists():
@@ -278,9 +312,11 @@ class _Search:
         )
 
     def _latency(self) -> dict[str, float]:
-        models = {
-            name: load_run(self._run_dir(arm, self.seeds[0]))[0] for name, arm in self.arms.items()
-        }
+        """Latency of every arm, or of none: times of different machines do not compare."""
+        runs = {name: self._run_dir(arm, self.seeds[0]) for name, arm in self.arms.items()}
+        if not all(has_weights(run) for run in runs.values()):
+            return {}
+        models = {name: load_run(run)[0] for name, run in runs.items()}
         image, _ = self.data.val[0]
         return measure_latency(
             models, image, self.config.latency_runs, self.device, progress=self.progress
@@ -315,8 +351,8 @@ def _checked(config: SearchConfig) -> SearchConfig:
     return replace(config, arms=check_arms(config.arms))
 
 
-def _open(folder: Path, config: SearchConfig) -> None:
-    """Claims the folder for this search, or checks that it is this search's."""
+def _check_same(folder: Path, config: SearchConfig) -> None:
+    """Refuses a folder that holds another search."""
     path = folder / "config.json"
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -326,8 +362,14 @@ def _open(folder: Path, config: SearchConfig) -> None:
                     f"{folder} holds a search with {name} = {before!r}, not {now!r}; "
                     "choose another folder, or the same settings to go on with it"
                 )
-    save_config(config, path)
-    write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
+
+
+def _recorded_latency(folder: Path) -> dict[str, float]:
+    """What an earlier process measured, where it came to that."""
+    if not (folder / "result.json").exists():
+        return {}
+    arms = read_result(folder)["arms"]
+    return {name: arm["latency_ms"] for name, arm in arms.items() if arm["latency_ms"] is not None}
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
