@@ -305,6 +305,7 @@ class _Run:
         return fastcov.track(
             root,
             where=config.track_where,
+            rows="auto" if config.track_rows is None else config.track_rows,
             decay=config.track_decay,
             snapshot_every=config.snapshot_every if self.is_main else None,
             out=self.folder / "spectra" if self.is_main else None,

@@ -22,7 +22,7 @@ import torch
 from fastcov import Spectrum
 from fastcov.widths import WidthPlan
 from fastcov_detection.batches import mix_seed
-from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
+from fastcov_detection.config import ConfigError, SearchConfig, load_config, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.engine import RunResult, has_weights, load_run, measure_spectra
@@ -355,7 +355,8 @@ def _check_same(folder: Path, config: SearchConfig) -> None:
     """Refuses a folder that holds another search."""
     path = folder / "config.json"
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        # A setting that came later had its default then.
+        known = to_dict(load_config(SearchConfig, path))
         for name, before, now in _differences(known, to_dict(config)):
             if name.split(".")[0] not in _MAY_GROW:
                 raise ConfigError(
