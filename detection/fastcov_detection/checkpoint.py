@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastcov_detection.config import TrainConfig, from_dict, to_dict
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.files import write_file
 
@@ -101,7 +102,9 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir:
     Raises:
         CheckpointError: Naming the first setting that differs.
     """
-    before, now = _flatten(saved), _flatten(wanted)
+    # A setting that came later had its default then.
+    complete = to_dict(from_dict(TrainConfig, saved["config"]))
+    before, now = _flatten({**saved, "config": complete}), _flatten(wanted)
     for key in sorted(before.keys() | now.keys()):
         # Where and how fast a run computes may change in its middle.
         if key.removeprefix("config.") in _FREE:

@@ -1,4 +1,4 @@
-"""``fastcov-detection``: train, search, demo, compare, report, export."""
+"""``fastcov-detection``: train, pretrain, search, demo, compare, report, export."""
 
 from __future__ import annotations
 
@@ -105,6 +105,16 @@ def _parser() -> _Parser:
     train.add_argument("--start", help="state_dict of a whole detector to start from")
     train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     train.add_argument("--restart", action="store_true", help="start over instead of resuming")
+
+    pretrain = _command(
+        commands, "pretrain", "train a backbone on the data's objects as classes", _pretrain
+    )
+    _add_run_options(pretrain, "runs/pretrain")
+    pretrain.add_argument("--widths", help="widths.json of a search")
+    pretrain.add_argument("--objects", type=int, help="crops of one step (default 64)")
+    pretrain.add_argument("--crop", type=int, help="edge of a crop in pixels (default 64)")
+    pretrain.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    pretrain.add_argument("--restart", action="store_true", help="start over instead of resuming")
 
     search = _command(commands, "search", "search widths and compare the arms", _search)
     _add_run_options(search, "runs/search")
@@ -231,6 +241,30 @@ def _train(arguments: argparse.Namespace) -> None:
         f"AP {result.ap:.3f}, AP50 {result.ap50:.3f}{masks} after {result.steps} steps in "
         f"{result.train_s:.0f} s; {result.params:,} parameters, {result.macs:,} MACs; "
         f"files in {result.run_dir}"
+    )
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.model import load_widths
+    from fastcov_detection.pretrain import PretrainConfig, pretrain
+
+    chosen = {name: getattr(arguments, name) for name in ("objects", "crop")}
+    config = PretrainConfig(
+        train=_train_config(arguments),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    result = pretrain(
+        config,
+        None if arguments.widths is None else load_widths(arguments.widths),
+        run_dir=arguments.out,
+        seed=arguments.seed,
+        resume=not arguments.restart,
+        progress=not arguments.quiet,
+    )
+    print(
+        f"accuracy {result.accuracy:.3f} on {result.val_objects} objects after {result.steps} "
+        f"steps in {result.train_s:.0f} s; files in {result.run_dir}; "
+        f"go on with: fastcov-detection train --init {result.run_dir}"
     )
 
 

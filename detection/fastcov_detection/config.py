@@ -153,6 +153,8 @@ class TrainConfig:
     """Which part ``fastcov.track`` watches while training runs."""
     track_where: Literal["output", "input", "both"] = "output"
     track_decay: float | None = None
+    track_rows: int | None = None
+    """Rows that are read of a layer and step; None: as many as 1 % of the training flops allow."""
     snapshot_every: int = 1000
     log_every: int = 20
     checkpoint_every: int = 1000

@@ -39,7 +39,7 @@ from fastcov_detection.schedule import build_optimizer, learning_rate, set_learn
 
 __all__ = ["RunResult", "has_weights", "load_run", "measure_spectra", "train"]
 
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train(
@@ -79,7 +79,7 @@ def train(
     """
     folder = Path(run_dir)
     device = pick_device(config.device)
-    with process_group(device), _settings(config, device):
+    with process_group(device), run_settings(config, device):
         is_main = rank() == 0
         data = _load(config, progress and is_main)
         config = replace(config, model=replace(config.model, num_classes=len(data.class_names) + 1))
@@ -121,7 +121,7 @@ class _Run:
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device=device, memory_format=memory_format)
         self.optimizer = build_optimizer(self.model, config)
-        self.dtype = _PRECISIONS[config.precision]
+        self.dtype = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
         self.tracker = self._track()
@@ -258,6 +258,7 @@ class _Run:
         return fastcov.track(
             root,
             where=config.track_where,
+            rows="auto" if config.track_rows is None else config.track_rows,
             decay=config.track_decay,
             snapshot_every=config.snapshot_every if self.is_main else None,
             out=self.folder / "spectra" if self.is_main else None,
@@ -330,7 +331,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunRes
 
 
 @contextmanager
-def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def run_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Threads, determinism and random state, as they were before afterwards."""
     threads = torch.get_num_threads()
     was_deterministic = torch.are_deterministic_algorithms_enabled()

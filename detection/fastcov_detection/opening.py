@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastcov_detection.config import ConfigError, SearchConfig, to_dict
+from fastcov_detection.config import ConfigError, SearchConfig, load_config, to_dict
 from fastcov_detection.proposals import PEER, check_arms
 from fastcov_detection.pruning import check_peer
 from fastcov_detection.results import read_result
@@ -44,7 +43,8 @@ def check_same_search(folder: Path, config: SearchConfig) -> None:
     """
     path = folder / "config.json"
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        # A setting that came later had its default then.
+        known = to_dict(load_config(SearchConfig, path))
         for name, before, now in _differences(known, to_dict(config)):
             if name.split(".")[0] not in _MAY_GROW:
                 raise ConfigError(
