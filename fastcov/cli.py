@@ -22,7 +22,10 @@ from fastcov.report import (
     write_report,
 )
 
-_OPTIONAL = ("numpy", "triton", "torchvision", "matplotlib", "lightning", "transformers", "wandb")
+_OPTIONAL = (
+    *("numpy", "triton", "torchvision", "matplotlib", "rich"),
+    *("lightning", "transformers", "tensorboard", "wandb"),
+)
 
 
 class _OneLineParser(argparse.ArgumentParser):

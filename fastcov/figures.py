@@ -3,23 +3,16 @@
 import io
 from collections.abc import Mapping
 
+from fastcov.axes import line_height, log_axes, positive, short
 from fastcov.history import Comparison
-from fastcov.plot import (
-    DARK,
-    SECOND,
-    Axes,
-    Figure,
-    draw_layer,
-    line_height,
-    log_axes,
-    positive,
-    short,
-)
+from fastcov.plot import SECOND, Axes, Figure, curve_color, draw_layer
 from fastcov.spectrum import Spectrum
 
 
 def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Figure:
     """Small multiples: every layer's spectrum relative to its largest eigenvalue, on one scale.
+
+    Grey curves are of fewer than 16 rows a channel.
 
     Args:
         spectra: Name to spectrum.
@@ -33,7 +26,7 @@ def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Fi
     for ax, (name, spectrum) in zip(cells, spectra.items(), strict=True):
         if bool(spectrum.eigenvalues[0] > 0):
             ranks, values = positive(spectrum.eigenvalues / spectrum.eigenvalues[0])
-            ax.plot(ranks, values, color=DARK, linewidth=1.3)
+            ax.plot(ranks, values, color=curve_color(spectrum), linewidth=1.3)
         ax.axhline(threshold, color=SECOND, linestyle="--", linewidth=0.7)
         dim = spectrum.dim(threshold)
         log_axes(ax, widest, threshold / 100, 2.0)
@@ -56,7 +49,9 @@ def comparison_grid(comparison: Comparison, what: str = "dims") -> Figure:
         "spectra": ("rank of the eigenvalue", "eigenvalue / largest"),
         "distance": ("training step", "distance of the spectra"),
     }[what]
-    figure, cells = _grid(len(comparison.layers), x, y, shares_y=what != "dims")
+    figure, cells = _grid(
+        len(comparison.layers), x, y, shares_y=what != "dims", has_legend=what != "distance"
+    )
     widest = max(max(e.end_a.channels, e.end_b.channels) for e in comparison.layers)
     farthest = max(0.05, *(max(e.distances, default=0.0) for e in comparison.layers))
     steps = [step for e in comparison.layers for step in (*e.steps_a, *e.steps_b)]
@@ -106,11 +101,14 @@ def png(drawing: Figure | Axes) -> bytes:
     return picture.getvalue()
 
 
-def _grid(count: int, x: str, y: str, *, shares_y: bool = True) -> tuple[Figure, list[Axes]]:
+def _grid(
+    count: int, x: str, y: str, *, shares_y: bool = True, has_legend: bool = False
+) -> tuple[Figure, list[Axes]]:
     """Cells in rows of six. Spaces are fixed in inches: an automatic layout takes half a minute."""
     columns = min(6, count)
     rows = -(-count // columns)
-    width, height = 1.75 * columns + 0.7, 1.45 * rows + 0.9
+    above = 0.6 if has_legend else 0.35
+    width, height = 1.75 * columns + 0.7, 1.45 * rows + 0.3 + above
     figure = Figure(figsize=(width, height))
     cells: list[Axes] = []
     for place in range(count):
@@ -124,7 +122,7 @@ def _grid(count: int, x: str, y: str, *, shares_y: bool = True) -> tuple[Figure,
         left=0.65 / width,
         right=1 - 0.1 / width,
         bottom=0.5 / height,
-        top=1 - 0.6 / height,
+        top=1 - above / height,
         wspace=0.12 if shares_y else 0.3,
         hspace=0.5,
     )

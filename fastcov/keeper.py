@@ -47,9 +47,10 @@ class Keeper(Collector):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: tensors and numbers only, no collective.
 
-        After :meth:`Tracker.sync` it holds all ranks' rows: load it on any number of ranks, rank 0
-        then carries them and the others start at zero.
+        After :meth:`Tracker.sync`, or of a single process, it holds all rows: load it on any number
+        of ranks, rank 0 then carries them and the others start at zero.
         """
+        is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         layers = {}
         for reader in self.unique_readers():
             layers[reader.name] = reader.state_dict()
@@ -59,7 +60,7 @@ class Keeper(Collector):
             "format": _FORMAT,
             "steps": self.steps,
             "rho": self._rho,
-            "is_synced": self._synced is not None,
+            "is_synced": self._synced is not None or is_alone,
             "shared": {n: r.name for n, r in self.readers.items() if n != r.name},
             "layers": layers,
         }

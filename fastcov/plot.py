@@ -1,21 +1,33 @@
 """Figures of spectra: each function draws on the given axes and returns them.
 
-Without ``ax`` a figure of fitting size is made with pyplot, so that notebooks show it.
+Without ``ax`` a figure of fitting size is made with pyplot, so that notebooks show it. Names and
+values stand outside the axes: a figure of several wants ``layout="constrained"``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcov.axes import (
+    annotate_right,
+    line_height,
+    log_axes,
+    name_lines,
+    place_legend,
+    positive,
+    short,
+    spread,
+)
 from fastcov.history import Comparison, History, LayerComparison
 from fastcov.spectrum import Spectrum
 
 try:
     from matplotlib import colormaps, pyplot
     from matplotlib.axes import Axes as Axes
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure as Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
@@ -26,10 +38,11 @@ except ImportError as error:
 DARK = "#17618c"
 LIGHT = "#d5e3ec"
 SECOND = "#c8501e"
+FEW = "#8c979d"
+ENOUGH_ROWS = 16  # a channel
 _GREY = "#666666"
-_ROW_INCHES = 0.17
 _MOST_LEGEND_LINES = 10
-_LEAST_RELATIVE = 1e-9
+_SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 def plot_spectrum(
@@ -90,8 +103,8 @@ def _draw_one(ax: Axes, spectrum: Spectrum, threshold: float) -> None:
         linewidth=1,
         label=f"{threshold:g} of the largest",
     )
-    log_axes(ax, spectrum.channels, values[-1].item(), largest * 2)
-    ax.legend(fontsize=8, loc="lower left", frameon=False)
+    log_axes(ax, spectrum.channels, min(values[-1].item(), threshold * largest), largest * 2)
+    place_legend(ax, 8)
 
 
 def _draw_many(ax: Axes, spectra: Mapping[str, Spectrum], threshold: float) -> None:
@@ -117,7 +130,7 @@ def _draw_many(ax: Axes, spectra: Mapping[str, Spectrum], threshold: float) -> N
         ax.set_title(
             f"{len(drawn)} layers, first (dark) to last; {_MOST_LEGEND_LINES} named", fontsize=10
         )
-    ax.legend(handles, labels, fontsize=7, loc="lower left", frameon=False)
+    place_legend(ax, 7, handles, labels)
 
 
 def plot_dims(
@@ -128,8 +141,8 @@ def plot_dims(
 ) -> Axes:
     """Heat map of intrinsic dimension over training: one line a layer, one column a snapshot.
 
-    Colour is the share of the width that is used, dim / channels; the last dim and the width stand
-    at the right. Grey: no row had been read yet.
+    Colour is the share of the width that is used, dim / channels, on a square-root scale: it tells
+    small shares apart. The last dim and the width stand at the right. Grey: no row had been read.
 
     Args:
         history: Of one training.
@@ -154,23 +167,28 @@ def plot_dims(
         aspect="auto",
         interpolation="nearest",
         cmap="viridis",
-        vmin=0,
-        vmax=1,
+        norm=PowerNorm(0.5, 0, 1),
     )
-    _name_lines(ax, layers)
-    ticks = _spread(len(steps), 7)
+    ticks = spread(len(steps), 7)
     ax.set_xticks(ticks, [f"{steps[i]:,}" for i in ticks])
     ax.set_xlabel("training step of the snapshot")
     ax.set_title(
         f"directions used: dim (eigenvalues > {threshold:g} of the largest) / width", fontsize=10
     )
-    _annotate_right(
+    # Only a layout engine moves the bar clear of the axis; without one it needs room of its own.
+    free = ax.figure.get_layout_engine() is None
+    bar = ax.figure.colorbar(
+        image, ax=ax, location="bottom", aspect=50, fraction=0.04, pad=0.2 if free else 0.01
+    )
+    bar.set_ticks(_SHARES, labels=[f"{share:.0%}".replace("%", " %") for share in _SHARES])
+    bar.set_label("dim / width", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    # The bar takes its room from the axes: only now is it known how large a name may be.
+    name_lines(ax, layers)
+    annotate_right(
         ax,
         [_of(_last_known(row), width) for row, width in zip(dims, width_of.tolist(), strict=True)],
     )
-    bar = ax.figure.colorbar(image, ax=ax, location="bottom", aspect=50, fraction=0.02, pad=0.01)
-    bar.set_label("dim / width", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
     return ax
 
 
@@ -179,6 +197,8 @@ def plot_demand(
     ax: Axes | None = None,
 ) -> Axes:
     """Bars of demand against width: degrees of freedom (lambda = 1e-3 of the largest) per channel.
+
+    Grey bars are of fewer than 16 rows a channel: no more directions than rows can be seen.
 
     Args:
         spectra: Name to spectrum.
@@ -198,14 +218,17 @@ def plot_demand(
     ax = _new_axes(7.2, line_height(len(widths))) if ax is None else ax
     ax.barh(places, [1.0] * len(widths), color=LIGHT, height=0.75)
     shares = [demand / width for demand, width in zip(demands, widths, strict=True)]
-    ax.barh(places, shares, color=DARK, height=0.75)
+    ax.barh(places, shares, color=[curve_color(s) for s in spectra.values()], height=0.75)
     ax.set_ylim(len(widths) - 0.4, -0.6)
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     ax.set_xlabel("share of the width")
-    _name_lines(ax, list(spectra))
-    _annotate_right(ax, [_of(d, w, ".1f") for d, w in zip(demands, widths, strict=True)])
-    ax.set_title("demand (degrees of freedom, dark) against width (light)", fontsize=10)
+    name_lines(ax, list(spectra))
+    annotate_right(ax, [_of(d, w, ".1f") for d, w in zip(demands, widths, strict=True)])
+    title = "demand (degrees of freedom, dark) against width (light)"
+    if not all(map(has_enough_rows, spectra.values())):
+        title += f"\ngrey: fewer than {ENOUGH_ROWS} rows a channel, the demand may be larger"
+    ax.set_title(title, fontsize=10)
     return ax
 
 
@@ -243,7 +266,8 @@ def plot_comparison(
     ax = _new_axes(5.6, 3.8) if ax is None else ax
     draw_layer(ax, found[layer], comparison, what)
     ax.set_title(short(layer), fontsize=10)
-    ax.legend(fontsize=8, frameon=False)
+    if what != "distance":
+        place_legend(ax, 8)
     return ax
 
 
@@ -254,8 +278,8 @@ def _draw_distances(comparison: Comparison, ax: Axes | None) -> Axes:
     ax.barh(range(count), distances, color=DARK, height=0.75)
     ax.set_ylim(count - 0.4, -0.6)
     ax.set_xlim(0, max(0.05, *distances) * 1.05)
-    _name_lines(ax, [layer.name for layer in comparison.layers])
-    _annotate_right(ax, [f"{layer.dims_a[-1]} | {layer.dims_b[-1]}" for layer in comparison.layers])
+    name_lines(ax, [layer.name for layer in comparison.layers])
+    annotate_right(ax, [f"{layer.dims_a[-1]} | {layer.dims_b[-1]}" for layer in comparison.layers])
     ax.set_xlabel("share of the variance that would have to change rank")
     ax.set_title("distance of the spectra; at the right the last dim, a | b", fontsize=10)
     return ax
@@ -286,58 +310,23 @@ def draw_layer(ax: Axes, layer: LayerComparison, comparison: Comparison, what: s
     sides = _sides(comparison, (layer.steps_a, layer.dims_a), (layer.steps_b, layer.dims_b))
     for style, (steps, dims) in sides:
         ax.plot(steps, dims, marker=".", **style)
+    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_ylabel("dim (directions)")
     ax.set_ylim(0, max(*layer.dims_a, *layer.dims_b, 1) * 1.08)
 
 
+def has_enough_rows(spectrum: Spectrum) -> bool:
+    """Whether a spectrum is of at least 16 rows a channel."""
+    return spectrum.count >= ENOUGH_ROWS * spectrum.channels
+
+
+def curve_color(spectrum: Spectrum) -> str:
+    """Dark, or grey where too few rows were read to tell."""
+    return DARK if has_enough_rows(spectrum) else FEW
+
+
 def _new_axes(width: float, height: float) -> Axes:
     return pyplot.figure(figsize=(width, height), layout="constrained").add_subplot()
-
-
-def line_height(lines: int) -> float:
-    """Inches that a figure with so many layers, one a line, needs."""
-    return 1.3 + _ROW_INCHES * max(lines, 6)
-
-
-def log_axes(ax: Axes, channels: int, least: float, most: float) -> None:
-    """Log scales from rank 1 to C, and over the eigenvalues that are shown."""
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.minorticks_off()
-    ax.set_xlim(0.9, max(channels, 2) * 1.15)
-    ax.set_ylim(max(least * 0.5, most * _LEAST_RELATIVE), most)
-
-
-def positive(descending: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks and values that a log axis can show; below 1e-9 of the largest is rounding."""
-    shown = descending[descending > _LEAST_RELATIVE * descending[0]]
-    return torch.arange(1, len(shown) + 1), shown
-
-
-def _name_lines(ax: Axes, names: Sequence[str]) -> None:
-    """One label a line, in the largest type that fits the axes; every k-th where none fits."""
-    points_a_line = 72 * ax.get_window_extent().height / ax.figure.dpi / len(names)
-    every = max(1, math.ceil(6 / points_a_line))
-    size = min(8.5, 0.75 * points_a_line * every)
-    shown = range(0, len(names), every)
-    ax.set_yticks(list(shown), [short(names[i], 48) for i in shown], fontsize=size)
-    ax.tick_params(axis="y", length=0)
-
-
-def _annotate_right(ax: Axes, texts: Sequence[str]) -> None:
-    size = ax.get_yticklabels()[0].get_fontsize()
-    shown = [round(place) for place in ax.get_yticks()]
-    for place in shown:
-        ax.annotate(
-            texts[place],
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=size,
-            annotation_clip=False,
-        )
 
 
 def _of(value: float, width: float, form: str = ".0f") -> str:
@@ -363,11 +352,6 @@ def _widths(history: History) -> dict[str, int]:
     return widths
 
 
-def _spread(count: int, most: int) -> list[int]:
-    shown = min(count, most)
-    return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
-
-
 def _sides(comparison: Comparison, a: Any, b: Any) -> list[tuple[dict[str, Any], Any]]:
     """Line styles of both trainings; the second is dashed, so that equal curves show both."""
     labels = f"a: {short(comparison.label_a)}", f"b: {short(comparison.label_b)}"
@@ -379,12 +363,6 @@ def _sides(comparison: Comparison, a: Any, b: Any) -> list[tuple[dict[str, Any],
 
 def _colors(count: int) -> list[Any]:
     return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
-
-
-def short(name: str, most: int = 40) -> str:
-    """The end of a long name tells layers apart; a dollar sign would start mathematics."""
-    kept = name if len(name) <= most else "…" + name[1 - most :]
-    return kept.replace("$", r"\$")
 
 
 def _say(ax: Axes, text: str, y: float = 0.5) -> None:

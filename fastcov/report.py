@@ -56,6 +56,13 @@ _LEGEND = {
     "part. ratio": "participation ratio, squared trace over squared Frobenius norm",
 }
 
+_DEMAND_CAPTION = "Dark: degrees of freedom (dof below), the number at the right; light: width."
+_GRID_CAPTION = (
+    "Eigenvalues over the largest, against rank; both scales are logarithmic. Under each name: "
+    "dim, the eigenvalues above the dashed line (1e-3), of the width. Grey: fewer than 16 rows a "
+    "channel, too few to tell."
+)
+
 
 class Summary(dict[str, float]):
     """Flat dict of floats for any logger; printed, a table with one line a layer.
@@ -186,13 +193,15 @@ def write_report(
     parts = [f"<p>{html.escape(_state_of(statuses, history))}</p>"]
     if spectra:
         ax = plot.plot_demand(spectra, figures.free_axes(len(spectra)))
-        parts.append(_section("Demand against width", _picture(figures.png(ax), "demand")))
+        parts.append(
+            _section("Demand against width", _picture(figures.png(ax), "demand"), _DEMAND_CAPTION)
+        )
     if history is not None and len(history) > 1 and spectra:
         ax = plot.plot_dims(history, figures.free_axes(len(history.layers())))
         parts.append(_section("Dimension over training", _picture(figures.png(ax), "dims")))
     if spectra:
         grid = figures.spectra_grid(spectra)
-        parts.append(_section("Spectra", _picture(figures.png(grid), "spectra")))
+        parts.append(_section("Spectra", _picture(figures.png(grid), "spectra"), _GRID_CAPTION))
     parts.append(_section("Layers", _html_table(_HEADERS, summary.rows()) + _legend()))
     return _write_page(path, title, parts)
 
@@ -267,7 +276,8 @@ def _last_statuses(history: History) -> list[LayerStatus]:
 
 
 def _state_of(statuses: Sequence[LayerStatus], history: History | None) -> str:
-    ready = sum(s.spectrum is not None and s.count >= s.rows_wanted for s in statuses)
+    # Of the spectrum: with decay, fewer rows than were read bear it.
+    ready = sum(s.spectrum is not None and s.spectrum.count >= s.rows_wanted for s in statuses)
     text = f"{len(statuses)} layers, {ready} of them with at least 16 rows a channel."
     if history is not None and len(history):
         steps = history.steps()
@@ -282,7 +292,7 @@ h1{font-size:1.5rem}
 h2{font-size:1.1rem;margin-top:2rem}img{max-width:100%;height:auto;display:block}
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;white-space:nowrap}
 th,td{padding:2px 10px;text-align:right;border-bottom:1px solid #e3e8eb}
-th:first-child,td:first-child,.note{text-align:left}td.note{white-space:normal}
+th:first-child,td:first-child,.note{text-align:left}td.note{white-space:normal;min-width:18rem}
 dt{font-weight:600;float:left;clear:left;width:7rem}dd{margin:0 0 0 7.5rem}
 """
 
@@ -321,8 +331,9 @@ def _write_page(path: str | os.PathLike[str], title: str, parts: Sequence[str]) 
     return target
 
 
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
+def _section(heading: str, content: str, caption: str = "") -> str:
+    told = f"<p>{html.escape(caption)}</p>" if caption else ""
+    return f"<section><h2>{html.escape(heading)}</h2>{told}{content}</section>"
 
 
 def _picture(picture: bytes, what: str) -> str:

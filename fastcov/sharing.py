@@ -13,7 +13,8 @@ class SharedInputs:
 
     The first tap that sees a tensor in a step reads it; a tap that has read nothing yet then
     shares its rows. Sharing ends where the two see different tensors: a branch that runs at times,
-    a module called once more than the other.
+    a module called once more than the other. Others may have seen some of the tensors before both:
+    the heads of a detector share all levels, though the last one also feeds a coarser level.
 
     Attributes:
         owner: The tap that reads for it, by sharing tap.
@@ -21,7 +22,8 @@ class SharedInputs:
 
     def __init__(self) -> None:
         self.owner: dict[int, int] = {}
-        self._first: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id, of the running step
+        # By id, of the running step: the tensor, and the taps that saw it in their order.
+        self._seen: dict[int, tuple[weakref.ref[Tensor], list[int]]] = {}
         self._calls: dict[int, int] = {}  # likewise
         self._apart: set[int] = set()  # split once: they never share again
 
@@ -40,16 +42,20 @@ class SharedInputs:
             and reads for itself from now on.
         """
         self._calls[tap] = self._calls.get(tap, 0) + 1
-        entry = self._first.get(id(activation))
+        entry = self._seen.get(id(activation))
         if entry is None or entry[0]() is not activation:
-            entry = self._first[id(activation)] = (weakref.ref(activation), tap)
-        first = entry[1]
+            entry = self._seen[id(activation)] = (weakref.ref(activation), [])
+        seen_by = entry[1]
+        seen_by.append(tap)
+        first = seen_by[0]
         owner = self.owner.get(tap)
-        if owner is not None and first != owner:
+        if owner is not None and owner not in seen_by:
             del self.owner[tap]
             self._apart.add(tap)
             return "splits"
-        if owner is None and (first == tap or has_rows or tap in self._apart):
+        if owner is not None:
+            return "shares"
+        if first == tap or has_rows or tap in self._apart:
             return "reads"
         self.owner[tap] = first
         return "shares"
@@ -68,5 +74,5 @@ class SharedInputs:
 
     def forget_step(self) -> None:
         """Forgets the tensors of the running step."""
-        self._first.clear()
+        self._seen.clear()
         self._calls.clear()

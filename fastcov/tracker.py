@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from fastcov.reader import Reader
 from fastcov.replay import is_capturing
 from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.snapshots import SnapshotQueue
-from fastcov.spectra import PendingSpectra
+from fastcov.spectra import PendingSpectra, independent_rows, most_independent_rows
 from fastcov.spectrum import Spectrum
 from fastcov.state import CovarianceState, sync_named_states
 from fastcov.taps import Selector, Tap, find_taps
@@ -52,12 +52,21 @@ class Tracker(Keeper):
         super().__init__(model, taps, **options)
 
     def after_step(self) -> None:
-        """Takes a snapshot where one is due, without waiting for its spectra on a GPU."""
+        """Takes a snapshot where one is due, without waiting for its spectra on a GPU.
+
+        One that fails is a warning, not the end of training.
+        """
         if self.snapshot_every is None or is_capturing():
             return
         self._snapshots.poll()
         if self.steps % self.snapshot_every == 0:
-            self._snapshots.add(self.steps, self._start_spectra())
+            try:
+                spectra = self._start_spectra()
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                warnings.warn(f"no snapshot at step {self.steps}, {what}", stacklevel=2)
+            else:
+                self._snapshots.add(self.steps, spectra)
 
     @property
     def history(self) -> History:
@@ -125,8 +134,8 @@ class Tracker(Keeper):
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
         # Numbers of this step, and nothing that holds the tracker or its model.
-        independent_rows = partial(_independent_rows, self.decay, self._steps_read())
-        return PendingSpectra(states, centered, independent_rows)
+        rows = partial(independent_rows, self.decay, self._steps_read())
+        return PendingSpectra(states, centered, rows)
 
     def _steps_read(self) -> int:
         return max(1, -(-self.steps // self.every))
@@ -183,7 +192,7 @@ class Tracker(Keeper):
             notes.append("its module did not run in the last step: replaced since, or optional")
         if reader.state is not None:
             wanted = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels
-            if (most := _most_independent_rows(self.decay, self._steps_read(), count)) < wanted:
+            if (most := most_independent_rows(self.decay, self._steps_read(), count)) < wanted:
                 notes.append(
                     f"decay={self.decay} is worth {most} rows, fewer than 16 a channel: raise rows "
                     "or decay"
@@ -207,7 +216,10 @@ class Tracker(Keeper):
                 "call track() before the first compiled forward, or torch.compiler.reset()"
             )
         if reader.total_calls == 0:
-            return "its module was not called, or gave no floating-point tensor"
+            return (
+                "its module was not called (its parent may use its weights itself), or gave no "
+                "floating-point tensor with a row"
+            )
         if reader.state is not None and int(reader.state.count[1]):
             return "every row held a NaN or an infinity"
         return "the sampling has not reached it yet"
@@ -314,7 +326,7 @@ def track(
     Nothing else in the training loop changes. Call it before the first compiled forward.
 
     Args:
-        model: The module whose forward is one step.
+        model: The module whose forward is one step; where gradients accumulate, each micro-batch.
         include: Glob patterns on module names, module types, or a predicate of (name, module);
             None watches every convolution, Linear and MultiheadAttention.
         exclude: Likewise, taken away from ``include``.
@@ -328,7 +340,8 @@ def track(
         decay: Factor in (0, 1) on all that was seen before, once a step; None keeps everything.
         max_channels: Wider layers are skipped and listed in the summary.
         train_only: Whether only forwards of a model in training mode are steps.
-        snapshot_every: Steps between snapshots of all spectra; None takes none.
+        snapshot_every: Steps between snapshots of all spectra; None takes none. One that fails (a
+            full disk) is a warning.
         out: Folder where rank 0 appends snapshots; None keeps them in memory.
 
     Returns:
@@ -376,17 +389,6 @@ def track(
         snapshot_every=snapshot_every,
         out=out,
     )
-
-
-def _independent_rows(decay: float | None, steps_read: int, count: int) -> int:
-    return int(min(count, _most_independent_rows(decay, steps_read, count)))
-
-
-def _most_independent_rows(decay: float | None, steps_read: int, count: int) -> float:
-    # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
-    if decay is None or decay == 1.0:
-        return math.inf
-    return round(count / steps_read * (1 + decay) / (1 - decay))
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fastcov import figures
 from fastcov.history import Comparison, History, Snapshot, compare_histories
-from fastcov.plot import plot_comparison, plot_demand, plot_dims, plot_spectrum
+from fastcov.plot import DARK, FEW, plot_comparison, plot_demand, plot_dims, plot_spectrum
 from fastcov.spectrum import Spectrum
 
 mpl.use("Agg")
@@ -74,6 +75,35 @@ def test_one_spectrum_with_band_and_threshold(ax: Axes) -> None:
     assert top > upper[0]
 
 
+@pytest.mark.parametrize(
+    ("channels", "ticks"), [(8, "1 2 5"), (64, "1 10"), (2048, "1 10 100 1000")]
+)
+def test_ranks_are_whole_numbers(ax: Axes, channels: int, ticks: str) -> None:
+    plot_spectrum(_spectrum(channels), ax)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ticks.split()
+    assert len(ax.get_xticks()) == len(ticks.split())
+
+
+def test_the_threshold_is_in_the_picture_of_a_flat_spectrum(ax: Axes) -> None:
+    plot_spectrum(Spectrum(torch.ones(8), 1000, 8.0), ax)
+    bottom, top = ax.get_ylim()
+    assert bottom < 1e-3 < 1 < top
+
+
+@pytest.mark.parametrize("power", [0.0, 0.2, 1.5, 4.0])
+def test_the_legend_covers_no_curve(ax: Axes, power: float) -> None:
+    for spectra in (
+        _spectrum(64, power),
+        {f"layer{i}": _spectrum(64, power + i) for i in range(4)},
+    ):
+        ax.clear()
+        plot_spectrum(spectra, ax)
+        ax.figure.draw_without_rendering()
+        box = ax.get_legend().get_window_extent()
+        for line in ax.get_lines()[:-1]:  # the last one marks the threshold
+            assert not any(box.contains(x, y) for x, y in ax.transData.transform(line.get_xydata()))
+
+
 def test_too_few_rows_are_said_instead_of_a_band(ax: Axes) -> None:
     plot_spectrum(_spectrum(64, count=50), ax)
     assert not ax.collections
@@ -126,7 +156,42 @@ def test_many_steps_keep_few_ticks(ax: Axes) -> None:
     plot_dims(history, ax)
     labels = [label.get_text() for label in ax.get_xticklabels()]
     assert len(labels) == 7
-    assert (labels[0], labels[-1]) == ("0", "49,500")
+    assert (labels[0], labels[-1]) == ("4,500", "49,500")
+    places = [int(label.replace(",", "")) for label in labels]
+    assert len({b - a for a, b in itertools.pairwise(places)}) == 1  # evenly spaced
+
+
+def test_every_layer_of_a_heat_map_has_its_name() -> None:
+    ax = plot_dims(_history(53), figures.free_axes(53))
+    ax.figure.draw_without_rendering()
+    labels = ax.get_yticklabels()
+    assert len(labels) == 53
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(above.y0 > below.y1 - 1 for above, below in itertools.pairwise(boxes))
+
+
+def test_small_shares_are_told_apart(ax: Axes) -> None:
+    """In transformers most layers use a few per cent of their width."""
+    history = History()
+    few, more = (
+        Spectrum(torch.tensor([1.0] * n + [0.0] * (256 - n)), 9999, float(n)) for n in (3, 16)
+    )
+    history.append(Snapshot(0, 0.0, {"few": few, "more": more}))
+    plot_dims(history, ax)
+    (image,) = ax.get_images()
+    colors = image.cmap(image.norm(image.get_array()))[:, 0, :3]
+    assert abs(colors[0] - colors[1]).sum() > 0.2
+
+
+@pytest.mark.parametrize("layout", [None, "constrained"])
+def test_the_colour_bar_stands_clear_of_the_steps(layout: str | None) -> None:
+    given = Figure(figsize=(6, 4), layout=layout).add_subplot()
+    plot_dims(_history(3), given)
+    figure = given.figure
+    figure.draw_without_rendering()
+    (bar,) = (each for each in figure.axes if each is not given)
+    assert bar.get_window_extent().y1 < given.xaxis.label.get_window_extent().y0
+    assert bar.get_tightbbox().y0 >= 0
 
 
 def test_demand_against_width(ax: Axes) -> None:
@@ -143,6 +208,18 @@ def test_demand_against_width(ax: Axes) -> None:
     ]
     with pytest.raises(ValueError, match="no spectrum to draw"):
         plot_demand({}, ax)
+
+
+def test_too_few_rows_are_grey_and_said(ax: Axes) -> None:
+    """Seven rows show seven directions at most, whatever the layer uses."""
+    plot_demand({"sure": _spectrum(8, count=128), "unsure": _spectrum(8, count=127)}, ax)
+    _, demand = ax.containers
+    assert [to_hex(bar.get_facecolor()) for bar in demand] == [DARK, FEW]
+    assert "grey: fewer than 16 rows a channel" in ax.get_title()
+    grid = figures.spectra_grid({"sure": _spectrum(8, count=128), "un": _spectrum(8, count=127)})
+    assert [each.get_lines()[0].get_color() for each in grid.axes] == [DARK, FEW]
+    ax.clear()
+    assert "grey" not in plot_demand({"sure": _spectrum(8, count=128)}, ax).get_title()
 
 
 @pytest.mark.parametrize("lines", [1, 53, 160])

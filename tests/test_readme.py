@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+import fastcov
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,6 +63,29 @@ def test_the_code_runs_as_printed(
     printed = capsys.readouterr().out
     assert layer in printed
     assert (tmp_path / "spectra.html").stat().st_size > 1000
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_distributed_example_runs_as_printed(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    (script,) = re.findall(r"```py\n(# train\.py\n.*?)```", README, re.DOTALL)
+    script = script.replace("snapshot_every=100", "snapshot_every=2").replace("64, 64", "32, 32")
+    (tmp_path / "train.py").write_text(script)
+    (command,) = re.findall(r"^torchrun (.* train\.py)$", README, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(fastcov.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (fc,) = (line for line in done.stdout.splitlines() if line.startswith("fc "))
+    assert fc.split()[1] == "10"
+    assert fastcov.load_history(tmp_path / "runs" / "resnet18").steps() == [2, 4]
 
 
 def test_commands_and_files_that_it_names_exist() -> None:

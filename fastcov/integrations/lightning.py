@@ -16,12 +16,12 @@ class FastcovCallback(Callback):
 
     Args:
         module: Submodule whose forward is a step; "": ``training_step`` calls ``self(x)``.
-        log_every: Batches between summaries sent to the loggers; None sends none.
+        log_every: Optimizer steps between summaries sent to the loggers; None sends none.
         **options: Of :func:`fastcov.track`. Only rank 0 takes snapshots (of its own rows).
     """
 
     def __init__(self, module: str = "", log_every: int | None = 100, **options: Any) -> None:
-        self.module, self.log_every, self.options = module, log_every, options
+        self.module, self.log_every, self.options, self._logged_step = module, log_every, options, 0
         self.tracker: fastcov.Tracker | None = None
         self._resumed: Mapping[str, Any] | None = None
 
@@ -31,7 +31,6 @@ class FastcovCallback(Callback):
         self.tracker = fastcov.track(pl_module.get_submodule(self.module), **self.options | alone)
         if self._resumed is not None:
             self.tracker.load_state_dict(dict(self._resumed))
-            self.tracker.history.truncate(self.tracker.steps + 1)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Sends the summary of all ranks to every logger."""
@@ -40,10 +39,11 @@ class FastcovCallback(Callback):
         if self.tracker.steps == 0:
             names = ", ".join(name for name, _ in pl_module.named_children())
             raise ValueError(f"{self.module or 'forward'!r} was not called; give module= ({names})")
-        if trainer.global_step % self.log_every == 0:
-            summary = self.tracker.sync().summary()
+        step = trainer.global_step  # stays for several batches where gradients accumulate
+        if step != self._logged_step and step % self.log_every == 0:
+            self._logged_step, summary = step, self.tracker.sync().summary()
             for logger in trainer.loggers:
-                logger.log_metrics(summary, step=trainer.global_step)
+                logger.log_metrics(summary, step=step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Stores all ranks' statistics; every rank saves, so the collective is safe."""

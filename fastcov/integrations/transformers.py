@@ -32,7 +32,6 @@ class FastcovCallback(TrainerCallback):
         self.tracker = fastcov.track(kwargs["model"], **self.options | alone)
         if state.global_step and (stored := _beside(args, state)).is_file():
             self.tracker.load_state_dict(torch.load(stored, map_location="cpu", weights_only=True))
-            self.tracker.history.truncate(self.tracker.steps + 1)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Reports the summary of all processes."""

@@ -57,6 +57,7 @@ def _fit(folder: Path, callback: FastcovCallback, epochs: int = 1, **options: An
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        accumulate_grad_batches=options.pop("accumulate_grad_batches", 1),
     )
     model = options.pop("model", None) or Classifier()
     trainer.fit(model, batches, batches, **options)
@@ -87,6 +88,18 @@ def test_the_module_itself(tmp_path: Path) -> None:
 def test_a_module_that_is_never_called_is_named_after_the_first_batch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'forward' was not called; give module= \(net\)"):
         _fit(tmp_path, FastcovCallback())
+
+
+def test_accumulated_gradients_are_logged_once_an_optimizer_step(tmp_path: Path) -> None:
+    callback = FastcovCallback("net", rows="all", log_every=1)
+    trainer = _fit(tmp_path, callback, epochs=2, accumulate_grad_batches=2)
+    assert callback.tracker is not None
+    assert callback.tracker.steps == 8  # each micro-batch is a step
+    assert trainer.global_step == 4
+    with (tmp_path / "logs" / "version_0" / "metrics.csv").open() as lines:
+        logged = [row for row in csv.DictReader(lines) if row["0/rows"]]
+    assert [int(row["step"]) for row in logged] == [1, 2, 3, 4]
+    assert [float(row["0/rows"]) for row in logged] == [n * 20 * 36 for n in (1, 2, 3, 4)]
 
 
 def test_a_resumed_fit_continues_statistics_and_history(tmp_path: Path) -> None:

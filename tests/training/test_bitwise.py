@@ -36,7 +36,7 @@ def assert_equal(plain: list[Tensor], tracked: list[Tensor]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rows": "all", "where": "both", "weighting": "image", "decay": 0.9}],
+    [{}, {"rows": "all", "where": "both", "weighting": "image", "decay": 0.9, "snapshot_every": 2}],
     ids=["default", "everything"],
 )
 def test_losses_gradients_parameters_buffers_and_random_state(

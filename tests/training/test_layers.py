@@ -14,6 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcov
 
+NO_ROW = (
+    "its module was not called (its parent may use its weights itself), or gave no floating-point "
+    "tensor with a row"
+)
+
 
 def second_moment(rows: Tensor) -> Tensor:
     flat = rows.detach().double().reshape(-1, rows.shape[-1])
@@ -205,11 +210,11 @@ class Labelled(Tensor):
     ("change", "note"),
     [
         (lambda y: y.sum(), "single numbers, which have no channels"),
-        (lambda y: y[:, :0], "its module was not called, or gave no floating-point tensor"),
-        (lambda y: y[:0], "its module was not called, or gave no floating-point tensor"),
-        (lambda y: None, "its module was not called, or gave no floating-point tensor"),
-        (lambda y: y > 0, "its module was not called, or gave no floating-point tensor"),
-        (lambda y: y.to(torch.complex64), "gave no floating-point tensor"),
+        (lambda y: y[:, :0], NO_ROW),
+        (lambda y: y[:0], NO_ROW),
+        (lambda y: None, NO_ROW),
+        (lambda y: y > 0, NO_ROW),
+        (lambda y: y.to(torch.complex64), NO_ROW),
         (lambda y: y.to(torch.float8_e4m3fn), "gives torch.float8_e4m3fn tensors"),
         (lambda y: y.to_sparse(), "sparse or nested tensors"),
         (lambda y: y.to("meta"), "on the meta device"),
@@ -292,7 +297,7 @@ def test_a_layer_that_is_replaced_or_never_called_says_so() -> None:
         notes = {status.name: status.note for status in tracker.statuses()}
         assert notes == {
             "used": "",
-            "spare": "its module was not called, or gave no floating-point tensor",
+            "spare": NO_ROW,
         }
         model.used = nn.Linear(4, 4)
         model.spare(torch.randn(100, 4))

@@ -226,3 +226,27 @@ def test_exponential_average_and_its_validation_do_not_feed_the_tracker(cases: A
     assert tracker.count("classifier.1") == 8
     torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32)], average)
     assert tracker.steps == 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_part_may_have_a_tracker_of_its_own(cases: Any, compiled: bool) -> None:
+    """One tracker on the model, one on a block in it, in place at the same time."""
+    case = cases["vit"]
+    model = case.make()
+    whole = fastcov.track(model, rows="all")
+    part = fastcov.track(model.blocks[1], rows="all", where="both")
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for seed in range(2):
+        case.loss(forward, seed).backward()
+    assert (whole.steps, part.steps) == (2, 2)
+    for name in ("attn.qkv", "mlp.fc2"):
+        assert part.count(name) == whole.count(f"blocks.1.{name}") == 2 * 4 * 17
+        torch.testing.assert_close(
+            part.covariance(name), whole.covariance(f"blocks.1.{name}"), rtol=1e-9, atol=0
+        )
+    model.blocks[1](torch.randn(1, 5, 48))  # outside the whole: a step of the part alone
+    assert (whole.steps, part.steps) == (2, 3)
+    part.close()
+    case.loss(model, 2)
+    assert (whole.steps, part.steps) == (3, 3)
