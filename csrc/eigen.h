@@ -194,10 +194,9 @@ FASTCOV_INLINE Real relative_tolerance(int n) {
 template <class Real>
 FASTCOV_INLINE void count_above(const Real* diagonal, const Real* square, int n, Real lower,
                                 Real upper, Real tau, int& low, int& high) {
-  using Number = Numeric<Real>;
   const Real size = absolute(lower) > absolute(upper) ? absolute(lower) : absolute(upper);
-  // A square that was raised from zero moves eigenvalues too, of a matrix of zeros above all.
-  const Real raised = 2 * Number::square_root(Number::least_square);
+  // Raising off-diagonals from zero moves an eigenvalue too: all that counts in a matrix of zeros.
+  const Real raised = 4 * Numeric<Real>::square_root(Numeric<Real>::least_square);
   const Real error = relative_tolerance<Real>(n) * size + raised;
   low = tau == tau ? n - count_below(diagonal, square, n, tau + error) : 0;
   high = tau == tau ? n - count_below(diagonal, square, n, tau - error) : n;
