@@ -19,7 +19,7 @@ MATMUL_FLOPS = 800e12
 """bfloat16 flops a second that a large product on an H100 SXM reaches, about 80 %."""
 TILE = 128
 """Channels of one tile: a triangle is paid for in whole tiles."""
-PRODUCTS = {"bfloat16": 1, "float16": 1, "float32": 3}
+PRODUCTS = {"bfloat16": 1, "float16": 1, "float32": 6}
 """Low-precision products that one product of rows takes."""
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

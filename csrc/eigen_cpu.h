@@ -42,8 +42,6 @@ struct EigenKernels {
   // Up to `group` matrices of one order.
   void (*eigenvalues)(const EigenTask<T>* tasks, int count, void* scratch);
   void (*counts)(const EigenTask<T>* tasks, int count, void* scratch);
-  // Error bound of an eigenvalue of a matrix of order n, relative to the largest magnitude.
-  T (*relative_tolerance)(int n);
   // Up to `lanes` matrices, read as they are, of an order up to kVectorsOrder.
   void (*eigenvectors)(const EigenTask<T>* tasks, int count, void* scratch);
   // Whether every entry of the triangle is a finite number.

@@ -57,6 +57,7 @@ struct Numeric<Pack<double, 4>> : PackNumeric<double, int64_t, 4> {};
 template <>
 struct Numeric<Pack<double, 8>> : PackNumeric<double, int64_t, 8> {};
 
+FASTCOV_INLINE bool all_of(bool mask) { return mask; }
 template <class V>
 FASTCOV_INLINE bool all_of(V mask) {
   bool all = true;

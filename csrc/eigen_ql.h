@@ -1,5 +1,5 @@
-// Eigenvalues of many tridiagonal matrices at once on the host: the rational QL iteration of Pal,
-// Walker and Kahan (LAPACK's sterf), in double, all lanes in step.
+// Eigenvalues of tridiagonal matrices on the host: the rational QL iteration of Pal, Walker and
+// Kahan (LAPACK's sterf), in double; one matrix, or many of one order with all lanes in step.
 //
 // An eigenvalue takes about two sweeps here and fifty Sturm counts by bisection. Lanes that have
 // converged at an entry sweep along until the last one has: the shift then keeps what they found.
@@ -34,14 +34,21 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
       square[i * Packs + p] = larger(square[i * Packs + p], least[p]);
     }
   }
+  // The first entry from `top` on whose off-diagonal counts as zero in every lane: a sweep ends
+  // there, which spares a matrix of low rank most of its work.
+  const auto block_end = [&](int top) {
+    for (int i = top; i < n - 1; ++i) {
+      bool is_split = true;
+      for (int p = 0; p < Packs; ++p) {
+        is_split = is_split && all_of(square[i * Packs + p] <= negligible[p]);
+      }
+      if (is_split) return i;
+    }
+    return n - 1;
+  };
   int sweeps = 0;
   for (int top = 0; top < n - 1; ++top) {
-    while (true) {
-      bool converged = true;
-      for (int p = 0; p < Packs; ++p) {
-        converged = converged && all_of(square[top * Packs + p] <= negligible[p]);
-      }
-      if (converged) break;
+    for (int bottom = block_end(top); bottom > top; bottom = block_end(top)) {
       if (++sweeps > limit) return false;
 
       V shift[Packs], gamma[Packs], power[Packs], cosine[Packs], sine[Packs];
@@ -51,12 +58,12 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
         const V slope = (diagonal[(top + 1) * Packs + p] - first) / (root + root);
         const V length = Number::square_root(slope * slope + one);
         shift[p] = first - root / (slope < zero ? slope - length : slope + length);
-        gamma[p] = diagonal[(n - 1) * Packs + p] - shift[p];
+        gamma[p] = diagonal[bottom * Packs + p] - shift[p];
         power[p] = gamma[p] * gamma[p];
         cosine[p] = one;
         sine[p] = zero;
       }
-      for (int i = n - 2; i >= top; --i) {
+      for (int i = bottom - 1; i >= top; --i) {
         FASTCOV_UNROLL
         for (int p = 0; p < Packs; ++p) {
           const V below = square[i * Packs + p];
@@ -64,18 +71,27 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
           // power may vanish: its quotient below then has a limit of its own.
           const auto is_small = power[p] < Number::fill(1e-150);
           const V guarded = is_small ? one : power[p];
-          const V inverse = one / (guarded * sum);
           const V old_cosine = cosine[p];
           const V old_gamma = gamma[p];
-          if (i < n - 2) square[(i + 1) * Packs + p] = larger(sine[p] * sum, least[p]);
-          const V inverse_sum = guarded * inverse;
-          cosine[p] = power[p] * inverse_sum;
-          sine[p] = below * inverse_sum;
+          if (i < bottom - 1) square[(i + 1) * Packs + p] = larger(sine[p] * sum, least[p]);
           const V alpha = diagonal[i * Packs + p];
+          V quotient;
+          if constexpr (Number::is_scalar) {
+            // Alone, a matrix waits for each step: the two divisions overlap.
+            const V inverse_sum = one / sum;
+            quotient = sum / guarded;
+            cosine[p] = power[p] * inverse_sum;
+            sine[p] = below * inverse_sum;
+          } else {
+            // Side by side, matrices wait for the divider: one division serves both.
+            const V inverse = one / (guarded * sum);
+            quotient = sum * (sum * inverse);
+            cosine[p] = power[p] * (guarded * inverse);
+            sine[p] = below * (guarded * inverse);
+          }
           gamma[p] = cosine[p] * (alpha - shift[p]) - sine[p] * old_gamma;
           diagonal[(i + 1) * Packs + p] = old_gamma + (alpha - gamma[p]);
-          const V scaled = gamma[p] * sum;
-          power[p] = is_small ? old_cosine * below : scaled * scaled * inverse;
+          power[p] = is_small ? old_cosine * below : gamma[p] * gamma[p] * quotient;
         }
       }
       for (int p = 0; p < Packs; ++p) {

@@ -6,7 +6,6 @@ A stream of its own does the work, on copies of the states.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -75,19 +74,6 @@ class PendingSpectra:
                     values = part[:-_NUMBERS].clone()
                     spectra[name] = Spectrum(values, rows, max(0.0, trace), name)
         return {name: spectra[name] for name in self._names if name in spectra}
-
-
-def independent_rows(decay: float | None, steps_read: int, count: int) -> int:
-    """Rows that weigh alike and tell as much as ``count`` rows under a decay."""
-    return int(min(count, most_independent_rows(decay, steps_read, count)))
-
-
-def most_independent_rows(decay: float | None, steps_read: int, count: int) -> float:
-    """What :func:`independent_rows` never passes, however many rows are read."""
-    # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
-    if decay is None or decay == 1.0:
-        return math.inf
-    return round(count / steps_read * (1 + decay) / (1 - decay))
 
 
 def _start(states: dict[str, CovarianceState], device: torch.device, centered: bool) -> _Batch:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fastcov.history import History, Snapshot
 from fastcov.keeper import Keeper
-from fastcov.reader import Reader
+from fastcov.notes import independent_rows, note_of, why_empty
 from fastcov.replay import is_capturing
 from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.snapshots import SnapshotQueue
-from fastcov.spectra import PendingSpectra, independent_rows, most_independent_rows
+from fastcov.spectra import PendingSpectra
 from fastcov.spectrum import Spectrum
 from fastcov.state import CovarianceState, sync_named_states
 from fastcov.taps import Selector, Tap, find_taps
@@ -54,19 +54,17 @@ class Tracker(Keeper):
     def after_step(self) -> None:
         """Takes a snapshot where one is due, without waiting for its spectra on a GPU.
 
-        One that fails is a warning, not the end of training.
+        One that fails (a full disk) is a warning, not the end of training.
         """
         if self.snapshot_every is None or is_capturing():
             return
-        self._snapshots.poll()
-        if self.steps % self.snapshot_every == 0:
-            try:
-                spectra = self._start_spectra()
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                warnings.warn(f"no snapshot at step {self.steps}, {what}", stacklevel=2)
-            else:
-                self._snapshots.add(self.steps, spectra)
+        try:
+            self._snapshots.poll()
+            if self.steps % self.snapshot_every == 0:
+                self._snapshots.add(self.steps, self._start_spectra())
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"no snapshot at step {self.steps}, {what}", stacklevel=2)
 
     @property
     def history(self) -> History:
@@ -84,7 +82,7 @@ class Tracker(Keeper):
             reader.flush()
             state = reader.state
             if state is None or (needs_rows and float(state.weight) == 0):
-                raise ValueError(f"layer {name!r} has seen no row: {self._why_empty(reader)}")
+                raise ValueError(f"layer {name!r} has seen no row: {why_empty(self, reader)}")
             return state
         close = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.3)
         raise KeyError(f"no layer {name!r} is tracked; closest names: {', '.join(close) or 'none'}")
@@ -134,10 +132,12 @@ class Tracker(Keeper):
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
         # Numbers of this step, and nothing that holds the tracker or its model.
-        rows = partial(independent_rows, self.decay, self._steps_read())
+        rows = partial(independent_rows, self.decay, self.steps_read)
         return PendingSpectra(states, centered, rows)
 
-    def _steps_read(self) -> int:
+    @property
+    def steps_read(self) -> int:
+        """Steps whose activations were read; at least 1."""
         return max(1, -(-self.steps // self.every))
 
     def summary(self) -> Summary:
@@ -170,59 +170,13 @@ class Tracker(Keeper):
                     weight=0.0 if state is None else float(state.weight),
                     rows_wanted=ENOUGH_ROWS_PER_CHANNEL * channels,
                     spectrum=spectra.get(tap.name),
-                    note=self._note(tap, reader, counted[0], counted[1]),
+                    note=note_of(self, tap, reader, counted[0], counted[1]),
                 )
             )
         for name, note in self.notes.items():
             if name not in self.readers:
                 statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
         return statuses
-
-    def _note(self, tap: Tap, reader: Reader, count: int, skipped: int) -> str:
-        notes = []
-        if skipped:
-            notes.append(f"{skipped} rows with NaN or inf skipped")
-        if tap.name in self.notes:
-            notes.append(self.notes[tap.name])
-        if count == 0:
-            if tap.name not in self.notes:
-                notes.append(self._why_empty(reader))
-            return "; ".join(notes)
-        if reader.calls == 0 and any(each.calls for each in self.unique_readers()):
-            notes.append("its module did not run in the last step: replaced since, or optional")
-        if reader.state is not None:
-            wanted = ENOUGH_ROWS_PER_CHANNEL * reader.state.channels
-            if (most := most_independent_rows(self.decay, self._steps_read(), count)) < wanted:
-                notes.append(
-                    f"decay={self.decay} is worth {most} rows, fewer than 16 a channel: raise rows "
-                    "or decay"
-                )
-            elif count < wanted:
-                steps = -(-(wanted - count) * max(1, self.steps) // count)
-                notes.append(f"about {steps} more steps until 16 rows a channel")
-        return "; ".join(notes)
-
-    def _why_empty(self, reader: Reader) -> str:
-        if reader.name in self.notes:
-            return self.notes[reader.name]
-        if self.steps == 0:
-            mode = "training-mode " if self.train_only else ""
-            why = self.step.not_counted
-            hint = f" ({why}; track the module that is called)" if why else ""
-            return f"no {mode}forward of the whole model has run{hint}"
-        if not any(each.total_calls for each in self.unique_readers()):
-            return (
-                "steps were made, but no hook ran: the model was compiled before it was tracked; "
-                "call track() before the first compiled forward, or torch.compiler.reset()"
-            )
-        if reader.total_calls == 0:
-            return (
-                "its module was not called (its parent may use its weights itself), or gave no "
-                "floating-point tensor with a row"
-            )
-        if reader.state is not None and int(reader.state.count[1]):
-            return "every row held a NaN or an infinity"
-        return "the sampling has not reached it yet"
 
     # keeping
 

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastcov
+from fastcov.ops.reference import sample_index_reference
 from fastcov.reader import Reader
 from fastcov.sampling import (
     LayerLoad,
@@ -54,7 +56,6 @@ def test_plan_gives_every_layer_the_same_rows_per_channel(loads: list[LayerLoad]
 
 def test_resnet50_at_batch_256_reads_one_and_a_half_rows_a_channel() -> None:
     torchvision = pytest.importorskip("torchvision")
-    import fastcov
 
     with torch.device("meta"):
         model = torchvision.models.resnet50()
@@ -121,3 +122,67 @@ def test_sampled_mean_over_draws_is_the_full_covariance(layout: str, weighting: 
     stack = torch.stack(draws)
     error = (stack.mean(0) - full).abs()
     assert bool((error < 4 * stack.std(0) / math.sqrt(len(draws)) + 1e-9).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moving_from_step_to_step_visits_every_position_equally_often(layout: str) -> None:
+    """Rows are one-hot in their position and image, so that the moment's diagonal counts visits."""
+    batch, height, width = 2, 4, 6
+    count = batch * height * width
+    rows = torch.eye(count).view(batch, height, width, count).permute(0, 3, 1, 2)
+    reader = Reader(
+        "layer", weighting="position", decay=None, phase=sequence_phase("layer"), fraction=0.07
+    )
+    view = LAYOUTS[layout](rows)
+    steps = 600
+    for step in range(steps):
+        reader.begin_step(step)
+        reader.read(view)
+        reader.end_step()
+    reader.flush()
+    assert reader.state is not None
+    assert int(reader.state.count[0]) == pytest.approx(0.07 * count * steps, abs=1)
+    visits = (reader.state.covariance().diag() * reader.state.weight).round()
+    mean = 0.07 * steps
+    assert float(visits.min()) >= mean - 4
+    assert float(visits.max()) <= mean + 4
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_ranks_share_few_positions(ranks: int) -> None:
+    """Every rank reads 10 % of its batch: together they see nearly the independent share."""
+    positions, images, samples = 196, 4, 78
+    total = positions * images
+    seen = [
+        set(
+            sample_index_reference(
+                positions, images, 0, samples, 1, sequence_phase("layer1.conv", rank)
+            )
+        )
+        for rank in range(ranks)
+    ]
+    assert all(len(rank) == samples for rank in seen)
+    assert len({frozenset(rank) for rank in seen}) == ranks
+    independent = total * (1 - (1 - samples / total) ** ranks)
+    assert len(set.union(*seen)) >= 0.85 * independent
+
+
+@pytest.mark.parametrize("rows_per_channel", [4, 16, 64])
+def test_uncertainty_of_sampled_gaussian_rows_covers_the_truth(rows_per_channel: int) -> None:
+    """Through the whole path: layer, sampling, buffer, state, eigenvalues, bound."""
+    channels, batch, draws = 16, 128, 60
+    model = torch.nn.Linear(channels, channels, bias=False)
+    scale = torch.logspace(0, -2, channels)
+    torch.nn.init.eye_(model.weight)
+    true = scale.double().square().sort(descending=True).values
+    generator = torch.Generator().manual_seed(rows_per_channel)
+    covered = 0
+    for _ in range(draws):
+        with fastcov.track(model, rows=0.25) as tracker:
+            for _ in range(rows_per_channel * channels * 4 // batch):
+                model(torch.randn(batch, channels, generator=generator) * scale)
+        spectrum = tracker.spectrum("")
+        assert spectrum.count == rows_per_channel * channels
+        error = (spectrum.eigenvalues - true).abs()
+        covered += bool((error <= spectrum.uncertainty).all())
+    assert covered >= 0.95 * draws

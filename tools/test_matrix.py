@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MATRIX = [("3.10", "2.10.0"), ("3.11", "2.13.0"), ("3.12", "2.11.0"), ("3.13", "2.14.1")]
 PACKAGES = ["numpy", "hypothesis", "pytest", "pytest-benchmark", "pytest-timeout"]
 TESTS = ["tests/ops/test_covariance.py", "tests/ops/test_covariance_native.py"]
-TESTS += ["tests/ops/test_native.py", "tests/test_state.py", "tests/test_spectrum.py"]
+TESTS += ["tests/ops/test_eigen.py", "tests/ops/test_native.py", "tests/test_state.py"]
+TESTS += ["tests/test_spectrum.py", "tests/test_sampling.py", "tests/test_tracker.py"]
 
 
 def find_python(version: str) -> str | None:
@@ -44,10 +45,13 @@ def check(python: str, version: str, torch: str, wheel: Path) -> int:
     pip = [executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     subprocess.run([*pip, f"torch=={torch}", *PACKAGES], check=True)
     subprocess.run([*pip, "--no-deps", "--force-reinstall", wheel], check=True)
-    # The script in bin/ puts no folder of the checkout on sys.path: the wheel is what is tested.
+    # The script in bin/ puts no folder of the checkout on sys.path, and child processes find none
+    # in theirs (Python 3.10 knows no PYTHONSAFEPATH): the wheel is what is tested.
+    pytest = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider"]
+    settings = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
     return subprocess.run(
-        [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *TESTS],
-        cwd=ROOT,
+        [*pytest, *settings, *(ROOT / test for test in TESTS)],
+        cwd=folder,
         env={**os.environ, "PYTHONSAFEPATH": "1"},
     ).returncode
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from fastcov_detection.config import TrainConfig, from_dict, to_dict
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.files import write_file
 
 log = logging.getLogger("fastcov_detection")
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_FORMAT = 1
-_KEYS = ("step", "seed", "config", "widths", "model", "optimizer", "train_s")
+_FORMAT = 2
+_KEYS = ("step", "seed", "config", "widths", "model", "optimizer", "train_s", "cpu_s")
 
 
 def save_checkpoint(run_dir: Path, content: Mapping[str, Any]) -> None:
@@ -101,7 +102,9 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir:
     Raises:
         CheckpointError: Naming the first setting that differs.
     """
-    before, now = _flatten(saved), _flatten(wanted)
+    # A setting that came later had its default then.
+    complete = to_dict(from_dict(TrainConfig, saved["config"]))
+    before, now = _flatten({**saved, "config": complete}), _flatten(wanted)
     for key in sorted(before.keys() | now.keys()):
         # Where and how fast a run computes may change in its middle.
         if key.removeprefix("config.") in _FREE:

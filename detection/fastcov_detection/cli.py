@@ -1,4 +1,4 @@
-"""``fastcov-detection``: train, search, demo, compare, report, export."""
+"""``fastcov-detection``: train, pretrain, search, demo, compare, report, export."""
 
 from __future__ import annotations
 
@@ -102,8 +102,19 @@ def _parser() -> _Parser:
     train = _command(commands, "train", "train one detector", _train)
     _add_run_options(train, "runs/train")
     train.add_argument("--widths", help="widths.json of a search, or a plan of its widths/ folder")
+    train.add_argument("--start", help="state_dict of a whole detector to start from")
     train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     train.add_argument("--restart", action="store_true", help="start over instead of resuming")
+
+    pretrain = _command(
+        commands, "pretrain", "train a backbone on the data's objects as classes", _pretrain
+    )
+    _add_run_options(pretrain, "runs/pretrain")
+    pretrain.add_argument("--widths", help="widths.json of a search")
+    pretrain.add_argument("--objects", type=int, help="crops of one step (default 64)")
+    pretrain.add_argument("--crop", type=int, help="edge of a crop in pixels (default 64)")
+    pretrain.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    pretrain.add_argument("--restart", action="store_true", help="start over instead of resuming")
 
     search = _command(commands, "search", "search widths and compare the arms", _search)
     _add_run_options(search, "runs/search")
@@ -114,10 +125,15 @@ def _parser() -> _Parser:
     )
     search.add_argument("--arms", help="comma list of arms (default: all controls)")
     search.add_argument("--seeds", type=int, help="runs of each arm")
+    search.add_argument("--peer-seeds", type=int, help="runs of arm torch-pruning (default 1)")
     search.add_argument("--max-params", type=int, help="cap on the searched parameters")
     search.add_argument("--budget", type=float, help="MACs (default: the baseline's)")
     search.add_argument("--vary", help="comma list of backbone, fpn, heads (default backbone)")
     search.add_argument("--jobs", type=int, help="training runs side by side (default 1)")
+    search.add_argument(
+        "--results",
+        help="folder for version control: keeps all but weights, and is gone on from",
+    )
 
     demo = _command(commands, "demo", "a whole search on two CPU cores in minutes", _demo)
     demo.add_argument("--out", default="runs/demo", help="folder (default runs/demo)")
@@ -214,6 +230,7 @@ def _train(arguments: argparse.Namespace) -> None:
         None if arguments.widths is None else load_widths(arguments.widths),
         run_dir=arguments.out,
         seed=arguments.seed,
+        start=arguments.start,
         resume=not arguments.restart,
         progress=not arguments.quiet,
     )
@@ -227,9 +244,33 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.model import load_widths
+    from fastcov_detection.pretrain import PretrainConfig, pretrain
+
+    chosen = {name: getattr(arguments, name) for name in ("objects", "crop")}
+    config = PretrainConfig(
+        train=_train_config(arguments),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    result = pretrain(
+        config,
+        None if arguments.widths is None else load_widths(arguments.widths),
+        run_dir=arguments.out,
+        seed=arguments.seed,
+        resume=not arguments.restart,
+        progress=not arguments.quiet,
+    )
+    print(
+        f"accuracy {result.accuracy:.3f} on {result.val_objects} objects after {result.steps} "
+        f"steps in {result.train_s:.0f} s; files in {result.run_dir}; "
+        f"go on with: fastcov-detection train --init {result.run_dir}"
+    )
+
+
 def _search(arguments: argparse.Namespace) -> None:
     config = SearchConfig(train=_train_config(arguments))
-    for name in ("rounds", "seeds", "max_params", "budget", "jobs"):
+    for name in ("rounds", "seeds", "peer_seeds", "max_params", "budget", "jobs"):
         if getattr(arguments, name) is not None:
             config = replace(config, **{name: getattr(arguments, name)})
     if arguments.vary is not None:
@@ -258,7 +299,12 @@ def _run_search(config: SearchConfig, arguments: argparse.Namespace) -> None:
     from fastcov_detection.search import run_search
     from fastcov_detection.summary import print_summary
 
-    result = run_search(config, arguments.out, progress=not arguments.quiet)
+    result = run_search(
+        config,
+        arguments.out,
+        results=getattr(arguments, "results", None),
+        progress=not arguments.quiet,
+    )
     page = write_report(arguments.out, progress=not arguments.quiet)
     print_summary(result)
     print(f"report: {page}; widths: {Path(arguments.out) / 'widths.json'}")

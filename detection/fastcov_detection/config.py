@@ -153,6 +153,8 @@ class TrainConfig:
     """Which part ``fastcov.track`` watches while training runs."""
     track_where: Literal["output", "input", "both"] = "output"
     track_decay: float | None = None
+    track_rows: int | None = None
+    """Rows that are read of a layer and step; None: as many as 1 % of the training flops allow."""
     snapshot_every: int = 1000
     log_every: int = 20
     checkpoint_every: int = 1000
@@ -175,6 +177,8 @@ class SearchConfig:
     """Which widths may change: ``backbone``, ``fpn``, ``heads``."""
     arms: tuple[str, ...] = ("baseline", "searched", "uniform", "random", "untrained", "power")
     seeds: int = 1
+    peer_seeds: int = 1
+    """Runs of arm ``torch-pruning``, which needs a second, larger training for each."""
     first_seed: int = 0
     measure_images: int = 512
     image_size: int | None = None
@@ -258,12 +262,17 @@ def _coco() -> TrainConfig:
 
 
 def _mini_harder() -> TrainConfig:
-    """Brighter photographs, darker digits, stronger rotation, more and smaller digits."""
+    """Brighter photographs, darker digits, stronger rotation, more and smaller digits.
+
+    Chosen on other images (``data.mini.seed`` 101) than any reported figure, and left alone since:
+    there a backbone of an eighth of stock widths (a quarter of the baseline's parameters) loses
+    0.061, 0.033 and 0.024 AP at three seeds (AP 0.373, 0.356, 0.375 against 0.312, 0.323, 0.351).
+    """
     config = _mini()
     look = MiniConfig(
         val=500, brightness=0.75, colour_low=110, angle=30.0, digits=(2, 8), sizes=(10, 40)
     )
-    return replace(config, data=replace(config.data, root="data/mini-harder", mini=look), steps=500)
+    return replace(config, data=replace(config.data, root="data/mini-harder", mini=look), steps=300)
 
 
 _PRESETS = {"mini": _mini, "mini-harder": _mini_harder, "small": _small, "coco": _coco}

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +22,24 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 import fastcov
 from fastcov_detection import checkpoint as checkpoints
 from fastcov_detection.batches import AugmentedView, BatchPlan, mix_seed
-from fastcov_detection.config import ConfigError, TrainConfig, load_config, save_config, to_dict
+from fastcov_detection.config import TrainConfig, save_config, to_dict
 from fastcov_detection.cost import count_cost
 from fastcov_detection.data import LoadedData, Target, load_data, training_transform
 from fastcov_detection.distributed import barrier, pick_device, process_group, rank, world_size
-from fastcov_detection.errors import CheckpointError
 from fastcov_detection.evaluate import evaluate
 from fastcov_detection.files import write_file, write_text
-from fastcov_detection.init import read_state
+from fastcov_detection.init import load_start
 from fastcov_detection.logbook import Logbook
 from fastcov_detection.measure import measure_spectra, to_device
-from fastcov_detection.model import build_model, load_widths, parse_name, save_widths
+from fastcov_detection.model import build_model, parse_name, save_widths
 from fastcov_detection.progress import progress_bar
+from fastcov_detection.provenance import made_by
+from fastcov_detection.runs import RunResult, has_weights, load_run, read_run_result
 from fastcov_detection.schedule import build_optimizer, learning_rate, set_learning_rate
 
-__all__ = ["RunResult", "load_run", "measure_spectra", "train"]
+__all__ = ["RunResult", "has_weights", "load_run", "measure_spectra", "train"]
 
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run came to; AP in 0-1."""
-
-    ap: float
-    ap50: float
-    segm_ap: float | None
-    train_s: float
-    """Seconds of training steps, without evaluation, over all processes that the run took."""
-    params: int
-    backbone_params: int
-    macs: int
-    """On a square image of the configured ``min_size``."""
-    steps: int
-    seed: int
-    run_dir: str
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train(
@@ -65,6 +48,7 @@ def train(
     *,
     run_dir: str | os.PathLike[str],
     seed: int = 0,
+    start: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> RunResult:
@@ -81,6 +65,8 @@ def train(
         widths: Channels by width group; None: the configuration's.
         run_dir: Folder of the run.
         seed: Of everything random.
+        start: File of a state_dict of the whole detector, of these widths, to start from; the run
+            remembers its digest. None: as ``config.model.init`` says.
         resume: Go on where an earlier process stopped; a finished run is returned at once. False:
             start over.
         progress: Show bars.
@@ -93,13 +79,18 @@ def train(
     """
     folder = Path(run_dir)
     device = pick_device(config.device)
-    with process_group(device), _settings(config, device):
+    with process_group(device), run_settings(config, device):
         is_main = rank() == 0
         data = _load(config, progress and is_main)
         config = replace(config, model=replace(config.model, num_classes=len(data.class_names) + 1))
         torch.manual_seed(mix_seed(seed, 2))
         model = build_model(config.model, widths)
-        identity = {"seed": seed, "config": to_dict(config), "widths": dict(model.widths)}
+        identity: dict[str, Any] = {
+            "seed": seed,
+            "config": to_dict(config),
+            "widths": dict(model.widths),
+            "start": None if start is None else load_start(model, Path(start)),
+        }
         finished = _open_folder(folder, identity, resume)
         if finished is not None:
             return finished
@@ -108,30 +99,6 @@ def train(
             save_widths(model.widths, folder / "widths.json")
             write_text(folder / "classes.json", json.dumps(list(data.class_names)) + "\n")
         return _Run(config, model, data, folder, identity, device, progress).run()
-
-
-def load_run(
-    run_dir: str | os.PathLike[str],
-) -> tuple[GeneralizedRCNN, TrainConfig, RunResult | None]:
-    """A run's detector with its weights, in eval(), its configuration, and its result if it has
-    ended.
-
-    Raises:
-        ConfigError: If a file is missing or cannot be read.
-        CheckpointError: If the run has neither weights nor a checkpoint.
-    """
-    folder = Path(run_dir)
-    config = load_config(TrainConfig, folder / "config.json")
-    model = build_model(replace(config.model, init="random"), load_widths(folder / "widths.json"))
-    if (folder / "model.pt").exists():
-        state = read_state(folder / "model.pt")
-    else:
-        saved = checkpoints.load_checkpoint(folder)
-        if saved is None:
-            raise CheckpointError(f"{folder} has neither model.pt nor a checkpoint; train it first")
-        state = saved["model"]
-    model.load_state_dict(state)
-    return model.eval(), config, _read_result(folder)
 
 
 class _Run:
@@ -154,9 +121,9 @@ class _Run:
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device=device, memory_format=memory_format)
         self.optimizer = build_optimizer(self.model, config)
-        self.dtype = _PRECISIONS[config.precision]
+        self.dtype = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-        self.step, self.train_s = 0, 0.0
+        self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
         self.tracker = self._track()
         self._restore()
         self.logbook = Logbook(folder if self.is_main else None, self.step)
@@ -186,13 +153,15 @@ class _Run:
             steps=self.step,
             seed=self.seed,
             run_dir=str(self.folder),
+            cpu_s=self.cpu_s,
         )
         if self.is_main:
             state = {
                 name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()
             }
             write_file(self.folder / "model.pt", lambda file: torch.save(state, file))
-            content = {**self.identity, "result": dataclasses.asdict(result)}
+            kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
+            content = {**self.identity, "result": kept, "made_by": made_by()}
             write_text(self.folder / "run.json", json.dumps(content, indent=2) + "\n")
         barrier()
         return result
@@ -221,12 +190,14 @@ class _Run:
         label = f"training {self.folder.name}"
         bar = progress_bar(label, config.steps, done=self.step, enabled=self.progress)
         start_s, before_s = time.monotonic(), self.train_s
+        start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
         with bar as advance:
             for batch in loader:
                 rate = learning_rate(config, self.step)
                 self._step(batch, rate)
                 self.step += 1
                 self.train_s = before_s + time.monotonic() - start_s
+                self.cpu_s = before_cpu_s + time.process_time() - start_cpu_s
                 is_last = self.step == config.steps
                 saves = self.step % config.checkpoint_every == 0 or is_last
                 note = ""
@@ -235,9 +206,10 @@ class _Run:
                 if saves:
                     self._save()
                 if config.evaluate_every and self.step % config.evaluate_every == 0 and not is_last:
-                    pause_s = time.monotonic()
+                    pause_s, pause_cpu_s = time.monotonic(), time.process_time()
                     self._evaluate()
                     start_s += time.monotonic() - pause_s
+                    start_cpu_s += time.process_time() - pause_cpu_s
                 advance(1, note)
         if self.tracker is not None and world_size() > 1:
             self.tracker.sync()
@@ -286,6 +258,7 @@ class _Run:
         return fastcov.track(
             root,
             where=config.track_where,
+            rows="auto" if config.track_rows is None else config.track_rows,
             decay=config.track_decay,
             snapshot_every=config.snapshot_every if self.is_main else None,
             out=self.folder / "spectra" if self.is_main else None,
@@ -299,6 +272,7 @@ class _Run:
                 **self.identity,
                 "step": self.step,
                 "train_s": self.train_s,
+                "cpu_s": self.cpu_s,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -312,6 +286,7 @@ class _Run:
         barrier()
         if saved is not None:
             self.step, self.train_s = saved["step"], saved["train_s"]
+            self.cpu_s = saved["cpu_s"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -343,32 +318,20 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunRes
             for name in ("spectra", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
     barrier()
-    finished = _read_result(folder)
+    finished = read_run_result(folder)
     if finished is not None:
         content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        checkpoints.check_same_run(content, identity | {"result": content["result"]}, folder)
+        before = {key: content.get(key) for key in identity}
+        checkpoints.check_same_run(before, identity, folder)
         return finished
     saved = checkpoints.load_checkpoint(folder)
     if saved is not None:
-        checkpoints.check_same_run({key: saved[key] for key in identity}, identity, folder)
+        checkpoints.check_same_run({key: saved.get(key) for key in identity}, identity, folder)
     return None
 
 
-def _read_result(folder: Path) -> RunResult | None:
-    path = folder / "run.json"
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["result"]
-        return RunResult(**{**values, "run_dir": str(folder)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a run's result ({error}); delete it to finish the run again"
-        ) from None
-
-
 @contextmanager
-def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def run_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Threads, determinism and random state, as they were before afterwards."""
     threads = torch.get_num_threads()
     was_deterministic = torch.are_deterministic_algorithms_enabled()

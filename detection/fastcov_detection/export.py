@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fastcov_detection.config import ConfigError, ModelConfig
-from fastcov_detection.engine import load_run
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.layout import finished_runs
 from fastcov_detection.model import PYRAMID_LEVELS, parse_name, save_widths
 from fastcov_detection.results import read_result
+from fastcov_detection.runs import load_run
 
 _REBUILD = '''"""Rebuilds the detector beside this file with torch and torchvision alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,26 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
         path = path / "model.pt" if path.is_dir() else path
         state, source = read_state(path), str(path)
     _load_body(body, state, source)
+
+
+def load_start(model: nn.Module, path: Path) -> str:
+    """Loads the weights of a whole detector.
+
+    Returns:
+        The file's digest, which tells runs from different weights apart.
+
+    Raises:
+        ConfigError: If the file cannot be read or holds another detector.
+    """
+    try:
+        model.load_state_dict(read_state(path))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(
+            f"{path} does not fit this detector ({reason}); "
+            "give the weights of the same model, classes and widths"
+        ) from None
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -25,6 +25,11 @@ def spectra_path(folder: Path, name: str) -> Path:
     return folder / "spectra" / f"{name}.npz"
 
 
+def start_path(folder: Path, name: str) -> Path:
+    """File of the weights that a run starts from, where they are not random."""
+    return folder / "starts" / f"{name}.pt"
+
+
 def searched_folder(number: int) -> str:
     """Folder of the arm that a round of the search proposed."""
     return f"{SEARCHED}-round{number}"

@@ -23,13 +23,14 @@ from fastcov_detection.files import write_text
 
 BASELINE = "baseline"
 SEARCHED = "searched"
+PEER = "torch-pruning"
 CONTROLS = ("uniform", "random", "untrained", "power")
 RULES: tuple[str, ...] = get_args(Rule)
 
 
 def arm_names() -> tuple[str, ...]:
     """Every arm that a search knows; ``searched-share`` follows another rule than the main one."""
-    return (BASELINE, SEARCHED, *CONTROLS, *(f"{SEARCHED}-{rule}" for rule in RULES))
+    return (BASELINE, SEARCHED, *CONTROLS, *(f"{SEARCHED}-{rule}" for rule in RULES), PEER)
 
 
 def check_arms(arms: Sequence[str]) -> tuple[str, ...]:
@@ -93,12 +94,7 @@ class Proposer:
 
     def baseline(self) -> WidthPlan:
         """The configuration's own widths, as a plan."""
-        widths = {group.name: group.width for group in self.groups}
-        cost = self.costs(widths)
-        demand = {name: float(width) for name, width in widths.items()}
-        return WidthPlan(
-            widths, demand, cost.macs, self.budget, 1.0, "given", params=float(cost.params)
-        )
+        return self._given({group.name: group.width for group in self.groups}, "given", 1.0)
 
     def from_spectra(self, spectra: Mapping[str, Spectrum], rule: str | None = None) -> WidthPlan:
         """Widths that follow the spectra at no more MACs than the budget."""
@@ -124,6 +120,32 @@ class Proposer:
         """A draw of widths at the same MACs."""
         plan = random_widths(self.groups, self.costs.macs, self.budget, seed)
         return replace(plan, params=self.costs.params(plan.widths))
+
+    def wider(self, factor: float) -> WidthPlan:
+        """The baseline's widths times a factor, beyond the budget: what a pruner starts from."""
+        widths = {
+            group.name: round(factor * group.width / group.multiple) * group.multiple
+            for group in self.groups
+        }
+        return self._given(widths, f"baseline x {factor:g}", factor)
+
+    def pruned(self, widths: Mapping[str, int], peer: str, ratio: float) -> WidthPlan:
+        """Widths that a pruner left, as a plan that names it."""
+        note = f"{peer} by group magnitude, {100 * ratio:.1f} % of the channels asked for"
+        return replace(self._given(widths, peer, 1.0), notes=(note,))
+
+    def _given(self, widths: Mapping[str, int], rule: str, alpha: float) -> WidthPlan:
+        cost = self.costs(widths)
+        demand = {name: float(width) for name, width in widths.items()}
+        return WidthPlan(
+            dict(widths),
+            demand,
+            cost.macs,
+            self.budget,
+            alpha,
+            rule,
+            params=float(cost.params),
+        )
 
     def power(self, searched: WidthPlan) -> WidthPlan:
         """Baseline widths to the power that has the searched parameters at the same MACs."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from fastcov.figures import free_axes, png, spectra_grid
 from fastcov.plot import plot_dims
 from fastcov.widths import demand
 from fastcov_detection import __version__, page, pictures
-from fastcov_detection.config import SearchConfig, load_config
+from fastcov_detection.config import (
+    ModelConfig,
+    SearchConfig,
+    TrainConfig,
+    from_dict,
+    load_config,
+)
 from fastcov_detection.data import load_data
-from fastcov_detection.engine import load_run
 from fastcov_detection.evaluate import draw_detections
 from fastcov_detection.groups import width_groups
 from fastcov_detection.layout import finished_runs, plan_path, spectra_path
@@ -28,10 +34,15 @@ from fastcov_detection.model import build_model
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.proposals import load_plan
 from fastcov_detection.results import read_result
+from fastcov_detection.runs import has_weights, load_run
 from fastcov_detection.spectra import load_spectra
 from fastcov_detection.summary import columns, rows, sentences
 
 _DRAWN_IMAGES = 6
+_NO_WEIGHTS = (
+    "The first runs' weights are not in this folder (only results came back from version control), "
+    "so no detections are drawn and no latency is measured."
+)
 
 
 def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> Path:
@@ -82,9 +93,16 @@ class _Search:
             for arm in self.result["arms"]
             if (runs := finished_runs(folder, self.result, arm))
         }
-        baseline, config, _ = load_run(self.first_runs["baseline"])
-        self.model_config = config.model
+        self.model_config = self._trained_config()
+        with torch.device("meta"):
+            baseline = build_model(replace(self.model_config, init="random"))
         self.groups = width_groups(baseline, vary=self.config.vary)
+
+    def _trained_config(self) -> ModelConfig:
+        """The detector's configuration with the number of classes that the data has."""
+        path = self.first_runs["baseline"] / "run.json"
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        return from_dict(TrainConfig, config).model
 
     def outcome(self) -> str:
         said = sentences(self.result)
@@ -135,15 +153,19 @@ class _Search:
         return page.table(headings, lines, text=("against", "metric", "verdict"))
 
     def detections(self) -> str:
-        loaded = load_data(self.config.train.data, with_masks="mask" in self.model_config.name)
         parts = []
         for arm in ("baseline", "searched"):
-            if arm in self.first_runs:
+            if arm in self.first_runs and has_weights(self.first_runs[arm]):
                 model, _, _ = load_run(self.first_runs[arm])
                 path = self.folder / "pictures" / f"detections-{arm}.png"
+                loaded = load_data(
+                    self.config.train.data, with_masks="mask" in self.model_config.name
+                )
                 draw_detections(model, loaded.val, path, count=_DRAWN_IMAGES, columns=2)
                 caption = f"{arm}: first seed, validation images, detections with a score of 0.5"
                 parts.append(page.picture(path.read_bytes(), caption))
+        if not parts:
+            return page.section("Detections", page.paragraph(_NO_WEIGHTS, "note"))
         note = "White: the annotated truth. Orange: what the network finds, with class and score."
         return page.section("Detections", page.paragraph(note, "note"), page.side_by_side(parts))
 
@@ -221,9 +243,8 @@ class _Search:
         )
 
     def settings(self) -> str:
-        build = build_model(self.model_config).__class__.__name__
         text = json.dumps(json.loads((self.folder / "config.json").read_text()), indent=2)
-        return page.section("Settings", page.folded(f"{build}, every setting", page.listing(text)))
+        return page.section("Settings", page.folded("every setting", page.listing(text)))
 
     def _measured(self, name: str) -> Mapping[str, Any] | None:
         path = spectra_path(self.folder, name)

@@ -2,15 +2,15 @@
 
 ``{schema_version, macs_input, commit, arms, comparisons}``: under ``arms`` each arm's params,
 backbone_params, macs, widths by group, latency_ms and runs (seed, ap, ap50, segm_ap or null,
-train_s); comparisons are paired by seed. AP is in 0-1. The random arm is drawn anew for every seed:
-its widths and latency are those of the first seed, its costs the mean over seeds, and the widths of
-each run lie in the run's folder.
+train_s, cpu_s); comparisons are paired by seed. AP is in 0-1. The random arm is drawn anew for
+every seed: its widths and latency are those of the first seed, its costs the mean over seeds, and
+the widths of each run lie in the run's folder. So are those of torch-pruning, where ``made_with``
+gives the program's version.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 
 from fastcov_detection.config import ConfigError, ModelConfig
 from fastcov_detection.cost import BOX_REGIONS, MASK_REGIONS
-from fastcov_detection.engine import RunResult
 from fastcov_detection.files import write_text
 from fastcov_detection.model import parse_name
+from fastcov_detection.provenance import commit
+from fastcov_detection.runs import RunResult
 from fastcov_detection.stats import Comparison, Question, compare_paired
 
 SCHEMA_VERSION = 1
@@ -34,6 +35,8 @@ class ArmRecord:
     widths: dict[str, int]
     runs: list[RunResult] = field(default_factory=list)
     latency_ms: float | None = None
+    made_with: str | None = None
+    """Name and version of the other program whose arm this is."""
 
     def mean_cost(self, name: str) -> int:
         """Mean over the runs of ``params``, ``backbone_params`` or ``macs``."""
@@ -47,13 +50,15 @@ class ArmRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """The arm as result.json holds it."""
-        keys = ("seed", "ap", "ap50", "segm_ap", "train_s")
+        peer = {} if self.made_with is None else {"made_with": self.made_with}
+        keys = ("seed", "ap", "ap50", "segm_ap", "train_s", "cpu_s")
         return {
             "params": self.mean_cost("params"),
             "backbone_params": self.mean_cost("backbone_params"),
             "macs": self.mean_cost("macs"),
             "widths": self.widths,
             "latency_ms": self.latency_ms,
+            **peer,
             "runs": [{key: getattr(run, key) for key in keys} for run in self.runs],
         }
 
@@ -125,24 +130,3 @@ def read_result(folder: Path) -> dict[str, Any]:
         )
     checked: dict[str, Any] = result
     return checked
-
-
-def commit() -> str:
-    """The commit of this code where it runs from a checkout, otherwise the installed version."""
-    from fastcov_detection import __version__
-
-    here = Path(__file__).resolve()
-    # A package inside an environment inside someone's repository is not part of that repository.
-    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
-    found = _git(here.parent, "rev-parse", "HEAD") if tracked else None
-    return found or f"fastcov-detection {__version__}"
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        ran = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ran.stdout.strip() if ran.returncode == 0 else None

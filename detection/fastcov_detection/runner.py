@@ -45,6 +45,8 @@ class Job:
     widths_file: Path | None
     seed: int
     steps: int
+    start_file: Path | None = None
+    """Weights of the whole detector to start from instead of random ones."""
 
     @property
     def is_finished(self) -> bool:
@@ -57,7 +59,9 @@ class Job:
         words = [sys.executable, "-P", "-m", "fastcov_detection.cli", "train", "--quiet"]
         words += ["--config", str(self.config_file), "--out", str(self.run_dir)]
         words += ["--seed", str(self.seed)]
-        return words + ([] if self.widths_file is None else ["--widths", str(self.widths_file)])
+        files = {"--widths": self.widths_file, "--start": self.start_file}
+        given = {option: path for option, path in files.items() if path is not None}
+        return words + [word for option, path in given.items() for word in (option, str(path))]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A search lives in one folder and goes on from whatever is finished there:
 
 - ``config.json``, ``train.json``: its settings, and those of every run
 - ``arms/NAME/seedN/``: one training run each; the searched arm is named by the round that made it
+- ``starts/*.pt``: weights that the torch-pruning arm's runs start from
 - ``spectra/*.npz``: measuring passes; ``widths/*.json``: plans of widths with their demands
 - ``result.json``, ``widths.json`` (the searched widths), ``report.html``
 """
@@ -25,33 +26,45 @@ from fastcov_detection.batches import mix_seed
 from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
-from fastcov_detection.engine import RunResult, load_run, measure_spectra
-from fastcov_detection.files import write_text
+from fastcov_detection.files import write_file, write_text
 from fastcov_detection.groups import width_groups
+from fastcov_detection.keeping import keep, restore
 from fastcov_detection.latency import measure_latency
-from fastcov_detection.layout import plan_path, run_dir, searched_folder, spectra_path
+from fastcov_detection.layout import (
+    plan_path,
+    run_dir,
+    searched_folder,
+    spectra_path,
+    start_path,
+)
+from fastcov_detection.measure import measure_spectra
 from fastcov_detection.model import build_model, parse_name, save_widths
+from fastcov_detection.opening import (
+    check_same_search,
+    checked,
+    recorded_latency,
+)
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.proposals import (
     BASELINE,
+    PEER,
     SEARCHED,
     Costs,
     Proposer,
-    check_arms,
     has_settled,
     load_plan,
     save_plan,
 )
+from fastcov_detection.pruning import WIDER, peer_version, prune_to_budget
 from fastcov_detection.results import ArmRecord, compare_arms, macs_input, write_result
 from fastcov_detection.runner import Job, locked, run_jobs, threads_per_run
+from fastcov_detection.runs import RunResult, has_weights, load_run, read_run_result
 from fastcov_detection.spectra import load_spectra, save_spectra
-
-# What a search may change when it goes on in a folder: everything else would mix two experiments.
-_MAY_GROW = ("arms", "seeds", "jobs", "latency_runs")
 
 # Below 8 input channels, the gradient of a strided 1x1 convolution in channels_last writes outside
 # its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
 _LEAST_WIDTH = 8
+WIDER_ARM = f"{PEER}-from"
 
 
 @dataclass
@@ -65,13 +78,20 @@ class Arm:
 
 
 def run_search(
-    config: SearchConfig, folder: str | Path, *, progress: bool = True
+    config: SearchConfig,
+    folder: str | Path,
+    *,
+    results: str | Path | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Runs a width search to its end, or goes on with one.
 
     Args:
         config: The search.
         folder: Its folder.
+        results: Folder that keeps what is small enough for version control (results, plans of
+            widths and spectra, no weights) as each run ends. What it holds already is not run
+            again, so a search goes on in a fresh clone.
         progress: Show bars.
 
     Returns:
@@ -81,18 +101,27 @@ def run_search(
         ConfigError: If settings are impossible, or the folder holds another search.
         RunError: If a training run fails or the folder is in use.
     """
-    folder = Path(folder)
-    config = _checked(config)
+    folder, kept = Path(folder), None if results is None else Path(results)
+    config = checked(config)
     with locked(folder) as lock:
-        _open(folder, config)
-        return _Search(config, folder, lock, progress).run()
+        for known in (folder, kept):
+            if known is not None:
+                check_same_search(known, config)
+        if kept is not None:
+            restore(kept, folder)
+        save_config(config, folder / "config.json")
+        write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
+        return _Search(config, folder, lock, kept, progress).run()
 
 
 class _Search:
     """One search at work."""
 
-    def __init__(self, config: SearchConfig, folder: Path, lock: int, progress: bool) -> None:
+    def __init__(
+        self, config: SearchConfig, folder: Path, lock: int, kept: Path | None, progress: bool
+    ) -> None:
         self.config, self.folder, self.lock, self.progress = config, folder, lock, progress
+        self.kept = kept
         predicts_masks, _ = parse_name(config.train.model.name)
         self.data: LoadedData = load_data(
             config.train.data, with_masks=predicts_masks, progress=progress
@@ -110,11 +139,14 @@ class _Search:
         self.seeds = [config.first_seed + index for index in range(config.seeds)]
         self.device = pick_device(config.train.device)
         self.arms: dict[str, Arm] = {}
+        self.latency = recorded_latency(folder)
 
     def run(self) -> dict[str, Any]:
         """Every step of the search; what an earlier process finished is read, not repeated."""
         baseline = self._arm(BASELINE, BASELINE, self.proposer.baseline)
-        self._train([baseline])
+        # One run is what the widths follow from; others keep cores busy meanwhile. After that,
+        # seed by seed: whenever a search is stopped, what it has finished can be compared.
+        self._train([baseline], seeds=self.seeds[: self.config.jobs])
         arms = [baseline]
         spectra = self._measured("baseline", baseline)
         untrained = self._untrained_spectra()
@@ -128,6 +160,9 @@ class _Search:
                 save_widths(self._all_widths(searched), self.folder / "widths.json")
             elif name == "random":
                 arms.append(self._random())
+            elif name == PEER:
+                self._train(arms)
+                arms.append(self._pruned())
             elif name == "untrained":
                 arms.append(self._arm(name, name, partial(self.proposer.from_spectra, untrained)))
             elif name.startswith(SEARCHED):
@@ -138,7 +173,8 @@ class _Search:
                 propose = partial(getattr(self.proposer, name), self._first_plan(searched))
                 arms.append(self._arm(name, name, propose))
         self._train(arms)
-        return self._record(with_latency=True)
+        self.latency = self._latency() or self.latency
+        return self._record()
 
     def _search_rounds(self, spectra: Mapping[str, Spectrum]) -> Arm:
         """Proposes and trains until widths stand still or the rounds are used up."""
@@ -163,6 +199,40 @@ class _Search:
             arm.plans[seed] = name, self._plan(name, partial(self.proposer.random, seed))
         return arm
 
+    def _pruned(self) -> Arm:
+        """What Torch-Pruning makes of a wider detector, for the seeds that are asked for."""
+        arm, wider = Arm(PEER, PEER), self._wider()
+        seeds = self.seeds[: self.config.peer_seeds]
+        names = {seed: f"{PEER}-seed{seed}" for seed in seeds}
+        # A run whose result was kept needs neither the wider detector nor its pruned weights.
+        missing = [
+            seed
+            for seed in seeds
+            if not (self._run_dir(arm, seed) / "run.json").exists()
+            and not start_path(self.folder, names[seed]).exists()
+        ]
+        self._train_for_weights(wider, missing)
+        for seed in missing:
+            self._prune(self._run_dir(wider, seed), names[seed])
+        for seed in seeds:
+            arm.plans[seed] = names[seed], load_plan(plan_path(self.folder, names[seed]))
+        return arm
+
+    def _wider(self) -> Arm:
+        return self._arm(WIDER_ARM, WIDER_ARM, partial(self.proposer.wider, WIDER))
+
+    def _prune(self, wider: Path, name: str) -> None:
+        model, _, _ = load_run(wider)
+        label = f"pruning for {name}"
+        with progress_bar(label, 1, enabled=self.progress) as advance:
+            costs = self.proposer.costs
+            pruned = prune_to_budget(model, self.groups, costs.macs, self.proposer.budget)
+            advance(1)
+        plan = self.proposer.pruned(pruned.widths, peer_version(), pruned.ratio)
+        save_plan(plan, plan_path(self.folder, name))
+        weights = start_path(self.folder, name)
+        write_file(weights, lambda file: torch.save(pruned.state, file))
+
     def _arm(self, name: str, folder: str, propose: Callable[[], WidthPlan]) -> Arm:
         """An arm with one plan for all seeds."""
         plan = self._plan(folder, propose)
@@ -179,7 +249,7 @@ class _Search:
     def _first_plan(self, arm: Arm | None) -> WidthPlan:
         if arm is None:
             raise ConfigError(f"the arms lack {SEARCHED!r}, which others are matched to")
-        return arm.plans[self.seeds[0]][1]
+        return next(iter(arm.plans.values()))[1]
 
     def _all_widths(self, arm: Arm) -> dict[str, int]:
         """The arm's widths, those of the groups that do not vary included."""
@@ -192,12 +262,23 @@ class _Search:
     def _run_dir(self, arm: Arm, seed: int) -> Path:
         return run_dir(self.folder, arm.folder, seed)
 
+    def _train_for_weights(self, arm: Arm, seeds: Sequence[int]) -> None:
+        """Trains runs whose weights are needed: results alone, kept elsewhere, do not do."""
+        for seed in seeds:
+            run = self._run_dir(arm, seed)
+            if not has_weights(run):
+                (run / "run.json").unlink(missing_ok=True)
+        self._train([arm], seeds)
+
     def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
-        self.arms |= {arm.name: arm for arm in arms}
+        self.arms |= {arm.name: arm for arm in arms if arm.name != WIDER_ARM}
         jobs = []
-        for seed in seeds or self.seeds:
+        for seed in self.seeds if seeds is None else seeds:
             for arm in arms:
+                if seed not in arm.plans:
+                    continue
                 plan_name, _ = arm.plans[seed]
+                start = start_path(self.folder, plan_name)
                 jobs.append(
                     Job(
                         label=f"{arm.name}, seed {seed}",
@@ -206,6 +287,7 @@ class _Search:
                         widths_file=plan_path(self.folder, plan_name),
                         seed=seed,
                         steps=self.config.train.steps,
+                        start_file=start if arm.name == PEER else None,
                     )
                 )
         run_jobs(
@@ -221,6 +303,8 @@ class _Search:
         """Spectra of the arm's first run, measured once."""
         path = spectra_path(self.folder, name)
         if not path.exists():
+            # Weights may be missing where an earlier process ended before it measured spectra.
+            self._train_for_weights(arm, self.seeds[:1])
             model, _, _ = load_run(self._run_dir(arm, self.seeds[0]))
             save_spectra(self._measure(model), path)
         return load_spectra(path)
@@ -251,24 +335,27 @@ class _Search:
         finally:
             torch.set_num_threads(threads)
 
-    def _record(self, *, with_latency: bool = False) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""
-        latency = self._latency() if with_latency else {}
         records = []
         for arm in self.arms.values():
-            runs = [self._result(arm, seed) for seed in self.seeds]
+            runs = [self._result(arm, seed) for seed in arm.plans]
             record = ArmRecord(arm.name, self._all_widths(arm), [run for run in runs if run])
-            record.latency_ms = latency.get(arm.name)
+            record.made_with = self._first_plan(arm).rule if arm.name == PEER else None
+            record.latency_ms = self.latency.get(arm.name)
             records.append(record)
         counted_on = macs_input(self.model_config, self.image_size)
         comparisons = compare_arms(records)
-        return write_result(self.folder / "result.json", records, comparisons, counted_on)
+        result = write_result(self.folder / "result.json", records, comparisons, counted_on)
+        if self.kept is not None:
+            keep(self.folder, self.kept)
+        return result
 
     def _result(self, arm: Arm, seed: int) -> RunResult | None:
-        if not (self._run_dir(arm, seed) / "run.json").exists():
+        result = read_run_result(self._run_dir(arm, seed))
+        if result is None:
             return None
         _, plan = arm.plans[seed]
-        result = train_result(self._run_dir(arm, seed))
         cost = self.proposer.costs(plan.widths)
         return replace(
             result,
@@ -278,63 +365,12 @@ class _Search:
         )
 
     def _latency(self) -> dict[str, float]:
-        models = {
-            name: load_run(self._run_dir(arm, self.seeds[0]))[0] for name, arm in self.arms.items()
-        }
+        """Latency of every arm, or of none: times of different machines do not compare."""
+        runs = {n: self._run_dir(arm, next(iter(arm.plans))) for n, arm in self.arms.items()}
+        if not all(has_weights(run) for run in runs.values()):
+            return {}
+        models = {name: load_run(run)[0] for name, run in runs.items()}
         image, _ = self.data.val[0]
         return measure_latency(
             models, image, self.config.latency_runs, self.device, progress=self.progress
         )
-
-
-def train_result(run_dir: Path) -> RunResult:
-    """The result of a finished run.
-
-    Raises:
-        ConfigError: If its run.json cannot be read.
-    """
-    path = run_dir / "run.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["result"]
-        return RunResult(**{**values, "run_dir": str(run_dir)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a run's result ({error}); delete it to finish the run again"
-        ) from None
-
-
-def _checked(config: SearchConfig) -> SearchConfig:
-    for name in ("seeds", "rounds", "jobs", "measure_images", "latency_runs"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}; give at least 1")
-    if config.train.model.init != "random":
-        raise ConfigError(
-            f"model.init is {config.train.model.init!r}: pretrained weights fit one set of widths, "
-            "and a search trains every set; use random"
-        )
-    return replace(config, arms=check_arms(config.arms))
-
-
-def _open(folder: Path, config: SearchConfig) -> None:
-    """Claims the folder for this search, or checks that it is this search's."""
-    path = folder / "config.json"
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        for name, before, now in _differences(known, to_dict(config)):
-            if name.split(".")[0] not in _MAY_GROW:
-                raise ConfigError(
-                    f"{folder} holds a search with {name} = {before!r}, not {now!r}; "
-                    "choose another folder, or the same settings to go on with it"
-                )
-    save_config(config, path)
-    write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            found
-            for key in sorted(set(before) | set(now))
-            for found in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
-        ]
-    return [] if before == now else [(prefix.rstrip("."), before, now)]

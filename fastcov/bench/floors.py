@@ -21,8 +21,8 @@ _TREE_LEVELS = 5  # of a reduction over the 32 lanes of a warp
 _RECIPROCALS_A_CYCLE = 16
 _STURM_FLOPS = 3
 _SIGNIFICANT_BITS = {torch.float32: 24, torch.float64: 53}
-# float32 rows are split into bf16 high and low parts on a GPU: three products of four are kept.
-_SPLIT_PRODUCTS = 3
+# float32 rows are split into three bf16 parts on a GPU: six products of nine are kept.
+_SPLIT_PRODUCTS = 6
 
 
 class Floor(NamedTuple):

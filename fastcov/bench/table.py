@@ -69,17 +69,19 @@ def note_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def print_result(result: Result) -> None:
-    """Prints a case: its rows, what the machine can do, and which peers are missing."""
-    print_table(
-        f"{result.case} on {result.machine['device']}", HEADERS, list(map(cells, result.rows))
-    )
+    """Prints a case: its rows, what the machine can do, and what was left out and why."""
+    title = f"{result.case} on {result.machine['device']}"
+    if result.rows:
+        print_table(title, HEADERS, list(map(cells, result.rows)))
+    else:
+        print(f"\n{title}: nothing was measured")
     for line in note_lines(result.rows):
         print(f"  {line}")
     rates = result.rates
     matmul = ", ".join(f"{k} {v:.3g}" for k, v in rates["matmul_tflop_s"].items())
     print(f"  this machine: copy {rates['copy_gb_s']:.3g} GB/s, matmul {matmul} TFLOP/s")
     for name, reason in result.missing.items():
-        print(f"  missing peer {name}: {reason}")
+        print(f"  left out: {name}: {reason}")
 
 
 def print_changes(changes: Changes) -> None:

@@ -10,10 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from fastcov.kernels.layout import RowLayout
 
 MAX_CHAIN_ROWS = 4096
-"""Rows added up by one chain of matrix instructions, which truncate: relative error 5e-6."""
+"""Rows added up in float32 with rounding, between two additions in float64."""
+
+FLUSH_CHAIN_ROWS = 512
+"""The shortest of :func:`chain_rows`: a flush is too small for longer ones to gain anything."""
 
 SHIFT_ROWS = 64
 """Rows whose mean becomes the shift of a float32 state, as in ops/reference.py."""
@@ -85,6 +90,24 @@ class GramCase:
         return self.family in ("sm_80", "sm_120") and self.mode == "direct"
 
 
+def chain_rows(architecture: Architecture, mode: Mode, dtype: torch.dtype) -> int:
+    """Rows that one chain of matrix instructions may add up: what it loses stays near 5e-6.
+
+    The instructions cut every addend at the last bit of the largest plus a few, then the sum; with
+    numbers of one sign all cuts go one way. One instruction adds 8 rows and keeps 1 bit more on
+    Ampere, 16 rows and 2 bits on Hopper (Khattak and Mikaitis, arXiv 2512.07004; Xie et al., arXiv
+    2511.10909). Products of bfloat16 have 16 bits and lose theirs late, those of float16 have 22.
+    On squares of normal rows, emulated (tests/kernels/test_truncation.py): bfloat16 5.1e-6 after
+    2048 rows on Hopper and 4.4e-6 after 1024 on Ampere, float16 4.3e-6 after 1024 and 4.1e-6 after
+    512. sm_120 counts as Ampere.
+    """
+    if mode == "ieee":
+        return MAX_CHAIN_ROWS
+    rows = 2048 if architecture.family in ("sm_90", "sm_100") else 1024
+    has_short_products = mode == "split" or dtype == torch.bfloat16
+    return rows if has_short_products else rows // 2
+
+
 def gram_case(architecture: Architecture, layout: RowLayout, mode: Mode) -> GramCase | None:
     """The case that reads a layout fast, or None: then block_kernel reads it."""
     if mode not in ("direct", "split") or layout.kind == "strided":
@@ -119,19 +142,19 @@ _DESCRIPTORS_128 = GramConfig(128, 1, 64, warps=8, stages=4, residents=2)
 _DESCRIPTORS_256 = GramConfig(128, 2, 64, warps=8, stages=4)
 _DESCRIPTORS_WIDE = GramConfig(128, 2, 64, warps=8, stages=4, left=1, right=2)
 
+_SPLIT_128 = replace(_POINTERS_128, residents=1)
 _SPLIT_REST = GramConfig(64, 2, 32, warps=8, stages=2, left=1, right=2)
 _SPLIT_ANY_128 = GramConfig(64, 2, 16, warps=8, stages=3)
 _SPLIT_ANY_REST = GramConfig(64, 2, 16, warps=8, stages=3, left=1, right=2)
 _UNALIGNED = (*_narrow(32), *_narrow(64, step=32), _POINTERS_128, _POINTERS_REST)
-_SPLIT = (*_narrow(32, 64, step=32), _POINTERS_128, _SPLIT_REST)
+_SPLIT = (*_narrow(32, 64, step=32), _SPLIT_128, _SPLIT_REST)
 _SPLIT_UNALIGNED = (*_narrow(32, 64, step=32), _SPLIT_ANY_128, _SPLIT_ANY_REST)
-# Triton 3.6 cannot pipeline three products into several accumulators of tcgen05: panels of 32
+# Triton 3.6 cannot pipeline split products into several accumulators of tcgen05: panels of 32
 # channels take mma.sync instead.
 _SPLIT_100 = (
     *_narrow(32, step=32),
     GramConfig(32, 2, 32, warps=4, stages=2, residents=2),
-    GramConfig(32, 4, 16, warps=8, stages=2),
-    GramConfig(32, 4, 16, warps=8, stages=2, left=2, right=2),
+    GramConfig(32, 3, 16, warps=8, stages=2, left=1, right=3),
 )
 _SPLIT_ANY_100 = (*_narrow(32), *_SPLIT_100[1:])
 _DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTORS_WIDE)
@@ -140,7 +163,7 @@ _DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTO
 _SPLIT_120 = (
     *_narrow(32, step=32),
     *_narrow(64, step=32, stages=2),
-    _POINTERS_128,
+    _SPLIT_128,
     _SPLIT_REST,
 )
 _DESCRIPTORS_100 = (
@@ -177,7 +200,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     GramCase("sm_90", "direct", "planes"): _pointers(64),
     GramCase("sm_90", "direct", "unaligned"): _UNALIGNED,
     GramCase("sm_90", "split", "rows"): _SPLIT,
-    GramCase("sm_90", "split", "planes"): _SPLIT,
+    GramCase("sm_90", "split", "planes"): _SPLIT_UNALIGNED,
     GramCase("sm_90", "split", "unaligned"): _SPLIT_UNALIGNED,
     GramCase("sm_100", "direct", "matrix"): _DESCRIPTORS_100,
     GramCase("sm_100", "direct", "rows"): _pointers(64),

@@ -22,6 +22,7 @@ from fastcov.kernels.config import (
     SHIFT_ROWS,
     Architecture,
     Mode,
+    chain_rows,
     gram_case,
     gram_config,
 )
@@ -82,7 +83,7 @@ def launch_accumulate_(
         row_weight: float32 or float64, contiguous. [N]
         row_scale: Factor on every row's weight.
         decay: Factor on what was there before.
-        precision: Of float32 rows: "split" in two bfloat16, "tf32", or "ieee" without tensor
+        precision: Of float32 rows: "split" in three bfloat16, "tf32", or "ieee" without tensor
             cores. Others are multiplied exactly.
         architecture: Overrides what is known of the device; for tests.
     """
@@ -180,12 +181,13 @@ def _cached_job(
     is_centred = dtype not in _LOW_PRECISION
     is_deep = layout.kind == "strided"
     case = None if is_weighted else gram_case(architecture, layout, mode)
+    most_rows = chain_rows(architecture, mode, dtype)
     gram_grid = block_grid = matrix_block = None
     gram_numbers: tuple[int, ...] = ()
     gram_options: dict[str, Any] = {}
     if case is not None:
         config = gram_config(case, layout.channels)
-        plan = gram_plan(config, layout, dtype.itemsize, architecture)
+        plan = gram_plan(config, layout, dtype.itemsize, architecture, most_rows)
         step = config.step
         gram_grid = (plan.programs,)
         gram_numbers = (
@@ -225,7 +227,7 @@ def _cached_job(
         step = block_step = 16 if mode in ("split", "ieee") else 32
         # Triton 3.6 rounds exact products of 64 rows to TF32 on sm_100 without a word.
         edge = 32 if mode == "ieee" else _BLOCK_EDGE
-        plan = block_plan(edge, step, layout, architecture)
+        plan = block_plan(edge, step, layout, architecture, most_rows)
         block_grid = (plan.blocks, plan.chunks)
         # Element-wise loads cannot be pipelined.
         warps, stages = 8, 1 if is_deep else 2

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcov.kernels.config import MAX_CHAIN_ROWS, SHIFT_ROWS
+from fastcov.kernels.config import FLUSH_CHAIN_ROWS, SHIFT_ROWS
 from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, STATE_STEP
 from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
 
@@ -295,7 +295,7 @@ def _launch(
         "VECTOR": vector,
         "EDGE": edge,
         "STEP": 32 if vector > 1 else 16,
-        "CHAIN_ROWS": MAX_CHAIN_ROWS,
+        "CHAIN_ROWS": FLUSH_CHAIN_ROWS,
         "SHIFT_ROWS": SHIFT_ROWS,
         "FIELDS": FIELDS,
         "MODE": MODES["direct" if is_direct else "split"],

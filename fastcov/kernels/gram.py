@@ -1,7 +1,7 @@
 """Second moments of a chunk of rows, read once: the fast path.
 
 A program holds the whole lower triangle of PANELS x PANEL channels, or a rectangle below such
-triangles, over at most 4096 rows. It trusts the rows to be finite: a non-finite value is told
+triangles, over one chain of rows. It trusts the rows to be finite: a non-finite value is told
 afterwards by its column's sum, which costs nothing per row, and the chunk is then done again
 through a mask. Column sums come from one more product, with a 16-row operand of ones in registers:
 no other way reads the panel without a reduction across warps.

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from fastcov.kernels.tiles import DIRECT, SPLIT, load_tile, locate, multiply, packed_offset, split
+from fastcov.kernels.tiles import (
+    DIRECT,
+    SPLIT,
+    load_tile,
+    locate,
+    multiply,
+    multiply_parts,
+    packed_offset,
+    split,
+)
 
 _ONES = tl.constexpr(16)  # fewest rows of a matrix operand
 
@@ -54,14 +63,16 @@ def transposed(panels, COUNT: tl.constexpr):
 
 @triton.jit
 def parts(panels, COUNT: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """High and low bfloat16 parts of float32 panels."""
+    """High, middle and low bfloat16 parts of float32 panels."""
     high = tl.tuple(())
+    middle = tl.tuple(())
     low = tl.tuple(())
     for index in tl.static_range(COUNT):
-        panel_high, panel_low = split(panels[index], IS_INTERPRETED)
+        panel_high, panel_middle, panel_low = split(panels[index], IS_INTERPRETED)
         high += (panel_high,)
+        middle += (panel_middle,)
         low += (panel_low,)
-    return high, low
+    return high, middle, low
 
 
 @triton.jit
@@ -94,6 +105,42 @@ def add_products(
 
 
 @triton.jit
+def add_split_products(
+    moments,
+    left_high,
+    left_middle,
+    left_low,
+    right_high,
+    right_middle,
+    right_low,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    IS_TRIANGLE: tl.constexpr,
+    MODE: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """The same of panels in three parts."""
+    result = tl.tuple(())
+    for i in tl.static_range(LEFT):
+        for j in tl.static_range(RIGHT):
+            if (not IS_TRIANGLE) or j <= i:
+                result += (
+                    multiply_parts(
+                        left_high[i],
+                        left_middle[i],
+                        left_low[i],
+                        right_high[j],
+                        right_middle[j],
+                        right_low[j],
+                        moments[(i * (i + 1) // 2 + j) if IS_TRIANGLE else (i * RIGHT + j)],
+                        MODE,
+                        IS_INTERPRETED,
+                    ),
+                )
+    return result
+
+
+@triton.jit
 def add_sums(
     sums,
     right,
@@ -107,6 +154,28 @@ def add_sums(
     for index in tl.static_range(COUNT):
         ones = tl.full([_ONES, STEP], 1.0, tl.float32).to(right[index].dtype)
         result += (multiply(ones, right[index], sums[index], MODE, IS_INTERPRETED),)
+    return result
+
+
+@triton.jit
+def add_split_sums(
+    sums,
+    high,
+    middle,
+    low,
+    COUNT: tl.constexpr,
+    STEP: tl.constexpr,
+    MODE: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """The same of panels in three parts, the small ones summed apart as in multiply_parts."""
+    result = tl.tuple(())
+    for index in tl.static_range(COUNT):
+        ones = tl.full([_ONES, STEP], 1.0, tl.float32).to(high[index].dtype)
+        small = tl.zeros(sums[index].shape, tl.float32)
+        small = multiply(ones, low[index], small, MODE, IS_INTERPRETED)
+        small = multiply(ones, middle[index], small, MODE, IS_INTERPRETED)
+        result += (multiply(ones, high[index], sums[index], MODE, IS_INTERPRETED) + small,)
     return result
 
 
@@ -222,26 +291,34 @@ def sum_panels(
             if IS_TRIANGLE:
                 sums = add_sums(sums, right, LEFT, STEP, MODE, IS_INTERPRETED)
         else:
-            right_high, right_low = parts(panels, RIGHT, IS_INTERPRETED)
-            left_high, left_low = parts(others, LEFT, IS_INTERPRETED)
+            right_high, right_middle, right_low = parts(panels, RIGHT, IS_INTERPRETED)
+            left_high, left_middle, left_low = parts(others, LEFT, IS_INTERPRETED)
             if IS_PLANES:
                 right_high = transposed(right_high, RIGHT)
+                right_middle = transposed(right_middle, RIGHT)
                 right_low = transposed(right_low, RIGHT)
             else:
                 left_high = transposed(left_high, LEFT)
+                left_middle = transposed(left_middle, LEFT)
                 left_low = transposed(left_low, LEFT)
-            moments = add_products(
-                moments, left_low, right_high, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            moments = add_products(
-                moments, left_high, right_low, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            moments = add_products(
-                moments, left_high, right_high, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
+            moments = add_split_products(
+                moments,
+                left_high,
+                left_middle,
+                left_low,
+                right_high,
+                right_middle,
+                right_low,
+                LEFT,
+                RIGHT,
+                IS_TRIANGLE,
+                MODE,
+                IS_INTERPRETED,
             )
             if IS_TRIANGLE:
-                sums = add_sums(sums, right_low, LEFT, STEP, MODE, IS_INTERPRETED)
-                sums = add_sums(sums, right_high, LEFT, STEP, MODE, IS_INTERPRETED)
+                sums = add_split_sums(
+                    sums, right_high, right_middle, right_low, LEFT, STEP, MODE, IS_INTERPRETED
+                )
     return moments, sums
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastcov.kernels.config import MAX_CHAIN_ROWS, Architecture, GramConfig
+from fastcov.kernels.config import Architecture, GramConfig
 from fastcov.kernels.layout import RowLayout
 
 # A model of one H100-like multiprocessor, from its data sheet; only ratios matter.
@@ -25,7 +25,7 @@ class Plan:
         triangles: Programs that cover the diagonal, per chunk.
         tiles: Programs below the diagonal, per chunk.
         steps: Steps of all rows; an image's last step may be shorter.
-        steps_per_chunk: At most MAX_CHAIN_ROWS rows.
+        steps_per_chunk: At most one chain of rows.
         chunks: Parts that are summed apart.
     """
 
@@ -54,7 +54,11 @@ class Plan:
 
 
 def gram_plan(
-    config: GramConfig, layout: RowLayout, element_bytes: int, architecture: Architecture
+    config: GramConfig,
+    layout: RowLayout,
+    element_bytes: int,
+    architecture: Architecture,
+    chain_rows: int,
 ) -> Plan:
     """Chunks for gram_kernel: the fewest clocks that the model foresees."""
     return _gram_plan(
@@ -63,15 +67,18 @@ def gram_plan(
         layout.images * -(-layout.positions // config.step),
         element_bytes,
         architecture.multiprocessors,
+        chain_rows,
     )
 
 
-def block_plan(edge: int, step: int, layout: RowLayout, architecture: Architecture) -> Plan:
+def block_plan(
+    edge: int, step: int, layout: RowLayout, architecture: Architecture, chain_rows: int
+) -> Plan:
     """Chunks for block_kernel: about eight programs a multiprocessor."""
     edges = -(-layout.channels // edge)
     blocks = edges * (edges + 1) // 2
     steps = layout.images * -(-layout.positions // step)
-    least = -(-steps * step // MAX_CHAIN_ROWS)
+    least = -(-steps // (chain_rows // step))
     wanted = -(-8 * architecture.multiprocessors // blocks)
     per_chunk = -(-steps // max(1, least, min(wanted, steps)))
     return Plan(edge, edges, 1, 0, steps, per_chunk, -(-steps // per_chunk))
@@ -79,14 +86,19 @@ def block_plan(edge: int, step: int, layout: RowLayout, architecture: Architectu
 
 @lru_cache(maxsize=4096)
 def _gram_plan(
-    config: GramConfig, channels: int, steps: int, element_bytes: int, multiprocessors: int
+    config: GramConfig,
+    channels: int,
+    steps: int,
+    element_bytes: int,
+    multiprocessors: int,
+    chain_rows: int,
 ) -> Plan:
     triangles = -(-channels // config.width)
     tiles = 0
     if config.left:
         tiles = triangles * (triangles - 1) // 2
         tiles *= (config.panels // config.left) * (config.panels // config.right)
-    most_steps = MAX_CHAIN_ROWS // config.step
+    most_steps = chain_rows // config.step
     least = -(-steps // most_steps)
     slots = multiprocessors * config.residents
     # Chunks so short that a program's start outweighs its work are never tried.
@@ -124,7 +136,7 @@ def _clocks(
     slots: int,
 ) -> float:
     rows = per_chunk * config.step
-    products = 3 if element_bytes == 4 else 1
+    products = 6 if element_bytes == 4 else 1
     area = config.panel**2 * products * config.residents / _MACS_PER_CLOCK
     row_bytes = element_bytes * config.residents
     triangle_row = max(

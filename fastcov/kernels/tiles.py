@@ -14,8 +14,8 @@ MODES = {"direct": 0, "split": 1, "tf32": 2, "ieee": 3}
 DIRECT = tl.constexpr(0)
 """Products of bfloat16 or float16 as they are: exact in float32."""
 SPLIT = tl.constexpr(1)
-"""float32 as a high and a low bfloat16, three products: 3e-6 of the largest entry on random rows;
-4.6e-5 at worst, where every row holds the values that bfloat16 rounds worst."""
+"""float32 as three bfloat16, which hold all its 24 bits; six products of nine. Two parts and three
+products would miss up to 4.6e-5 of a moment where all rows hold values that they cannot hold."""
 TF32 = tl.constexpr(2)
 """float32 rounded to 10 bits of mantissa by the tensor cores."""
 IEEE = tl.constexpr(3)
@@ -114,22 +114,58 @@ def to_bfloat16(values, IS_INTERPRETED: tl.constexpr):
 
 @triton.jit
 def split(values, IS_INTERPRETED: tl.constexpr):
-    """float32 as the sum of two bfloat16, 16 bits of mantissa in all."""
+    """float32 as the sum of three bfloat16: exact, but for parts below the smallest number."""
     high = to_bfloat16(values, IS_INTERPRETED)
     # An infinity leaves inf - inf = NaN: still not finite, which is all that is asked of it.
-    low = to_bfloat16(values - high.to(tl.float32), IS_INTERPRETED)
-    return high, low
+    rest = values - high.to(tl.float32)
+    middle = to_bfloat16(rest, IS_INTERPRETED)
+    low = to_bfloat16(rest - middle.to(tl.float32), IS_INTERPRETED)
+    return high, middle, low
+
+
+@triton.jit
+def multiply_parts(
+    left_high,
+    left_middle,
+    left_low,
+    right_high,
+    right_middle,
+    right_low,
+    sums,
+    MODE: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    """Adds left @ right, both in three parts; the products left out are below 2**-23 of it.
+
+    The small products are summed apart, and added with rounding: in the chain of the large ones
+    each would be another truncation, or fall below the last bit.
+    """
+    small = tl.zeros(sums.shape, tl.float32)
+    small = multiply(left_low, right_high, small, MODE, IS_INTERPRETED)
+    small = multiply(left_high, right_low, small, MODE, IS_INTERPRETED)
+    small = multiply(left_middle, right_middle, small, MODE, IS_INTERPRETED)
+    small = multiply(left_middle, right_high, small, MODE, IS_INTERPRETED)
+    small = multiply(left_high, right_middle, small, MODE, IS_INTERPRETED)
+    return multiply(left_high, right_high, sums, MODE, IS_INTERPRETED) + small
 
 
 @triton.jit
 def multiply_tiles(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
     """Adds left @ right, float32 operands split if MODE says so. [M, K] @ [K, N]."""
     if MODE == SPLIT:
-        left_high, left_low = split(left, IS_INTERPRETED)
-        right_high, right_low = split(right, IS_INTERPRETED)
-        sums = multiply(left_low, right_high, sums, MODE, IS_INTERPRETED)
-        sums = multiply(left_high, right_low, sums, MODE, IS_INTERPRETED)
-        sums = multiply(left_high, right_high, sums, MODE, IS_INTERPRETED)
+        left_high, left_middle, left_low = split(left, IS_INTERPRETED)
+        right_high, right_middle, right_low = split(right, IS_INTERPRETED)
+        sums = multiply_parts(
+            left_high,
+            left_middle,
+            left_low,
+            right_high,
+            right_middle,
+            right_low,
+            sums,
+            MODE,
+            IS_INTERPRETED,
+        )
     else:
         sums = multiply(left, right, sums, MODE, IS_INTERPRETED)
     return sums

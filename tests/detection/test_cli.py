@@ -167,7 +167,7 @@ def test_every_command_has_help_and_starts_fast():
         timeout=60,
     )
     assert ran.returncode == 0
-    for command in ("train", "search", "demo", "compare", "report", "export"):
+    for command in ("train", "pretrain", "search", "demo", "compare", "report", "export"):
         assert command in ran.stdout
     for parser in cli._commands(cli._parser()).values():
         assert parser.format_help()

@@ -8,14 +8,16 @@ two architectures; ``--check`` compares instead.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -187,6 +189,7 @@ def all_launches(family: Family) -> Iterator[Callable[[], object]]:
                 yield partial(launch_flush_, FlushTable([layer]), step, decay=decay)
 
 
+@cache
 def all_specializations(family: Family) -> dict[str, Specialization]:
     """Every specialisation by its name."""
     found: dict[str, Specialization] = {}
@@ -267,7 +270,9 @@ def main() -> None:
     targets = [int(word) for word in words if word.isdigit()] or [80, 90, 100, 120]
     filters = [word for word in words if not word.isdigit()]
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    found = compile_all(targets, filters, workers=2)
+    start = time.perf_counter()
+    found = compile_all(targets, filters, workers=os.cpu_count() or 1)
+    wall_s = time.perf_counter() - start
     if "--check" in sys.argv:
         changed = [
             f"{target}: {name}: {resources}, table: {table[target].get(name)}"
@@ -276,7 +281,9 @@ def main() -> None:
             if table[target].get(name) != resources
         ]
         print(
-            f"{sum(map(len, found.values()))} compiled, {len(changed)} differ", *changed, sep="\n"
+            f"{sum(map(len, found.values()))} compiled in {wall_s:.0f} s, {len(changed)} differ",
+            *changed,
+            sep="\n",
         )
         sys.exit(bool(changed))
     for target, part in found.items():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastcov
 from fastcov.ops import count_above, eigh, eigvalsh
 from fastcov.ops.reference import (
     count_above_reference,
@@ -16,6 +20,7 @@ from fastcov.ops.reference import (
 )
 
 DTYPES = [torch.float32, torch.float64]
+IS_NATIVE = fastcov.backends()["cpu"].active
 
 
 def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
@@ -60,6 +65,8 @@ def check(values: Tensor, matrix: Tensor) -> None:
     exact = eigvalsh_reference(matrix)
     error = (values.double() - exact).abs().max()
     bound = eigenvalue_tolerance(matrix.shape[-1], matrix.dtype)
+    if IS_NATIVE and matrix.dtype == torch.float32 and matrix.shape[-1] <= 256:
+        bound /= 2  # LAPACK needs the other half
     assert float(error) <= bound * float(exact.abs().max())
     assert bool((values.diff() >= 0).all())
 
@@ -71,19 +78,66 @@ def test_families(family: str, n: int, dtype: torch.dtype) -> None:
     matrix = FAMILIES[family](n).to(dtype)
     check(eigvalsh(matrix), matrix)
     check(eigvalsh(matrix.expand(3, n, n))[1], matrix)
+    check(eigvalsh(matrix.expand(20, n, n))[19], matrix)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_order_up_to_130_in_one_call(dtype: torch.dtype) -> None:
-    matrices = [random(n).to(dtype) for n in range(1, 131)]
+@pytest.mark.parametrize("family", ["random", "rank one", "clustered", "wilkinson", "mixed"])
+def test_every_order_up_to_130_in_one_call(family: str, dtype: torch.dtype) -> None:
+    names = list(FAMILIES) if family == "mixed" else [family]
+    matrices = [FAMILIES[names[n % len(names)]](n).to(dtype) for n in range(1, 131)]
     for values, matrix in zip(eigvalsh(matrices), matrices, strict=True):
         check(values, matrix)
 
 
-@pytest.mark.parametrize("n", [255, 257, 511, 513])
-def test_large_orders(n: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_random_spectra(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(2, 200, (), generator=generator))
+    spread = torch.randn(n, generator=generator, dtype=torch.float64)
+    for eigenvalues in (spread, torch.exp(4 * spread), spread.round(), (spread > 0).double()):
+        matrix = rotated(eigenvalues, seed).to(dtype)
+        check(eigvalsh(matrix), matrix)
+        check(eigvalsh(matrix.expand(9, n, n))[4], matrix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["random", "clustered"])
+@pytest.mark.parametrize("n", [255, 256, 257, 511, 512, 513, 1024, 1025])
+def test_around_the_boundaries_of_size_classes(n: int, family: str, dtype: torch.dtype) -> None:
+    matrix = FAMILIES[family](n).to(dtype)
+    check(eigvalsh(matrix), matrix)
+    if n <= 512:
+        check(eigvalsh(matrix.expand(5, n, n))[4], matrix)
+
+
+@pytest.mark.parametrize("n", [1536, 1537, 2048])
+def test_the_largest_orders(n: int) -> None:
     matrix = random(n).float()
     check(eigvalsh(matrix), matrix)
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_instruction_sets_keep_the_bounds(level: str) -> None:
+    chosen = "every_order or random_spectra or native_vectors or counts_fall"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", chosen]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env={**os.environ, "FASTCOV_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.skipif(not IS_NATIVE, reason="the compiled library is not active")
+def test_the_compiled_library_serves_the_operators() -> None:
+    for operator in ("eigvalsh", "eigh", "count_above"):
+        registered = torch._C._dispatch_dump(f"fastcov::{operator}")
+        cpu = next(line for line in registered.splitlines() if line.startswith("CPU:"))
+        assert "eigen_cpu.cpp" in cpu
 
 
 def test_batches_of_any_size() -> None:
@@ -141,6 +195,38 @@ def test_eigenvectors(family: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 9, 16, 17, 40])
+def test_native_vectors_of_batches_read_one_triangle_through_any_strides(
+    n: int, dtype: torch.dtype
+) -> None:
+    batch = torch.stack([rotated(torch.arange(n) - 3.0 * seed, seed) for seed in range(11)])
+    batch = batch.to(dtype)
+    strided = torch.full((11, 2 * n, 3 * n), math.nan, dtype=dtype)[:, ::2, ::3]
+    strided.copy_(batch.tril() + torch.full_like(batch, math.nan).triu(1).nan_to_num(0))
+    strided[3, n - 1, 0] = math.inf
+    values, vectors = eigh(strided)
+    assert bool(values[3].isnan().all() & vectors[3].isnan().all())
+    bar = 1e-5 if dtype == torch.float32 else 1e-12
+    for index in (0, 2, 4, 10):
+        check(values[index], batch[index])
+        basis = vectors[index].double()
+        residual = batch[index].double() @ basis - basis * values[index].double()
+        assert float(residual.abs().max()) <= bar * max(1.0, float(values[index].abs().max()))
+        assert float((basis.T @ basis - torch.eye(n)).abs().max()) <= bar
+
+
+def test_vectors_of_a_mixed_list_belong_to_their_matrices() -> None:
+    matrices = [random(n).float() for n in (5, 40, 1)]
+    matrices.append(torch.stack([random(8).float()] * 12))
+    for system, matrix in zip(eigh(matrices), matrices, strict=True):
+        assert bool((system.eigenvalues.diff() >= 0).all())
+        rebuilt = system.eigenvectors * system.eigenvalues[..., None, :]
+        torch.testing.assert_close(
+            rebuilt @ system.eigenvectors.mT, matrix, rtol=0, atol=2e-5 * float(matrix.abs().max())
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 6, 33, 100])
 def test_counts_enclose_the_truth_and_are_sharp_away_from_eigenvalues(
     n: int, dtype: torch.dtype
@@ -156,6 +242,62 @@ def test_counts_enclose_the_truth_and_are_sharp_away_from_eigenvalues(
     on_it = count_above(matrix, float(eigenvalues[0]))
     assert int(on_it.low) <= n - 1
     assert int(on_it.high) == n
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("n", [2, 33, 90])
+def test_counts_fall_with_the_threshold_and_agree_with_eigenvalues(
+    n: int, family: str, dtype: torch.dtype
+) -> None:
+    matrix = FAMILIES[family](n).to(dtype)
+    exact = eigvalsh_reference(matrix)
+    size = float(exact.abs().max())
+    taus = (torch.linspace(-1.1, 1.1, 37, dtype=torch.float64) * size).to(dtype)
+    low, high = count_above(matrix, taus)
+    truth = count_above_reference(matrix, taus)
+    assert bool((low <= truth).all() & (truth <= high).all())
+    assert bool((low.diff() <= 0).all() & (high.diff() <= 0).all())
+    # An interval opens only where an eigenvalue is within twice the error bound of tau.
+    near = (exact[None] - taus[:, None].double()).abs().amin(-1)
+    clear = near > 2 * eigenvalue_tolerance(n, dtype) * 3 * max(size, 1e-300)
+    assert torch.equal(low[clear], high[clear])
+    positive = count_above(matrix, 1.05 * size + 1e-35)
+    assert (int(positive.low), int(positive.high)) == (0, 0)
+    negative = count_above(matrix, -1.05 * size - 1e-35)
+    assert (int(negative.low), int(negative.high)) == (n, n)
+
+
+def test_counts_of_large_wilkinson_matrices_enclose_the_truth() -> None:
+    matrix = wilkinson(1025).float()
+    taus = torch.linspace(-1.0, 513.0, 41)
+    low, high = count_above(matrix, taus)
+    truth = count_above_reference(matrix, taus)
+    assert bool((low <= truth).all() & (truth <= high).all())
+
+
+def test_counts_of_a_mixed_list_and_of_thresholds_for_each_matrix() -> None:
+    batch = torch.stack([torch.diag(torch.tensor([-2.0, 0.0, float(k)])) for k in range(1, 5)])
+    low, high = count_above(
+        batch, torch.tensor([[-1.0, 0.5], [-1.0, 2.5], [-3.0, 9.0], [0.5, 3.5]])
+    )
+    assert low.tolist() == high.tolist() == [[2, 1], [2, 0], [3, 0], [1, 1]]
+    one, several = count_above([torch.eye(4), batch], [0.5, torch.tensor([-1.0, 0.5])])
+    assert int(one.low) == int(one.high) == 4
+    assert several.low.tolist() == [[2, 1]] * 4
+
+
+def test_one_graph_under_compile() -> None:
+    def solve(matrices: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = eigvalsh(matrices)
+        system = eigh(matrices[0])
+        low, _ = count_above(matrices[1], 0.5)
+        return values[0] * 2, system.eigenvalues, system.eigenvectors, low
+
+    matrices = [random(6).float(), torch.stack([random(5).float()] * 3)]
+    compiled = torch.compile(solve, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(compiled(matrices), solve(matrices), strict=True):
+        assert torch.equal(ours, eager)
 
 
 @pytest.mark.parametrize("function", [eigvalsh, eigh, lambda A: count_above(A, 0.5)])
@@ -190,5 +332,6 @@ def test_a_nan_threshold_is_named(tau: object) -> None:
 def test_opcheck() -> None:
     batch = [random(4).float(), random(3).float().expand(2, 3, 3)]
     torch.library.opcheck(torch.ops.fastcov.eigvalsh, (batch,))
+    torch.library.opcheck(torch.ops.fastcov.eigh, (batch,))
     taus = [torch.zeros(1), torch.zeros(2, 1)]
     torch.library.opcheck(torch.ops.fastcov.count_above, (batch, taus))
