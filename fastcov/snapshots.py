@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import weakref
 from collections import deque
 from typing import Any, NamedTuple
@@ -43,7 +44,13 @@ class SnapshotQueue:
             len(self._pending) > most_pending or self._pending[0].spectra.is_ready()
         ):
             pending = self._pending.popleft()
-            self.history.append(Snapshot(pending.step, pending.wall_s, pending.spectra.get()))
+            try:
+                snapshot = Snapshot(pending.step, pending.wall_s, pending.spectra.get())
+                self.history.append(snapshot)
+            except Exception as error:
+                # A full disk must not end the training that happens to be at some later step.
+                what = f"{type(error).__name__}: {error}"
+                warnings.warn(f"no snapshot at step {pending.step}, {what}", stacklevel=2)
 
     def poll(self) -> None:
         """Appends what is ready; waits for nothing."""

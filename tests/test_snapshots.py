@@ -86,6 +86,16 @@ def test_nothing_pending_is_lost(end: str) -> None:
     assert queue.history.steps() == [0]
 
 
+def test_one_that_fails_is_a_warning_and_the_next_one_is_kept() -> None:
+    owner, late = Owner(), Later(-1.0)  # its trace is negative: no spectrum
+    queue = SnapshotQueue(History(), owner)
+    queue.add(0, late)
+    queue.add(1, Later(1.0))
+    with pytest.warns(UserWarning, match="no snapshot at step 0, ValueError"):
+        queue.deliver()
+    assert queue.history.steps() == [1]
+
+
 def small_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
