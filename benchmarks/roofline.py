@@ -2,13 +2,15 @@
 
 A layer's rows must be read once, and its lower triangle takes half the flops of a full product,
 rounded up to whole tiles: the floor is the longer of the two. ``python benchmarks/roofline.py``
-prints ResNet-50's 53 convolution outputs for a training batch and for a detection batch; give
-measured rates to hold a measurement against its own machine.
+prints ResNet-50's 53 convolution outputs for a training batch and for a detection batch, or any
+layers: ``python benchmarks/roofline.py 802816x256 50176x1024*6``. Give measured rates to hold a
+measurement against its own machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -131,14 +133,39 @@ def format_table(
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Prints the two tables."""
+def parsed_layers(text: str, dtype: str = "bfloat16") -> list[Layer]:
+    """Layers of one word: ROWSxCHANNELS, or ROWSxCHANNELS*COUNT for several alike.
+
+    Raises:
+        ValueError: If the word is anything else, or a number in it is 0.
+
+    Example:
+        >>> [(layer.rows, layer.channels) for layer in parsed_layers("4096x64*2")]
+        [(4096, 64), (4096, 64)]
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)(?:\*(\d+))?", text)
+    rows, channels, count = (int(number or 1) for number in found.groups()) if found else (0, 0, 0)
+    if not rows * channels * count:
+        raise ValueError(f"{text!r} is no layer: give ROWSxCHANNELS or ROWSxCHANNELS*COUNT")
+    return [Layer(rows, channels, dtype)] * count
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the floors of layers; without any, those of ResNet-50 at two sizes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("layers", nargs="*", help="ROWSxCHANNELS or ROWSxCHANNELS*COUNT")
     parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes a second")
     parser.add_argument("--matmul-flops", type=float, default=MATMUL_FLOPS, help="flops a second")
     parser.add_argument("--dtype", choices=sorted(PRODUCTS), default="bfloat16")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    try:
+        layers = [layer for word in options.layers for layer in parsed_layers(word, options.dtype)]
+    except ValueError as error:
+        parser.error(str(error))
     print(f"at {options.bandwidth / 1e12:.2f} TB/s and {options.matmul_flops / 1e12:.0f} TFLOP/s")
+    if layers:
+        print("\n" + format_table("layers", layers, options.bandwidth, options.matmul_flops))
+        return
     for title, sizes in (
         ("ResNet-50, batch 256 at 224x224, every row", (256, 224, 224)),
         ("ResNet-50 as a detector's backbone, batch 2 at 800x1344, every row", (2, 800, 1344)),

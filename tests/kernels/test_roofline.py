@@ -63,3 +63,38 @@ def test_table_sums_to_the_total(roofline):
     total_ms = roofline.total_floor_s(layers) * 1e3
     assert table.endswith(f"53 layers: at least {total_ms:.2f} ms")
     assert sum(int(line.split()[0]) for line in table.splitlines()[2:-1]) == 53
+
+
+def test_floors_by_hand(roofline):
+    """200 rows of 300 channels: 3 tiles of 128 along the edge, 6 below and on the diagonal."""
+    layer = roofline.Layer(200, 300, "float32")
+    floor = roofline.layer_floor(layer, bandwidth=1e9, matmul_flops=1e12)
+    assert floor.read_s == pytest.approx(200 * 300 * 4 / 1e9)
+    # float32 takes six products of bfloat16 parts, see kernels/tiles.py.
+    assert floor.matmul_s == pytest.approx(6 * 2 * 200 * 6 * 128**2 / 1e12)
+    assert floor.wall_s == max(floor.read_s, floor.matmul_s)
+
+
+def test_command_prints_the_design_floors(roofline, capsys):
+    roofline.main([])
+    totals = [line for line in capsys.readouterr().out.splitlines() if "layers: at least" in line]
+    assert [float(line.split()[-2]) for line in totals] == pytest.approx([2.5, 0.41], rel=0.03)
+
+
+def test_command_prints_any_layers(roofline, capsys):
+    roofline.main(["802816x256", "50176x1024*6", "--bandwidth", "2e12", "--matmul-flops", "5e14"])
+    lines = capsys.readouterr().out.splitlines()
+    layers = [*roofline.parsed_layers("802816x256"), *roofline.parsed_layers("50176x1024*6")]
+    total_ms = roofline.total_floor_s(layers, 2e12, 5e14) * 1e3
+    assert lines[-1] == f"7 layers: at least {total_ms:.2f} ms"
+    assert [line.split()[:3] for line in lines[-3:-1]] == [
+        ["1", "802816", "256"],
+        ["6", "50176", "1024"],
+    ]
+
+
+@pytest.mark.parametrize("word", ["256", "0x64", "64x0", "8x8*0", "8x-8", "8x8x8"])
+def test_command_names_what_is_no_layer(roofline, capsys, word):
+    with pytest.raises(SystemExit):
+        roofline.main([word])
+    assert f"'{word}' is no layer" in capsys.readouterr().err

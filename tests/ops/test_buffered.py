@@ -64,11 +64,11 @@ def test_steady_state_never_waits_for_the_host(rows: str) -> None:
         for _ in range(3):
             model(batch)
         torch.cuda.synchronize()
-        before = torch.cuda.memory_stats()["num_alloc_retries"]
+        before = torch.cuda.memory_stats()["segment.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(10):
                 model(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.cuda.memory_stats()["num_alloc_retries"] == before
+        assert torch.cuda.memory_stats()["segment.all.allocated"] == before
