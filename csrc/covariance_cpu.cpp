@@ -59,9 +59,10 @@ T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
 }
 
 void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count, Tensor rows,
-                 std::optional<Tensor> row_weight, double row_scale, double decay) {
+                 std::optional<Tensor> row_weight, double row_scale, double decay,
+                 int64_t channel_dim) {
   Update update;
-  update.rows = view_rows(rows);
+  update.rows = view_rows(rows, channel_dim);
   update.dtype = dtype_of(rows);
   const int64_t channels = update.rows.channels;
   update.moment = state_pointer<double>(moment, ScalarType::Double, channels * channels);

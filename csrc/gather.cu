@@ -118,8 +118,8 @@ void launch(void* buffer, const RowsView& view, const Sampling& sampling, int64_
 }
 
 void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sample, int64_t samples,
-             int64_t run_length, int64_t phase) {
-  const RowsView view = view_rows(rows);
+             int64_t run_length, int64_t phase, int64_t channel_dim) {
+  const RowsView view = view_rows(rows, channel_dim);
   check_gather(buffer, rows, view, buffer_row, first_sample, samples, run_length);
   if (samples == 0 || view.rows == 0 || view.channels == 0) return;
   const Sampling sampling = sampling_of(rows, view, first_sample, run_length, phase);

@@ -30,17 +30,22 @@ struct RowsView {
   int64_t run_stride() const { return stride[kMaxLeading - 1]; }
 };
 
-inline RowsView view_rows(const Tensor& rows) {
+// channel_dim: where the channels are, -1 or behind dimension 0; rows run over the others in order.
+inline RowsView view_rows(const Tensor& rows, int64_t channel_dim) {
   const int64_t dims = rows.dim();
   STD_TORCH_CHECK(dims >= 1 && dims <= kMaxLeading + 1, "rows must have 1 to 8 dimensions");
+  if (channel_dim == -1) channel_dim = dims - 1;
+  STD_TORCH_CHECK(channel_dim < dims && channel_dim >= (dims > 1 ? 1 : 0),
+                  "channel_dim must be -1 or a dimension behind the first");
   RowsView view{};
   view.data = static_cast<const char*>(rows.const_data_ptr());
   view.item_bytes = static_cast<int64_t>(rows.element_size());
-  view.channels = rows.size(dims - 1);
-  view.channel_stride = view.channels == 1 ? 1 : rows.stride(dims - 1);
+  view.channels = rows.size(channel_dim);
+  view.channel_stride = view.channels == 1 ? 1 : rows.stride(channel_dim);
   view.rows = 1;
   int slot = kMaxLeading;
-  for (int64_t dim = dims - 2; dim >= 0; --dim) {
+  for (int64_t dim = dims - 1; dim >= 0; --dim) {
+    if (dim == channel_dim) continue;
     const int64_t size = rows.size(dim);
     const int64_t stride = rows.stride(dim);
     view.rows *= size;

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
 
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
+from fastcov.seen import Seen
 
 
 @dataclass
@@ -17,22 +18,21 @@ class _Span:
     weight: float
 
 
-def buffer_rows(rows: Tensor) -> int:
-    """Rows that a buffer for these holds before it is emptied. rows: [..., C]"""
-    return BUFFER_ROWS_PER_CHANNEL * rows.shape[-1]
-
-
 class RowBuffer:
     """A buffer in the rows' dtype, filled from the front.
 
     Args:
         is_marked: Whether rows differ in weight: their steps and weights are kept.
+        first_fill: Share of it that fills before it has no more room for the first time.
     """
 
-    def __init__(self, is_marked: bool) -> None:
+    def __init__(self, is_marked: bool, first_fill: float = 1.0) -> None:
         self.fill = 0
         self._is_marked = is_marked
+        self._first_fill = first_fill
         self._storage: Tensor | None = None
+        self._capacity = 0
+        self._limit = 0  # rows that this fill takes
         self._spans: list[_Span] = []
 
     @property
@@ -46,26 +46,29 @@ class RowBuffer:
         return self._spans[-1].step if self._spans else None
 
     def has_room(self, wanted: int) -> bool:
-        """Whether so many rows fit behind those that wait."""
-        return self._storage is None or self._storage.shape[0] - self.fill >= wanted
+        """Whether so many rows may come behind those that wait: always, where none waits."""
+        return self.fill + wanted <= self._limit or self.fill == 0
 
-    def room(self, like: Tensor, wanted: int) -> Tensor:
+    def room(self, seen: Seen, wanted: int) -> Tensor:
         """Storage for the next rows, from :attr:`fill` on; made or grown where needed.
 
         Args:
-            like: Rows of the dtype, device and width to come. [..., C]
+            seen: Of the rows to come.
             wanted: How many.
 
         Returns:
             The whole storage. [capacity, C]
         """
-        if self._storage is None or not self.has_room(wanted):
+        if self._storage is None or self.fill + wanted > self._capacity:
             # Tensors made under inference_mode could not be written in training later.
             with torch.inference_mode(False):
-                capacity = max(buffer_rows(like), self.fill + wanted)
-                grown = like.new_empty(capacity, like.shape[-1])
-            if self._storage is not None and self.fill:
+                self._capacity = max(seen.buffer_rows, self.fill + wanted)
+                grown = seen.new_rows(self._capacity)
+            if self._storage is None:
+                self.stagger()
+            else:
                 grown[: self.fill] = self._storage[: self.fill]
+                self._limit = self._capacity
             self._storage = grown
         return self._storage
 
@@ -96,11 +99,17 @@ class RowBuffer:
         )
 
     def clear(self) -> None:
-        """Drops the rows; the storage stays for the next."""
+        """Drops the rows; the storage stays for the next, and all of it is filled."""
         self.fill = 0
         self._spans = []
+        self._limit = self._capacity
+
+    def stagger(self) -> None:
+        """Makes the next fill the first again: all buffers were emptied at one moment."""
+        self._limit = ceil(self._capacity * self._first_fill)
 
     def release(self) -> None:
         """Drops the rows and the storage: the next have another dtype or device."""
-        self.clear()
         self._storage = None
+        self._capacity = 0
+        self.clear()

@@ -17,8 +17,15 @@ from fastcov.isolation import has_modes, is_transformed, isolated
 from fastcov.ops.library import observers
 from fastcov.reader import Reader
 from fastcov.replay import DeviceCounters
-from fastcov.rows import plain_tensor, row_view
-from fastcov.sampling import LayerLoad, read_fraction, rows_per_channel, sequence_phase
+from fastcov.rows import plain_tensor, row_order, row_view
+from fastcov.sampling import (
+    LayerLoad,
+    first_fill,
+    read_fraction,
+    rows_per_channel,
+    sequence_phase,
+)
+from fastcov.seen import Seen
 from fastcov.sharing import SharedInputs
 from fastcov.state import CovarianceState
 from fastcov.steps import Steps, is_recomputing
@@ -74,6 +81,7 @@ class Collector:
         self.step = Steps()
         self._modules: list[Callable[[], nn.Module | None]] = []
         self._by_tap: list[Reader] = []
+        self._seen: list[Seen | None] = []  # of outputs, whose reader is the tap's own
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
         self._counters: DeviceCounters | None = None
@@ -106,6 +114,7 @@ class Collector:
             self._modules.append(weakref.ref(module))
             reader = self._make_reader(tap)
             self._by_tap.append(reader)
+            self._seen.append(None)
             self.readers[tap.name] = reader
             self._handles.append(
                 module.register_forward_hook(hook.output)
@@ -128,6 +137,7 @@ class Collector:
             decay=self.decay,
             phase=sequence_phase(tap.name, rank),
             fraction=fraction,
+            first_fill=first_fill(self.taps.index(tap)),
         )
 
     def _skip_wide(self, name: str, channels: int) -> None:
@@ -177,6 +187,10 @@ class Collector:
                 is_wrapped = is_transformed()
                 with isolated():
                     self._observe(tap, activation, batch_dims, is_wrapped)
+                return
+            seen = self._seen[tap]
+            if seen is not None and not batch_dims and seen.fits(activation):
+                self._by_tap[tap].read(activation, seen)
             else:
                 self._observe(tap, activation, batch_dims, False)
         except Exception as error:
@@ -189,7 +203,8 @@ class Collector:
             self.refuse(tap, found)
             return
         plain, hidden_dims = found
-        rows = row_view(plain.detach(), spec.layout, spec.batched_rank, batch_dims + hidden_dims)
+        batch_dims += hidden_dims
+        rows = row_view(plain.detach(), spec.layout, spec.batched_rank, batch_dims)
         channels = rows.shape[-1]
         if rows.numel() == 0:
             return
@@ -213,7 +228,11 @@ class Collector:
             reason = f"gave {channels} channels after {state.channels}: not read since then"
             self._give_up(reader, reason)
             return
-        reader.read(rows)
+        order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
+        seen = Seen(rows, plain, order)
+        reader.read(plain if seen.is_repeatable else rows, seen)
+        is_own = plain is activation and spec.position == "output"
+        self._seen[tap] = seen if seen.is_repeatable and is_own else None
 
     def _is_sharded(self, tap: int) -> bool:
         module = self._modules[tap]()

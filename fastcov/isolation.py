@@ -9,19 +9,20 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+# Bound once: they are asked in every hook.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform_level = torch._C._functorch.maybe_current_level
+
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp) is running."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return _transform_level() is not None
 
 
 def has_modes() -> bool:
     """Whether some mode or transform would see the operators called here."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or is_transformed()
-    )
+    return _dispatch_modes() > 0 or _function_modes() > 0 or _transform_level() is not None
 
 
 @contextmanager

@@ -1,9 +1,4 @@
-"""Reads the activations of one tap into its CovarianceState: at once, or through a buffer.
-
-Where a call brings many rows, they are added at once, while the activation is in cache. Sampled
-rows, and calls that bring few, are copied into a buffer of about 2C rows first and added together:
-updating a float64 state costs more than the gram itself when it brings fewer rows than that.
-"""
+"""Reads the activations of one tap: which of their rows, on the host's counters or the device's."""
 
 from __future__ import annotations
 
@@ -14,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.buffer import RowBuffer, buffer_rows
+from fastcov.adder import Adder
+from fastcov.ops import library
 from fastcov.ops.buffered import DeviceBuffer, has_device_buffers
-from fastcov.rows import run_length
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, fixed_point, rows_due
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, rows_due
+from fastcov.seen import Seen
 from fastcov.state import CovarianceState
 
-_HALF = (torch.bfloat16, torch.float16)
 _WAITING_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the budget
 
 
@@ -33,49 +28,38 @@ class _Waiting:
     is_whole: bool
 
 
-class Reader:
+class Reader(Adder):
     """Running statistics of one tap.
 
     Args:
         name: Canonical name of the tap.
-        weighting: "position": every row weighs 1. "image": every index of dim 0 weighs 1 a step,
-            shared by its positions over all calls of the step.
-        decay: Factor on everything seen before, once a step; None keeps everything.
         phase: Start of the sampling sequence.
         fraction: Share of the rows to read, None until :meth:`plan` is called.
+        weighting: See :class:`fastcov.adder.Adder`.
+        decay: Likewise.
+        first_fill: Likewise.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        weighting: Literal["position", "image"],
-        decay: float | None,
         phase: int,
         fraction: float | None,
+        weighting: Literal["position", "image"],
+        decay: float | None,
+        first_fill: float = 1.0,
     ) -> None:
+        super().__init__(weighting=weighting, decay=decay, fraction=fraction, first_fill=first_fill)
         self.name = name
-        self.weighting = weighting
-        self.decay = decay
         self.phase = phase
-        self.fraction = fraction
-        self.state: CovarianceState | None = None
         self.offered_rows = 0  # of the running step, then of the last one
-        self.calls = 0  # likewise
-        self.total_calls = 0
-        self.state_step = 0  # the step up to which decay has been applied
-        self._pooled: CovarianceState | None = None
-        self._is_pooled: bool | None = None  # unknown before the first step has ended
-        self._is_unweighted = False  # the state, during that step
-        self._positions = 0  # of one image, over the calls of the running step
-        self._buffer = RowBuffer(is_marked=weighting == "image" or decay is not None)
         self._sampled = 0
         self._carry = 0
         self._waiting: list[_Waiting] = []
-        self._step = 0
         self._device_buffer: DeviceBuffer | None = None
         self._device_step: Tensor | None = None
-        self._dtype: torch.dtype | None = None  # of the rows read last
+        self._device: torch.device | None = None  # of the state
 
     def begin_step(self, step: int) -> None:
         """Forgets the sizes of the step before."""
@@ -93,46 +77,58 @@ class Reader:
             self.flush()
             self.state.to(device)
             self._buffer.release()
+        self._device = device
         return self.state
 
-    def read(self, rows: Tensor) -> None:
-        """Takes what this call contributes. rows: a row view [B, ..., C]."""
-        shape = rows.shape
-        offered = rows.numel() // shape[-1]
+    def read(self, activation: Tensor, seen: Seen | None = None) -> None:
+        """Takes what this call contributes.
+
+        Args:
+            activation: One that ``seen`` fits, or a row view. [B, ..., C]
+            seen: Its sizes; None looks for them.
+        """
+        if seen is None:
+            seen = Seen(activation)
+        offered = seen.rows
         if offered == 0:
             return
         self.total_calls += 1
         self.calls += 1
         self.offered_rows += offered
-        self._positions += offered // shape[0]
-        if self._device_buffer is not None and self._fits(self._device_buffer, rows):
+        self._positions += seen.positions
+        if self._device_buffer is not None and self._fits(self._device_buffer, seen):
             assert self._device_step is not None
+            rows, fraction = seen.view(activation), self._fixed_fraction
             self._device_buffer.gather(
-                rows, self._device_step, self._fixed_fraction, run_length(rows), self.phase
+                rows, self._device_step, fraction, seen.run_length, self.phase
             )
-        elif self.fraction is None:
-            self.prepare(shape[-1], rows.device)
-            self._wait(rows, offered)
-        elif self._fixed_fraction >= WHOLE:
-            self.prepare(shape[-1], rows.device)
-            self._add(rows)
-        else:
+            return
+        due = 0
+        if 0 < self._fixed_fraction < WHOLE:
             due, self._carry = rows_due(offered, self._fixed_fraction, self._carry)
-            if due:
-                self.prepare(shape[-1], rows.device)
-                self._sample(rows, offered, due)
+            if due == 0:
+                return
+        if self._device != seen.device or self.state is None:
+            self.prepare(seen.channels, seen.device)
+        if due:
+            self._sample(activation, seen, due)
+        elif self._fraction is None:
+            self._wait(activation, seen)
+        else:
+            self._add(activation, seen)
 
-    def _wait(self, rows: Tensor, offered: int) -> None:
-        self._match_dtype(rows)
-        kept_before = sum(part.rows.numel() for part in self._waiting) // rows.shape[-1]
-        limit = max(buffer_rows(rows) - kept_before, ceil(offered * _WAITING_SHARE))
+    def _wait(self, activation: Tensor, seen: Seen) -> None:
+        offered = seen.rows
+        self._match_dtype(seen.dtype)
+        kept_before = sum(part.rows.numel() for part in self._waiting) // seen.channels
+        limit = max(seen.buffer_rows - kept_before, ceil(offered * _WAITING_SHARE))
         kept: Tensor
         if offered <= limit:
-            kept = rows.clone(memory_format=torch.contiguous_format)
+            kept = seen.view(activation).clone(memory_format=torch.contiguous_format)
         else:
             # Any prefix of the sampling sequence is a fair sample: the plan keeps what is due.
-            kept = rows.new_empty(limit, rows.shape[-1])
-            self._gather(kept, 0, rows, limit)
+            kept = seen.new_rows(limit)
+            self._gather(kept, 0, activation, seen, limit)
         self._waiting.append(_Waiting(kept, offered, offered <= limit))
 
     def plan(self, fraction: float) -> None:
@@ -140,121 +136,41 @@ class Reader:
         self.fraction = fraction
         waiting, self._waiting = self._waiting, []
         for part in waiting:
-            if self._fixed_fraction >= WHOLE:
-                self._add(part.rows)
-                continue
-            due, self._carry = rows_due(part.offered, self._fixed_fraction, self._carry)
-            if part.is_whole and due:
-                self._sample(part.rows, part.offered, due)
-            else:
-                self._add(part.rows[:due])
+            rows = part.rows
+            if self._fixed_fraction < WHOLE:
+                due, self._carry = rows_due(part.offered, self._fixed_fraction, self._carry)
+                if part.is_whole and due:
+                    self._sample(rows, Seen(rows), due)
+                    continue
+                rows = rows[:due]
+            self._add(rows, Seen(rows))
 
-    @property
-    def fraction(self) -> float | None:
-        """Share of the rows to read; None until it is planned."""
-        return self._fraction
-
-    @fraction.setter
-    def fraction(self, fraction: float | None) -> None:
-        self._fraction = fraction
-        self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
-
-    def _sample(self, rows: Tensor, offered: int, due: int) -> None:
-        if due >= offered:
-            self._add(rows)
-        elif due > buffer_rows(rows):
-            sample = rows.new_empty(due, rows.shape[-1])
-            self._gather(sample, 0, rows, due)
-            self._add(sample)
+    def _sample(self, activation: Tensor, seen: Seen, due: int) -> None:
+        if due >= seen.rows:
+            self._add(activation, seen)
+        elif due > seen.buffer_rows:
+            sample = seen.new_rows(due)
+            self._gather(sample, 0, activation, seen, due)
+            self._add(sample, Seen(sample))
         else:
-            buffer = self._room(rows, due)
-            self._gather(buffer, self._buffer.fill, rows, due)
+            buffer = self._room(seen, due)
+            self._gather(buffer, self._buffer.fill, activation, seen, due)
             self._buffer.mark(due, self._step)
 
-    def _gather(self, buffer: Tensor, buffer_row: int, rows: Tensor, samples: int) -> None:
-        torch.ops.fastcov.gather_(
-            buffer, rows, buffer_row, self._sampled, samples, run_length(rows), self.phase
+    def _gather(
+        self, buffer: Tensor, buffer_row: int, activation: Tensor, seen: Seen, samples: int
+    ) -> None:
+        library.gather_(
+            buffer,
+            seen.source(activation),
+            buffer_row,
+            self._sampled,
+            samples,
+            seen.run_length,
+            self.phase,
+            seen.channel_dim,
         )
         self._sampled += samples
-
-    def _add(self, rows: Tensor) -> None:
-        # Every row of a view: at once where it brings many, else through the buffer.
-        count = rows.numel() // rows.shape[-1]
-        if count == 0:
-            return
-        if count >= buffer_rows(rows):
-            self._add_at_once(rows)
-        else:
-            buffer = self._room(rows, count)
-            fill = self._buffer.fill
-            buffer[fill : fill + count].view(rows.shape).copy_(rows)
-            self._buffer.mark(count, self._step)
-
-    def _add_at_once(self, rows: Tensor) -> None:
-        assert self.state is not None
-        self._match_dtype(rows)
-        if self.weighting == "image":
-            # The weight of a row is known when the step's last call has been seen.
-            if self._is_pooled is False and self.calls == 1:
-                self._accumulate(rows, self._step, row_scale=self._row_weight())
-                return
-            if self._is_pooled is None and self.total_calls == self.calls:
-                self._accumulate(rows, self._step)  # all that the state holds is of this step
-                self._is_unweighted = True
-                return
-            if self._pooled is None:
-                self._pooled = CovarianceState(self.state.channels, rows.device)
-            self._pooled.update(rows)
-            return
-        self._accumulate(rows, self._step)
-
-    def _accumulate(
-        self, rows: Tensor, step: int, row_weight: Tensor | None = None, row_scale: float = 1.0
-    ) -> None:
-        state = self.state
-        assert state is not None
-        torch.ops.fastcov.accumulate_(
-            state.moment,
-            state.sum,
-            state.shift,
-            state.weight,
-            state.count,
-            rows,
-            row_weight,
-            row_scale,
-            self._decay_until(step),
-        )
-
-    def _decay_until(self, step: int) -> float:
-        steps, self.state_step = step - self.state_step, max(step, self.state_step)
-        return 1.0 if self.decay is None else self.decay ** max(steps, 0)
-
-    def _row_weight(self) -> float:
-        # Horvitz-Thompson: a row read with probability `fraction` stands for 1 / fraction rows.
-        if self.weighting == "position":
-            return 1.0
-        assert self.fraction is not None
-        return 1.0 / (self._positions * min(self.fraction, 1.0))
-
-    # the buffer
-
-    def _room(self, rows: Tensor, wanted: int) -> Tensor:
-        self._match_dtype(rows)
-        # A step's weights are final at its end only: until then its rows may not leave the buffer.
-        is_held = self.weighting == "image" and self._buffer.last_step == self._step
-        if not is_held and not self._buffer.has_room(wanted):
-            self.flush()
-        return self._buffer.room(rows, wanted)
-
-    def _match_dtype(self, rows: Tensor) -> None:
-        before, self._dtype = self._dtype, rows.dtype
-        if before is None or before is rows.dtype or self.state is None:
-            return
-        self.flush()
-        self._buffer.release()
-        if rows.dtype in _HALF and before not in _HALF:
-            # Half-precision rows have no exact form about a shift.
-            self.state.translate_(torch.zeros_like(self.state.shift))
 
     def use_device_buffer(self, step: Tensor) -> DeviceBuffer | None:
         """Moves the counters to the device, so that CUDA graphs can replay the sampling.
@@ -290,9 +206,9 @@ class Reader:
         )
         return self._device_buffer
 
-    def _fits(self, buffer: DeviceBuffer, rows: Tensor) -> bool:
+    def _fits(self, buffer: DeviceBuffer, seen: Seen) -> bool:
         due = self.offered_rows * self._fixed_fraction >> 32
-        if buffer.dtype == rows.dtype and due + self.calls <= buffer.most_rows:
+        if buffer.dtype == seen.dtype and due + self.calls <= buffer.most_rows:
             return True
         # Another precision, or larger batches than planned: back to counters on the host.
         self.leave_device()
@@ -314,36 +230,7 @@ class Reader:
         """Adds the buffered rows to the state."""
         if self._device_buffer is not None and self._device_step is not None:
             self._device_buffer.flush(self._device_step, self.decay or 1.0)
-        rows = self._buffer.rows
-        if rows is None:
-            return
-        row_weight = self._buffer.row_weight(self.decay or 1.0)
-        last = self._buffer.last_step
-        self._accumulate(
-            rows,
-            self.state_step if last is None else last,
-            None if row_weight is None else row_weight.to(rows.device),
-        )
-        self._buffer.clear()
-
-    def end_step(self) -> None:
-        """Settles the weights of the step: all its calls have been seen."""
-        if self.calls == 0:
-            return
-        self._is_pooled = self.calls > 1
-        if self.weighting == "position":
-            return
-        self._buffer.weigh(self._step, self._row_weight())
-        if self._is_unweighted and self.state is not None:
-            self.state.scale_(self._row_weight())
-            self._is_unweighted = False
-        if self._pooled is not None and self.state is not None:
-            self.state.scale_(self._decay_until(self._step))
-            self.state.merge(self._pooled, scale=self._row_weight())
-            if self._is_pooled:
-                self._pooled.reset()
-            else:
-                self._pooled = None
+        super().flush()
 
     # keeping
 

@@ -74,13 +74,6 @@ def batched_rank(module: nn.Module) -> int | None:
     return 3 if isinstance(module, _RECURRENT) else None
 
 
-def _channels_to_end(dims: int) -> tuple[int, ...]:
-    return (0, *range(2, dims), 1)
-
-
-_CHANNELS_TO_END = {dims: _channels_to_end(dims) for dims in range(2, 6)}
-
-
 def unreadable_type(kind: type[Tensor]) -> str:
     """Why tensors of a type hold no plain rows; empty where they do."""
     if kind.__torch_dispatch__ is _DENSE:
@@ -139,6 +132,35 @@ def _unwrapped(activation: Tensor) -> tuple[Tensor, int]:
     return activation.detach().permute(front + visible), len(front)
 
 
+def row_order(
+    dims: int, layout: Layout, rank: int | None = None, batch_dims: int = 0
+) -> tuple[int, ...] | None:
+    """Order of an activation's dimensions in its row view.
+
+    Args:
+        dims: Of the activation.
+        layout: See :func:`row_view`.
+        rank: Likewise.
+        batch_dims: Likewise.
+
+    Returns:
+        A permutation; None where the row view has dimensions added or merged.
+
+    Example:
+        >>> row_order(4, Layout.CHANNELS_FIRST)
+        (0, 2, 3, 1)
+    """
+    if batch_dims or not 2 <= dims <= _MAX_DIMS or (rank is not None and dims == rank - 1):
+        return None
+    if layout is Layout.BY_RANK:
+        layout = Layout.CHANNELS_FIRST if dims >= 4 else Layout.CHANNELS_LAST
+    if layout is Layout.CHANNELS_FIRST:
+        return (0, *range(2, dims), 1)
+    if layout is Layout.SEQUENCE_FIRST and dims >= 3:
+        return (1, 0, *range(2, dims))
+    return tuple(range(dims))
+
+
 def row_view(
     activation: Tensor, layout: Layout, rank: int | None = None, batch_dims: int = 0
 ) -> Tensor:
@@ -164,6 +186,8 @@ def row_view(
         rows = inner(activation).flatten(0, batch_dims)
         return rows if rows.dim() <= _MAX_DIMS else rows.flatten(1, 1 - _MAX_DIMS)
     dims = activation.dim()
+    if (order := row_order(dims, layout, rank)) is not None:
+        return activation.permute(*order)
     if dims == 1:
         return activation[None]
     if rank is not None and dims == rank - 1:

@@ -22,6 +22,7 @@ ENOUGH_ROWS_PER_CHANNEL = 16
 BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: below, state traffic dominates."""
 
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _TRAINING_TO_FORWARD = 3  # flops of forward and backward over those of forward
 WHOLE = 1 << 32
 """Every row, as a fixed-point fraction: carried parts are then exact on every machine."""
@@ -102,6 +103,26 @@ def rows_due(rows: int, fraction: int, carry: int) -> tuple[int, int]:
     """
     due = rows * fraction + carry
     return due >> 32, due & (WHOLE - 1)
+
+
+def first_fill(layer: int) -> float:
+    """Share of a buffer that fills before it is emptied for the first time.
+
+    Equal rows per channel fill the buffers of all layers in the same step. Emptied once before,
+    each at another moment, they stay apart: no step pays for all. A golden-ratio sequence spreads
+    neighbours, which are of like width; every rank has the same, so that ranks wait for no other.
+
+    Args:
+        layer: Its number.
+
+    Returns:
+        In (0, 1].
+
+    Example:
+        >>> [round(first_fill(layer), 2) for layer in range(4)]
+        [1.0, 0.38, 0.76, 0.15]
+    """
+    return 1.0 - layer * _GOLDEN_RATIO % 1.0
 
 
 def sequence_phase(name: str, rank: int = 0, seed: int = 0) -> int:

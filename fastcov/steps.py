@@ -8,6 +8,8 @@ import torch
 
 from fastcov.replay import is_capturing
 
+_graph_task = torch._C._current_graph_task_id  # bound once: it is asked in every hook
+
 
 class Steps:
     """Counts steps: one is one forward of the root module, in training mode where asked.
@@ -92,4 +94,4 @@ class Steps:
 
 def is_recomputing() -> bool:
     """Whether this code runs inside a backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return _graph_task() != -1

@@ -16,7 +16,7 @@ from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
 from fastcov.bench.timing import Call
-from fastcov.ops.library import operators
+from fastcov.ops import library
 from fastcov.state import CovarianceState
 
 NO_HOOK = "no hook"
@@ -112,11 +112,11 @@ def _stubs(device: torch.device, calls: Counter[str]) -> Iterator[None]:
 
                 put(gather, "launch_cursor_gather_", ignored("gather"))
                 put(flush, "launch_flush_", ignored("flush"))
-            put(operators, "gather_", ignored("gather"))
-            put(operators, "accumulate_", ignored("accumulate"))
+            put(library, "gather_", ignored("gather"))
+            put(library, "accumulate_", ignored("accumulate"))
         else:
-            put(operators, "gather_", _dispatched_gather(calls))
-            put(operators, "accumulate_", _dispatched_accumulate(calls))
+            put(library, "gather_", _dispatched_gather(calls))
+            put(library, "accumulate_", _dispatched_accumulate(calls))
         yield
     finally:
         for owner, name, original in reversed(saved):
@@ -124,19 +124,19 @@ def _stubs(device: torch.device, calls: Counter[str]) -> Iterator[None]:
 
 
 def _dispatched_gather(calls: Counter[str]) -> Callable[..., None]:
-    real = operators.gather_
+    real = library.gather_
 
     def stub(
-        buffer: Tensor, rows: Tensor, row: int, first: int, _due: int, run: int, phase: int
+        buffer: Tensor, rows: Tensor, row: int, first: int, _due: int, run: int, *others: int
     ) -> None:
         calls["gather"] += 1
-        real(buffer, rows, row, first, 0, run, phase)
+        real(buffer, rows, row, first, 0, run, *others)
 
     return stub
 
 
 def _dispatched_accumulate(calls: Counter[str]) -> Callable[..., None]:
-    real = operators.accumulate_
+    real = library.accumulate_
     state = CovarianceState(1)
     none = torch.zeros(0, 1)
 

@@ -27,6 +27,11 @@ def _initial_shift(flat: Tensor) -> Tensor:
     return torch.where(torch.isfinite(shift).all(), shift, 0.0)
 
 
+def channels_to_end(rows: Tensor, channel_dim: int) -> Tensor:
+    """What an operator was given as rows, with the channels last. [..., C]"""
+    return rows if channel_dim == -1 else rows.detach().movedim(channel_dim, -1)
+
+
 def accumulate_(
     moment: Tensor,
     sum: Tensor,
@@ -37,8 +42,10 @@ def accumulate_(
     row_weight: Tensor | None,
     row_scale: float,
     decay: float,
+    channel_dim: int = -1,
 ) -> None:
     """See :func:`fastcov.ops.reference.accumulate_reference_`."""
+    rows = channels_to_end(rows, channel_dim)
     flat = rows.reshape(-1, rows.shape[-1])
     if len(flat) == 0:
         for tensor in (moment, sum, weight):
@@ -84,8 +91,10 @@ def gather_(
     samples: int,
     run_length: int,
     phase: int,
+    channel_dim: int = -1,
 ) -> None:
     """See :func:`fastcov.ops.reference.gather_reference_`."""
+    rows = channels_to_end(rows, channel_dim)
     channels = rows.shape[-1]
     images = rows.shape[0] if rows.dim() > 1 else 1
     total = rows.numel() // channels

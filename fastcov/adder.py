@@ -1,0 +1,191 @@
+"""Adds rows to one CovarianceState: at once, or through a buffer.
+
+Where a call brings many rows, they are added at once, while the activation is in cache. Sampled
+rows, and calls that bring few, are copied into a buffer of about 2C rows first and added together:
+updating a float64 state costs more than the gram itself when it brings fewer rows than that.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastcov.buffer import RowBuffer
+from fastcov.ops import library
+from fastcov.sampling import fixed_point
+from fastcov.seen import Seen
+from fastcov.state import CovarianceState
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Adder:
+    """State and buffer of one tap, and the weights of its rows.
+
+    Args:
+        weighting: "position": every row weighs 1. "image": every index of dim 0 weighs 1 a step,
+            shared by its positions over all calls of the step.
+        decay: Factor on everything seen before, once a step; None keeps everything.
+        fraction: Share of the rows that are read, None until it is planned.
+        first_fill: See :func:`fastcov.sampling.first_fill`.
+    """
+
+    def __init__(
+        self,
+        *,
+        weighting: Literal["position", "image"],
+        decay: float | None,
+        fraction: float | None,
+        first_fill: float,
+    ) -> None:
+        self.weighting = weighting
+        self.decay = decay
+        self.fraction = fraction
+        self.state: CovarianceState | None = None
+        self.calls = 0  # of the running step, then of the last one
+        self.total_calls = 0
+        self.state_step = 0  # the step up to which decay has been applied
+        self._pooled: CovarianceState | None = None
+        self._is_pooled: bool | None = None  # unknown before the first step has ended
+        self._is_unweighted = False  # the state, during that step
+        self._positions = 0  # of one image, over the calls of the running step
+        self._buffer = RowBuffer(weighting == "image" or decay is not None, first_fill)
+        self._step = 0
+        self._dtype: torch.dtype | None = None  # of the rows read last
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of the rows to read; None until it is planned."""
+        return self._fraction
+
+    @fraction.setter
+    def fraction(self, fraction: float | None) -> None:
+        self._fraction = fraction
+        self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
+
+    def _add(self, activation: Tensor, seen: Seen) -> None:
+        # Every row: at once where the call brings many, else through the buffer.
+        count = seen.rows
+        if count >= seen.buffer_rows:
+            if seen.dtype is not self._dtype:
+                self._match_dtype(seen.dtype)
+            if self.weighting == "position":
+                self._accumulate(seen.source(activation), self._step, channel_dim=seen.channel_dim)
+            else:
+                self._add_image_weighted(seen.view(activation))
+        elif count:
+            buffer = self._room(seen, count)
+            fill = self._buffer.fill
+            rows = seen.view(activation)
+            buffer[fill : fill + count].view(rows.shape).copy_(rows)
+            self._buffer.mark(count, self._step)
+
+    def _add_image_weighted(self, rows: Tensor) -> None:
+        assert self.state is not None
+        # The weight of a row is known when the step's last call has been seen.
+        if self._is_pooled is False and self.calls == 1:
+            self._accumulate(rows, self._step, row_scale=self._row_weight())
+        elif self._is_pooled is None and self.total_calls == self.calls:
+            self._accumulate(rows, self._step)  # all that the state holds is of this step
+            self._is_unweighted = True
+        else:
+            if self._pooled is None:
+                self._pooled = CovarianceState(self.state.channels, rows.device)
+            self._pooled.update(rows)
+
+    def _accumulate(
+        self,
+        rows: Tensor,
+        step: int,
+        row_weight: Tensor | None = None,
+        row_scale: float = 1.0,
+        channel_dim: int = -1,
+    ) -> None:
+        state = self.state
+        assert state is not None
+        library.accumulate_(
+            state.moment,
+            state.sum,
+            state.shift,
+            state.weight,
+            state.count,
+            rows,
+            row_weight,
+            row_scale,
+            self._decay_until(step),
+            channel_dim,
+        )
+
+    def _decay_until(self, step: int) -> float:
+        steps = step - self.state_step
+        if steps <= 0:
+            return 1.0
+        self.state_step = step
+        return 1.0 if self.decay is None else self.decay**steps
+
+    def _row_weight(self) -> float:
+        # Horvitz-Thompson: a row read with probability `fraction` stands for 1 / fraction rows.
+        if self.weighting == "position":
+            return 1.0
+        assert self.fraction is not None
+        return 1.0 / (self._positions * min(self.fraction, 1.0))
+
+    def _room(self, seen: Seen, wanted: int) -> Tensor:
+        if seen.dtype is not self._dtype:
+            self._match_dtype(seen.dtype)
+        buffer = self._buffer
+        if not buffer.has_room(wanted):
+            # A step's weights are final at its end only: until then its rows may not leave.
+            is_held = self.weighting == "image" and buffer.last_step == self._step
+            if not is_held:
+                self._flush_full()
+        return buffer.room(seen, wanted)
+
+    def _match_dtype(self, dtype: torch.dtype) -> None:
+        before, self._dtype = self._dtype, dtype
+        if before is None or before is dtype or self.state is None:
+            return
+        self.flush()
+        self._buffer.release()
+        if dtype in _HALF and before not in _HALF:
+            # Half-precision rows have no exact form about a shift.
+            self.state.translate_(torch.zeros_like(self.state.shift))
+
+    def flush(self) -> None:
+        """Adds the buffered rows to the state."""
+        self._flush_full()
+        self._buffer.stagger()
+
+    def _flush_full(self) -> None:
+        rows = self._buffer.rows
+        if rows is None:
+            return
+        row_weight = self._buffer.row_weight(self.decay or 1.0)
+        last = self._buffer.last_step
+        self._accumulate(
+            rows,
+            self.state_step if last is None else last,
+            None if row_weight is None else row_weight.to(rows.device),
+        )
+        self._buffer.clear()
+
+    def end_step(self) -> None:
+        """Settles the weights of the step: all its calls have been seen."""
+        if self.calls == 0:
+            return
+        self._is_pooled = self.calls > 1
+        if self.weighting == "position":
+            return
+        self._buffer.weigh(self._step, self._row_weight())
+        if self._is_unweighted and self.state is not None:
+            self.state.scale_(self._row_weight())
+            self._is_unweighted = False
+        if self._pooled is not None and self.state is not None:
+            self.state.scale_(self._decay_until(self._step))
+            self.state.merge(self._pooled, scale=self._row_weight())
+            if self._is_pooled:
+                self._pooled.reset()
+            else:
+                self._pooled = None

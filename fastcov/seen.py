@@ -1,0 +1,96 @@
+"""What a tap saw last: most steps bring the same shapes again, and nothing is decided twice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcov.rows import run_length
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
+
+
+class Seen:
+    """Sizes and layout of an activation that was read as rows.
+
+    Args:
+        rows: Its row view. [B, ..., C]
+        activation: What the module gave, if others like it may come.
+        order: Of its dimensions in the row view; None where that is no permutation.
+
+    Attributes:
+        rows: How many, N.
+        positions: Of one image, P.
+        channels: Of a row, C.
+        run_length: Neighbouring positions read together.
+        buffer_rows: Rows that a buffer for these holds before it is emptied.
+        dtype: Of the rows.
+        device: Of the rows.
+        channel_dim: Of what :meth:`source` gives.
+    """
+
+    __slots__ = (
+        "_order",
+        "_shape",
+        "_stride",
+        "buffer_rows",
+        "channel_dim",
+        "channels",
+        "device",
+        "dtype",
+        "positions",
+        "rows",
+        "run_length",
+    )
+
+    def __init__(
+        self,
+        rows: Tensor,
+        activation: Tensor | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
+        shape = rows.shape
+        self.channels = shape[-1]
+        self.rows = rows.numel() // self.channels
+        self.positions = self.rows // shape[0] if self.rows else 0
+        self.run_length = run_length(rows) if self.rows else 1
+        self.buffer_rows = BUFFER_ROWS_PER_CHANNEL * self.channels
+        self.dtype = rows.dtype
+        self.device = rows.device
+        self.channel_dim = -1
+        self._order: tuple[int, ...] | None = None
+        self._shape: torch.Size | None = None
+        if activation is not None and order is not None:
+            self._order = order
+            self._shape, self._stride = activation.shape, activation.stride()
+            if order[:-1] == tuple(sorted(order[:-1])):  # operators can take it as it is
+                self.channel_dim = order[-1]
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether :meth:`fits` may hold for other activations."""
+        return self._shape is not None
+
+    def fits(self, activation: Tensor) -> bool:
+        """Whether an activation is laid out the same: it is read the same way then."""
+        return (
+            type(activation) is Tensor
+            and activation.layout is torch.strided
+            and not activation.is_nested
+            and activation.dtype is self.dtype
+            and activation.shape == self._shape
+            and activation.stride() == self._stride
+            and activation.device == self.device
+        )
+
+    def new_rows(self, rows: int) -> Tensor:
+        """Memory for rows of this width, dtype and device. [rows, C]"""
+        return torch.empty(rows, self.channels, dtype=self.dtype, device=self.device)
+
+    def source(self, activation: Tensor) -> Tensor:
+        """What operators take together with ``channel_dim``, of an activation that fits."""
+        return activation if self.channel_dim > 0 else self.view(activation)
+
+    def view(self, activation: Tensor) -> Tensor:
+        """Rows of an activation that fits; rows stay as they are. [B, ..., C]"""
+        order = self._order
+        return activation if order is None else activation.detach().permute(*order)
