@@ -71,6 +71,10 @@ class Adder:
         if count >= seen.buffer_rows:
             if seen.dtype is not self._dtype:
                 self._match_dtype(seen.dtype)
+            last = self._buffer.last_step
+            if last is not None and last < self._step:
+                # The state moves to this step: rows of earlier ones would miss their decay.
+                self._flush_full()
             if self.weighting == "position":
                 self._accumulate(seen.source(activation), self._step, channel_dim=seen.channel_dim)
             else:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import fastcov
+from fastcov.ops import library
 from fastcov.ops.reference import sample_index_reference
 from fastcov.reader import Reader
 from fastcov.sampling import (
@@ -186,3 +189,41 @@ def test_uncertainty_of_sampled_gaussian_rows_covers_the_truth(rows_per_channel:
         error = (spectrum.eigenvalues - true).abs()
         covered += bool((error <= spectrum.uncertainty).all())
     assert covered >= 0.95 * draws
+
+
+def test_equal_layers_empty_their_buffers_in_different_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8)))
+    tracker = fastcov.track(model, rows=1)
+    updates: list[int] = []
+    accumulate = library.accumulate_
+
+    def counted(*arguments: Any) -> None:
+        updates[-1] += 1
+        accumulate(*arguments)
+
+    monkeypatch.setattr(library, "accumulate_", counted)
+    for _ in range(200):
+        updates.append(0)
+        model(torch.randn(4, 8))
+    # 16 rows fill a buffer: 8 layers in 16 steps, not two in one.
+    assert sum(updates[32:]) == 8 * 168 // 16
+    assert max(updates) == 1
+    assert all(tracker.count(name) == 200 for name in tracker.names())
+
+
+def test_a_change_of_shape_or_memory_order_is_read_right() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    tracker = fastcov.track(model, rows="all")
+    truth = torch.zeros(4, 4, dtype=torch.float64)
+    shapes = [(2, 3, 5, 5), (2, 3, 5, 5), (2, 3, 4, 6), (3, 5, 5), (2, 3, 5, 5)]
+    for number, shape in enumerate(shapes):
+        image = torch.randn(shape)
+        if number == 4:
+            image = image.to(memory_format=torch.channels_last)
+        flat = model(image).detach().movedim(-3, -1).reshape(-1, 4).double()
+        truth += flat.T @ flat
+    assert tracker.count("0") == 50 + 50 + 48 + 25 + 50
+    measured = tracker.covariance("0") * tracker.count("0")
+    torch.testing.assert_close(measured, truth, rtol=1e-5, atol=1e-5)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastcov.ops import native
+from fastcov.ops import aten, native
 from fastcov.ops.covariance import Moments
 from fastcov.ops.reference import accumulate_reference_, gather_reference_
 
@@ -230,6 +230,26 @@ def test_gather_on_the_gpu_in_every_layout(
         torch.ops.fastcov.gather_(got, rows, 3, 12345, 70, run_length, -987654321)
         gather_reference_(expected, rows.cpu(), 3, 12345, 70, run_length, -987654321)
         assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("gather", [torch.ops.fastcov.gather_, aten.gather_])
+@pytest.mark.parametrize("accumulate", [torch.ops.fastcov.accumulate_, aten.accumulate_])
+@pytest.mark.parametrize("is_channels_last", [True, False])
+def test_channel_dim_stands_for_the_row_view(
+    gather: Callable[..., None], accumulate: Callable[..., None], is_channels_last: bool
+) -> None:
+    maps = images(3, 21, 9, 7, torch.float32).requires_grad_()
+    if is_channels_last:
+        maps = maps.to(memory_format=torch.channels_last)
+    rows = maps.detach().permute(0, 2, 3, 1)
+    got, expected = torch.zeros(2, 80, 21)
+    gather(got, maps, 3, 12345, 70, 8, 77, 1)
+    gather(expected, rows, 3, 12345, 70, 8, 77)
+    assert torch.equal(got, expected)
+    seen, oracle = Moments(21), Moments(21)
+    accumulate(*vars(seen).values(), maps, None, 1.0, 1.0, 1)
+    accumulate(*vars(oracle).values(), rows, None, 1.0, 1.0)
+    assert all(torch.equal(vars(seen)[name], value) for name, value in vars(oracle).items())
 
 
 def test_gather_refuses_samples_that_do_not_fit() -> None:
