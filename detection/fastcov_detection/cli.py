@@ -1,4 +1,4 @@
-"""``fastcov-detection``: train, pretrain, search, demo, compare, report, export."""
+"""``fastcov-detection``: train, pretrain, search, demo, compare, report, evidence, export."""
 
 from __future__ import annotations
 
@@ -148,6 +148,10 @@ def _parser() -> _Parser:
 
     report = _command(commands, "report", "write a search's HTML page again", _report)
     report.add_argument("dir", metavar="DIR", help="folder of a search")
+
+    evidence = _command(commands, "evidence", "tables of kept results in Markdown", _evidence)
+    evidence.add_argument("results", metavar="RESULTS", help="for example detection/results")
+    evidence.add_argument("readme", metavar="README", help="file whose marked part is replaced")
 
     export = _command(
         commands, "export", "a plain state_dict, widths and a rebuild script", _export
@@ -326,6 +330,13 @@ def _report(arguments: argparse.Namespace) -> None:
 
     print_summary(read_result(Path(arguments.dir)))
     print(f"report: {write_report(arguments.dir)}")
+
+
+def _evidence(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.evidence import write_evidence
+
+    write_evidence(Path(arguments.results), Path(arguments.readme))
+    print(f"{arguments.readme}: tables of {arguments.results}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,117 @@
+"""Committed results of searches as a Markdown section, so that no table is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastcov_detection.config import ConfigError
+from fastcov_detection.files import write_text
+from fastcov_detection.results import read_result
+from fastcov_detection.stats import LARGEST_LOSS, mean_and_error
+
+BEGIN, END = "<!-- evidence: generated -->", "<!-- evidence: end -->"
+
+
+def write_evidence(results: Path, readme: Path) -> None:
+    """Replaces what stands between the two marks of a Markdown file.
+
+    Args:
+        results: Folder of one folder for each search, as ``search --results`` keeps them.
+        readme: File that holds both marks.
+
+    Raises:
+        ConfigError: If a mark is missing, or there are no results.
+    """
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"{readme} lacks {BEGIN} or {END}; put both where the tables belong")
+    write_text(readme, f"{before}{BEGIN}\n{evidence(results)}{END}{after}")
+
+
+def evidence(results: Path) -> str:
+    """Markdown of every search that is kept in a folder, by name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    folders = sorted(path.parent for path in results.glob("*/result.json"))
+    if not folders:
+        raise ConfigError(f"no NAME/result.json in {results}; give the folder of kept searches")
+    return "\n".join(_section(folder.name, read_result(folder)) for folder in folders)
+
+
+def _section(name: str, result: Mapping[str, Any]) -> str:
+    arms = result["arms"]
+    # A search that was stopped has seeds that not every arm finished: pairs count, not rows.
+    lines = [f"### {name}", ""]
+    has_masks = any(run["segm_ap"] is not None for arm in arms.values() for run in arm["runs"])
+    metrics = ["ap", "ap50", *(["segm_ap"] if has_masks else [])]
+    names = {"ap": "AP", "ap50": "AP50", "segm_ap": "mask AP"}
+    headings = ["arm", "parameters", "of the backbone", "MACs, millions"]
+    headings += [*(names[metric] for metric in metrics), "CPU seconds a run", "seeds"]
+    lines += [_row(headings), _row(["---"] * len(headings))]
+    for arm_name, arm in arms.items():
+        lines.append(_row(_cells(arm_name, arm, arms["baseline"], metrics)))
+    lines.append("")
+    if any(one["n"] > 1 for one in result["comparisons"]):
+        lines += _comparisons(result["comparisons"], names)
+    else:
+        lines += ["One seed: which network is more accurate is not shown.", ""]
+    return "\n".join(lines)
+
+
+def _cells(
+    name: str, arm: Mapping[str, Any], baseline: Mapping[str, Any], metrics: list[str]
+) -> list[str]:
+    change = 100 * (arm["backbone_params"] / baseline["backbone_params"] - 1)
+    seconds = [run["cpu_s"] for run in arm["runs"] if run.get("cpu_s") is not None]
+    backbone = f"{arm['backbone_params']:,}"
+    return [
+        arm.get("made_with", name),
+        f"{arm['params']:,}",
+        backbone if arm is baseline else f"{backbone} ({change:+.0f} %)",
+        f"{arm['macs'] / 1e6:.1f}",
+        *(_spread([run[m] for run in arm["runs"] if run[m] is not None]) for m in metrics),
+        f"{sum(seconds) / len(seconds):.0f}" if seconds else "-",
+        str(len(arm["runs"])),
+    ]
+
+
+def _comparisons(comparisons: list[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    headings = ["arm", "against", "metric", "difference", "n", "verdict"]
+    lines = [_row(headings), _row(["---"] * len(headings))]
+    for one in comparisons:
+        error = "" if one["se"] is None else f" ± {one['se']:.3f}"
+        lines.append(
+            _row(
+                [
+                    one["arm"],
+                    one["versus"],
+                    names[one["metric"]],
+                    f"{one['mean']:+.3f}{error}",
+                    str(one["n"]),
+                    one["verdict"],
+                ]
+            )
+        )
+    shown = [one for one in comparisons if not one["verdict"].startswith("not shown")]
+    said = (
+        "Differences are paired by seed, ± one standard error, one-sided 95 % bound: "
+        f'"no loss" above {LARGEST_LOSS}, "better" above 0; no correction for the number of '
+        f"comparisons. Shown: {len(shown)} of {len(comparisons)}."
+    )
+    return [*lines, "", said, ""]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"

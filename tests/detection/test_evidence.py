@@ -1,0 +1,103 @@
+"""Tables of committed results: made from them, and in the README as they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastcov_detection.cli import main
+from fastcov_detection.config import ConfigError
+from fastcov_detection.evidence import BEGIN, END, evidence, write_evidence
+from fastcov_detection.results import SCHEMA_VERSION
+from fastcov_detection.stats import compare_paired
+
+DETECTION = Path(__file__).resolve().parents[2] / "detection"
+
+
+def _keep(root, aps, **peer):
+    arms = {
+        name: {
+            "params": 2_000_000 - cut,
+            "backbone_params": 1_000_000 - cut,
+            "macs": 130_000_000,
+            "widths": {},
+            "latency_ms": None,
+            "runs": [
+                {
+                    "seed": s,
+                    "ap": ap,
+                    "ap50": ap + 0.2,
+                    "segm_ap": None,
+                    "train_s": 9.0,
+                    "cpu_s": 4.0,
+                }
+                for s, ap in enumerate(values)
+            ],
+            **peer.get(name, {}),
+        }
+        for (name, values), cut in zip(aps.items(), (0, 250_000), strict=True)
+    }
+    one, other = aps
+    found = compare_paired(
+        other, one, "ap", dict(enumerate(aps[other])), dict(enumerate(aps[one])), "no loss"
+    )
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "macs_input": {},
+        "commit": "x",
+        "arms": arms,
+        "comparisons": [found.as_dict()],
+    }
+    (root / "try").mkdir(parents=True)
+    (root / "try" / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def test_tables_hold_costs_spreads_and_verdicts(tmp_path):
+    _keep(tmp_path, {"baseline": [0.50, 0.56, 0.53], "searched": [0.51, 0.57, 0.55]})
+    text = evidence(tmp_path)
+    assert "| searched | 1,750,000 | 750,000 (-25 %) | 130.0 | 0.543 ± 0.018 |" in text
+    # Differences 0.01, 0.01, 0.02: see test_report.
+    assert "| searched | baseline | AP | +0.013 ± 0.003 | 3 | better |" in text
+    assert "Shown: 1 of 1." in text
+
+
+def test_one_seed_claims_nothing_and_the_peer_has_its_version(tmp_path):
+    made = {"made_with": "torch-pruning 1.6.1"}
+    _keep(tmp_path, {"baseline": [0.5], "torch-pruning": [0.6]}, **{"torch-pruning": made})
+    text = evidence(tmp_path)
+    assert "| torch-pruning 1.6.1 | 1,750,000 |" in text
+    assert "which network is more accurate is not shown" in text
+    assert "better" not in text
+
+
+def test_only_the_marked_part_is_replaced(tmp_path):
+    _keep(tmp_path / "results", {"baseline": [0.5, 0.6], "searched": [0.5, 0.5]})
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n", encoding="utf-8")
+    for _ in range(2):
+        assert main(["evidence", str(tmp_path / "results"), str(readme)]) == 0
+        text = readme.read_text(encoding="utf-8")
+        assert text.startswith(f"above\n{BEGIN}\n### try\n")
+        assert text.endswith(f"{END}\nbelow\n")
+        assert "old" not in text
+    readme.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ConfigError, match="put both where the tables belong"):
+        write_evidence(tmp_path / "results", readme)
+    with pytest.raises(ConfigError, match=r"no NAME/result\.json in"):
+        evidence(tmp_path)
+
+
+def test_readme_has_the_tables_of_the_committed_results():
+    text = (DETECTION / "README.md").read_text(encoding="utf-8")
+    part = text.partition(BEGIN)[2].partition(END)[0]
+    assert part == "\n" + evidence(DETECTION / "results")
+
+
+def test_committed_results_hold_no_weights_and_no_absolute_path():
+    files = [path for path in (DETECTION / "results").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert path.suffix in {".json", ".npz"}, path
+        if path.suffix == ".json":
+            text = path.read_text(encoding="utf-8")
+            assert '"/' not in text, path
