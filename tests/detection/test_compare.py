@@ -69,6 +69,7 @@ def test_figures_and_page_are_written(runs, tmp_path, capsys):
     for name in ("dims", "spectra", "distance"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert min(picture.size) > 100
+            assert picture.mode == "P", "a palette, small enough for version control"
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     assert "body.layer1.0.conv1" in page
     assert "<script" not in page

@@ -18,8 +18,18 @@ def _model(depth: int = 18, kind: str = "faster", **settings: object) -> nn.Modu
     return build_model(ModelConfig(name=name, **(NARROW | settings)), num_classes=3)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
-@pytest.mark.parametrize("norm", ["batch", "frozen"])
+@pytest.mark.parametrize(
+    ("depth", "norm"),
+    [
+        (18, "batch"),
+        (18, "group"),
+        (34, "batch"),
+        (50, "frozen"),
+        (50, "sync"),
+        (101, "batch"),
+        (152, "batch"),
+    ],
+)
 def test_the_trace_finds_exactly_the_widths_that_can_be_set(depth: int, norm: str) -> None:
     model = _model(depth, "mask", norm=norm)
     groups = width_groups(model, vary=("backbone", "fpn", "heads"))
