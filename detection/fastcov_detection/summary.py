@@ -59,7 +59,9 @@ def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What the numbers show and what they do not."""
-    fewest = min(len(arm["runs"]) for arm in result["arms"].values())
+    # A peer may have fewer seeds than the arms that answer the question.
+    own = [arm for arm in result["arms"].values() if "made_with" not in arm]
+    fewest = min(len(arm["runs"]) for arm in own or result["arms"].values())
     found = []
     searched, baseline = result["arms"].get("searched"), result["arms"].get("baseline")
     if searched and baseline:

@@ -81,6 +81,14 @@ def test_sentences_claim_nothing_that_one_seed_cannot_show():
     assert "better" not in said
 
 
+def test_a_peer_with_one_seed_does_not_silence_the_others():
+    result = _result()
+    result["arms"]["torch-pruning"] = _arm(1_300_000, [0.6]) | {"made_with": "torch-pruning 1.6.1"}
+    said = " ".join(sentences(result))
+    assert "searched against baseline, ap: +0.0133" in said
+    assert "One seed shows" not in said
+
+
 def test_sentences_give_difference_error_and_verdict():
     # Differences 0.01, 0.01, 0.02: mean 0.0133, error 0.00577 / sqrt(3) = 0.0033; the lower bound
     # 0.0133 - 2.92 * 0.0033 = 0.0036 is above 0.
