@@ -238,10 +238,11 @@ class Hook:
 
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Reads a module's output."""
+        tracker = self.tracker
         if (
             not torch.compiler.is_compiling()
             and type(output) is Tensor
-            and (tracker := self.tracker) is not None
+            and tracker is not None
             and output.is_floating_point()
             and "_is_replica" not in module.__dict__
         ):

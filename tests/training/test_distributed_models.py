@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -273,7 +274,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (port, folder, saved(llama(), rank=0))
-    mp.start_processes(_start, args=arguments, nprocs=2, start_method="spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        # At the end: the processes find this file by its name, and the same fastcov as this one.
+        patch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
+        mp.start_processes(_start, args=arguments, nprocs=2, start_method="spawn")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
