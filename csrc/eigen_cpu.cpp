@@ -28,9 +28,12 @@ constexpr double kSerialNanoseconds = 150e3;
 constexpr int kAlwaysOwnOrder = 256;
 // Beyond, the triangle outgrows the second-level cache and LAPACK, which works in blocks, wins: on
 // one thread of a Xeon its time is 1.5 times ours in float32 at order 1448 and 0.9 at 2048, in
-// float64 1.4 at 1024 and 0.7 at 1448.
+// float64 1.4 at 1024 and 0.7 at 1448. In float32 ours goes on to 2048 all the same: LAPACK misses
+// the bound of 1e-5 there (1.4e-5 on a covariance of order 2048, 4.2e-5 on a Wilkinson matrix).
 template <typename T>
-constexpr int kLargestOwnOrder = sizeof(T) == 4 ? 1536 : 1024;
+constexpr int kLargestOwnOrder = sizeof(T) == 4 ? 2048 : 1024;
+// Up to this order LAPACK's float32 keeps the bound on every family.
+constexpr int kAccurateLapackOrder = 512;
 constexpr int kFewThreads = 2;
 
 const EigenLevel& level() {
@@ -128,7 +131,8 @@ struct Batch {
 template <typename T>
 bool is_own(int n, int64_t large, int threads) {
   if (n <= kAlwaysOwnOrder) return true;
-  return n <= kLargestOwnOrder<T> && (large >= threads || threads <= kFewThreads);
+  const bool needs_own = sizeof(T) == 4 && n > kAccurateLapackOrder;
+  return n <= kLargestOwnOrder<T> && (needs_own || large >= threads || threads <= kFewThreads);
 }
 
 template <typename T>
