@@ -365,6 +365,7 @@ def test_own_model(
     ("arguments", "message"),
     [
         (["--model", "no_such_module_here:build"], "cannot be imported"),
+        (["--model", "fastcov:no_function"], "has no function 'no_function'"),
         (["--model", "just_a_module"], "expected MODULE:FUNCTION"),
         (["--model", "fastcov:backends"], "expected (model, inputs)"),
         (["--only", "nothing"], "names no case; cases: covariance"),

@@ -71,7 +71,10 @@ import json, os, pathlib, subprocess, sys
 import torch
 
 def answer(*command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 content = {

@@ -249,12 +249,18 @@ def load_model(spec: str, device: torch.device) -> Training:
     if not module_name or not function_name:
         raise ValueError(f"--model {spec!r}: expected MODULE:FUNCTION, such as my_module:build")
     try:
-        build = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
         raise ValueError(
             f"--model {spec!r} cannot be imported ({error}); run in the folder that holds "
             f"{module_name.split('.')[0]}.py, or install it"
         ) from error
+    build = getattr(module, function_name, None)
+    if not callable(build):
+        raise ValueError(
+            f"--model {spec!r}: {module_name} has no function {function_name!r}; it is "
+            f"{getattr(module, '__file__', 'built in')}"
+        )
     built = build()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
         raise ValueError(

@@ -41,13 +41,11 @@ class Target:
 
 
 def _steps(kind: Kind, cases: Iterable[str], default: float, every_row: float) -> list[Target]:
+    bounds = {"fastcov, default": default, "fastcov, every row": every_row}
     return [
-        Target(kind, f"training-{case}", f"{case} training step", contender, measure, bound)
+        Target(kind, f"training-{case}", f"{case} training step", name, "times untracked", bound)
         for case in cases
-        for contender, measure, bound in (
-            ("fastcov, default", "times untracked", default),
-            ("fastcov, every row", "times untracked", every_row),
-        )
+        for name, bound in bounds.items()
     ]
 
 
