@@ -27,7 +27,7 @@ DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*')
 INSTALLED := PYTHONSAFEPATH=1
 CHECK_INSTALLED := $(INSTALLED) $(BIN)/python tools/check_installed.py
 
-.PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu sanitize-gpu wheels lint readme-tables clean
+.PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu gpu-session sanitize-gpu wheels lint readme-tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | \
@@ -82,6 +82,9 @@ bench-gpu: setup  ## the GPU's target table, at most 9 minutes
 
 sanitize-gpu: setup  ## eigenvalue kernels on a GPU under compute-sanitizer
 	@$(INSTALLED) $(BIN)/python tools/sanitize_gpu.py
+
+gpu-session:  ## PART=build|test|sanitize|bench|compiled on a GPU with the python3 there, no installation
+	@tools/gpu_session.sh $(or $(PART),build test sanitize bench compiled)
 
 wheels: $(STAMPS)/environment  ## release wheel for all architectures in dist/release, honestly tagged
 	@$(BIN)/python tools/build_release.py dist/release

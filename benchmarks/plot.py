@@ -6,7 +6,7 @@
 Markers are ``<!-- table:DEVICE/NAME -->`` and ``<!-- /table -->``; the figure stands between
 ``<!-- figure:DEVICE/NAME -->`` and ``<!-- /figure -->``. DEVICE is a folder of benchmarks/results;
 without ``DEVICE/`` it is the only CPU there. NAME is one of training, memory, covariance, eigen,
-snapshot, hooks.
+snapshot, hooks, targets.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from fastcov.bench.contest import Row
 from fastcov.bench.results import Result, load_results
-from fastcov.bench.table import seconds
+from fastcov.bench.table import TARGET_HEADERS, seconds, target_cells
+from fastcov.bench.targets import judge
 
 RESULTS = Path("benchmarks/results")
 UNMEASURED = "Not measured yet: `make bench` writes the file that this table is made from."
@@ -31,7 +32,9 @@ _NETWORKS = {
     "training-resnet50": "ResNet-50",
     "training-resnet50-compiled": "ResNet-50, torch.compile",
     "training-vit": "ViT",
+    "training-vit-compiled": "ViT, torch.compile",
     "training-faster_rcnn": "Faster R-CNN",
+    "training-faster_rcnn-compiled": "Faster R-CNN, backbone by torch.compile",
 }
 _TRACKED = ("fastcov, default", "fastcov, every row", "naive hooks", "delve")
 
@@ -106,6 +109,14 @@ def hooks_table(results: Results) -> str:
     return markdown(("53 hooks", "all", "one hook"), lines)
 
 
+def targets_table(results: Results) -> str:
+    """What is promised beside what was measured; a training step's floor is the untracked step."""
+    kind = next(iter(results.values())).machine["kind"]
+    verdicts = judge(kind, {case: result.rows for case, result in results.items()})
+    headers = [*TARGET_HEADERS[:-1], "outcome"]
+    return markdown(headers, [target_cells(verdict) for verdict in verdicts])
+
+
 TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "training": ("training-resnet50", training_table),
     "memory": ("training-resnet50", memory_table),
@@ -113,6 +124,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "eigen": ("eigen", lambda results: versus_table("eigen", results)),
     "snapshot": ("snapshot", snapshot_table),
     "hooks": ("hooks", hooks_table),
+    "targets": ("training-resnet50", targets_table),
 }
 
 

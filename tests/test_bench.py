@@ -216,7 +216,7 @@ def test_wrong_result_is_refused(error: float) -> None:
 def test_wrong_operator_is_never_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(covariance, "accumulate_", lambda s, x: accumulate_(s, x * 1.001))
+    monkeypatch.setattr(covariance, "accumulate_", lambda s, x: accumulate_(s, x * 1.1))
     assert command.main(["--tiny", "--only", "covariance"]) == 1
     printed = capsys.readouterr()
     assert "off by" in printed.err
@@ -365,6 +365,7 @@ def test_own_model(
     ("arguments", "message"),
     [
         (["--model", "no_such_module_here:build"], "cannot be imported"),
+        (["--model", "fastcov:no_function"], "has no function 'no_function'"),
         (["--model", "just_a_module"], "expected MODULE:FUNCTION"),
         (["--model", "fastcov:backends"], "expected (model, inputs)"),
         (["--only", "nothing"], "names no case; cases: covariance"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
+import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import NoReturn
 
 import torch
 
-from fastcov.bench import covariance, eigen, hooks, machine, snapshot, training
+from fastcov.bench import apart, covariance, eigen, hooks, machine, snapshot, training
 from fastcov.bench.compare import compare_results
 from fastcov.bench.contest import Setting, Size, Work, WrongResultError, measure
 from fastcov.bench.models import load_model
 from fastcov.bench.peers import MissingPeerError
 from fastcov.bench.results import Result
-from fastcov.bench.table import print_changes, print_result
+from fastcov.bench.table import print_changes, print_result, print_targets
+from fastcov.bench.targets import judge
 
 CASES: dict[str, Callable[[Setting], list[Work]]] = {
     "covariance": covariance.works,
@@ -29,16 +32,22 @@ CASES: dict[str, Callable[[Setting], list[Work]]] = {
     "snapshot": snapshot.works,
     **{
         f"training-{network}": partial(training.works, network=network)
-        for network in training.NETWORKS
+        for network in (*training.NETWORKS, *training.COMPILED_NETWORKS)
     },
 }
 """Every case by name: each can run alone with ``--only``."""
+_BY_NAME_ONLY = {
+    "cpu": {f"training-{network}" for network in training.COMPILED_NETWORKS},
+    # Compilation takes minutes: these three are a part of their own.
+    "cuda": {name for name in CASES if name.endswith("-compiled")},
+}
 
 _USAGE = """\
 examples:
   fastcov bench                          this machine's CPU, at most 15 minutes on 2 cores
   fastcov bench --gpu                    this machine's GPU, at most 9 minutes
   fastcov bench --gpu --only eigen       one part of it
+  fastcov bench --gpu --only '*-compiled'  compiled training steps, 9 minutes more
   fastcov bench --model my_module:build  what tracking costs on this machine for your model;
                                          build() returns (model, inputs) or (model, step)
   fastcov bench --compare A B            what moved beyond noise between two results
@@ -57,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after ``bench``; None takes the process's.
 
     Returns:
-        0; 1 if a result of ours was wrong; 2 after one line about bad arguments.
+        0; 1 if something could not be measured or was wrong; 2 after one line about bad arguments.
     """
     options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
@@ -93,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="result files or folders"
     )
+    parser.add_argument("--seconds", type=float, help="begin no contest of a case after this")
     parser.add_argument(
         "--out",
         type=Path,
@@ -108,18 +118,24 @@ def _run(options: argparse.Namespace) -> int:
     folder = options.out or _default_folder(device, size, is_model=options.model is not None)
     sys.path.insert(0, str(Path.cwd()))  # for --model: the user's module lies there
     cases = _chosen(options, device)
-    wrong = 0
+    if device.type == "cuda" and len(cases) > 1:
+        return apart.run_apart(list(cases), size, folder)
+    seconds = math.inf if options.seconds is None else options.seconds
+    done, failed = [], False
     for name, make_works in cases.items():
-        try:
-            result = run_case(name, make_works, device, size)
-        except WrongResultError as error:
-            print(f"fastcov bench: {name}: {error}", file=sys.stderr)
-            wrong += 1
-            continue
+        result = run_case(name, make_works, device, size, folder=folder, seconds=seconds)
         print_result(result)
         if folder is not None:
-            print(f"  written to {result.save(folder)}")
-    return 1 if wrong else 0
+            print(f"  written to {folder / name}.json")
+        done.append(result)
+        failed |= bool(result.failures)
+        if not is_alive(device):
+            print("fastcov bench: the GPU answers no more in this process", file=sys.stderr)
+            break
+    if size != "tiny" and options.model is None:
+        rows = {result.case: result.rows for result in done}
+        print_targets([v for v in judge(device.type, rows) if v.target.case in rows])
+    return 1 if failed else 0
 
 
 def _device(wants_gpu: bool) -> torch.device:
@@ -140,7 +156,9 @@ def _chosen(
         work = Work(options.model, partial(training.contest, loaded))
         return {"model": lambda _setting: [work]}
     if options.only is None:
-        return CASES
+        return {
+            name: case for name, case in CASES.items() if name not in _BY_NAME_ONLY[device.type]
+        }
     chosen = {n: c for n, c in CASES.items() if any(fnmatch.fnmatch(n, p) for p in options.only)}
     for pattern in options.only:
         if not any(fnmatch.fnmatch(name, pattern) for name in CASES):
@@ -168,6 +186,9 @@ def run_case(
     make_works: Callable[[Setting], list[Work]],
     device: torch.device,
     size: Size = "default",
+    *,
+    folder: Path | None = None,
+    seconds: float = math.inf,
 ) -> Result:
     """Builds, checks and times every contest of a case.
 
@@ -176,30 +197,65 @@ def run_case(
         make_works: One of :data:`CASES`.
         device: Where.
         size: How much.
+        folder: Where the result is written anew after every contest, so that nothing measured is
+            lost; None writes nothing.
+        seconds: After which no contest begins.
 
     Returns:
-        The result, not saved yet.
-
-    Raises:
-        WrongResultError: If a result of ours is off.
+        The result. A contest that failed, or for which time was up, is among its failures.
     """
     start = time.perf_counter()
     before = machine.clocks(device)
-    setting = Setting(device, size)
+    setting = Setting(device, size, ends_at=time.monotonic() + seconds)
     result = Result(name, size, machine.describe(device), {}, {}, setting.missing, [])
+    result.rates = setting.rates.as_dict()  # before memory is full and the device hot
     for work in make_works(setting):
-        print(f"{name}: {work.name}", file=sys.stderr, flush=True)
-        try:
-            contest = work.build(setting)
-        except MissingPeerError as missing:
-            setting.missing[work.name] = str(missing)
+        if time.monotonic() >= setting.ends_at:
+            result.failures[work.name] = f"the case's {seconds:g} s were up"
             continue
-        result.rows += measure(work.name, contest, setting)
-        del contest
+        print(f"{name}: {work.name}", file=sys.stderr, flush=True)
+        _run_work(work, setting, result)
         gc.collect()
+        result.clocks = {"before": before, "after": machine.clocks(device)}
+        result.wall_s = round(time.perf_counter() - start, 1)
+        if folder is not None:
+            result.save(folder)
+        if not is_alive(device):
+            result.failures["the rest"] = "the GPU answers no more in this process"
+            if folder is not None:
+                result.save(folder)
+            break
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    result.rates = setting.rates.as_dict()
-    result.clocks = {"before": before, "after": machine.clocks(device)}
-    result.wall_s = round(time.perf_counter() - start, 1)
+    if folder is not None:
+        result.save(folder)
     return result
+
+
+def _run_work(work: Work, setting: Setting, result: Result) -> None:
+    try:
+        result.rows += measure(work.name, work.build(setting), setting)
+    except MissingPeerError as missing:
+        setting.missing[work.name] = str(missing)
+    except WrongResultError as error:
+        _fail(result, work, str(error))
+    except Exception as error:  # one contest's error must not lose the others' results
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or ["no message"]
+        _fail(result, work, f"{type(error).__name__}: {lines[0][:300]}")
+
+
+def _fail(result: Result, work: Work, reason: str) -> None:
+    result.failures[work.name] = reason
+    print(f"fastcov bench: {result.case}: {work.name}: {reason}", file=sys.stderr, flush=True)
+
+
+def is_alive(device: torch.device) -> bool:
+    """Whether the device still answers: after an illegal access none of its calls does."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -29,11 +30,14 @@ class Setting:
         device: CPU, or one GPU.
         size: "tiny" runs everything once, "full" the whole grid.
         missing: Peers that cannot run here, with the reason: filled as they are looked for.
+        ends_at: time.monotonic() after which no contest begins, and the budget of one that runs
+            is cut.
     """
 
     device: torch.device
     size: Size = "default"
     missing: dict[str, str] = field(default_factory=dict)
+    ends_at: float = math.inf
     _rates: Rates | None = None
 
     @property
@@ -106,7 +110,8 @@ class Row:
         ratio_low: Lower 95 % bound of that median.
         ratio_high: Upper bound.
         floor_s: Least time on this machine at its measured rates.
-        floor_of: What sets the floor: "bandwidth", "arithmetic" or "latency".
+        floor_of: What sets the floor: "bandwidth", "arithmetic", "latency" or
+            "reciprocals".
         error: Against the float64 oracle, checked before the time was taken.
     """
 
@@ -152,7 +157,7 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
         contest.contenders,
         setting.device,
         rounds=contest.rounds,
-        budget_s=contest.budget_s,
+        budget_s=min(contest.budget_s, setting.ends_at - time.monotonic()),
         fewest_rounds=contest.fewest_rounds,
         clock=contest.clock,
         prepare=contest.prepare,

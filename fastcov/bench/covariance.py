@@ -19,6 +19,8 @@ from fastcov.ops.reference import accumulate_reference_
 from fastcov.state import CovarianceState
 
 ERROR_BAR = 1e-5
+_PROMISED_CHANNELS = (64, 128, 256, 512, 1024, 2048)
+_PROMISED_SHAPES = len(_PROMISED_CHANNELS)
 _LAYOUTS = ("rows", "channels_last", "nchw", "tokens", "strided")
 
 
@@ -42,10 +44,12 @@ def works(setting: Setting) -> list[Work]:
     if setting.is_tiny:
         return [*single, _network("ResNet-50 convs, batch 1 at 32, float32", 1, 32, 32, setting)]
     if setting.device.type == "cuda":
+        # What is promised comes first: where time runs out, it has been measured.
         return [
-            *single,
+            *single[:_PROMISED_SHAPES],
             _network("ResNet-50 convs, batch 256 at 224, bfloat16", 256, 224, 224, setting),
             _network("ResNet-50 convs, batch 2 at 800x1344, bfloat16", 2, 800, 1344, setting),
+            *single[_PROMISED_SHAPES:],
         ]
     return [*single, _network("ResNet-50 convs, batch 8 at 112, float32", 8, 112, 112, setting)]
 
@@ -57,8 +61,7 @@ def _shapes(setting: Setting) -> Iterator[Shape]:
         yield Shape("channels_last", bf16, 16, 392)
     elif setting.device.type == "cuda":
         many = 1 << 18
-        yield from (Shape("channels_last", bf16, c, many) for c in (64, 128, 256, 512))
-        yield from (Shape("channels_last", bf16, c, many) for c in (1024, 2048))
+        yield from (Shape("channels_last", bf16, c, many) for c in _PROMISED_CHANNELS)
         yield from (Shape("channels_last", dtype, 256, many) for dtype in (f16, f32))
         yield from (Shape(layout, bf16, 256, many) for layout in ("nchw", "tokens", "strided"))
         yield from (Shape("channels_last", bf16, 2048, rows) for rows in (392, 12544))

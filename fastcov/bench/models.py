@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.bench.peers import MissingPeerError
+from fastcov.bench.peers import MissingPeerError, compiled
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -38,12 +38,15 @@ class Training:
         step: Runs one step through a forward (the model itself, or its compiled form) with the
             given batch number.
         dtype: Of its activations.
+        compile_forward: A compiled forward of the model with the hooks that it has at its first
+            call.
     """
 
     model: nn.Module
     example: Any
     step: Callable[[Callable[..., Any], int], object]
     dtype: torch.dtype = torch.float32
+    compile_forward: Callable[[nn.Module], Callable[..., Any]] = compiled
 
 
 class HookTurns:
@@ -198,7 +201,24 @@ def faster_rcnn(device: torch.device, is_tiny: bool) -> Training:
         batches.append((images, targets))
     training = supervised(model, batches, autocast=torch.bfloat16 if is_cuda else None)
     training.example = (batches[0][0],)
+    training.compile_forward = compile_backbone
     return training
+
+
+def compile_backbone(model: nn.Module) -> Callable[..., Any]:
+    """A detector's forward with its backbone compiled: what follows has shapes that data decide."""
+    backbone: Any = model.backbone
+    own_forward = backbone.forward
+    run = compiled(lambda images: own_forward(images))
+
+    def forward(*arguments: Any) -> Any:
+        backbone.forward = run
+        try:
+            return model(*arguments)
+        finally:
+            del backbone.forward
+
+    return forward
 
 
 def small_convnet(device: torch.device) -> Training:
@@ -229,12 +249,18 @@ def load_model(spec: str, device: torch.device) -> Training:
     if not module_name or not function_name:
         raise ValueError(f"--model {spec!r}: expected MODULE:FUNCTION, such as my_module:build")
     try:
-        build = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
         raise ValueError(
             f"--model {spec!r} cannot be imported ({error}); run in the folder that holds "
             f"{module_name.split('.')[0]}.py, or install it"
         ) from error
+    build = getattr(module, function_name, None)
+    if not callable(build):
+        raise ValueError(
+            f"--model {spec!r}: {module_name} has no function {function_name!r}; it is "
+            f"{getattr(module, '__file__', 'built in')}"
+        )
     built = build()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
         raise ValueError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcov.bench.contest import Row
+from fastcov.bench.targets import judge
 
 SCHEMA_VERSION = 1
 
@@ -29,6 +30,7 @@ class Result:
         rows: One a contender and work.
         started: UTC, ISO 8601.
         wall_s: Of the whole case.
+        failures: Works of which nothing was measured, with the reason: an error, or time was up.
     """
 
     case: str
@@ -38,8 +40,9 @@ class Result:
     clocks: dict[str, Any]
     missing: dict[str, str]
     rows: list[Row]
-    started: str = field(default_factory=lambda: _now())
+    started: str = field(default_factory=lambda: now())
     wall_s: float = 0.0
+    failures: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/case.json``: to a temporary name, then renamed.
@@ -52,6 +55,10 @@ class Result:
         content = {"schema_version": SCHEMA_VERSION, **vars(self)}
         content["rows"] = [_rounded(row.as_dict()) for row in self.rows]
         content["rates"] = _rounded(self.rates)
+        verdicts = judge(self.machine.get("kind", ""), {self.case: self.rows})
+        content["targets"] = [
+            _rounded(verdict.as_dict()) for verdict in verdicts if verdict.target.case == self.case
+        ]
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
@@ -76,6 +83,7 @@ def _load(path: Path) -> Result:
         version = content.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {version}, expected {SCHEMA_VERSION}")
+        content.pop("targets", None)  # of that day; judged anew from the rows where they are shown
         known = {f.name for f in fields(Row)}
         rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in content.pop("rows")]
         return Result(rows=rows, **content)
@@ -102,5 +110,6 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601: later strings are later times."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

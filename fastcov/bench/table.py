@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastcov.bench.compare import Changes
 from fastcov.bench.contest import Row
 from fastcov.bench.results import Result
+from fastcov.bench.targets import AT_LEAST, Measure, Verdict
 from fastcov.report import text_table
 
 try:
@@ -82,6 +83,50 @@ def print_result(result: Result) -> None:
     print(f"  this machine: copy {rates['copy_gb_s']:.3g} GB/s, matmul {matmul} TFLOP/s")
     for name, reason in result.missing.items():
         print(f"  left out: {name}: {reason}")
+    for name, reason in result.failures.items():
+        print(f"  NOT MEASURED: {name}: {reason}")
+
+
+TARGET_HEADERS = ("target", "measured", "floor", "over floor", "value", "95 %", "promised", "")
+
+
+def target_cells(verdict: Verdict) -> tuple[str, ...]:
+    """One line of the table of targets; a training step's floor is the untracked step."""
+    target = verdict.target
+    name = f"{target.work}: {target.contender}"
+    if target.measure == "times faster":
+        name = f"{target.work}: than {target.contender}"
+    sign = "at least" if target.measure in AT_LEAST else "at most"
+    promised = f"{sign} {_in_unit(target.measure, target.bound)}"
+    measured = "" if verdict.measured_s is None else seconds(verdict.measured_s)
+    floor = over = ""
+    if verdict.floor_s:
+        floor = seconds(verdict.floor_s)
+        over = "" if verdict.measured_s is None else f"{verdict.measured_s / verdict.floor_s:.2f}"
+    value = interval = ""
+    if verdict.value is not None and verdict.low is not None and verdict.high is not None:
+        value = _in_unit(target.measure, verdict.value)
+        low, high = (_in_unit(target.measure, bound) for bound in (verdict.low, verdict.high))
+        interval = f"{low} to {high}"
+    return name, measured, floor, over, value, interval, promised, verdict.outcome
+
+
+def _in_unit(measure: Measure, value: float) -> str:
+    if measure == "seconds":
+        return seconds(value)
+    if measure == "share of floor":
+        return f"{value:.0%} of the floor's rate"
+    return f"{value:.3f}x" if measure == "times untracked" else f"{value:.2f}x faster"
+
+
+def print_targets(verdicts: Sequence[Verdict]) -> None:
+    """Prints every promise beside what was measured; nothing where a device kind has none."""
+    if not verdicts:
+        return
+    print_table("targets", TARGET_HEADERS, list(map(target_cells, verdicts)))
+    outcomes = [verdict.outcome for verdict in verdicts]
+    counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("met", "missed", "not measured"))
+    print(f"  {counts}")
 
 
 def print_changes(changes: Changes) -> None:
@@ -120,7 +165,7 @@ def print_table(title: str, headers: Sequence[str], lines: Sequence[Sequence[str
         return
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for position, header in enumerate(headers):
-        is_name = position < 2 or header in ("contender", "verdict")
+        is_name = position < 2 or header in ("contender", "verdict", "promised", "")
         table.add_column(header, justify="left" if is_name else "right", overflow="fold")
     for line in lines:
         table.add_row(*line)

@@ -19,8 +19,14 @@ Call = Callable[[int], object]
 """What is timed. Its argument counts calls, so that it can rotate through inputs."""
 
 _SHORTEST_SAMPLE_S = 5e-4  # a sample repeats a call until perf_counter's noise is below 0.1 %
+# Events resolve 0.5 us. A launch queue holds about a thousand: more calls would stall the host.
+_SHORTEST_EVENT_SAMPLE_S = 2e-4
 _MOST_CALLS = 2000
-_SLEEP_CYCLES = 400_000  # the host runs about 0.2 ms ahead: gaps between launches are not timed
+# The device sleeps while the host enqueues, so that gaps between launches are not timed: at first
+# about 0.2 ms, then longer for a call whose launches take longer; what waits for the device itself
+# never gets ahead of it.
+_SLEEP_CYCLES = 400_000
+_LONGEST_SLEEP_CYCLES = 256 * _SLEEP_CYCLES
 
 
 @dataclass(frozen=True)
@@ -95,21 +101,43 @@ def wall_s(device: torch.device, call: Call, first: int, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def device_s(device: torch.device, call: Call, first: int, calls: int) -> float:
+class DeviceClock:
     """Seconds a call on the device alone, by CUDA events; on a CPU the same as :func:`wall_s`."""
-    if device.type != "cuda":
-        return wall_s(device, call, first, calls)
+
+    def __init__(self) -> None:
+        self._sleep_cycles: dict[Call, int] = {}
+
+    def __call__(self, device: torch.device, call: Call, first: int, calls: int) -> float:
+        """Times ``calls`` calls; repeats them where the device did not wait for the host."""
+        if device.type != "cuda":
+            return wall_s(device, call, first, calls)
+        cycles = self._sleep_cycles.get(call, _SLEEP_CYCLES)
+        while True:
+            seconds, was_ahead = _device_sample(device, call, first, calls, abs(cycles))
+            if was_ahead or cycles < 0:
+                break
+            # Negative: no sleep was long enough, the call waits for the device. Not tried again.
+            cycles = 4 * cycles if cycles < _LONGEST_SLEEP_CYCLES else -_SLEEP_CYCLES
+        self._sleep_cycles[call] = cycles
+        return seconds
+
+
+def _device_sample(
+    device: torch.device, call: Call, first: int, calls: int, cycles: int
+) -> tuple[float, bool]:
+    # Seconds a call, and whether all of it was enqueued before the device began.
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     sleep: Callable[[int], None] = torch.cuda._sleep
-    sleep(_SLEEP_CYCLES)
+    sleep(cycles)
     begin.record()
     for index in range(first, first + calls):
         call(index)
     end.record()
+    was_ahead = not begin.query()
     end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / 1e3 / calls
+    return milliseconds / 1e3 / calls, was_ahead
 
 
 def host_s(device: torch.device, call: Call, first: int, calls: int) -> float:
@@ -123,7 +151,12 @@ def host_s(device: torch.device, call: Call, first: int, calls: int) -> float:
 
 
 Clock = Literal["wall", "device", "host"]
-_CLOCKS = {"wall": wall_s, "device": device_s, "host": host_s}
+
+
+def _reader(clock: Clock) -> Callable[[torch.device, Call, int, int], float]:
+    if clock == "device":
+        return DeviceClock()
+    return wall_s if clock == "wall" else host_s
 
 
 def interleave(
@@ -152,15 +185,18 @@ def interleave(
     Returns:
         Seconds a call, by name, one entry a round: entries of one index belong together.
     """
-    read = _CLOCKS[clock]
+    read = _reader(clock)
+    shortest_s = _SHORTEST_SAMPLE_S
+    if clock == "device" and device.type == "cuda":
+        shortest_s = _SHORTEST_EVENT_SAMPLE_S
     calls: dict[str, int] = {}
     for name, call in contenders.items():
         if prepare is not None:
             prepare(name, 0)
         once = read(device, call, 0, 1)
-        if once < _SHORTEST_SAMPLE_S:
+        if once < shortest_s:
             once = min(once, read(device, call, 1, 1))
-        calls[name] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE_S / max(once, 1e-9))))
+        calls[name] = max(1, min(_MOST_CALLS, math.ceil(shortest_s / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     next_call = dict.fromkeys(contenders, 2)
     order = list(contenders)

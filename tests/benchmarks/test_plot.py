@@ -87,6 +87,21 @@ def test_numbers_come_from_the_files(plot: ModuleType, readme: Path) -> None:
     assert "+23.4 %" in words
 
 
+def test_targets_stand_beside_what_was_measured(plot: ModuleType, readme: Path) -> None:
+    path = readme.parent / "benchmarks/results/cpu-a/training-resnet50.json"
+    content = json.loads(path.read_text())
+    for one in content["rows"]:
+        one["work"] = "resnet50 training step"
+    path.write_text(json.dumps(content))
+    readme.write_text("<!-- table:cpu-a/targets -->\n<!-- /table -->\n")
+    assert plot.main(["--readme", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    default = next(line for line in lines if "fastcov, default" in line)
+    assert "| 1.012x | 1.007x to 1.017x | at most 1.020x | met |" in default
+    every_row = next(line for line in lines if "fastcov, every row" in line)
+    assert "| at most 1.150x | met |" in every_row
+
+
 def test_a_difference_is_noticed(
     plot: ModuleType, readme: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

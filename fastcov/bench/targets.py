@@ -1,0 +1,160 @@
+"""What this package promises of its speed, and whether a machine's results keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fastcov.bench.contest import OURS, Row
+
+Kind = Literal["cpu", "cuda"]
+Measure = Literal["share of floor", "times faster", "seconds", "times untracked"]
+AT_LEAST: frozenset[Measure] = frozenset({"share of floor", "times faster"})
+
+_GRAM = "channels_last bfloat16 C={} K=262144"
+_NETWORK = "ResNet-50 convs, batch {}, bfloat16"
+_SPECTRUM = "ResNet-50: 53 matrices of 64 to 2048, float32"
+_NETWORKS = ("resnet50", "vit", "faster_rcnn")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise.
+
+    Attributes:
+        kind: Device kind that it holds for; those of a GPU are an H100's.
+        case: That measures it.
+        work: Name of its row's work.
+        contender: Name of its row's contender.
+        measure: What of the row counts. "share of floor" and "times faster" (a peer's time over
+            ours) must be at least the bound, the others at most.
+        bound: In the measure's unit.
+    """
+
+    kind: Kind
+    case: str
+    work: str
+    contender: str
+    measure: Measure
+    bound: float
+
+
+def _steps(kind: Kind, cases: Iterable[str], default: float, every_row: float) -> list[Target]:
+    bounds = {"fastcov, default": default, "fastcov, every row": every_row}
+    return [
+        Target(kind, f"training-{case}", f"{case} training step", name, "times untracked", bound)
+        for case in cases
+        for name, bound in bounds.items()
+    ]
+
+
+def _gpu(case: str, work: str, contender: str, measure: Measure, bound: float) -> Target:
+    return Target("cuda", case, work, contender, measure, bound)
+
+
+TARGETS: tuple[Target, ...] = (
+    *(
+        _gpu("covariance", _GRAM.format(channels), OURS, "share of floor", share)
+        for channels, share in ((64, 0.85), (128, 0.85), (256, 0.85), (512, 0.75))
+    ),
+    *(
+        _gpu("covariance", _GRAM.format(channels), "torch.mm", "times faster", 1.6)
+        for channels in (1024, 2048)
+    ),
+    _gpu("covariance", _NETWORK.format("256 at 224"), OURS, "seconds", 3.3e-3),
+    _gpu("covariance", _NETWORK.format("2 at 800x1344"), OURS, "seconds", 0.6e-3),
+    _gpu("eigen", "n=128 B=1024, float32", OURS, "seconds", 0.4e-3),
+    _gpu("eigen", "n=512 B=64, float32", OURS, "seconds", 2e-3),
+    _gpu("eigen", _SPECTRUM, OURS, "seconds", 20e-3),
+    _gpu("eigen", _SPECTRUM, "torch.linalg", "times faster", 20.0),
+    *_steps("cuda", [*_NETWORKS, *(f"{name}-compiled" for name in _NETWORKS)], 1.01, 1.05),
+    *_steps("cpu", ["resnet50"], 1.02, 1.15),
+)
+"""Every promise, in the order of its table."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target beside what was measured.
+
+    Attributes:
+        target: Which.
+        value: In the measure's unit; None where the row was not measured.
+        low: Lower 95 % bound of ``value``.
+        high: Upper bound.
+        measured_s: Median of the row.
+        floor_s: Least time on that machine, where known.
+    """
+
+    target: Target
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    measured_s: float | None = None
+    floor_s: float | None = None
+
+    @property
+    def outcome(self) -> Literal["met", "missed", "not measured"]:
+        """Of the median; the interval is printed beside it."""
+        if self.value is None:
+            return "not measured"
+        if self.target.measure in AT_LEAST:
+            return "met" if self.value >= self.target.bound else "missed"
+        return "met" if self.value <= self.target.bound else "missed"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        ratio = None
+        if self.measured_s is not None and self.floor_s:
+            ratio = self.measured_s / self.floor_s
+        own = {k: v for k, v in asdict(self).items() if k != "target"}
+        return {**asdict(self.target), **own, "floor_ratio": ratio, "outcome": self.outcome}
+
+
+def judge(kind: str, rows: Mapping[str, Sequence[Row]]) -> list[Verdict]:
+    """Compares results with the targets of their device kind.
+
+    Args:
+        kind: "cpu" or "cuda"; other kinds have no targets.
+        rows: By case. Targets of a case that is absent stand as not measured.
+
+    Returns:
+        One verdict a target.
+    """
+    return [_judged(target, rows.get(target.case, ())) for target in TARGETS if target.kind == kind]
+
+
+def _judged(target: Target, rows: Sequence[Row]) -> Verdict:
+    def find(contender: str) -> Row | None:
+        wanted = (target.work, contender)
+        return next((row for row in rows if (row.work, row.contender) == wanted), None)
+
+    row = find(target.contender)
+    if row is None:
+        return Verdict(target)
+    value, low, high = _values(target.measure, row)
+    floor_s = row.floor_s
+    if target.measure == "times untracked":
+        bare = find(row.versus)
+        floor_s = bare.p50_s if bare is not None else None
+    if floor_s is None and target.measure == "share of floor":
+        return Verdict(target, measured_s=row.p50_s)
+    ours = find(OURS) if target.measure == "times faster" else row
+    measured_s = (ours or row).p50_s
+    return Verdict(target, value, low, high, measured_s, floor_s)
+
+
+def _values(measure: Measure, row: Row) -> tuple[float | None, float | None, float | None]:
+    if measure == "seconds":
+        return row.p50_s, row.low_s, row.high_s
+    if measure == "share of floor":
+        floor = row.floor_s
+        return (
+            (None, None, None)
+            if not floor
+            else (floor / row.p50_s, floor / row.high_s, floor / row.low_s)
+        )
+    # What comes once in more steps than were timed is counted in: see training._updates.
+    added = row.notes.get("ratio_with_updates", row.ratio) - row.ratio
+    return row.ratio + added, row.ratio_low + added, row.ratio_high + added
