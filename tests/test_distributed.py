@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def on_two_ranks(body: Callable[[int, Path], None], folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_start, args=(port, body, folder), nprocs=2, start_method="spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        # At the end: the processes find this file by its name, and the same fastcov as this one.
+        patch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
+        mp.start_processes(_start, args=(port, body, folder), nprocs=2, start_method="spawn")
 
 
 def _ddp(rank: int, folder: Path) -> None:
