@@ -28,6 +28,8 @@ def main() -> int:
         command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_STATUS)]
         command += ["--kernel-name", "kns=eigen_", "--target-processes", "all"]
         command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+        # Plugins that the project's own options need may be missing here.
+        command += ["-o", "addopts=--import-mode=importlib"]
         command += [TEST, "-k", "test_every_class_once", *sys.argv[1:]]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         # A machine without a GPU leaves the test out: that is no clean run.
