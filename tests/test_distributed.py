@@ -38,8 +38,8 @@ def _start(rank: int, port: int, body: Callable[[int, Path], None], folder: Path
     try:
         body(rank, folder)
     finally:
-        # Models in reference cycles hold the group beyond its end: a thread of gloo that frees their
-        # tensors while the interpreter ends would abort the process.
+        # Models in reference cycles hold the group beyond its end: a thread of gloo that frees
+        # their tensors while the interpreter ends would abort the process.
         gc.collect()
         dist.destroy_process_group()
 

@@ -264,8 +264,8 @@ def _start(rank: int, port: int, folder: Path, state: dict[str, Any]) -> None:
         found["run_resumed"] = run_resumed(rank, state)
         torch.save(found, folder / f"rank{rank}.pt")
     finally:
-        # Models in reference cycles hold the group beyond its end: a thread of gloo that frees their
-        # tensors while the interpreter ends would abort the process.
+        # Models in reference cycles hold the group beyond its end: a thread of gloo that frees
+        # their tensors while the interpreter ends would abort the process.
         gc.collect()
         dist.destroy_process_group()
 
