@@ -86,8 +86,9 @@ sanitize-gpu: setup  ## eigenvalue kernels on a GPU under compute-sanitizer
 gpu-session:  ## PART=build|test|sanitize|bench|compiled on a GPU with the python3 there, no installation
 	@tools/gpu_session.sh $(or $(PART),build test sanitize bench compiled)
 
-wheels: $(STAMPS)/environment  ## release wheel for all architectures in dist/release, honestly tagged
+wheels: $(STAMPS)/environment  ## release wheel and Triton's resources, for all architectures; tagged honestly
 	@$(BIN)/python tools/build_release.py dist/release
+	@$(BIN)/python -m tests.kernels.aot --check 80 90 100 120
 
 test-matrix: $(STAMPS)/wheel  ## the wheel under further Pythons and torch versions
 	@$(BIN)/python tools/test_matrix.py dist

@@ -1,7 +1,7 @@
 """Every kernel that can be launched compiles for every architecture, with the resources on record.
 
-``python -m tests.kernels.aot`` writes the table, with ``--check`` it compares all of it; here the
-shapes that carry most of the work are compiled again, and the table's claims are held.
+``python -m tests.kernels.aot`` writes the table and with ``--check`` compares it. Here sm_80 and sm_90
+are compiled whole; sm_100 and sm_120 by ``make wheels``.
 """
 
 from __future__ import annotations
@@ -61,19 +61,9 @@ def test_products_use_matrix_instructions_unless_exact(table, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("90", "gram_kernel", "matrix", "bf16", "PANELS=2"),
-        ("90", "gram_kernel", "fp32", "VECTOR=4", "PANELS=2", "IS_PLANES=False"),
-        ("90", "flush_kernel", "bf16", "VECTOR=8"),
-        ("80", "gram_kernel", "bf16", "PANELS=4", "IS_PLANES=False"),
-        ("80", "reduce_kernel", "EDGE=64", "SEGMENT", "IS_CENTRED=False"),
-        ("80", "block_kernel", "bf16", "ONLY_BROKEN=True"),
-    ],
-    ids=" ".join,
-)
-def test_compiles_to_the_resources_on_record(table, words):
+@pytest.mark.timeout(1200)  # two minutes on two idle cores
+@pytest.mark.parametrize("target", [80, 90])
+def test_compiles_to_the_resources_on_record(table, target):
     if table["triton"] != triton.__version__:
         pytest.fail(
             f"the table is of triton {table['triton']}, installed is {triton.__version__}: run "
@@ -82,12 +72,12 @@ def test_compiles_to_the_resources_on_record(table, words):
     # As a module from the root of the checkout, which PYTHONSAFEPATH would keep from sys.path.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", "--check", *words],
+        [sys.executable, "-m", "tests.kernels.aot", "--check", str(target)],
         cwd=HERE.parents[1],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert int(run.stdout.split()[0]) >= 1, "no specialisation matches"
+    assert int(run.stdout.split()[0]) == len(table[f"sm_{target}"])
