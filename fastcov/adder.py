@@ -105,7 +105,8 @@ class Adder:
     ) -> None:
         state = self.state
         assert state is not None
-        library.accumulate_(
+        decay = 1.0 if self.decay is None else self._decay_until(step)
+        arguments = (
             state.moment,
             state.sum,
             state.shift,
@@ -114,9 +115,14 @@ class Adder:
             rows,
             row_weight,
             row_scale,
-            1.0 if self.decay is None else self._decay_until(step),
+            decay,
             channel_dim,
         )
+        if row_weight is None and row_scale == 1.0 and decay == 1.0:
+            library.accumulate_(*arguments)
+        else:
+            with state.weighing(rows, row_weight, row_scale, decay):
+                library.accumulate_(*arguments)
 
     def _decay_until(self, step: int) -> float:
         steps = step - self.state_step

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastcov.seen import Seen
 
-
 _MOST_VIEWS = 8  # a budget of so many rows a step fills a buffer in two or three ways
 
 

@@ -194,8 +194,9 @@ class Collector:
         try:
             seen = self._seen[tap]
             if seen is not None and is_undisturbed() and not batch_dims and seen.fits(activation):
-                reader = self._by_tap[tap]
-                if self._reads_output[tap] or (reader := self._owner(tap, activation)):
+                if self._reads_output[tap]:
+                    self._by_tap[tap].read(activation, seen)
+                elif (reader := self._owner(tap, activation)) is not None:
                     reader.read(activation, seen)
             elif is_recomputing():
                 return

@@ -155,16 +155,9 @@ def _dispatched_gather() -> Callable[..., None]:
     real = library.gather_
 
     def stub(
-        buffer: Tensor,
-        rows: Tensor,
-        row: int,
-        first: int,
-        _due: int,
-        run: int,
-        phase: int,
-        dim: int,
+        buffer: Tensor, rows: Tensor, row: int, first: int, _due: int, run: int, phase: int, c: int
     ) -> None:
-        real(buffer, rows, row, first, 0, run, phase, dim)
+        real(buffer, rows, row, first, 0, run, phase, c)
 
     return stub
 
@@ -172,17 +165,8 @@ def _dispatched_gather() -> Callable[..., None]:
 def _dispatched_accumulate() -> Callable[..., None]:
     real = library.accumulate_
     state, none = CovarianceState(1), torch.zeros(0, 1)
-    nothing = (
-        state.moment,
-        state.sum,
-        state.shift,
-        state.weight,
-        state.count,
-        none,
-        None,
-        1.0,
-        1.0,
-    )
+    moments = (state.moment, state.sum, state.shift, state.weight, state.count)
+    nothing = (*moments, none, None, 1.0, 1.0)
     return lambda *_arguments: real(*nothing)
 
 
