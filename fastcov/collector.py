@@ -175,9 +175,8 @@ class Collector:
             return
         self._synced = None
         self._inputs.forget_step()
-        done = self.step.done
         for reader in self._unique:
-            reader.begin_step(done)
+            reader.begin_step(self.step.done)
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation: called by a module's hook.
