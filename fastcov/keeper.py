@@ -48,7 +48,8 @@ class Keeper(Collector):
         """Everything needed to continue: tensors and numbers only, no collective.
 
         After :meth:`Tracker.sync`, or of a single process, it holds all rows: load it on any number
-        of ranks, rank 0 then carries them and the others start at zero.
+        of ranks, rank 0 then carries them and the others start at zero. Else it holds this rank's
+        rows: as many ranks may load them again, each its own.
         """
         rank, ranks = _rank_and_ranks()
         layers = {}
