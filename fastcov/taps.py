@@ -256,6 +256,7 @@ class Hook:
         if (
             args
             and type(args[0]) is Tensor
+            and args[0].is_floating_point()
             and tracker is not None
             and not is_compiling()
             and "_is_replica" not in module.__dict__

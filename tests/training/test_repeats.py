@@ -70,6 +70,19 @@ def test_inputs_read_at_once_are_the_inputs(model: Branches) -> None:
         assert len(tracker.unique_readers()) == 2
 
 
+def test_the_first_input_that_holds_numbers_is_read() -> None:
+    class Gather(nn.Module):
+        def forward(self, index: Tensor, table: Tensor) -> Tensor:
+            return table[index]
+
+    model = Gather()
+    with fastcov.track(model, include=Gather, where="input", rows="all") as tracker:
+        for _ in range(3):
+            model(torch.arange(2), torch.randn(6, 4))
+        model(torch.arange(2), table=torch.randn(6, 4))
+        assert tracker.count(":in") == 24
+
+
 def test_sharing_ends_at_once_when_inputs_part(model: Branches) -> None:
     with fastcov.track(model, where="input", rows="all") as tracker:
         for _ in range(3):
