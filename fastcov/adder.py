@@ -42,7 +42,7 @@ class Adder:
     ) -> None:
         self.weighting = weighting
         self.decay = decay
-        self.fraction = fraction
+        self.set_fraction(fraction)
         self.state: CovarianceState | None = None
         self.calls = 0  # of the running step, then of the last one
         self.total_calls = 0
@@ -55,14 +55,9 @@ class Adder:
         self._step = 0
         self._dtype: torch.dtype | None = None  # of the rows read last
 
-    @property
-    def fraction(self) -> float | None:
-        """Share of the rows to read; None until it is planned."""
-        return self._fraction
-
-    @fraction.setter
-    def fraction(self, fraction: float | None) -> None:
-        self._fraction = fraction
+    def set_fraction(self, fraction: float | None) -> None:
+        """Sets the share of the rows to read; None until it is planned."""
+        self.fraction = fraction
         self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
 
     def _add(self, activation: Tensor, seen: Seen) -> None:
@@ -71,12 +66,13 @@ class Adder:
         if count >= seen.buffer_rows:
             if seen.dtype is not self._dtype:
                 self._match_dtype(seen.dtype)
-            last = self._buffer.last_step
+            last = None if self.decay is None else self._buffer.last_step
             if last is not None and last < self._step:
                 # The state moves to this step: rows of earlier ones would miss their decay.
                 self._flush_full()
             if self.weighting == "position":
-                self._accumulate(seen.source(activation), self._step, channel_dim=seen.channel_dim)
+                rows = activation if seen.channel_dim > 0 else seen.view(activation)
+                self._accumulate(rows, self._step, None, 1.0, seen.channel_dim)
             else:
                 self._add_image_weighted(seen.view(activation))
         elif count:
@@ -109,7 +105,8 @@ class Adder:
     ) -> None:
         state = self.state
         assert state is not None
-        library.accumulate_(
+        decay = 1.0 if self.decay is None else self._decay_until(step)
+        arguments = (
             state.moment,
             state.sum,
             state.shift,
@@ -118,9 +115,14 @@ class Adder:
             rows,
             row_weight,
             row_scale,
-            self._decay_until(step),
+            decay,
             channel_dim,
         )
+        if row_weight is None and row_scale == 1.0 and decay == 1.0:
+            library.accumulate_(*arguments)
+        else:
+            with state.weighing(rows, row_weight, row_scale, decay):
+                library.accumulate_(*arguments)
 
     def _decay_until(self, step: int) -> float:
         steps = step - self.state_step
@@ -140,7 +142,9 @@ class Adder:
         if seen.dtype is not self._dtype:
             self._match_dtype(seen.dtype)
         buffer = self._buffer
-        if not buffer.has_room(wanted):
+        if (storage := buffer.take(wanted)) is not None:
+            return storage
+        if buffer.fill:
             # A step's weights are final at its end only: until then its rows may not leave.
             is_held = self.weighting == "image" and buffer.last_step == self._step
             if not is_held:

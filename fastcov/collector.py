@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcov.isolation import has_modes, is_transformed, isolated
+from fastcov.isolation import (
+    has_modes,
+    is_recomputing,
+    is_transformed,
+    is_undisturbed,
+    isolated,
+)
 from fastcov.ops.library import observers
 from fastcov.reader import Reader
 from fastcov.replay import DeviceCounters
@@ -28,7 +34,7 @@ from fastcov.sampling import (
 from fastcov.seen import Seen
 from fastcov.sharing import SharedInputs
 from fastcov.state import CovarianceState
-from fastcov.steps import Steps, is_recomputing
+from fastcov.steps import Steps
 from fastcov.taps import Hook, StepHook, Tap
 
 _NUMBERS = itertools.count(1)
@@ -81,7 +87,9 @@ class Collector:
         self.step = Steps()
         self._modules: list[Callable[[], nn.Module | None]] = []
         self._by_tap: list[Reader] = []
-        self._seen: list[Seen | None] = []  # of outputs, whose reader is the tap's own
+        self._unique: list[Reader] = []
+        self._seen: list[Seen | None] = []
+        self._reads_output: list[bool] = []
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
         self._counters: DeviceCounters | None = None
@@ -115,12 +123,14 @@ class Collector:
             reader = self._make_reader(tap)
             self._by_tap.append(reader)
             self._seen.append(None)
+            self._reads_output.append(tap.position == "output")
             self.readers[tap.name] = reader
             self._handles.append(
                 module.register_forward_hook(hook.output)
                 if tap.position == "output"
                 else module.register_forward_pre_hook(hook.input, with_kwargs=True)
             )
+        self._unique = list(self._by_tap)
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
 
@@ -165,7 +175,7 @@ class Collector:
             return
         self._synced = None
         self._inputs.forget_step()
-        for reader in self.unique_readers():
+        for reader in self._unique:
             reader.begin_step(self.step.done)
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
@@ -180,23 +190,27 @@ class Collector:
             if not self.step.is_inside:
                 self.step.not_counted = "its layers ran, but in no forward of the tracked module"
             return
-        if tap in self._given_up or is_recomputing():
-            return
         try:
-            if has_modes():
+            seen = self._seen[tap]
+            if seen is not None and is_undisturbed() and not batch_dims and seen.fits(activation):
+                if self._reads_output[tap]:
+                    self._by_tap[tap].read(activation, seen)
+                elif (reader := self._owner(tap, activation)) is not None:
+                    reader.read(activation, seen)
+            elif is_recomputing():
+                return
+            elif has_modes():
                 is_wrapped = is_transformed()
                 with isolated():
                     self._observe(tap, activation, batch_dims, is_wrapped)
-                return
-            seen = self._seen[tap]
-            if seen is not None and not batch_dims and seen.fits(activation):
-                self._by_tap[tap].read(activation, seen)
             else:
                 self._observe(tap, activation, batch_dims, False)
         except Exception as error:
             self._fail(self._by_tap[tap], error)
 
     def _observe(self, tap: int, activation: Tensor, batch_dims: int, is_wrapped: bool) -> None:
+        if tap in self._given_up or not activation.is_floating_point():
+            return
         spec = self.taps[tap]
         found = plain_tensor(activation, is_wrapped)
         if isinstance(found, str):
@@ -215,24 +229,29 @@ class Collector:
             whole = f"{spec.channels} channels"
             self.refuse(tap, f"has {channels} of {whole} on this rank (tensor parallel): not read")
             return
-        reader = self._by_tap[tap]
-        if spec.position == "input":
-            role = self._inputs.see(tap, activation, reader.total_calls > 0)
-            if role == "shares":
-                self._share(tap, self._inputs.owner[tap])
-                return
-            if role == "splits":
-                reader = self._split(tap)
+        order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
+        seen = Seen(rows, plain, order)
+        is_again = seen.is_repeatable and plain is activation
+        reader: Reader | None = self._by_tap[tap]
+        if spec.position == "input" and (reader := self._owner(tap, activation)) is None:
+            self._seen[tap] = seen if is_again else None
+            return
+        assert reader is not None
         state = reader.state
         if state is not None and state.channels != channels:
             reason = f"gave {channels} channels after {state.channels}: not read since then"
             self._give_up(reader, reason)
             return
-        order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
-        seen = Seen(rows, plain, order)
         reader.read(plain if seen.is_repeatable else rows, seen)
-        is_own = plain is activation and spec.position == "output"
-        self._seen[tap] = seen if seen.is_repeatable and is_own else None
+        self._seen[tap] = seen if is_again else None
+
+    def _owner(self, tap: int, activation: Tensor) -> Reader | None:
+        # Who reads a module's input: None where another tap has read this tensor already.
+        role = self._inputs.see(tap, activation, self._by_tap[tap].total_calls > 0)
+        if role == "shares":
+            self._share(tap, self._inputs.owner[tap])
+            return None
+        return self._split(tap) if role == "splits" else self._by_tap[tap]
 
     def _is_sharded(self, tap: int) -> bool:
         module = self._modules[tap]()
@@ -255,7 +274,8 @@ class Collector:
                 self._split(tap)
             self._inputs.forget_step()
             fractions = self._plan()
-            for reader in self.unique_readers():
+            # Of rows that weigh the same there is nothing more to say.
+            for reader in fractions if self.weighting == "position" else self._unique:
                 try:
                     if reader in fractions:
                         reader.plan(fractions[reader])
@@ -268,8 +288,8 @@ class Collector:
     def _end_on_device(self) -> None:
         if self._counters is not None:
             self._counters.end_step(self.decay)
-        elif DeviceCounters.serve(readers := self.unique_readers()):
-            self._counters = DeviceCounters(readers, self.step.done - 1)
+        elif DeviceCounters.serve(self._unique):
+            self._counters = DeviceCounters(self._unique, self.step.done - 1)
 
     def after_step(self) -> None:
         """Called when a step that was read has ended."""
@@ -283,20 +303,27 @@ class Collector:
         for tap, own in enumerate(self._by_tap):
             if own is reader:
                 self._given_up.add(tap)
+                self._seen[tap] = None
                 self.refuse(tap, reason)
 
     def _share(self, tap: int, owner: int) -> None:
-        self._by_tap[tap] = self.readers[self.taps[tap].name] = self._by_tap[owner]
+        reader = self._by_tap[owner]
+        if self._by_tap[tap] is not reader:
+            self._assign(tap, reader)
 
     def _split(self, tap: int) -> Reader:
         shared = self._by_tap[tap]
         reader = self._make_reader(self.taps[tap])
         reader.begin_step(self.steps)
-        self._by_tap[tap] = self.readers[reader.name] = reader
+        self._assign(tap, reader)
         self.refuse(
             tap, f"rows of its own since step {self.steps}; shared those of {shared.name} before"
         )
         return reader
+
+    def _assign(self, tap: int, reader: Reader) -> None:
+        self._by_tap[tap] = self.readers[self.taps[tap].name] = reader
+        self._unique = list(dict.fromkeys(self._by_tap))
 
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""
@@ -304,13 +331,13 @@ class Collector:
 
     def unique_readers(self) -> list[Reader]:
         """Readers in the model's order, shared ones once."""
-        return list(dict.fromkeys(self._by_tap))
+        return self._unique
 
     def _plan(self) -> dict[Reader, float]:
         # Shares of the rows to read, for readers that have just seen their first step.
         unplanned = {
             reader: LayerLoad(reader.state.channels, reader.offered_rows, 0)
-            for reader in self.unique_readers()
+            for reader in self._unique
             if reader.fraction is None and reader.calls and reader.state is not None
         }
         if isinstance(self.rows, int):

@@ -151,7 +151,7 @@ class _Seen:
 
 def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) -> LayerEstimate:
     size, offered = seen.channels, sum(seen.calls)
-    state_bytes = 8 * (size * size + 2 * size + 3)
+    state_bytes = 8 * (size * size + 2 * size + 4)
     threshold = BUFFER_ROWS_PER_CHANNEL * size
     due = [fraction * count for count in seen.calls]
     # As fastcov.reader: calls that bring many rows are added at once, the others wait in a buffer.

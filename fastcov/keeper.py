@@ -48,9 +48,10 @@ class Keeper(Collector):
         """Everything needed to continue: tensors and numbers only, no collective.
 
         After :meth:`Tracker.sync`, or of a single process, it holds all rows: load it on any number
-        of ranks, rank 0 then carries them and the others start at zero.
+        of ranks, rank 0 then carries them and the others start at zero. Else it holds this rank's
+        rows: as many ranks may load them again, each its own.
         """
-        is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        rank, ranks = _rank_and_ranks()
         layers = {}
         for reader in self.unique_readers():
             layers[reader.name] = reader.state_dict()
@@ -60,7 +61,9 @@ class Keeper(Collector):
             "format": _FORMAT,
             "steps": self.steps,
             "rho": self._rho,
-            "is_synced": self._synced is not None or is_alone,
+            "is_synced": self._synced is not None or ranks == 1,
+            "rank": rank,
+            "world_size": ranks,
             "shared": {n: r.name for n, r in self.readers.items() if n != r.name},
             "layers": layers,
         }
@@ -69,7 +72,8 @@ class Keeper(Collector):
         """Continues from :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is of another format, or holds layers that are not tracked here.
+            ValueError: If it is of another format, holds layers that are not tracked here, or is
+                one of several ranks' own rows and there are more or fewer ranks now.
         """
         if state_dict.get("format") != _FORMAT:
             raise ValueError(
@@ -83,12 +87,16 @@ class Keeper(Collector):
                 f"state_dict holds layers that are not tracked here: {', '.join(unknown[:3])}; "
                 "track the same model with the same include and exclude"
             )
-        is_elsewhere = (
-            state_dict["is_synced"]
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_rank() > 0
-        )
+        rank, ranks = _rank_and_ranks()
+        saved_ranks = state_dict.get("world_size", ranks)  # older ones do not tell
+        if not state_dict["is_synced"] and saved_ranks != ranks:
+            raise ValueError(
+                f"state_dict holds the rows of rank {state_dict['rank']} of {saved_ranks} alone, "
+                f"but {ranks} {'rank loads' if ranks == 1 else 'ranks load'} it: rows would be "
+                "lost or counted twice. Call sync() on every rank before state_dict(), then any "
+                f"number of ranks may load it; or load on {saved_ranks} ranks, each its own"
+            )
+        is_elsewhere = state_dict["is_synced"] and rank > 0
         self._synced = None
         self.leave_device()
         self.step.done = state_dict["steps"]
@@ -107,3 +115,9 @@ class Keeper(Collector):
         self.step.done = 0
         for reader in self.unique_readers():
             reader.reset()
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -103,19 +103,17 @@ class Reader(Adder):
                 rows, self._device_step, fraction, seen.run_length, self.phase
             )
             return
-        due = 0
-        if 0 < self._fixed_fraction < WHOLE:
-            due, self._carry = rows_due(offered, self._fixed_fraction, self._carry)
-            if due == 0:
-                return
-        if self._device != seen.device or self.state is None:
+        if self._device is not seen.device:
             self.prepare(seen.channels, seen.device)
-        if due:
-            self._sample(activation, seen, due)
-        elif self._fraction is None:
-            self._wait(activation, seen)
-        else:
+        fraction = self._fixed_fraction
+        if fraction == WHOLE:
             self._add(activation, seen)
+        elif fraction:
+            due, self._carry = rows_due(offered, fraction, self._carry)
+            if due:
+                self._sample(activation, seen, due)
+        elif self.fraction is None:
+            self._wait(activation, seen)
 
     def _wait(self, activation: Tensor, seen: Seen) -> None:
         offered = seen.rows
@@ -133,7 +131,7 @@ class Reader(Adder):
 
     def plan(self, fraction: float) -> None:
         """Sets the share of rows to read and takes it from what has waited."""
-        self.fraction = fraction
+        self.set_fraction(fraction)
         waiting, self._waiting = self._waiting, []
         for part in waiting:
             rows = part.rows
@@ -153,8 +151,8 @@ class Reader(Adder):
             self._gather(sample, 0, activation, seen, due)
             self._add(sample, Seen(sample))
         else:
-            buffer = self._room(seen, due)
-            self._gather(buffer, self._buffer.fill, activation, seen, due)
+            storage = self._room(seen, due)
+            self._gather(storage, self._buffer.fill, activation, seen, due)
             self._buffer.mark(due, self._step)
 
     def _gather(
@@ -162,7 +160,7 @@ class Reader(Adder):
     ) -> None:
         library.gather_(
             buffer,
-            seen.source(activation),
+            activation if seen.channel_dim > 0 else seen.view(activation),
             buffer_row,
             self._sampled,
             samples,
@@ -264,7 +262,7 @@ class Reader(Adder):
     def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
         """Continues from :meth:`state_dict`; without rows only the plan is taken."""
         self.reset()
-        self.fraction = saved["fraction"]
+        self.set_fraction(saved["fraction"])
         self.state_step = saved["state_step"]
         self.total_calls = saved["total_calls"]
         self._sampled = saved["sampled"]

@@ -37,8 +37,14 @@ class DeviceCounters:
     @staticmethod
     def serve(readers: Sequence[Reader]) -> bool:
         """Whether all readers that have seen a row are on one GPU that can do this."""
-        devices = {reader.state.moment.device for reader in readers if reader.state is not None}
-        return len(devices) == 1 and has_device_buffers(torch.float32, devices.pop())
+        states = (reader.state for reader in readers if reader.state is not None)
+        if (first := next(states, None)) is None:
+            return False
+        device = first.moment.device
+        # Asked at the end of every step: on a CPU the first state answers.
+        return has_device_buffers(torch.float32, device) and all(
+            state.moment.device == device for state in states
+        )
 
     def begin_step(self) -> None:
         """Moves to the next step."""

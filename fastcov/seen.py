@@ -8,6 +8,8 @@ from torch import Tensor
 from fastcov.rows import run_length
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
 
+_STRIDED = torch.strided
+
 
 class Seen:
     """Sizes and layout of an activation that was read as rows.
@@ -74,7 +76,7 @@ class Seen:
         """Whether an activation is laid out the same: it is read the same way then."""
         return (
             type(activation) is Tensor
-            and activation.layout is torch.strided
+            and activation.layout is _STRIDED
             and not activation.is_nested
             and activation.dtype is self.dtype
             and activation.shape == self._shape

@@ -16,7 +16,7 @@ from fastcov import ops
 from fastcov.spectrum import Spectrum
 from fastcov.state import REDUCTIONS, CovarianceState
 
-_NUMBERS = 3  # of a layer beside its eigenvalues: trace, weight, count
+_NUMBERS = 4  # of a layer beside its eigenvalues: trace, weight, count, effective count
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -38,7 +38,9 @@ class PendingSpectra:
     Args:
         states: By layer, on any devices.
         centered: Whether the means are subtracted.
-        independent_rows: Makes a count of rows the number that a spectrum's uncertainty rests on.
+        independent_rows: From the rows of a layer and their effective count, see
+            :attr:`fastcov.state.CovarianceState.effective_count`, the number that its spectrum's
+            uncertainty rests on.
     """
 
     @torch.no_grad()
@@ -46,7 +48,7 @@ class PendingSpectra:
         self,
         states: Mapping[str, CovarianceState],
         centered: bool,
-        independent_rows: Callable[[int], int],
+        independent_rows: Callable[[int, float], int],
     ) -> None:
         self._names = list(states)
         self._independent_rows = independent_rows
@@ -67,9 +69,9 @@ class PendingSpectra:
                 batch.done.synchronize()
             sizes = [channels + _NUMBERS for channels in batch.channels.values()]
             for name, part in zip(batch.channels, batch.numbers.split(sizes), strict=True):
-                trace, weight, count = part[-_NUMBERS:].tolist()
+                trace, weight, count, effective = part[-_NUMBERS:].tolist()
                 if weight > 0:
-                    rows = self._independent_rows(int(count))
+                    rows = self._independent_rows(int(count), effective)
                     # A copy: the numbers of all layers would live as long as one of them.
                     values = part[:-_NUMBERS].clone()
                     spectra[name] = Spectrum(values, rows, max(0.0, trace), name)
@@ -117,6 +119,7 @@ def _numbers(states: list[CovarianceState], centered: bool) -> Tensor:
     eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
     parts = []
     for state, matrix, values in zip(states, matrices, eigenvalues, strict=True):
-        numbers = torch.stack([matrix.trace(), state.weight, state.count[0].double()])
+        counts = state.count[0].double(), state.effective_count
+        numbers = torch.stack([matrix.trace(), state.weight, *counts])
         parts += [values.double(), numbers]
     return torch.cat(parts)

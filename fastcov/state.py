@@ -6,7 +6,8 @@ state to a common one (Chan, Golub, LeVeque 1983: parallel updating of variances
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastcov.ops.covariance import Moments, accumulate_
 REDUCTIONS = {
     "count": "sum",
     "weight": "sum",
+    "excess": "sum",
     "sum": "sum",
     "moment": "sum",
     "shift": "common",  # translated to one value before the others are added
@@ -35,6 +37,8 @@ class CovarianceState(Moments):
     Attributes:
         count: Rows read and rows skipped as non-finite, int64. [2]
         weight: Sum of the rows' weights, float64: the divisor. []
+        excess: Sum of the squared weights less the sum of the weights, float64: rows of weight 1
+            leave it alone, so following it costs them nothing. []
         sum: Weighted sum of the shifted rows, float64. [C]
         moment: Weighted second moment of the shifted rows, float64, lower half valid. [C, C]
         shift: Fixed by the first finite rows, float64. [C]
@@ -46,10 +50,30 @@ class CovarianceState(Moments):
         tensor([2., 2.], dtype=torch.float64)
     """
 
+    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+        super().__init__(channels, device)
+        with torch.inference_mode(False):
+            self.excess = torch.zeros((), dtype=torch.float64, device=device)
+
     @property
     def channels(self) -> int:
         """Length of a row."""
         return len(self.sum)
+
+    @property
+    def squared_weight(self) -> Tensor:
+        """Sum of the rows' squared weights; decay d multiplies what was there by d^2. []"""
+        return self.weight + self.excess
+
+    @property
+    def effective_count(self) -> Tensor:
+        r"""Rows of equal weight that would say as much: their number where all weigh the same.
+
+        .. math:: \Bigl(\sum_r w_r\Bigr)^2 / \sum_r w_r^2
+
+        float64; NaN where no row was seen. []
+        """
+        return self.weight**2 / self.squared_weight
 
     def update(
         self,
@@ -60,7 +84,37 @@ class CovarianceState(Moments):
         decay: float = 1.0,
     ) -> None:
         """Adds rows; see :func:`fastcov.ops.accumulate_`."""
-        accumulate_(self, rows, row_weight, row_scale=row_scale, decay=decay)
+        if row_weight is None and row_scale == 1.0 and decay == 1.0:
+            accumulate_(self, rows)
+            return
+        with self.weighing(rows, row_weight, row_scale, decay):
+            accumulate_(self, rows, row_weight, row_scale=row_scale, decay=decay)
+
+    @contextmanager
+    def weighing(
+        self, rows: Tensor, row_weight: Tensor | None, row_scale: float, decay: float
+    ) -> Iterator[None]:
+        """Follows the squared weights through one call of an operator that adds rows.
+
+        Needed where some row may weigh other than 1, or decay is applied. No host synchronisation.
+
+        Args:
+            rows: What is added. With ``row_weight`` channels are last. [..., C]
+            row_weight: Likewise. [N]
+            row_scale: Likewise.
+            decay: Likewise.
+        """
+        before = self.weight * decay
+        yield
+        if decay != 1.0:
+            # Squares carry d^2: d^2 (excess + weight) - d weight, of what was there before.
+            self.excess.mul_(decay**2).add_(before, alpha=decay - 1)
+        if row_weight is None:
+            self.excess.add_(self.weight - before, alpha=row_scale - 1)
+        else:
+            is_read = torch.isfinite(rows.detach()).all(-1).flatten()
+            weights = torch.where(is_read, row_weight.double() * row_scale, 0.0)
+            self.excess.add_((weights * (weights - 1)).sum())
 
     def translate_(self, shift: Tensor) -> None:
         """Expresses the sums about another shift. [C]"""
@@ -72,6 +126,7 @@ class CovarianceState(Moments):
 
     def scale_(self, factor: float) -> None:
         """Multiplies every row's weight."""
+        self.excess.mul_(factor**2).add_(self.weight, alpha=factor**2 - factor)
         for tensor in (self.weight, self.sum, self.moment):
             tensor *= factor
 
@@ -101,6 +156,8 @@ class CovarianceState(Moments):
         moment = other.moment.to(device) + outer + outer.T + weight * torch.outer(step, step)
         self.moment.add_(moment, alpha=scale)
         self.sum.add_(sum + weight * step, alpha=scale)
+        self.excess.add_(other.excess.to(device), alpha=scale**2)
+        self.excess.add_(weight, alpha=scale**2 - scale)
         self.weight.add_(weight, alpha=scale)
         self.count += other.count.to(device)
 
@@ -129,10 +186,17 @@ class CovarianceState(Moments):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`.
 
+        One that an older version saved has no ``excess``: its rows count as equal, so that
+        :attr:`effective_count` is ``count[0]``.
+
         Raises:
-            KeyError: If a tensor is missing.
+            KeyError: If another tensor is missing.
             ValueError: If a shape differs.
         """
+        if "excess" not in state_dict and {"weight", "count"} <= state_dict.keys():
+            weight, count = state_dict["weight"], state_dict["count"]
+            excess = weight**2 / count[0].clamp(min=1) - weight
+            state_dict = {**state_dict, "excess": excess}
         for name in REDUCTIONS:
             if name not in state_dict:
                 raise KeyError(f"state has no tensor {name!r}; it holds {sorted(state_dict)}")
@@ -177,19 +241,22 @@ def sync_states(
     tril = [torch.tril_indices(s.channels, s.channels, device=device) for s in merged]
     flat = torch.cat(
         [
-            torch.cat([s.count.double(), s.weight[None], s.sum, s.moment[i[0], i[1]]])
+            torch.cat(
+                [s.count.double(), s.weight[None], s.excess[None], s.sum, s.moment[i[0], i[1]]]
+            )
             for s, i in zip(merged, tril, strict=True)
         ]
     )
     dist.all_reduce(flat, group=group)
     start = 0
     for state, index in zip(merged, tril, strict=True):
-        size = 3 + state.channels + index.shape[1]
+        size = 4 + state.channels + index.shape[1]
         part = flat[start : start + size]
         state.count.copy_(part[:2].round().long())
         state.weight.copy_(part[2])
-        state.sum.copy_(part[3 : 3 + state.channels])
-        state.moment[index[0], index[1]] = part[3 + state.channels :]
+        state.excess.copy_(part[3])
+        state.sum.copy_(part[4 : 4 + state.channels])
+        state.moment[index[0], index[1]] = part[4 + state.channels :]
         start += size
     return merged
 

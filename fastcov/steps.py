@@ -6,9 +6,8 @@ import sys
 
 import torch
 
+from fastcov.isolation import is_recomputing
 from fastcov.replay import is_capturing
-
-_graph_task = torch._C._current_graph_task_id  # bound once: it is asked in every hook
 
 
 class Steps:
@@ -90,8 +89,3 @@ class Steps:
                 "Triton kernels: its replays are not read"
             )
         return ""
-
-
-def is_recomputing() -> bool:
-    """Whether this code runs inside a backward pass."""
-    return _graph_task() != -1

@@ -17,6 +17,7 @@ from torch._C._dynamo.eval_frame import (
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
+from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -240,10 +241,9 @@ class Hook:
         """Reads a module's output."""
         tracker = self.tracker
         if (
-            not torch.compiler.is_compiling()
-            and type(output) is Tensor
+            type(output) is Tensor
             and tracker is not None
-            and output.is_floating_point()
+            and not is_compiling()
             and "_is_replica" not in module.__dict__
         ):
             tracker.observe(self.tap, output)  # what nearly every call comes to, at once
@@ -252,7 +252,18 @@ class Hook:
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Reads a module's first input, positional or by keyword."""
-        self.read(module, (args, kwargs))
+        tracker = self.tracker
+        if (
+            args
+            and type(args[0]) is Tensor
+            and args[0].is_floating_point()
+            and tracker is not None
+            and not is_compiling()
+            and "_is_replica" not in module.__dict__
+        ):
+            tracker.observe(self.tap, args[0])
+        else:
+            self.read(module, (args, kwargs))
 
     def read(self, module: nn.Module, value: Any) -> None:
         """Hands the first tensor to the tracker."""
@@ -262,7 +273,7 @@ class Hook:
         activation = first_tensor(value)
         if activation is None:
             return
-        if torch.compiler.is_compiling():
+        if is_compiling():
             root = tracker.root()
             is_evaluated = tracker.train_only and root is not None and not root.training
             if is_evaluated or _is_exporting():
@@ -296,7 +307,7 @@ class StepHook:
         if tracker is None or _is_exporting():
             return
         is_step = module.training or not tracker.train_only
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if is_step:
                 torch.ops.fastcov.begin_step_(tracker.clock)
         elif "_is_replica" in module.__dict__:
@@ -310,7 +321,7 @@ class StepHook:
         tracker = self.tracker
         if tracker is None or _is_exporting():
             return
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if module.training or not tracker.train_only:
                 torch.ops.fastcov.end_step_(tracker.clock)
         elif "_is_replica" not in module.__dict__:

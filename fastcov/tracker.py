@@ -132,7 +132,8 @@ class Tracker(Keeper):
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
         # Numbers of this step, and nothing that holds the tracker or its model.
-        rows = partial(independent_rows, self.decay, self.steps_read)
+        is_weighted = self.weighting == "image"
+        rows = partial(independent_rows, self.decay, self.steps_read, is_weighted)
         return PendingSpectra(states, centered, rows)
 
     @property

@@ -298,7 +298,7 @@ def test_eigen_case_names_missing_peers(tmp_path: Path) -> None:
 
 def test_hooks_case(tmp_path: Path) -> None:
     rows = {row.contender: row for row in run("hooks", tmp_path).rows}
-    for name in ("fastcov, default", "fastcov, every row"):
+    for name in ("fastcov, default", "fastcov, every row", "fastcov, default, inputs"):
         assert 0 < rows[name].notes["per_hook_s"] < 1e-2
 
 

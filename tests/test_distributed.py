@@ -96,6 +96,27 @@ def test_sync_is_one_process_and_counts_nothing_twice(tmp_path: Path) -> None:
     assert alone.count("0") == 96
 
 
+def _own_rows(rank: int, folder: Path) -> None:
+    model = make_model()
+    tracker = fastcov.track(model, rows="all")
+    for _ in range(1 + rank):
+        model(batch(rank))
+    torch.save(tracker.state_dict(), folder / f"own{rank}.pt")
+    resumed = fastcov.track(model, rows="all")
+    resumed.load_state_dict(torch.load(folder / f"own{rank}.pt", weights_only=True))
+    assert resumed.count("0") == 16 * (1 + rank)
+    assert resumed.sync().count("0") == 48
+
+
+def test_each_rank_resumes_its_own_rows_and_no_one_else(tmp_path: Path) -> None:
+    on_two_ranks(_own_rows, tmp_path)
+    alone = fastcov.track(make_model(), rows="all")
+    for rank in range(2):
+        own = torch.load(tmp_path / f"own{rank}.pt", weights_only=True)
+        with pytest.raises(ValueError, match=rf"rank {rank} of 2 alone, but 1 rank loads"):
+            alone.load_state_dict(own)
+
+
 def _sampled(rank: int, folder: Path) -> None:
     model = make_model()
     tracker = fastcov.track(model, rows=0.25)

@@ -191,6 +191,34 @@ def test_uncertainty_of_sampled_gaussian_rows_covers_the_truth(rows_per_channel:
     assert covered >= 0.95 * draws
 
 
+@pytest.mark.parametrize("rows", ["all", 0.5])
+@pytest.mark.parametrize("sizes", [(8, 8), (2, 24)], ids=["equal", "unequal"])
+def test_uncertainty_of_image_weighted_rows_covers_the_truth(
+    sizes: tuple[int, int], rows: str | float
+) -> None:
+    """Where a few rows of small images carry most of the weight, they are what counts."""
+    channels, draws = 8, 60
+    model = torch.nn.Conv2d(channels, channels, 1, bias=False)
+    scale = torch.logspace(0, -2, channels)[:, None, None]
+    torch.nn.init.dirac_(model.weight)
+    true = scale.double().flatten().square()
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    for _ in range(draws):
+        with fastcov.track(model, rows=rows, weighting="image") as tracker:
+            for _ in range(16):
+                for size in sizes:
+                    model(torch.randn(2, channels, size, size, generator=generator) * scale)
+        spectrum = tracker.spectrum("")
+        error = (spectrum.eigenvalues - true).abs()
+        covered += bool((error <= spectrum.uncertainty).all())
+    read = tracker.count("")
+    positions = [size * size for size in sizes]
+    share = (2 / sum(1 / count for count in positions)) / (sum(positions) / 2)
+    assert spectrum.count == pytest.approx(share * read, rel=0.02)
+    assert covered >= 0.95 * draws
+
+
 def test_equal_layers_empty_their_buffers_in_different_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -133,7 +133,7 @@ def test_layers_without_rows_are_left_out() -> None:
     states = {name: CovarianceState(3) for name in ("b", "empty", "a")}
     for name in ("a", "b"):
         states[name].update(torch.randn(9, 3))
-    spectra = PendingSpectra(states, False, lambda count: count - 1).get()
+    spectra = PendingSpectra(states, False, lambda count, effective: count - 1).get()
     assert list(spectra) == ["b", "a"]
     assert spectra["a"].count == 8
     exact = torch.linalg.eigvalsh(states["a"].covariance()).flip(0)

@@ -83,6 +83,52 @@ def test_state_dict_round_trip_and_reset() -> None:
     assert all(not getattr(state, name).any() for name in REDUCTIONS)
 
 
+WEIGHTS = st.lists(st.sampled_from([1e-4, 0.25, 1.0, 3.0]), min_size=1, max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(WEIGHTS, WEIGHTS, st.sampled_from([0.5, 1.0]), st.sampled_from([0.01, 1.0, 2.0]))
+def test_squared_weights_are_followed(
+    first: list[float], second: list[float], decay: float, scale: float
+) -> None:
+    """Weights, decay, scaling, merging and skipped rows, against the weights one by one."""
+    state = CovarianceState(5)
+    rows = draw(len(first), 1, 0.0)
+    rows[0, 2] = torch.nan  # skipped: its weight is no part of any sum
+    state.update(rows, torch.tensor(first, dtype=torch.float64), row_scale=scale)
+    state.update(draw(3, 2, 0.0), row_scale=scale, decay=decay)
+    state.update(draw(2, 3, 0.0))
+    other = CovarianceState(5)
+    other.update(draw(len(second), 4, 0.0), torch.tensor(second, dtype=torch.float64))
+    other.scale_(0.125)
+    state.merge(other, scale=scale)
+    weights = [w * scale * decay for w in first[1:]] + [scale] * 3 + [1.0] * 2
+    weights += [w * 0.125 * scale for w in second]
+    squares = sum(w * w for w in weights)
+    assert float(state.squared_weight) == pytest.approx(squares, rel=1e-12)
+    effective = sum(weights) ** 2 / squares
+    assert float(state.effective_count) == pytest.approx(effective, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 49, 1e-6])
+def test_equal_weights_count_every_row(scale: float) -> None:
+    state = CovarianceState(5)
+    for seed in range(20):
+        state.update(draw(50_000, seed, 0.0).float(), row_scale=scale)
+    assert round(float(state.effective_count)) == 1_000_000
+
+
+def test_a_state_saved_without_squared_weights_counts_its_rows_as_equal() -> None:
+    state = CovarianceState(5)
+    state.update(draw(50, 1, 0.0), torch.linspace(0.01, 1, 50))
+    older = {name: tensor for name, tensor in state.state_dict().items() if name != "excess"}
+    twin = CovarianceState(5)
+    twin.load_state_dict(older)
+    assert float(twin.effective_count) == pytest.approx(50, rel=1e-12)
+    twin.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in older.items()})
+    assert float(twin.excess) == 0
+
+
 def test_bad_input_is_named() -> None:
     state = CovarianceState(5)
     with pytest.raises(ValueError, match="4 channels into one of 5"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -15,21 +15,23 @@ import fastcov
 from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
-from fastcov.bench.timing import Call
 from fastcov.ops import library
 from fastcov.state import CovarianceState
 
 NO_HOOK = "no hook"
+EMPTY = "torch, an empty hook"
 DEFAULT = "fastcov, default"
 ALL = "fastcov, every row"
+INPUTS = "fastcov, default, inputs"
 _WARM_STEPS = 20
 
 
 class Replayed(nn.Conv2d):
     """A convolution that computes nothing: its output is given."""
 
-    def __init__(self, output: Tensor) -> None:
-        super().__init__(3, output.shape[1], 1, device="meta")
+    def __init__(self, before: int, output: Tensor) -> None:
+        width = output.shape[1]
+        super().__init__(before, width, 1, groups=gcd(before, width), device="meta")
         self.given = output
 
     def forward(self, _input: Tensor) -> Tensor:
@@ -38,12 +40,21 @@ class Replayed(nn.Conv2d):
 
 
 class Replay(nn.Sequential):
-    """ResNet-50's 53 convolution outputs, one after the other."""
+    """ResNet-50's 53 convolution outputs, one after the other.
 
-    def forward(self, image: Tensor) -> None:
-        """Calls every module with the same input."""
-        for module in self:
-            module(image)
+    They are counted as grouped 1 x 1 convolutions, so that the default reads few rows a step, as it
+    does with small batches: a hook copies rows into its buffer, which is hardly ever full.
+    """
+
+    @classmethod
+    def of(cls, maps: Sequence[tuple[int, int, int, int]], like: Tensor) -> Replay:
+        """Convolutions whose outputs have the shapes ``maps``, on the device of ``like``."""
+        # Nothing reads these maps: one position stands for all, channels adjacent as in
+        # channels_last.
+        outputs = [like.new_zeros(1, c, 1, 1).expand(b, c, h, w) for b, c, h, w in maps]
+        befores = [3, *(output.shape[1] for output in outputs)]
+        pairs = zip(befores, outputs, strict=False)
+        return cls(*(Replayed(before, output) for before, output in pairs)).train()
 
 
 def works(setting: Setting) -> list[Work]:
@@ -55,35 +66,28 @@ def _contest(setting: Setting) -> Contest:
     device = setting.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     maps = resnet50_maps(256, 224, 224)
-    # Nothing reads these maps: one position stands for all, channels adjacent as in channels_last.
-    model = Replay(
-        *(
-            Replayed(torch.zeros(1, c, 1, 1, device=device, dtype=dtype).expand(b, c, h, w))
-            for b, c, h, w in maps
-        )
-    ).train()
-    image = torch.zeros(1, device=device)
+    model = Replay.of(maps, torch.zeros((), device=device, dtype=dtype))
+    image = torch.zeros(256, 3, 1, 1, device=device, dtype=dtype)
     turns = HookTurns(model)
+    turns.add(EMPTY, partial(_hook_emptily, model))
     turns.add(DEFAULT, partial(fastcov.track, model))
     turns.add(ALL, partial(fastcov.track, model, rows="all"))
-    calls: Counter[str] = Counter()
+    turns.add(INPUTS, partial(fastcov.track, model, where="input"))
+    stubs = _Stubs(device)
 
-    def stubbed(name: str) -> Call:
-        def run(_index: int) -> None:
-            with _stubs(device, calls):
-                model(image)
+    def run(_index: int) -> None:
+        with stubs:
+            model(image)
 
+    for name in (DEFAULT, ALL, INPUTS):
         turns.install(name)
-        before = calls.total()
-        for index in range(_WARM_STEPS):  # allocates and plans
-            run(index)
-        if name != NO_HOOK and calls.total() == before:
+        with stubs.counted() as calls:
+            for _ in range(_WARM_STEPS):  # allocates and plans
+                model(image)
+        if not calls:
             raise WrongResultError(f"{name}: no operator was called, there is nothing to time")
-        return run
-
-    contenders = {name: stubbed(name) for name in (NO_HOOK, DEFAULT, ALL)}
     return Contest(
-        contenders,
+        dict.fromkeys((NO_HOOK, EMPTY, DEFAULT, ALL, INPUTS), run),
         reference=NO_HOOK,
         rounds=setting.rounds(200),
         budget_s=10.0,
@@ -93,58 +97,77 @@ def _contest(setting: Setting) -> Contest:
     )
 
 
-@contextmanager
-def _stubs(device: torch.device, calls: Counter[str]) -> Iterator[None]:
+def _hook_emptily(model: nn.Module) -> None:
+    for module in model.children():
+        module.register_forward_hook(lambda _module, _args, _output: None)
+
+
+class _Stubs:
     """Nothing is launched: on a CPU operators are still dispatched, with no row to read."""
-    saved: list[tuple[Any, str, Any]] = []
 
-    def put(owner: Any, name: str, stub: Callable[..., None]) -> None:
-        saved.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, stub)
-
-    def ignored(name: str) -> Callable[..., None]:
-        return lambda *_args, **_options: calls.update((name,))
-
-    try:
+    def __init__(self, device: torch.device) -> None:
+        self._stubs: list[tuple[Any, str, Callable[..., None]]] = []
+        self._saved: list[tuple[Any, str, Any]] = []
         if device.type == "cuda":
             if fastcov.backends()["triton"].active:
                 from fastcov.kernels import flush, gather
 
-                put(gather, "launch_cursor_gather_", ignored("gather"))
-                put(flush, "launch_flush_", ignored("flush"))
-            put(library, "gather_", ignored("gather"))
-            put(library, "accumulate_", ignored("accumulate"))
+                self._stubs.append((gather, "launch_cursor_gather_", _ignore))
+                self._stubs.append((flush, "launch_flush_", _ignore))
+            self._stubs.append((library, "gather_", _ignore))
+            self._stubs.append((library, "accumulate_", _ignore))
         else:
-            put(library, "gather_", _dispatched_gather(calls))
-            put(library, "accumulate_", _dispatched_accumulate(calls))
-        yield
-    finally:
-        for owner, name, original in reversed(saved):
-            setattr(owner, name, original)
+            self._stubs.append((library, "gather_", _dispatched_gather()))
+            self._stubs.append((library, "accumulate_", _dispatched_accumulate()))
+
+    def __enter__(self) -> None:
+        for owner, name, stub in self._stubs:
+            self._saved.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, stub)
+
+    def __exit__(self, *_error: object) -> None:
+        while self._saved:
+            setattr(*self._saved.pop())
+
+    @contextmanager
+    def counted(self) -> Iterator[list[str]]:
+        """Likewise, and lists what is called: that takes time of its own."""
+        calls: list[str] = []
+
+        def counting(name: str, stub: Callable[..., None]) -> Callable[..., None]:
+            def call(*arguments: Any, **options: Any) -> None:
+                calls.append(name)
+                stub(*arguments, **options)
+
+            return call
+
+        with self:
+            for owner, name, stub in self._stubs:
+                setattr(owner, name, counting(name, stub))
+            yield calls
 
 
-def _dispatched_gather(calls: Counter[str]) -> Callable[..., None]:
+def _ignore(*_arguments: Any, **_options: Any) -> None:
+    return None
+
+
+def _dispatched_gather() -> Callable[..., None]:
     real = library.gather_
 
     def stub(
-        buffer: Tensor, rows: Tensor, row: int, first: int, _due: int, run: int, *others: int
+        buffer: Tensor, rows: Tensor, row: int, first: int, _due: int, run: int, phase: int, c: int
     ) -> None:
-        calls["gather"] += 1
-        real(buffer, rows, row, first, 0, run, *others)
+        real(buffer, rows, row, first, 0, run, phase, c)
 
     return stub
 
 
-def _dispatched_accumulate(calls: Counter[str]) -> Callable[..., None]:
+def _dispatched_accumulate() -> Callable[..., None]:
     real = library.accumulate_
-    state = CovarianceState(1)
-    none = torch.zeros(0, 1)
-
-    def stub(*_arguments: Any) -> None:
-        calls["accumulate"] += 1
-        real(state.moment, state.sum, state.shift, state.weight, state.count, none, None, 1.0, 1.0)
-
-    return stub
+    state, none = CovarianceState(1), torch.zeros(0, 1)
+    moments = (state.moment, state.sum, state.shift, state.weight, state.count)
+    nothing = (*moments, none, None, 1.0, 1.0)
+    return lambda *_arguments: real(*nothing)
 
 
 def _finish(hooks: int, rows: Sequence[Row]) -> None:

@@ -155,6 +155,4 @@ def _values(measure: Measure, row: Row) -> tuple[float | None, float | None, flo
             if not floor
             else (floor / row.p50_s, floor / row.high_s, floor / row.low_s)
         )
-    # What comes once in more steps than were timed is counted in: see training._updates.
-    added = row.notes.get("ratio_with_updates", row.ratio) - row.ratio
-    return row.ratio + added, row.ratio_low + added, row.ratio_high + added
+    return row.ratio, row.ratio_low, row.ratio_high

@@ -20,15 +20,15 @@ from fastcov.bench.contest import (
     check,
     relative_error,
 )
-from fastcov.bench.covariance import ERROR_BAR, update_seconds
+from fastcov.bench.covariance import ERROR_BAR
 from fastcov.bench.floors import GramLoad, gram_floor
 from fastcov.bench.memory import peak_bytes
 from fastcov.bench.models import HookTurns, Training
 from fastcov.bench.timing import Call
-from fastcov.estimate import Estimate, estimate
+from fastcov.bench.updates import Updates
+from fastcov.estimate import estimate
 from fastcov.ops.reference import accumulate_reference_
 from fastcov.rows import row_view
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
 from fastcov.state import CovarianceState
 from fastcov.taps import Tap, find_taps, first_tensor
 
@@ -93,8 +93,12 @@ def contest(training: Training, setting: Setting, *, is_compiled: bool = False) 
         forward = training.compile_forward(model) if is_compiled else model
         return lambda index: training.step(forward, index)
 
+    updates = Updates(trackers[DEFAULT])
+
     def prepare(name: str, round_number: int) -> None:
         turns.install(name)
+        if name == DEFAULT:
+            updates.hold_back()
         torch.manual_seed(round_number)  # detectors draw proposals: the same ones in a round
 
     contenders = {name: call(name) for name in sets}
@@ -115,7 +119,7 @@ def contest(training: Training, setting: Setting, *, is_compiled: bool = False) 
         budget_s=_BUDGET_S[setting.device.type],
         prepare=prepare,
         notes={name: dict(note) for name, note in memory.items()},
-        after=partial(_finish, training, turns, setting),
+        after=partial(_finish, training, turns, updates, setting),
     )
 
 
@@ -219,13 +223,19 @@ def _added_memory(
     return notes
 
 
-def _finish(training: Training, turns: HookTurns, setting: Setting, rows: Sequence[Row]) -> None:
-    """Adds what the pairs alone do not show: estimates, floors, updates between the pairs."""
+def _finish(
+    training: Training,
+    turns: HookTurns,
+    updates: Updates,
+    setting: Setting,
+    rows: Sequence[Row],
+) -> None:
+    """Adds what the pairs do not hold: the default's updates; estimates and floors beside them."""
     turns.install(UNTRACKED)
+    by_name = {row.contender: row for row in rows}
+    updates.add_to(by_name[DEFAULT], by_name[UNTRACKED], training.dtype, setting)
     if training.example is None:
         return
-    by_name = {row.contender: row for row in rows}
-    untracked_s = by_name[UNTRACKED].p50_s
     every_row = estimate(training.model, training.example, rows="all")
     default = estimate(training.model, training.example)
     by_name[ALL].notes["estimate_bytes"] = every_row.memory_bytes
@@ -234,25 +244,3 @@ def _finish(training: Training, turns: HookTurns, setting: Setting, rows: Sequen
         GramLoad(layer.rows_offered, layer.channels, training.dtype) for layer in every_row.layers
     ]
     by_name[ALL].notes["gram_floor_s"] = gram_floor(loads, setting.rates).seconds
-    by_name[DEFAULT].notes.update(_updates(default, training, setting, by_name[DEFAULT]))
-    added = by_name[DEFAULT].notes["updates_s"] / untracked_s
-    by_name[DEFAULT].notes["ratio_with_updates"] = by_name[DEFAULT].ratio + added
-
-
-def _updates(sampled: Estimate, training: Training, setting: Setting, row: Row) -> dict[str, float]:
-    # A buffer is added to its state once in so many steps. Where that is more steps than were
-    # timed, the pairs hold none of it: it is timed apart and spread over the steps.
-    every = [
-        BUFFER_ROWS_PER_CHANNEL * layer.channels / layer.rows_read
-        for layer in sampled.layers
-        if layer.rows_read > 0
-    ]
-    if min(every) <= row.samples:
-        return {"steps_between_updates": min(every), "updates_s": 0.0}
-    widths = sorted({layer.channels for layer in sampled.layers})
-    seconds = update_seconds(widths, training.dtype, setting)
-    spread = sum(
-        seconds[layer.channels] * layer.rows_read / (BUFFER_ROWS_PER_CHANNEL * layer.channels)
-        for layer in sampled.layers
-    )
-    return {"steps_between_updates": min(every), "updates_s": spread}

@@ -1,0 +1,71 @@
+"""The updates of states that sampled rows bring: once in many steps, so no median shows them.
+
+With the default a layer's buffer is added to its state once in 2C / (rows read a step) steps: 170
+for ResNet-50 with 8 images of 112 pixels. Buffers are emptied in different steps, so 40 timed steps
+hold their share of the updates in sum, but the few that take long are in so few of them that the
+median holds almost none. So updates are kept out of the timed steps, and out only: what one costs
+is timed apart, and its share of every step is added to the default's times and ratios.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastcov
+from fastcov.bench.contest import Row, Setting
+from fastcov.bench.covariance import update_seconds
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
+
+_RARE_STEPS = 10  # between updates of a layer; those that come sooner are left in the timed steps
+
+
+class Updates:
+    """The updates of one sampling tracker, in or between the timed steps.
+
+    Args:
+        tracker: After the steps that planned its sampling.
+    """
+
+    def __init__(self, tracker: fastcov.Tracker) -> None:
+        self._tracker = tracker
+
+    def _rare(self) -> list[tuple[int, float]]:
+        # Channels, and steps between two updates, of each reader on whose layer they are rare.
+        rare = []
+        for reader in self._tracker.unique_readers():
+            if reader.state is None or not reader.fraction or reader.state.moment.is_cuda:
+                continue  # a GPU empties its full buffers in one launch at the end of every step
+            channels, read = reader.state.channels, reader.offered_rows * reader.fraction
+            steps = BUFFER_ROWS_PER_CHANNEL * channels / read if read else 0.0
+            if steps > _RARE_STEPS:
+                rare.append((channels, steps))
+        return rare
+
+    def hold_back(self) -> None:
+        """Empties the buffers, outside the time: none is full in the step that follows."""
+        if not self._rare():
+            return
+        for reader in self._tracker.unique_readers():
+            reader.flush()
+
+    def add_to(self, row: Row, untracked: Row, dtype: torch.dtype, setting: Setting) -> None:
+        """Adds each step's share of the updates that were held back to the default's row.
+
+        Args:
+            row: Its times and ratios grow; notes say by how much.
+            untracked: What the ratios refer to.
+            dtype: Of the rows.
+            setting: Where it ran.
+        """
+        rare = self._rare()
+        if not rare:
+            return
+        seconds = update_seconds(sorted({width for width, _ in rare}), dtype, setting)
+        share_s = sum(seconds[width] / steps for width, steps in rare)
+        row.notes["steps_between_updates"] = min(steps for _, steps in rare)
+        row.notes["updates_s"] = share_s
+        row.notes["ratio_without_updates"] = row.ratio
+        for name in ("p20_s", "p50_s", "p80_s", "low_s", "high_s"):
+            setattr(row, name, getattr(row, name) + share_s)
+        for name in ("ratio", "ratio_low", "ratio_high"):
+            setattr(row, name, getattr(row, name) + share_s / untracked.p50_s)

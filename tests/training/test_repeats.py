@@ -1,0 +1,146 @@
+"""Calls that bring what the call before brought: read at once, and read the same."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcov
+from fastcov.collector import Collector
+
+
+class Branches(nn.Module):
+    """Two consumers of one tensor, of which the second may get another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.left = nn.Conv2d(4, 5, 1)
+        self.right = nn.Conv2d(4, 6, 1)
+        self.is_apart = False
+
+    def forward(self, image: Tensor) -> Tensor:
+        stem = self.stem(image).relu()
+        return self.left(stem).mean() + self.right(stem * 2 if self.is_apart else stem).mean()
+
+
+def images(size: int = 4) -> Tensor:
+    return torch.randn(2, 3, size, size)
+
+
+@pytest.fixture
+def model() -> Branches:
+    torch.manual_seed(0)
+    return Branches()
+
+
+@pytest.mark.parametrize("where", ["output", "input", "both"])
+@pytest.mark.parametrize("rows", ["all", 0.5])
+def test_nothing_is_decided_twice(
+    where: Literal["output", "input", "both"],
+    rows: Literal["all"] | float,
+    model: Branches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fastcov.track(model, where=where, rows=rows) as tracker:
+        for _ in range(2):
+            model(images())
+        monkeypatch.setattr(Collector, "_observe", None)
+        for _ in range(2):
+            model(images())
+        assert not tracker.notes
+        expected = 4 * 32 if rows == "all" else 4 * 16
+        assert {tracker.count(name) for name in tracker.names()} == {expected}
+
+
+def test_inputs_read_at_once_are_the_inputs(model: Branches) -> None:
+    seen = []
+    model.left.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with fastcov.track(model, where="input", rows="all") as tracker:
+        for size in (4, 4, 4, 5, 4):
+            model(images(size))
+        rows = torch.cat([x.movedim(1, -1).reshape(-1, 4) for x in seen]).double()
+        torch.testing.assert_close(
+            tracker.covariance("left:in"), rows.T @ rows / len(rows), rtol=1e-6, atol=1e-7
+        )
+        assert len(tracker.unique_readers()) == 2
+
+
+def test_the_first_input_that_holds_numbers_is_read() -> None:
+    class Gather(nn.Module):
+        def forward(self, index: Tensor, table: Tensor) -> Tensor:
+            return table[index]
+
+    model = Gather()
+    with fastcov.track(model, include=Gather, where="input", rows="all") as tracker:
+        for _ in range(3):
+            model(torch.arange(2), torch.randn(6, 4))
+        model(torch.arange(2), table=torch.randn(6, 4))
+        assert tracker.count(":in") == 24
+
+
+def test_sharing_ends_at_once_when_inputs_part(model: Branches) -> None:
+    with fastcov.track(model, where="input", rows="all") as tracker:
+        for _ in range(3):
+            model(images())
+        model.is_apart = True
+        for _ in range(3):
+            model(images())
+        assert len(tracker.unique_readers()) == 3
+        assert (tracker.count("left:in"), tracker.count("right:in")) == (6 * 32, 3 * 32)
+
+
+def test_layer_given_up_is_read_no_more(model: Branches, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fastcov.track(model, where="both", rows="all") as tracker:
+        for _ in range(3):
+            model(images())
+        before = tracker.count("left")
+        reader = tracker.readers["left"]
+        monkeypatch.setattr(reader, "_add", None)
+        with pytest.warns(UserWarning, match="no longer reads layer 'left'"):
+            model(images())
+        monkeypatch.undo()
+        for _ in range(2):
+            model(images())
+        assert tracker.count("left") == before
+        assert tracker.count("left:in") == 6 * 32
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(6, 4, dtype=torch.int64),
+        torch.ones(6, 4, dtype=torch.complex64),
+        torch.ones(6, 4).to_sparse(),
+    ],
+    ids=["integers", "complex", "sparse"],
+)
+def test_other_tensors_of_that_shape_are_no_rows(other: Tensor) -> None:
+    class Given(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value
+
+    model = Given()
+    with fastcov.track(model, include=Given, rows="all") as tracker:
+        for _ in range(3):
+            model(torch.randn(6, 4))
+        model(other)
+        model(torch.randn(6, 4))
+        assert tracker.count("") == 24
+
+
+def test_what_is_stored_of_a_buffer_is_stored_once() -> None:
+    # Views of it are kept, and pickle would store each with all the memory that it is a part of.
+    model = nn.Linear(4, 256)
+    with fastcov.track(model, rows="all") as tracker:
+        for rows in (1, 2, 3, 4):
+            model(torch.randn(rows, 4))
+            tracker.count("")
+            stored = len(pickle.dumps(tracker))
+            if rows == 1:
+                first = stored
+        assert stored == pytest.approx(first, abs=4096)
