@@ -98,10 +98,29 @@ void split_parts(int parts, const float* panel, int64_t steps, int64_t part_valu
     _tile_dpbf16ps(3, 5, 7);                 \
   } while (0)
 
+// A large state lies in memory, in pages of its own for every row: fetched while sums are formed,
+// a few rows with every step, as many as there are buffers for.
+struct Prefetch {
+  const double* next;
+  int64_t stride;
+  int64_t left;
+  int64_t rows;  // in a step
+  int64_t columns;
+
+  inline void step() {
+    for (int64_t row = 0; row < rows && left > 0; ++row, --left, next += stride) {
+      for (int64_t column = 0; column < columns; column += 8) {
+        __builtin_prefetch(next + column, 1);
+      }
+      __builtin_prefetch(next + columns - 1, 1);
+    }
+  }
+};
+
 // Two panels by two. The small products come first: where the large ones are added, a step of 32
 // rows costs one rounding, not six.
 template <int Parts, bool Diagonal>
-inline void multiply(const MatrixSide& side, int64_t first, int64_t last) {
+inline void multiply(const MatrixSide& side, int64_t first, int64_t last, Prefetch state) {
   const int64_t stride = side.part_values;
   _tile_zero(0);
   _tile_zero(1);
@@ -109,6 +128,7 @@ inline void multiply(const MatrixSide& side, int64_t first, int64_t last) {
   _tile_zero(3);
   for (int64_t at = first * kTile; Parts > 1 && at < last * kTile; at += kTile) {
     FASTCOV_LOAD_LEFT(0);
+    state.step();
     if (Parts == 3) {
       FASTCOV_LOAD_RIGHT(2);
       FASTCOV_MULTIPLY();
@@ -127,6 +147,7 @@ inline void multiply(const MatrixSide& side, int64_t first, int64_t last) {
   for (int64_t at = first * kTile; at < last * kTile; at += kTile) {
     FASTCOV_LOAD_LEFT(0);
     FASTCOV_LOAD_RIGHT(0);
+    if (Parts == 1) state.step();
     FASTCOV_MULTIPLY();
   }
 }
@@ -150,17 +171,11 @@ inline void add_row(const float* sums, double scale, double keep, double* out, i
 template <int Parts, bool Diagonal>
 void product(const MatrixSide& side, int64_t steps, double scale, double keep, double* out,
              int64_t out_stride, int64_t rows, int64_t columns) {
-  // A large state lies in memory, in pages of its own for every row: fetched while sums are formed.
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; column += 8) {
-      __builtin_prefetch(out + row * out_stride + column, 1);
-    }
-    __builtin_prefetch(out + row * out_stride + columns - 1, 1);
-  }
   alignas(64) float sums[32 * 32];
   for (int64_t first = 0; first < steps; first += kMatrixChainSteps) {
     const int64_t last = first + kMatrixChainSteps < steps ? first + kMatrixChainSteps : steps;
-    multiply<Parts, Diagonal>(side, first, last);
+    const Prefetch state = {out, out_stride, first ? 0 : rows, (rows + last - 1) / last, columns};
+    multiply<Parts, Diagonal>(side, first, last, state);
     _tile_stored(0, sums, 128);
     if (!Diagonal) _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + 16 * 32, 128);

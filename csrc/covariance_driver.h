@@ -64,7 +64,7 @@ class Accumulator {
     const int64_t rows = update_.rows.rows;
     const int64_t blocks = (rows + Gram::kChain - 1) / Gram::kChain;
     const int64_t slots = std::max<int64_t>(1, std::min(threads, blocks));
-    const int64_t capacity = capacity_of(std::min(rows, Gram::kChain));
+    const int64_t capacity = capacity_of(std::min<int64_t>(rows, Gram::kChain));
     const int64_t block_bytes = block_bytes_of(capacity);
     const int64_t triangle_values = tiles_ * kSide * kSide;
     const int64_t slot_bytes = block_bytes + Workspace::round_up(triangle_values * 8) +

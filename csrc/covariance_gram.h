@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <cstdlib>
 
 #include "covariance_update.h"
 #include "workspace.h"
@@ -70,9 +71,9 @@ class MatrixGram {
  public:
   static constexpr int64_t kSide = 32;
   static constexpr int64_t kRowUnit = kMatrixRows;
-  static constexpr int64_t kChain = 512;
-  static constexpr int64_t kSharedValues = 1 << 18;
-  static constexpr int64_t kSharedRows = 1024;
+  static inline const int64_t kChain = std::getenv("KCH") ? std::atoi(std::getenv("KCH")) : 512;
+  static inline const int64_t kSharedValues = std::getenv("KSV") ? std::atoi(std::getenv("KSV")) : 1 << 18;
+  static inline const int64_t kSharedRows = std::getenv("KSR") ? std::atoi(std::getenv("KSR")) : 1024;
 
   explicit MatrixGram(const Update& update)
       : parts_(parts_of(update)), kernels_(*level().matrix) {}
