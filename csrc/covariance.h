@@ -57,8 +57,10 @@ struct Kernels {
 //   right [parts][steps][row pair][channel][2]   left [parts][steps][channel][row pair][2]
 constexpr int64_t kMatrixRows = 32;
 constexpr int64_t kMatrixTileValues = 16 * kMatrixRows;
-// Steps added up in float32 before float64 takes over.
-constexpr int64_t kMatrixChainSteps = 32;
+// Steps added up in float32 before float64 takes over. A product rounds less than a chain of its
+// rows would: 4.4e-7 of the result at worst for channels of one magnitude and three parts
+// (measured).
+constexpr int64_t kMatrixChainSteps = 16;
 
 // Two panels by two: what becomes a block of 32 by 32 channels.
 struct MatrixSide {

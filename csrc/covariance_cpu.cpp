@@ -20,7 +20,7 @@ namespace {
 // kernel, a hypervisor that hides them, or where a signal stack is too small for them.
 bool grants_amx() {
   constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
-  constexpr long kRequestPermission = 0x1023;        // ARCH_REQ_XCOMP_PERM
+  constexpr long kRequestPermission = 0x1023;       // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
   unsigned eax, ebx, ecx, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTiles) != kTiles) return false;
@@ -111,7 +111,7 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   if (update.count[0] == 0) choose_shift(update);
   if (update.dtype == Dtype::kFloat64) {
     Accumulator<double, VectorGram<double>>(update).run();
-  } else if (level().matrix) {
+  } else if (level().matrix && channels > kSplitRowsChannels) {
     Accumulator<float, MatrixGram>(update).run();
   } else {
     Accumulator<float, VectorGram<float>>(update).run();

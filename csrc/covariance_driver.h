@@ -16,7 +16,6 @@ constexpr int64_t kSerialWork = 1 << 18;
 // Rows that threads pack together come in units of this many.
 constexpr int64_t kPieceRows = 32;
 
-
 // What one thread has read; added up in thread order.
 struct Tally {
   int64_t rows = 0;
@@ -51,7 +50,12 @@ class Accumulator {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t work = update_.rows.rows * tiles_ * kSide * kSide;
     const int64_t useful = std::max<int64_t>(1, std::min(threads, work / kSerialWork));
-    const Tally tally = channels_ <= kSplitRowsChannels ? split_rows(useful) : split_tiles(useful);
+    const Tally tally = [&] {
+      if constexpr (Gram::kTakesNarrow) {
+        if (channels_ <= kSplitRowsChannels) return split_rows(useful);
+      }
+      return split_tiles(useful);
+    }();
     const double read_weight =
         update_.row_weight.data ? tally.weight : static_cast<double>(tally.finite);
     *update_.weight = *update_.weight * update_.decay + read_weight * update_.row_scale;
@@ -62,9 +66,9 @@ class Accumulator {
  private:
   Tally split_rows(int64_t threads) {
     const int64_t rows = update_.rows.rows;
-    const int64_t blocks = (rows + Gram::kChain - 1) / Gram::kChain;
+    const int64_t blocks = (rows + kChainRows - 1) / kChainRows;
     const int64_t slots = std::max<int64_t>(1, std::min(threads, blocks));
-    const int64_t capacity = capacity_of(std::min<int64_t>(rows, Gram::kChain));
+    const int64_t capacity = capacity_of(std::min(rows, kChainRows));
     const int64_t block_bytes = block_bytes_of(capacity);
     const int64_t triangle_values = tiles_ * kSide * kSide;
     const int64_t slot_bytes = block_bytes + Workspace::round_up(triangle_values * 8) +
@@ -85,18 +89,15 @@ class Accumulator {
       Tally tally;
       const int64_t first = blocks * slot / slots;
       const int64_t last = blocks * (slot + 1) / slots;
-      gram_.start();
       for (int64_t index = first; index < last; ++index) {
-        const int64_t begin = index * Gram::kChain;
-        const int64_t end = std::min(rows, begin + Gram::kChain);
+        const int64_t begin = index * kChainRows;
+        const int64_t end = std::min(rows, begin + kChainRows);
         const Tally packed = pack(block, 0, begin, end);
         tally.add(packed);
         const T factor = rescale_factor(packed.peak);
         if (factor != T{1}) rescale(block, end - begin, factor);
-        gram_.prepare(block, panels_, 0, end - begin);
         multiply(block, end - begin, factor, triangle, sum);
       }
-      gram_.finish();
       tallies[slot] = tally;
     });
 
@@ -122,8 +123,7 @@ class Accumulator {
     const double square = linear / static_cast<double>(factor);
     for (int64_t i = 0; i < sides_; ++i) {
       for (int64_t j = 0; j <= i; ++j, triangle += kSide * kSide) {
-        gram_.multiply(block, panels_, rows,
-                       {i, j, kSide, kSide, square, 1.0, triangle, kSide});
+        gram_.multiply(block, panels_, rows, {i, j, kSide, kSide, square, 1.0, triangle, kSide});
       }
       add_sums(block, i, rows, linear, sum);
     }
@@ -156,9 +156,7 @@ class Accumulator {
 
   Tally split_tiles(int64_t threads) {
     const int64_t rows = update_.rows.rows;
-    const int64_t fitting = Gram::kSharedValues / (panels_ * W) / 32 * 32;
-    const int64_t capacity =
-        capacity_of(std::min(rows, std::clamp<int64_t>(fitting, 128, Gram::kSharedRows)));
+    const int64_t capacity = capacity_of(std::min(rows, Gram::shared_rows(panels_ * W)));
     Workspace workspace(shift_bytes() + block_bytes_of(capacity) +
                         64 * threads * static_cast<int64_t>(sizeof(Tally)) + 64);
     take_shift(workspace);

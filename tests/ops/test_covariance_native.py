@@ -117,7 +117,7 @@ def test_grid_of_row_counts(channels: int, rows: int, threads: int) -> None:
     check(images(rows, channels, 1, 1, torch.float32).flatten(1))
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_sets_pass_the_grid(level: str) -> None:
     result = subprocess.run(
         [
