@@ -196,10 +196,10 @@ class Accumulator {
     return total;
   }
 
-  // Tiles in groups of 128 columns: their panels stay in L2 while the rows' panels pass by.
+  // Tiles in groups of columns: their panels stay in L2 while the rows' panels pass by.
   void tile_range(const Block<T>& block, int64_t rows, T factor, double keep, int64_t begin,
                   int64_t end) const {
-    constexpr int64_t kGroup = 8 * W / kSide;
+    constexpr int64_t kGroup = Gram::kGroup;
     const double linear = update_.row_scale / static_cast<double>(factor);
     const double square = linear / static_cast<double>(factor);
     int64_t tile = 0;
