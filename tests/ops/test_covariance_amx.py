@@ -73,10 +73,10 @@ def test_values_that_are_worst_for_parts(values: str, dtype: torch.dtype) -> Non
 def test_sizes_that_end_inside_a_tile(
     channels: int, count: int, dtype: torch.dtype, threads: int
 ) -> None:
-    rows = torch.randn(count, channels, generator=torch.Generator().manual_seed(1)) + 1
+    rows = torch.randn(count + 5, channels, generator=torch.Generator().manual_seed(1)) + 1
     moments = Moments(channels)
-    assert error(rows[:1].to(dtype), moments) == pytest.approx(0, abs=BOUND)
-    assert error(rows.to(dtype), moments) < BOUND
+    assert error(rows[:5].to(dtype), moments) < BOUND
+    assert error(rows[5:].to(dtype), moments) < BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
