@@ -16,8 +16,7 @@ REASON = native.status()["cpu"].reason
 pytestmark = pytest.mark.skipif("amx" not in REASON, reason=f"left out: no AMX here ({REASON})")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A tenth of the bar of 1e-5: two parts, or three without their products of the second order, miss
-# it on rows of one magnitude.
+# A tenth of the bar of 1e-5: rows of one magnitude in two parts miss it.
 BOUND = 1e-6
 
 
