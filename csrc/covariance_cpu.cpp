@@ -2,12 +2,31 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef FASTCOV_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "boxing.h"
 #include "covariance_driver.h"
 
 namespace fastcov {
 
 namespace {
+
+#ifdef FASTCOV_AMX
+// Linux gives a process the large tile registers only when it asks (since 5.16): not under an older
+// kernel, a hypervisor that hides them, or where a signal stack is too small for them.
+bool grants_amx() {
+  constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
+  constexpr long kRequestPermission = 0x1023;       // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  unsigned eax, ebx, ecx, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTiles) != kTiles) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 const Level& pick_level() {
 #ifdef FASTCOV_X86
@@ -20,7 +39,16 @@ const Level& pick_level() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (wanted && std::strcmp(wanted, "baseline") == 0) return baseline_level;
-  if (has_avx512 && !(wanted && std::strcmp(wanted, "avx2") == 0)) return avx512_level;
+  const bool avx2_wanted = wanted && std::strcmp(wanted, "avx2") == 0;
+#ifdef FASTCOV_AMX
+  const bool avx512_wanted = wanted && std::strcmp(wanted, "avx512") == 0;
+  if (has_avx512 && !avx2_wanted && !avx512_wanted && grants_amx()) {
+    static const Level amx_level = {"amx", avx512_level.float32, avx512_level.float64,
+                                    &amx_kernels};
+    return amx_level;
+  }
+#endif
+  if (has_avx512 && !avx2_wanted) return avx512_level;
   if (has_avx2) return avx2_level;
 #endif
   return baseline_level;
@@ -82,9 +110,11 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   if (channels == 0) return;
   if (update.count[0] == 0) choose_shift(update);
   if (update.dtype == Dtype::kFloat64) {
-    Accumulator<double>(update).run();
+    Accumulator<double, VectorGram<double>>(update).run();
+  } else if (level().matrix && channels > kSplitRowsChannels) {
+    Accumulator<float, MatrixGram>(update).run();
   } else {
-    Accumulator<float>(update).run();
+    Accumulator<float, VectorGram<float>>(update).run();
   }
 }
 

@@ -5,38 +5,16 @@
 // repeatable for a given number of threads.
 #pragma once
 
-#include "covariance_update.h"
-#include "workspace.h"
+#include "covariance_gram.h"
 
 namespace fastcov {
 
 // Above this width a triangle for each thread outgrows its L2 cache beside the packed rows.
 constexpr int64_t kSplitRowsChannels = 128;
-// Packed rows of a shared block: half a million values, 2 MiB in float32.
-constexpr int64_t kSharedBlockValues = 1 << 19;
-constexpr int64_t kSharedBlockRows = 1024;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 1 << 18;
-
-const Level& level();
-
-template <typename T>
-const Kernels<T>& kernels();
-template <>
-inline const Kernels<float>& kernels<float>() {
-  return level().float32;
-}
-template <>
-inline const Kernels<double>& kernels<double>() {
-  return level().float64;
-}
-
-template <typename T>
-struct Block {
-  int64_t capacity;
-  T* panels;       // [panels][capacity][W]
-  T* root_weight;  // [capacity]; used where rows are weighted
-};
+// Rows that threads pack together come in units of this many.
+constexpr int64_t kPieceRows = 32;
 
 // What one thread has read; added up in thread order.
 struct Tally {
@@ -53,23 +31,31 @@ struct Tally {
   }
 };
 
-template <typename T>
+template <typename T, typename Gram>
 class Accumulator {
  public:
   static constexpr int64_t W = kPanel<T>;
+  static constexpr int64_t kSide = Gram::kSide;
   static constexpr uint64_t kInfinity = sizeof(T) == 4 ? 0x7f800000ull : 0x7ff0000000000000ull;
 
   explicit Accumulator(const Update& update)
       : update_(update),
         channels_(update.rows.channels),
         panels_((channels_ + W - 1) / W),
-        tiles_(panels_ * (panels_ + 1) / 2) {}
+        sides_((channels_ + kSide - 1) / kSide),
+        tiles_(sides_ * (sides_ + 1) / 2),
+        gram_(update) {}
 
   void run() {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t work = update_.rows.rows * tiles_ * W * W;
+    const int64_t work = update_.rows.rows * tiles_ * kSide * kSide;
     const int64_t useful = std::max<int64_t>(1, std::min(threads, work / kSerialWork));
-    const Tally tally = channels_ <= kSplitRowsChannels ? split_rows(useful) : split_tiles(useful);
+    const Tally tally = [&] {
+      if constexpr (Gram::kTakesNarrow) {
+        if (channels_ <= kSplitRowsChannels) return split_rows(useful);
+      }
+      return split_tiles(useful);
+    }();
     const double read_weight =
         update_.row_weight.data ? tally.weight : static_cast<double>(tally.finite);
     *update_.weight = *update_.weight * update_.decay + read_weight * update_.row_scale;
@@ -82,9 +68,9 @@ class Accumulator {
     const int64_t rows = update_.rows.rows;
     const int64_t blocks = (rows + kChainRows - 1) / kChainRows;
     const int64_t slots = std::max<int64_t>(1, std::min(threads, blocks));
-    const int64_t capacity = std::max<int64_t>(1, std::min(rows, kChainRows));
+    const int64_t capacity = capacity_of(std::min(rows, kChainRows));
     const int64_t block_bytes = block_bytes_of(capacity);
-    const int64_t triangle_values = tiles_ * W * W;
+    const int64_t triangle_values = tiles_ * kSide * kSide;
     const int64_t slot_bytes = block_bytes + Workspace::round_up(triangle_values * 8) +
                                Workspace::round_up(panels_ * W * 8);
     Workspace workspace(shift_bytes() + slots * (slot_bytes + 64));
@@ -118,9 +104,9 @@ class Accumulator {
     Tally total;
     for (int64_t slot = 0; slot < slots; ++slot) total.add(tallies[slot]);
     int64_t tile = 0;
-    for (int64_t i = 0; i < panels_; ++i) {
+    for (int64_t i = 0; i < sides_; ++i) {
       for (int64_t j = 0; j <= i; ++j, ++tile) {
-        add_tile(i, j, triangles + tile * W * W, slots, triangle_values);
+        add_tile(i, j, triangles + tile * kSide * kSide, slots, triangle_values);
       }
     }
     for (int64_t channel = 0; channel < channels_; ++channel) {
@@ -135,27 +121,33 @@ class Accumulator {
                 double* sum) const {
     const double linear = update_.row_scale / static_cast<double>(factor);
     const double square = linear / static_cast<double>(factor);
-    const T* roots = update_.row_weight.data ? block.root_weight : nullptr;
-    for (int64_t i = 0; i < panels_; ++i) {
-      const T* left = block.panels + i * block.capacity * W;
-      for (int64_t j = 0; j <= i; ++j, triangle += W * W) {
-        const T* right = block.panels + j * block.capacity * W;
-        kernels<T>().tile(left, right, rows, square, 1.0, triangle, W, W, W);
+    for (int64_t i = 0; i < sides_; ++i) {
+      for (int64_t j = 0; j <= i; ++j, triangle += kSide * kSide) {
+        gram_.multiply(block, panels_, rows, {i, j, kSide, kSide, square, 1.0, triangle, kSide});
       }
-      kernels<T>().panel_sum(left, roots, rows, linear, sum + i * W, W);
+      add_sums(block, i, rows, linear, sum);
+    }
+  }
+
+  // Sums of the columns of one side.
+  void add_sums(const Block<T>& block, int64_t i, int64_t rows, double scale, double* sum) const {
+    const T* roots = update_.row_weight.data ? block.root_weight : nullptr;
+    for (int64_t c = i * kSide; c < std::min(channels_, (i + 1) * kSide); c += W) {
+      kernels<T>().panel_sum(block.panels + c * block.capacity, roots, rows, scale, sum + c,
+                             std::min(W, channels_ - c));
     }
   }
 
   void add_tile(int64_t i, int64_t j, const double* tile, int64_t slots,
                 int64_t slot_stride) const {
-    const int64_t row_end = std::min(W, channels_ - i * W);
-    const int64_t column_end = std::min(W, channels_ - j * W);
+    const int64_t row_end = std::min(kSide, channels_ - i * kSide);
     for (int64_t row = 0; row < row_end; ++row) {
-      double* out = update_.moment + (i * W + row) * channels_ + j * W;
+      double* out = update_.moment + (i * kSide + row) * channels_ + j * kSide;
+      const int64_t column_end = i == j ? row + 1 : kSide;
       for (int64_t column = 0; column < column_end; ++column) {
-        double added = tile[row * W + column];
+        double added = tile[row * kSide + column];
         for (int64_t slot = 1; slot < slots; ++slot) {
-          added += tile[slot * slot_stride + row * W + column];
+          added += tile[slot * slot_stride + row * kSide + column];
         }
         out[column] = out[column] * update_.decay + added;
       }
@@ -164,9 +156,7 @@ class Accumulator {
 
   Tally split_tiles(int64_t threads) {
     const int64_t rows = update_.rows.rows;
-    const int64_t fitting = kSharedBlockValues / (panels_ * W) / 32 * 32;
-    const int64_t capacity =
-        std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fitting, 128, kSharedBlockRows)));
+    const int64_t capacity = capacity_of(std::min(rows, Gram::shared_rows(panels_ * W)));
     Workspace workspace(shift_bytes() + block_bytes_of(capacity) +
                         64 * threads * static_cast<int64_t>(sizeof(Tally)) + 64);
     take_shift(workspace);
@@ -176,11 +166,13 @@ class Accumulator {
     double keep = update_.decay;
     for (int64_t begin = 0; begin < rows; begin += capacity) {
       const int64_t block_rows = std::min(capacity, rows - begin);
-      const int64_t pieces = std::min(threads, (block_rows + 15) / 16);
+      const int64_t units = (block_rows + kPieceRows - 1) / kPieceRows;
+      const int64_t pieces = std::min(threads, units);
       parallel(pieces, [&](int64_t piece) {
-        const int64_t first = block_rows * piece / pieces;
-        const int64_t last = block_rows * (piece + 1) / pieces;
+        const int64_t first = units * piece / pieces * kPieceRows;
+        const int64_t last = std::min(block_rows, units * (piece + 1) / pieces * kPieceRows);
         tallies[piece] = pack(block, first, begin + first, begin + last);
+        gram_.prepare(block, panels_, first, last);
       });
       uint64_t peak = 0;
       for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -188,10 +180,15 @@ class Accumulator {
         peak = std::max(peak, tallies[piece].peak);
       }
       const T factor = rescale_factor(peak);
-      if (factor != T{1}) rescale(block, block_rows, factor);
+      if (factor != T{1}) {
+        rescale(block, block_rows, factor);
+        gram_.prepare(block, panels_, 0, block_rows);
+      }
       parallel(threads, [&](int64_t slot) {
+        gram_.start();
         tile_range(block, block_rows, factor, keep, tiles_ * slot / threads,
                    tiles_ * (slot + 1) / threads);
+        gram_.finish();
       });
       keep = 1.0;
     }
@@ -199,35 +196,31 @@ class Accumulator {
     return total;
   }
 
-  // Tiles in groups of eight columns: their panels stay in L2 while the rows' panels pass by.
+  // Tiles in groups of columns: their panels stay in L2 while the rows' panels pass by.
   void tile_range(const Block<T>& block, int64_t rows, T factor, double keep, int64_t begin,
                   int64_t end) const {
-    constexpr int64_t kGroup = 8;
+    constexpr int64_t kGroup = Gram::kGroup;
     const double linear = update_.row_scale / static_cast<double>(factor);
     const double square = linear / static_cast<double>(factor);
-    const T* roots = update_.row_weight.data ? block.root_weight : nullptr;
     int64_t tile = 0;
-    for (int64_t group = 0; group < panels_; group += kGroup) {
-      for (int64_t i = group; i < panels_; ++i) {
+    for (int64_t group = 0; group < sides_; group += kGroup) {
+      for (int64_t i = group; i < sides_; ++i) {
         const int64_t group_end = std::min(i + 1, group + kGroup);
         if (tile >= end) return;
         if (tile + group_end - group <= begin) {
           tile += group_end - group;
           continue;
         }
-        const T* left = block.panels + i * block.capacity * W;
-        const int64_t row_end = std::min(W, channels_ - i * W);
+        const int64_t row_end = std::min(kSide, channels_ - i * kSide);
         for (int64_t j = group; j < group_end; ++j, ++tile) {
           if (tile < begin || tile >= end) continue;
-          const T* right = block.panels + j * block.capacity * W;
-          const int64_t column_end = std::min(W, channels_ - j * W);
-          kernels<T>().tile(left, right, rows, square, keep,
-                            update_.moment + i * W * channels_ + j * W, channels_, row_end,
-                            column_end);
+          gram_.multiply(block, panels_, rows,
+                         {i, j, row_end, std::min(kSide, channels_ - j * kSide), square, keep,
+                          update_.moment + i * kSide * channels_ + j * kSide, channels_});
           if (i == j) {
-            double* sum = update_.sum + i * W;
+            double* sum = update_.sum + i * kSide;
             for (int64_t c = 0; keep != 1.0 && c < row_end; ++c) sum[c] *= keep;
-            kernels<T>().panel_sum(left, roots, rows, linear, sum, row_end);
+            add_sums(block, i, rows, linear, update_.sum);
           }
         }
       }
@@ -317,12 +310,20 @@ class Accumulator {
 
   int64_t block_bytes_of(int64_t capacity) const {
     return Workspace::round_up(panels_ * capacity * 64) +
-           Workspace::round_up(capacity * static_cast<int64_t>(sizeof(T)));
+           Workspace::round_up(capacity * static_cast<int64_t>(sizeof(T))) +
+           gram_.part_bytes(panels_, capacity);
+  }
+
+  static int64_t capacity_of(int64_t rows) {
+    constexpr int64_t unit = Gram::kRowUnit;
+    return std::max(unit, (rows + unit - 1) / unit * unit);
   }
 
   Block<T> block_at(char* memory, int64_t capacity) const {
+    char* parts = memory;
+    memory += gram_.part_bytes(panels_, capacity);
     T* panels = reinterpret_cast<T*>(memory);
-    return {capacity, panels, panels + panels_ * capacity * W};
+    return {capacity, panels, panels + panels_ * capacity * W, reinterpret_cast<uint16_t*>(parts)};
   }
 
   int64_t shift_bytes() const { return panels_ * 64; }
@@ -346,7 +347,9 @@ class Accumulator {
   const Update& update_;
   const int64_t channels_;
   const int64_t panels_;
+  const int64_t sides_;
   const int64_t tiles_;
+  const Gram gram_;
   const T* shift_ = nullptr;
 };
 

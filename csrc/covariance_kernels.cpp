@@ -259,6 +259,7 @@ const Level FASTCOV_PASTE(FASTCOV_LEVEL, _level) = {
     FASTCOV_QUOTE(FASTCOV_LEVEL),
     {pack_float32, tile<float>, panel_sum<float>},
     {pack_float64, tile<double>, panel_sum<double>},
+    nullptr,
 };
 
 }  // namespace fastcov

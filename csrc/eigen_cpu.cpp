@@ -39,7 +39,7 @@ constexpr int kFewThreads = 2;
 const EigenLevel& level() {
 #ifdef FASTCOV_X86
   static const char* const name = fastcov_cpu_instruction_set();
-  if (std::strcmp(name, "avx512") == 0) return eigen_avx512;
+  if (std::strcmp(name, "avx512") == 0 || std::strcmp(name, "amx") == 0) return eigen_avx512;
   if (std::strcmp(name, "avx2") == 0) return eigen_avx2;
 #endif
   return eigen_baseline;

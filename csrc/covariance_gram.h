@@ -1,0 +1,144 @@
+// How packed rows become blocks of the gram: by vectors, or by a matrix unit that wants them split
+// into bfloat16 parts first.
+#pragma once
+
+#include <algorithm>
+
+#include "covariance_update.h"
+#include "workspace.h"
+
+namespace fastcov {
+
+const Level& level();
+
+template <typename T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return level().float32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return level().float64;
+}
+
+template <typename T>
+struct Block {
+  int64_t capacity;
+  T* panels;        // [panels][capacity][W]
+  T* root_weight;   // [capacity]; used where rows are weighted
+  uint16_t* parts;  // [panels][2][parts][capacity / 32][tile]; a matrix unit's
+};
+
+// out[r][c] = keep * out[r][c] + scale * sum_k left[k][r] right[k][c], r < rows, c < columns
+struct GramBlock {
+  int64_t i;  // block of kSide rows
+  int64_t j;  // block of kSide columns
+  int64_t rows;
+  int64_t columns;
+  double scale;
+  double keep;
+  double* out;
+  int64_t out_stride;
+};
+
+template <typename T>
+class VectorGram {
+ public:
+  static constexpr int64_t kSide = kPanel<T>;
+  static constexpr int64_t kRowUnit = 1;  // rows that a block is filled up to
+  static constexpr bool kTakesNarrow = true;
+  static constexpr int64_t kGroup = 8;  // columns of blocks that stay in the second-level cache
+
+  // Of a block that threads share: half a million values, 2 MiB in float32.
+  static int64_t shared_rows(int64_t channels) {
+    return std::clamp<int64_t>((1 << 19) / channels / 32 * 32, 128, 1024);
+  }
+
+  explicit VectorGram(const Update&) {}
+  int64_t part_bytes(int64_t, int64_t) const { return 0; }
+  void start() const {}
+  void finish() const {}
+  void prepare(const Block<T>&, int64_t, int64_t, int64_t) const {}
+
+  void multiply(const Block<T>& block, int64_t, int64_t block_rows, const GramBlock& to) const {
+    const T* left = block.panels + to.i * block.capacity * kSide;
+    const T* right = block.panels + to.j * block.capacity * kSide;
+    kernels<T>().tile(left, right, block_rows, to.scale, to.keep, to.out, to.out_stride, to.rows,
+                      to.columns);
+  }
+};
+
+// For layers wider than kSplitRowsChannels: in narrower ones the split costs what the products
+// save.
+class MatrixGram {
+ public:
+  static constexpr int64_t kSide = 32;
+  static constexpr int64_t kRowUnit = kMatrixRows;
+  static constexpr bool kTakesNarrow = false;
+  // Left parts come from the third level once a group: 3.3 ms with 12, 3.8 with 4 for 2048
+  // channels.
+  static constexpr int64_t kGroup = 12;
+
+  // Up to 256 channels the parts of 256 rows stay in the second-level cache (2.7 ms for 6272 rows
+  // of 256 channels on a Xeon of 2024, against 3.2 with 512 rows); wider layers lose more by
+  // passing over their state again.
+  static int64_t shared_rows(int64_t channels) {
+    return channels <= 256 ? 256 : std::clamp<int64_t>((1 << 19) / channels / 32 * 32, 128, 512);
+  }
+
+  explicit MatrixGram(const Update& update) : parts_(parts_of(update)), kernels_(*level().matrix) {}
+
+  int64_t part_bytes(int64_t panels, int64_t capacity) const {
+    return panels * 2 * parts_ * capacity * kPanel<float> * 2;
+  }
+  void start() const { kernels_.configure(); }
+  void finish() const { kernels_.release(); }
+
+  // Rows from begin, a multiple of 32, to end; what is missing from a step is zero.
+  void prepare(const Block<float>& block, int64_t panels, int64_t begin, int64_t end) const {
+    constexpr int64_t W = kPanel<float>;
+    const int64_t filled = (end + kMatrixRows - 1) / kMatrixRows * kMatrixRows;
+    const int64_t offset = begin / kMatrixRows * kMatrixTileValues;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      float* rows = block.panels + panel * block.capacity * W;
+      std::fill(rows + end * W, rows + filled * W, 0.0f);
+      kernels_.split(parts_, rows + begin * W, (filled - begin) / kMatrixRows, part_values(block),
+                     part(block, panel, 0) + offset, part(block, panel, 1) + offset);
+    }
+  }
+
+  void multiply(const Block<float>& block, int64_t panels, int64_t block_rows,
+                const GramBlock& to) const {
+    MatrixSide side;
+    for (int64_t half = 0; half < 2; ++half) {
+      // A second panel that is not there: the first stands for it, and its sums are not stored.
+      side.left[half] = part(block, std::min(2 * to.i + half, panels - 1), 0);
+      side.right[half] = part(block, std::min(2 * to.j + half, panels - 1), 1);
+    }
+    side.part_values = part_values(block);
+    side.is_diagonal = to.i == to.j;
+    kernels_.product(parts_, side, (block_rows + kMatrixRows - 1) / kMatrixRows, to.scale, to.keep,
+                     to.out, to.out_stride, to.rows, to.columns);
+  }
+
+ private:
+  // The parts that hold a value exactly: 8 bits each.
+  static int parts_of(const Update& update) {
+    if (update.dtype == Dtype::kFloat32 || update.row_weight.data) return 3;
+    for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
+      if (update.shift[channel] != 0) return 3;
+    }
+    return update.dtype == Dtype::kFloat16 ? 2 : 1;
+  }
+
+  int64_t part_values(const Block<float>& block) const { return block.capacity * kPanel<float>; }
+  uint16_t* part(const Block<float>& block, int64_t panel, int64_t layout) const {
+    return block.parts + (panel * 2 + layout) * parts_ * part_values(block);
+  }
+
+  const int parts_;
+  const MatrixKernels& kernels_;
+};
+
+}  // namespace fastcov
