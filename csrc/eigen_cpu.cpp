@@ -31,27 +31,40 @@ constexpr int kAlwaysOwnOrder = 256;
 // float64 1.4 at 1024 and 0.7 at 1448. In float32 ours goes on to 2048 all the same: LAPACK misses
 // the bound of 1e-5 there (1.4e-5 on a covariance of order 2048, 4.2e-5 on a Wilkinson matrix).
 template <typename T>
-constexpr int kLargestOwnOrder = sizeof(T) == 4 ? 2048 : 1024;
+constexpr int kLargestOwnOrder = 4096;
 // Up to this order LAPACK's float32 keeps the bound on every family.
 constexpr int kAccurateLapackOrder = 512;
 constexpr int kFewThreads = 2;
 
-const EigenLevel& level() {
+struct Level {
+  const EigenLevel& batched;
+  const LargeEigenLevel& large;
+};
+
+const Level& level() {
+  static const Level chosen = [] {
 #ifdef FASTCOV_X86
-  static const char* const name = fastcov_cpu_instruction_set();
-  if (std::strcmp(name, "avx512") == 0) return eigen_avx512;
-  if (std::strcmp(name, "avx2") == 0) return eigen_avx2;
+    const char* const name = fastcov_cpu_instruction_set();
+    if (std::strcmp(name, "avx512") == 0) return Level{eigen_avx512, large_eigen_avx512};
+    if (std::strcmp(name, "avx2") == 0) return Level{eigen_avx2, large_eigen_avx2};
 #endif
-  return eigen_baseline;
+    return Level{eigen_baseline, large_eigen_baseline};
+  }();
+  return chosen;
 }
 
+// Of the two dtypes' kernels in a level.
+template <typename T, typename Kernels>
+const auto& of_dtype(const Kernels& kernels) {
+  if constexpr (sizeof(T) == 4) {
+    return kernels.float32;
+  } else {
+    return kernels.float64;
+  }
+}
 template <typename T>
 const EigenKernels<T>& kernels() {
-  if constexpr (sizeof(T) == 4) {
-    return level().float32;
-  } else {
-    return level().float64;
-  }
+  return of_dtype<T>(level().batched);
 }
 
 // Scratch memory of the calling thread, kept between calls unless it is large.
@@ -189,6 +202,28 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, const Run& run) 
   torch::stable::parallel_for(0, std::min(threads, groups), 1, [&](int64_t, int64_t) { drain(); });
 }
 
+// Eigenvalues of the large matrices that would leave threads idle, one after the other by all
+// threads; those tasks are taken out.
+template <typename T>
+void run_large(std::vector<EigenTask<T>>& tasks) {
+  const auto is_large = [](const EigenTask<T>& task) { return task.n >= kTwoStageOrder; };
+  const int threads = thread_count();
+  auto left = std::count_if(tasks.begin(), tasks.end(), is_large) % threads;
+  const LargeEigenKernels<T>& large = of_dtype<T>(level().large);
+  const Crew crew{threads, [](int ranks, void (*body)(void*, int, int), void* argument) {
+                    torch::stable::parallel_for(0, ranks, 1, [&](int64_t begin, int64_t end) {
+                      body(argument, static_cast<int>(begin), static_cast<int>(end));
+                    });
+                  }};
+  std::erase_if(tasks, [&](const EigenTask<T>& task) {
+    if (!is_large(task) || left == 0) return false;
+    --left;
+    large.eigenvalues(task, crew, arena.reserve(large.scratch_bytes(task.n, threads)));
+    return true;
+  });
+  if (arena.bytes > kKeptBytes) arena.release();
+}
+
 template <size_t Results>
 std::array<Tensor, Results> call_linalg(const char* name, const Tensor& matrices) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(matrices),
@@ -260,6 +295,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
       tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr, nullptr});
     }
   }
+  run_large<T>(tasks);
   run_groups<T>(tasks, kernels<T>().group, kernels<T>().eigenvalues);
 }
 

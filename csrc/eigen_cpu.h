@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "crew.h"
+
 namespace fastcov {
 
 // Entry (i, j) of a lower triangle, i >= j, is data[i * step_i + j * step_j]. A matrix and its
@@ -32,6 +34,8 @@ struct EigenTask {
 // Up to this order Jacobi rotations of matrices side by side are faster than LAPACK: 8 times at
 // order 8, 3 times at 16, not at 32.
 constexpr int kVectorsOrder = 16;
+// From this order on a matrix is reduced in two stages (eigen_large.h).
+constexpr int kTwoStageOrder = 512;
 
 template <typename T>
 struct EigenKernels {
@@ -48,12 +52,28 @@ struct EigenKernels {
   bool (*is_finite)(const EigenTask<T>& task);
 };
 
+// One matrix of order kTwoStageOrder or more by all ranks of a crew. Results do not depend on how
+// many there are.
+template <typename T>
+struct LargeEigenKernels {
+  int64_t (*scratch_bytes)(int n, int ranks);
+  void (*eigenvalues)(const EigenTask<T>& task, const Crew& crew, void* scratch);
+};
+
 struct EigenLevel {
   const char* name;
   EigenKernels<float> float32;
   EigenKernels<double> float64;
 };
 
+struct LargeEigenLevel {
+  LargeEigenKernels<float> float32;
+  LargeEigenKernels<double> float64;
+};
+
+extern const LargeEigenLevel large_eigen_baseline;
+extern const LargeEigenLevel large_eigen_avx2;
+extern const LargeEigenLevel large_eigen_avx512;
 extern const EigenLevel eigen_baseline;
 extern const EigenLevel eigen_avx2;
 extern const EigenLevel eigen_avx512;
