@@ -16,11 +16,11 @@ inline namespace FASTCOV_LEVEL {
 template <class T>
 struct BandSpace {
   int tiles;
-  T* matrix;              // [tiles (tiles + 1) / 2]
-  T* transposed;          // [tiles]: of the reflectors
-  T* product;             // [tiles]: first A V T, then minus W
-  T* partial;             // [tiles]
-  T* small;               // [kSmall]
+  T* matrix;      // [tiles (tiles + 1) / 2]
+  T* transposed;  // [tiles]: of the reflectors
+  T* product;     // [tiles]: first A V T, then minus W
+  T* partial;     // [tiles]
+  T* small;       // [kSmall]
   static constexpr int kSmall = 5;
 
   static int64_t elements(int tiles) {
@@ -101,7 +101,8 @@ void factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
     for (int j = (c + 1) / group * group; j < kTile; j += group) {
       T dots[group];
       panel_dots<group>(panel, count, c, j, dots);
-      for (int g = 0; g < group; ++g) dots[g] = j + g > c ? dots[g] * reflection.inverse_half : T(0);
+      for (int g = 0; g < group; ++g)
+        dots[g] = j + g > c ? dots[g] * reflection.inverse_half : T(0);
       for (int t = 0; t < count; ++t) {
         T* const tile = panel + t * kTileElements;
         for (int i = 0; i < kTile; i += kTileLanes<T>) {
@@ -176,10 +177,12 @@ void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
       T row[kTileElements] __attribute__((aligned(64))) = {};
       T column[kTileElements] __attribute__((aligned(64))) = {};
       for (int j = first; j <= i; ++j) {
-        multiply(row, space.tile(i, j), v(j), space.tile(j < i ? i : i + (i + 1 < tiles), j < i ? j + 1 : j));
+        multiply(row, space.tile(i, j), v(j),
+                 space.tile(j < i ? i : i + (i + 1 < tiles), j < i ? j + 1 : j));
       }
       for (int j = i + 1; j < tiles; ++j) {
-        multiply(column, v_transposed(j), space.tile(j, i), space.tile(j + 1 < tiles ? j + 1 : j, i));
+        multiply(column, v_transposed(j), space.tile(j, i),
+                 space.tile(j + 1 < tiles ? j + 1 : j, i));
       }
       for (int c = 0; c < kTile; ++c) {
         for (int r = 0; r < kTile; ++r) row[c * kTile + r] += column[r * kTile + c];

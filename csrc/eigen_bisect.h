@@ -100,5 +100,12 @@ struct PackBisection {
   }
 };
 
+template <class T, class Write>
+FASTCOV_INLINE void bisect_packs(const PackBisection<T>& bisection, const Write& write) {
+  constexpr int wide = PackBisection<T>::wide;
+  for (int k = 0; k < bisection.n; k += wide) bisection.count_sections(k);
+  for (int k = 0; k < bisection.n; k += wide) bisection.find(k, write);
+}
+
 }  // namespace FASTCOV_LEVEL
 }  // namespace fastcov

@@ -5,6 +5,8 @@
 // Threads share a sweep by ranges of its steps, so that each keeps its part of the band in cache.
 #pragma once
 
+#include <sched.h>
+
 #include <utility>
 
 #include "crew.h"
@@ -21,9 +23,7 @@ struct Band {
   static constexpr int stride = 3 * kTile;
   T* data;
 
-  static int64_t elements(int n) {
-    return (int64_t{stride} + 1) * (n + 2 * kTile) + 2 * kTile;
-  }
+  static int64_t elements(int n) { return (int64_t{stride} + 1) * (n + 2 * kTile) + 2 * kTile; }
   FASTCOV_INLINE T* at(int i, int j) const { return data + int64_t{stride} * j + i; }
 };
 
@@ -190,12 +190,15 @@ constexpr int kFewestSteps = 4;
 template <class T>
 struct ChaseSpace {
   Band<T> band;
-  SweepProgress* progress;  // [n], zero
+  SweepProgress* progress;    // [n], zero
   BulgeReflector<T>* handed;  // [ranks][kHandedOver]
 };
 
 FASTCOV_INLINE void wait_for(const int* steps, int wanted) {
-  while (__atomic_load_n(steps, __ATOMIC_ACQUIRE) < wanted) {
+  // A step takes half a microsecond. Who waits a hundred times longer keeps a core from the thread
+  // that it waits for.
+  for (int spins = 0; __atomic_load_n(steps, __ATOMIC_ACQUIRE) < wanted; ++spins) {
+    if (spins >= 1000) sched_yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif

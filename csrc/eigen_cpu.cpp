@@ -23,17 +23,11 @@ namespace {
 
 // Below this much estimated work a second thread costs more than it brings.
 constexpr double kSerialNanoseconds = 150e3;
-// Up to this order one thread of ours is faster than LAPACK on all of them; above, only where there
-// is a matrix for every thread, or LAPACK has no more than two.
+// Up to this order one thread of ours is faster than LAPACK on all of them. Above, up to
+// kCrewOrder, that holds where there is a matrix for every thread, or LAPACK has no more than two.
+// From there on threads share a matrix here as well: on two of them ours takes 0.4 of LAPACK's time
+// in float32 at order 2048, 0.6 in float64.
 constexpr int kAlwaysOwnOrder = 256;
-// Beyond, the triangle outgrows the second-level cache and LAPACK, which works in blocks, wins: on
-// one thread of a Xeon its time is 1.5 times ours in float32 at order 1448 and 0.9 at 2048, in
-// float64 1.4 at 1024 and 0.7 at 1448. In float32 ours goes on to 2048 all the same: LAPACK misses
-// the bound of 1e-5 there (1.4e-5 on a covariance of order 2048, 4.2e-5 on a Wilkinson matrix).
-template <typename T>
-constexpr int kLargestOwnOrder = 4096;
-// Up to this order LAPACK's float32 keeps the bound on every family.
-constexpr int kAccurateLapackOrder = 512;
 constexpr int kFewThreads = 2;
 
 struct Level {
@@ -141,11 +135,8 @@ struct Batch {
 
 // Whether eigenvalues of order n are found here, given how many of the call are above
 // kAlwaysOwnOrder.
-template <typename T>
 bool is_own(int n, int64_t large, int threads) {
-  if (n <= kAlwaysOwnOrder) return true;
-  const bool needs_own = sizeof(T) == 4 && n > kAccurateLapackOrder;
-  return n <= kLargestOwnOrder<T> && (needs_own || large >= threads || threads <= kFewThreads);
+  return n <= kAlwaysOwnOrder || n >= kCrewOrder || large >= threads || threads <= kFewThreads;
 }
 
 template <typename T>
@@ -206,7 +197,7 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, const Run& run) 
 // threads; those tasks are taken out.
 template <typename T>
 void run_large(std::vector<EigenTask<T>>& tasks) {
-  const auto is_large = [](const EigenTask<T>& task) { return task.n >= kTwoStageOrder; };
+  const auto is_large = [](const EigenTask<T>& task) { return task.n >= kCrewOrder; };
   const int threads = thread_count();
   auto left = std::count_if(tasks.begin(), tasks.end(), is_large) % threads;
   const LargeEigenKernels<T>& large = of_dtype<T>(level().large);
@@ -285,7 +276,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
     const Tensor& matrix = matrices[entries[index]];
     const Batch<T>& batch = batches[index];
     Tensor& result = results[entries[index]];
-    if (!is_own<T>(batch.n, large, threads)) {
+    if (!is_own(batch.n, large, threads)) {
       result = run_lapack<1>(matrix, batch)[0];
       continue;
     }

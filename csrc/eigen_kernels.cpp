@@ -186,7 +186,7 @@ void reduce_group(const EigenTask<T>* tasks, int count, void* scratch, const Vis
     index += used;
   }
   for (; index < count; ++index) {
-    if (n >= kTwoStageOrder) {
+    if (n >= kTwoStageOrder<T>) {
       const LargeSpace<T> space(scratch, n, 1);
       const Scale<T> scale = reduce_large(tasks[index], {1, nullptr}, space);
       visit(index, scale, space.diagonal, space.off_diagonal, 1);
@@ -202,7 +202,7 @@ template <class T>
 int64_t reduce_bytes(int n) {
   const int64_t one_stage =
       n <= kLaneOrder ? Workspace<Pack<T, kLanes<T>>>::bytes(n) : Workspace<T>::bytes(n);
-  const int64_t two_stages = n >= kTwoStageOrder ? LargeSpace<T>(nullptr, n, 1).bytes : 0;
+  const int64_t two_stages = n >= kTwoStageOrder<T> ? LargeSpace<T>(nullptr, n, 1).bytes : 0;
   return one_stage > two_stages ? one_stage : two_stages;
 }
 
@@ -214,21 +214,17 @@ void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
   T* const square = diagonal + padded(n);
   int* const sturm_counts = reinterpret_cast<int*>(square + padded(n));
   void* const rest = static_cast<char*>(scratch) + group_bytes(n);
-  reduce_group(tasks, count, rest,
-               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
-                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
-                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
-                 LoopTeam team;
-                 T lower, upper;
-                 bound_eigenvalues(team, diagonal, square, n, lower, upper);
-                 T* const values = tasks[index].values;
-                 using Bisection = PackBisection<T>;
-                 const Bisection bisection{diagonal, square, n, lower, upper, sturm_counts};
-                 for (int k = 0; k < n; k += Bisection::wide) bisection.count_sections(k);
-                 for (int k = 0; k < n; k += Bisection::wide) {
-                   bisection.find(k, [&](int i, T value) { values[i] = value * scale.restore; });
-                 }
-               });
+  reduce_group(
+      tasks, count, rest, [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+        for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+        for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+        LoopTeam team;
+        T lower, upper;
+        bound_eigenvalues(team, diagonal, square, n, lower, upper);
+        T* const values = tasks[index].values;
+        const PackBisection<T> bisection{diagonal, square, n, lower, upper, sturm_counts};
+        bisect_packs(bisection, [&](int k, T value) { values[k] = value * scale.restore; });
+      });
 }
 
 // Up to Packs vectors of matrices by the QL iteration, V a vector of doubles or one. Returns false

@@ -1,7 +1,7 @@
 // Eigenvalues of one large symmetric matrix on the CPU by all threads, compiled once for each
 // instruction set (FASTCOV_LEVEL; see eigen_kernels.cpp for what that forbids).
-#include "eigen_bisect.h"
 #include "eigen_large.h"
+#include "eigen_bisect.h"
 #include "eigen_ql.h"
 
 #define FASTCOV_PASTE_(a, b) a##b
@@ -54,7 +54,8 @@ void solve_large(const EigenTask<T>& task, const Crew& crew, void* scratch) {
   T lower, upper;
   bound_eigenvalues(team, space.reduction.diagonal, space.reduction.off_diagonal, n, lower, upper);
   using Bisection = PackBisection<T>;
-  const Bisection bisection{space.reduction.diagonal, space.reduction.off_diagonal, n, lower, upper, space.counts};
+  const Bisection bisection{
+      space.reduction.diagonal, space.reduction.off_diagonal, n, lower, upper, space.counts};
   const int packs = (n + Bisection::wide - 1) / Bisection::wide;
   deal(crew, packs, [&](int pack) { bisection.count_sections(pack * Bisection::wide); });
   deal(crew, packs, [&](int pack) {

@@ -1,6 +1,6 @@
-// One large symmetric matrix on the host to tridiagonal form in two stages: to a band by products of
-// tiles, which the caches feed, then to tridiagonal form along the band. In one stage a matrix is
-// read from memory at every step.
+// One large symmetric matrix on the host to tridiagonal form in two stages: to a band by products
+// of tiles, which the caches feed, then to tridiagonal form along the band. In one stage a matrix
+// is read from memory at every step.
 #pragma once
 
 #include "crew.h"

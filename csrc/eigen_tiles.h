@@ -45,7 +45,8 @@ void add_product(T* out, const T* left, const T* right, const T* next) {
       FASTCOV_UNROLL
       for (int c = 0; c < columns; ++c) {
         FASTCOV_UNROLL
-        for (int p = 0; p < parts; ++p) sums[c][p] = load_pack(out + (j + c) * kTile + i + p * lanes);
+        for (int p = 0; p < parts; ++p)
+          sums[c][p] = load_pack(out + (j + c) * kTile + i + p * lanes);
       }
       for (int k = 0; k < kTile; ++k) {
         V factor[parts];
@@ -61,7 +62,8 @@ void add_product(T* out, const T* left, const T* right, const T* next) {
       FASTCOV_UNROLL
       for (int c = 0; c < columns; ++c) {
         FASTCOV_UNROLL
-        for (int p = 0; p < parts; ++p) store_pack(out + (j + c) * kTile + i + p * lanes, sums[c][p]);
+        for (int p = 0; p < parts; ++p)
+          store_pack(out + (j + c) * kTile + i + p * lanes, sums[c][p]);
       }
     }
   }
