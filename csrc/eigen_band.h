@@ -21,7 +21,7 @@ struct BandSpace {
   T* product;     // [tiles]: first A V T, then minus W
   T* partial;     // [tiles]
   T* small;       // [kSmall]
-  static constexpr int kSmall = 5;
+  static constexpr int kSmall = 4;
 
   static int64_t elements(int tiles) {
     return (int64_t{tiles} * (tiles + 1) / 2 + 3 * int64_t{tiles} + kSmall) * kTileElements;
@@ -56,24 +56,32 @@ struct Reflection {
   }
 };
 
+// Sums are formed over so many tiles, then added: rounding grows with the length of a chain.
+constexpr int kChainTiles = 4;
+
 // Sums of u . a_j over a panel for Columns columns a_j from `column` on.
 template <int Columns, class T>
 FASTCOV_INLINE void panel_dots(const T* panel, int count, int reflector, int column,
                                T (&dots)[Columns]) {
   using V = Pack<T, kTileLanes<T>>;
   V sums[Columns] = {};
-  for (int t = 0; t < count; ++t) {
-    const T* const tile = panel + t * kTileElements;
-    for (int i = 0; i < kTile; i += kTileLanes<T>) {
-      const V u = load_pack(tile + reflector * kTile + i);
-      FASTCOV_UNROLL
-      for (int c = 0; c < Columns; ++c) sums[c] += u * load_pack(tile + (column + c) * kTile + i);
+  for (int begin = 0; begin < count; begin += kChainTiles) {
+    const int end = begin + kChainTiles < count ? begin + kChainTiles : count;
+    V chains[Columns] = {};
+    for (int t = begin; t < end; ++t) {
+      const T* const tile = panel + t * kTileElements;
+      for (int i = 0; i < kTile; i += kTileLanes<T>) {
+        const V u = load_pack(tile + reflector * kTile + i);
+        FASTCOV_UNROLL
+        for (int c = 0; c < Columns; ++c) {
+          chains[c] += u * load_pack(tile + (column + c) * kTile + i);
+        }
+      }
     }
+    FASTCOV_UNROLL
+    for (int c = 0; c < Columns; ++c) sums[c] += chains[c];
   }
-  for (int c = 0; c < Columns; ++c) {
-    dots[c] = T(0);
-    for (int lane = 0; lane < kTileLanes<T>; ++lane) dots[c] += sums[c][lane];
-  }
+  for (int c = 0; c < Columns; ++c) dots[c] = sum_lanes<T>(sums[c]);
 }
 
 // QR of a panel of `count` tiles: reflectors u take its place, `triangle` gets R.
@@ -132,11 +140,15 @@ void form_factor(const T* gram, const T* inverse_halves, T* t) {
   }
 }
 
+// The sum of tiles one after the other in memory, pairwise, in place of the first.
 template <class T>
-void sum_tiles(const T* tiles, int count, T* sum) {
-  clear(sum);
-  for (int t = 0; t < count; ++t) {
-    for (int e = 0; e < kTileElements; ++e) sum[e] += tiles[t * kTileElements + e];
+void sum_tiles(T* tiles, int count) {
+  for (int step = 1; step < count; step *= 2) {
+    for (int t = 0; t + step < count; t += 2 * step) {
+      T* const sum = tiles + t * kTileElements;
+      const T* const other = sum + step * kTileElements;
+      for (int e = 0; e < kTileElements; ++e) sum[e] += other[e];
+    }
   }
 }
 
@@ -144,8 +156,7 @@ void sum_tiles(const T* tiles, int count, T* sum) {
 template <class T>
 void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
   const int tiles = space.tiles;
-  T* const gram = space.small;
-  T* const factor = gram + kTileElements;
+  T* const factor = space.small;
   T* const factor_transposed = factor + kTileElements;
   T* const coupling = factor_transposed + kTileElements;
   T* const triangle = coupling + kTileElements;
@@ -166,9 +177,9 @@ void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
       clear(part(i));
       multiply(part(i), v_transposed(i), v(i), v(i));
     });
-    sum_tiles(part(first), count, gram);
+    sum_tiles(part(first), count);
     clear(factor);
-    form_factor(gram, inverse_halves, factor);
+    form_factor(part(first), inverse_halves, factor);
     transpose_tile(factor, factor_transposed);
 
     // X = A V T, from the lower tiles alone: those right of the diagonal give (A V)^T.
@@ -193,9 +204,9 @@ void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
       multiply(part(i), v_transposed(i), w(i), v(i));
     });
     // W = X - V (T^T V^T X) / 2, and A - V W^T - W V^T is what the reflectors leave.
-    sum_tiles(part(first), count, gram);
+    sum_tiles(part(first), count);
     clear(coupling);
-    multiply(coupling, factor_transposed, gram, gram);
+    multiply(coupling, factor_transposed, part(first), factor);
     for (int e = 0; e < kTileElements; ++e) coupling[e] *= T(0.5);
     deal(crew, count, [&](int index) {
       const int i = first + index;

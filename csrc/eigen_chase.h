@@ -56,14 +56,6 @@ FASTCOV_INLINE Pack<T, Lanes> sum_each(Pack<T, Lanes> (&terms)[Lanes]) {
   return terms[0];
 }
 
-template <class T>
-FASTCOV_INLINE T sum_lanes(Pack<T, kTileLanes<T>> value) {
-  T sum = T(0);
-  FASTCOV_UNROLL
-  for (int lane = 0; lane < kTileLanes<T>; ++lane) sum += value[lane];
-  return sum;
-}
-
 // One column of a block in registers.
 template <class T>
 struct Column {

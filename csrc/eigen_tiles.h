@@ -25,8 +25,20 @@ FASTCOV_INLINE void store_pack(T* target, Pack<T, kTileLanes<T>> value) {
   __builtin_memcpy(target, &value, sizeof(value));
 }
 
+template <class T>
+FASTCOV_INLINE T sum_lanes(Pack<T, kTileLanes<T>> value) {
+  FASTCOV_UNROLL
+  for (int half = kTileLanes<T> / 2; half > 0; half /= 2) {
+    FASTCOV_UNROLL
+    for (int lane = 0; lane < half; ++lane) value[lane] += value[lane + half];
+  }
+  return value[0];
+}
+
 // out(i, j) += sum of left(i, k) right(k, j), with right(k, j) at right[k * StepK + j * StepJ].
-// `next` is fetched meanwhile: the tile that is read from memory next.
+// `next` is fetched meanwhile: the tile that is read from memory next. A tile's sum is formed
+// before it is added: the chain of roundings over a whole column of equal entries would pass the
+// bound.
 template <int StepK, int StepJ, class T>
 void add_product(T* out, const T* left, const T* right, const T* next) {
   using V = Pack<T, kTileLanes<T>>;
@@ -41,13 +53,7 @@ void add_product(T* out, const T* left, const T* right, const T* next) {
     for (int i = 0; i < kTile; i += parts * lanes) {
       for (int e = 0; e < fetched; e += line) __builtin_prefetch(next + e);
       next += fetched;
-      V sums[columns][parts];
-      FASTCOV_UNROLL
-      for (int c = 0; c < columns; ++c) {
-        FASTCOV_UNROLL
-        for (int p = 0; p < parts; ++p)
-          sums[c][p] = load_pack(out + (j + c) * kTile + i + p * lanes);
-      }
+      V sums[columns][parts] = {};
       for (int k = 0; k < kTile; ++k) {
         V factor[parts];
         FASTCOV_UNROLL
@@ -62,8 +68,10 @@ void add_product(T* out, const T* left, const T* right, const T* next) {
       FASTCOV_UNROLL
       for (int c = 0; c < columns; ++c) {
         FASTCOV_UNROLL
-        for (int p = 0; p < parts; ++p)
-          store_pack(out + (j + c) * kTile + i + p * lanes, sums[c][p]);
+        for (int p = 0; p < parts; ++p) {
+          T* const target = out + (j + c) * kTile + i + p * lanes;
+          store_pack(target, load_pack(target) + sums[c][p]);
+        }
       }
     }
   }
