@@ -148,7 +148,7 @@ def test_many_members(emulated, families, gpu: str, members: int) -> None:
     assert float((results - exact[0]).abs().max()) <= 2e-6 * float(exact.abs().max())
 
 
-# Kernel, order, dtype, multiprocessors of a GPU with clusters, expected members and whether they are
+# Kernel, order, dtype, multiprocessors of a GPU with clusters, expected members, whether they are
 # a cluster. A grid of few blocks for the largest orders: each CUDA thread is a fiber here.
 LARGE = [
     ("triangle", 255, "float32", 8, 0, False),
