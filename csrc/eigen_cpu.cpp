@@ -327,8 +327,9 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
   for (const size_t entry : entries) {
     const Tensor& matrix = matrices[entry];
     const Batch<T> batch(matrix);
-    // Half a vector of lanes at least: one matrix alone is LAPACK's.
-    if (batch.n > kVectorsOrder || 2 * batch.count < kernels<T>().lanes) {
+    // A vector of lanes at least, or half of one where ours is fast: one matrix alone is LAPACK's.
+    const int lanes = kernels<T>().lanes;
+    if (batch.n > vectors_order(lanes) || batch.count * (batch.n <= 16 ? 2 : 1) < lanes) {
       const std::array<Tensor, 2> results = run_lapack<2>(matrix, batch);
       all_values[entry] = results[0];
       all_vectors[entry] = torch::stable::contiguous(results[1]);

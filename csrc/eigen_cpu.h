@@ -31,9 +31,13 @@ struct EigenTask {
   T* vectors;       // [n, n], in columns
 };
 
-// Up to this order Jacobi rotations of matrices side by side are faster than LAPACK: 8 times at
-// order 8, 3 times at 16, not at 32.
-constexpr int kVectorsOrder = 16;
+// Up to this order Jacobi rotations of matrices side by side, one to a lane, are faster than LAPACK
+// on one thread. Full vectors of a Xeon with AVX-512 in float32: 5 times at order 16, 3 at 24, 1.4
+// at 32, 0.9 at 48; in float64 2, 1.2 and 0.7.
+constexpr int kVectorsOrder = 32;
+constexpr int vectors_order(int lanes) {
+  return lanes >= 16 ? kVectorsOrder : lanes >= 8 ? 24 : 16;
+}
 // From this order on one thread reduces a matrix in two stages (eigen_large.h) in less time than in
 // one: on a Xeon with AVX-512, 1.1 ms against 1.3 in float32 at order 256, 37 against 38 (24
 // against 53 in float32) at 768 (1024).

@@ -165,7 +165,7 @@ def test_large_matrices_are_read_like_small_ones(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_keep_the_bounds(level: str) -> None:
-    chosen = "every_order or random_spectra or native_vectors or counts_fall or read_like_small"
+    chosen = "every_order or random_spectra or native_vectors or in_one_batch or counts_fall or read_like_small"
     options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", chosen]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__],
@@ -237,6 +237,19 @@ def test_eigenvectors(family: str, n: int) -> None:
     residual = symmetric @ basis - basis * (values.double() / scale)
     assert float(residual.abs().max()) <= 1e-5
     assert float((basis.T @ basis - torch.eye(n)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [17, 24, 25, 32, 33])
+def test_eigenvectors_of_every_family_in_one_batch(n: int, dtype: torch.dtype) -> None:
+    batch = torch.stack([make(n) for make in FAMILIES.values()] * 2).to(dtype)
+    values, vectors = eigh(batch)
+    scale = values.double().abs().amax(-1).clamp_min(1e-37)[:, None, None]
+    basis = vectors.double()
+    residual = batch.double() / scale @ basis - basis * (values.double()[:, None] / scale)
+    bar = 1e-5 if dtype == torch.float32 else 1e-12
+    assert float(residual.abs().max()) <= bar
+    assert float((basis.mT @ basis - torch.eye(n)).abs().max()) <= bar
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
