@@ -30,25 +30,32 @@ FASTCOV_INLINE void count_below_packs(const T* diagonal, const T* square, int n,
   }
 }
 
-// As bisect() of eigen.h for a team of one, but in vectors. counts: [n + 1] scratch.
-template <class T, class Write>
-FASTCOV_INLINE void bisect_packs(const T* diagonal, const T* square, int n, T lower, T upper,
-                                 int* counts, const Write& write) {
-  constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
-  constexpr int chains = 4;
-  constexpr int wide = lanes * chains;
+// As bisect() of eigen.h for a team of one, but in vectors of eigenvalues: `wide` at once. All of
+// count_sections() comes before find().
+template <class T>
+struct PackBisection {
+  static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
+  static constexpr int chains = 4;
+  static constexpr int wide = lanes * chains;
   using V = Pack<T, lanes>;
   using Count = typename Numeric<V>::Count;
+
+  const T* diagonal;
+  const T* square;
+  int n;
+  T lower;
+  T upper;
+  int* counts;  // [n + 1] scratch
+
+  FASTCOV_INLINE T section() const { return (upper - lower) / static_cast<T>(n); }
+
   // A count at each of n evenly spaced points replaces the first log2(n) halvings of all.
-  const T section = (upper - lower) / static_cast<T>(n);
-  int halvings = Numeric<T>::digits + 1;
-  for (int s = n; s > 1; s /= 2) --halvings;
-  V points[chains];
-  Count below[chains];
-  for (int first = 0; first < n; first += wide) {
+  FASTCOV_INLINE void count_sections(int first) const {
+    V points[chains];
+    Count below[chains];
     for (int c = 0; c < chains; ++c) {
       for (int lane = 0; lane < lanes; ++lane) {
-        points[c][lane] = lower + section * static_cast<T>(first + c * lanes + lane);
+        points[c][lane] = lower + section() * static_cast<T>(first + c * lanes + lane);
       }
     }
     count_below_packs<V, T, chains>(diagonal, square, n, points, below);
@@ -56,9 +63,14 @@ FASTCOV_INLINE void bisect_packs(const T* diagonal, const T* square, int n, T lo
       counts[first + k] = static_cast<int>(below[k / lanes][k % lanes]);
     }
   }
-  for (int first = 0; first < n; first += wide) {
-    V low[chains], high[chains];
-    Count index[chains];
+
+  // Eigenvalues from `first` on, by write(k, value).
+  template <class Write>
+  FASTCOV_INLINE void find(int first, const Write& write) const {
+    int halvings = Numeric<T>::digits + 1;
+    for (int s = n; s > 1; s /= 2) --halvings;
+    V points[chains], low[chains], high[chains];
+    Count below[chains], index[chains];
     for (int k = 0; k < wide; ++k) {
       const int wanted = first + k < n ? first + k : n - 1;
       int from = 0;
@@ -67,8 +79,8 @@ FASTCOV_INLINE void bisect_packs(const T* diagonal, const T* square, int n, T lo
         const int middle = (from + to) / 2;
         (counts[middle] <= wanted ? from : to) = middle;
       }
-      low[k / lanes][k % lanes] = lower + section * static_cast<T>(from);
-      high[k / lanes][k % lanes] = to == n ? upper : lower + section * static_cast<T>(to);
+      low[k / lanes][k % lanes] = lower + section() * static_cast<T>(from);
+      high[k / lanes][k % lanes] = to == n ? upper : lower + section() * static_cast<T>(to);
       index[k / lanes][k % lanes] = wanted;
     }
     for (int step = 0; step < halvings; ++step) {
@@ -86,6 +98,13 @@ FASTCOV_INLINE void bisect_packs(const T* diagonal, const T* square, int n, T lo
       write(first + k, a + (b - a) * T(0.5));
     }
   }
+};
+
+template <class T, class Write>
+FASTCOV_INLINE void bisect_packs(const PackBisection<T>& bisection, const Write& write) {
+  constexpr int wide = PackBisection<T>::wide;
+  for (int k = 0; k < bisection.n; k += wide) bisection.count_sections(k);
+  for (int k = 0; k < bisection.n; k += wide) bisection.find(k, write);
 }
 
 }  // namespace FASTCOV_LEVEL

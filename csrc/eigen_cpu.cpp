@@ -23,35 +23,43 @@ namespace {
 
 // Below this much estimated work a second thread costs more than it brings.
 constexpr double kSerialNanoseconds = 150e3;
-// Up to this order one thread of ours is faster than LAPACK on all of them; above, only where there
-// is a matrix for every thread, or LAPACK has no more than two.
+// Up to this order one thread of ours is faster than LAPACK on all of them. Above, up to
+// kCrewOrder, that holds where there is a matrix for every thread, or LAPACK has no more than two.
+// From there on threads share a matrix here as well: on two of them ours takes 0.4 of LAPACK's time
+// in float32 at order 2048, 0.6 in float64.
 constexpr int kAlwaysOwnOrder = 256;
-// Beyond, the triangle outgrows the second-level cache and LAPACK, which works in blocks, wins: on
-// one thread of a Xeon its time is 1.5 times ours in float32 at order 1448 and 0.9 at 2048, in
-// float64 1.4 at 1024 and 0.7 at 1448. In float32 ours goes on to 2048 all the same: LAPACK misses
-// the bound of 1e-5 there (1.4e-5 on a covariance of order 2048, 4.2e-5 on a Wilkinson matrix).
-template <typename T>
-constexpr int kLargestOwnOrder = sizeof(T) == 4 ? 2048 : 1024;
-// Up to this order LAPACK's float32 keeps the bound on every family.
-constexpr int kAccurateLapackOrder = 512;
 constexpr int kFewThreads = 2;
 
-const EigenLevel& level() {
+struct Level {
+  const EigenLevel& batched;
+  const LargeEigenLevel& large;
+};
+
+const Level& level() {
+  static const Level chosen = [] {
 #ifdef FASTCOV_X86
-  static const char* const name = fastcov_cpu_instruction_set();
-  if (std::strcmp(name, "avx512") == 0 || std::strcmp(name, "amx") == 0) return eigen_avx512;
-  if (std::strcmp(name, "avx2") == 0) return eigen_avx2;
+    const char* const name = fastcov_cpu_instruction_set();
+    const bool is_avx512 = std::strcmp(name, "avx512") == 0 || std::strcmp(name, "amx") == 0;
+    if (is_avx512) return Level{eigen_avx512, large_eigen_avx512};
+    if (std::strcmp(name, "avx2") == 0) return Level{eigen_avx2, large_eigen_avx2};
 #endif
-  return eigen_baseline;
+    return Level{eigen_baseline, large_eigen_baseline};
+  }();
+  return chosen;
 }
 
+// Of the two dtypes' kernels in a level.
+template <typename T, typename Kernels>
+const auto& of_dtype(const Kernels& kernels) {
+  if constexpr (sizeof(T) == 4) {
+    return kernels.float32;
+  } else {
+    return kernels.float64;
+  }
+}
 template <typename T>
 const EigenKernels<T>& kernels() {
-  if constexpr (sizeof(T) == 4) {
-    return level().float32;
-  } else {
-    return level().float64;
-  }
+  return of_dtype<T>(level().batched);
 }
 
 // Scratch memory of the calling thread, kept between calls unless it is large.
@@ -128,11 +136,8 @@ struct Batch {
 
 // Whether eigenvalues of order n are found here, given how many of the call are above
 // kAlwaysOwnOrder.
-template <typename T>
 bool is_own(int n, int64_t large, int threads) {
-  if (n <= kAlwaysOwnOrder) return true;
-  const bool needs_own = sizeof(T) == 4 && n > kAccurateLapackOrder;
-  return n <= kLargestOwnOrder<T> && (needs_own || large >= threads || threads <= kFewThreads);
+  return n <= kAlwaysOwnOrder || n >= kCrewOrder || large >= threads || threads <= kFewThreads;
 }
 
 template <typename T>
@@ -187,6 +192,28 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, const Run& run) 
     return;
   }
   torch::stable::parallel_for(0, std::min(threads, groups), 1, [&](int64_t, int64_t) { drain(); });
+}
+
+// Eigenvalues of the large matrices that would leave threads idle, one after the other by all
+// threads; those tasks are taken out.
+template <typename T>
+void run_large(std::vector<EigenTask<T>>& tasks) {
+  const auto is_large = [](const EigenTask<T>& task) { return task.n >= kCrewOrder; };
+  const int threads = thread_count();
+  auto left = std::count_if(tasks.begin(), tasks.end(), is_large) % threads;
+  const LargeEigenKernels<T>& large = of_dtype<T>(level().large);
+  const Crew crew{threads, [](int ranks, void (*body)(void*, int, int), void* argument) {
+                    torch::stable::parallel_for(0, ranks, 1, [&](int64_t begin, int64_t end) {
+                      body(argument, static_cast<int>(begin), static_cast<int>(end));
+                    });
+                  }};
+  std::erase_if(tasks, [&](const EigenTask<T>& task) {
+    if (!is_large(task) || left == 0) return false;
+    --left;
+    large.eigenvalues(task, crew, arena.reserve(large.scratch_bytes(task.n, threads)));
+    return true;
+  });
+  if (arena.bytes > kKeptBytes) arena.release();
 }
 
 template <size_t Results>
@@ -250,7 +277,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
     const Tensor& matrix = matrices[entries[index]];
     const Batch<T>& batch = batches[index];
     Tensor& result = results[entries[index]];
-    if (!is_own<T>(batch.n, large, threads)) {
+    if (!is_own(batch.n, large, threads)) {
       result = run_lapack<1>(matrix, batch)[0];
       continue;
     }
@@ -260,6 +287,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
       tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr, nullptr});
     }
   }
+  run_large<T>(tasks);
   run_groups<T>(tasks, kernels<T>().group, kernels<T>().eigenvalues);
 }
 
@@ -300,8 +328,9 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
   for (const size_t entry : entries) {
     const Tensor& matrix = matrices[entry];
     const Batch<T> batch(matrix);
-    // Half a vector of lanes at least: one matrix alone is LAPACK's.
-    if (batch.n > kVectorsOrder || 2 * batch.count < kernels<T>().lanes) {
+    // A vector of lanes at least, or half of one where ours is fast: one matrix alone is LAPACK's.
+    const int lanes = kernels<T>().lanes;
+    if (batch.n > vectors_order(lanes) || batch.count * (batch.n <= 16 ? 2 : 1) < lanes) {
       const std::array<Tensor, 2> results = run_lapack<2>(matrix, batch);
       all_values[entry] = results[0];
       all_vectors[entry] = torch::stable::contiguous(results[1]);

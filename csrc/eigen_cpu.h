@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "crew.h"
+
 namespace fastcov {
 
 // Entry (i, j) of a lower triangle, i >= j, is data[i * step_i + j * step_j]. A matrix and its
@@ -29,9 +31,21 @@ struct EigenTask {
   T* vectors;       // [n, n], in columns
 };
 
-// Up to this order Jacobi rotations of matrices side by side are faster than LAPACK: 8 times at
-// order 8, 3 times at 16, not at 32.
-constexpr int kVectorsOrder = 16;
+// Up to this order Jacobi rotations of matrices side by side, one to a lane, are faster than LAPACK
+// on one thread. Full vectors of a Xeon with AVX-512 in float32: 5 times at order 16, 3 at 24, 1.4
+// at 32, 0.9 at 48; in float64 2, 1.2 and 0.7.
+constexpr int kVectorsOrder = 32;
+constexpr int vectors_order(int lanes) {
+  return lanes >= 16 ? kVectorsOrder : lanes >= 8 ? 24 : 16;
+}
+// From this order on one thread reduces a matrix in two stages (eigen_large.h) in less time than in
+// one. On a Xeon with AVX-512 and in float32: 1.1 ms against 1.3 at order 256, 24 against 39 at
+// 1024; in float64 even at 768, 53 against 75 at 1024.
+template <typename T>
+constexpr int kTwoStageOrder = sizeof(T) == 4 ? 256 : 768;
+// From this order on threads that would be idle help: 3.8 ms on two against 5.2 on one in float32
+// at 512, nothing at 384.
+constexpr int kCrewOrder = 512;
 
 template <typename T>
 struct EigenKernels {
@@ -48,12 +62,27 @@ struct EigenKernels {
   bool (*is_finite)(const EigenTask<T>& task);
 };
 
+// One matrix, in two stages, by all ranks of a crew. Results do not depend on how many there are.
+template <typename T>
+struct LargeEigenKernels {
+  int64_t (*scratch_bytes)(int n, int ranks);
+  void (*eigenvalues)(const EigenTask<T>& task, const Crew& crew, void* scratch);
+};
+
 struct EigenLevel {
   const char* name;
   EigenKernels<float> float32;
   EigenKernels<double> float64;
 };
 
+struct LargeEigenLevel {
+  LargeEigenKernels<float> float32;
+  LargeEigenKernels<double> float64;
+};
+
+extern const LargeEigenLevel large_eigen_baseline;
+extern const LargeEigenLevel large_eigen_avx2;
+extern const LargeEigenLevel large_eigen_avx512;
 extern const EigenLevel eigen_baseline;
 extern const EigenLevel eigen_avx2;
 extern const EigenLevel eigen_avx512;

@@ -10,6 +10,7 @@
 #include "eigen_bisect.h"
 #include "eigen_jacobi.h"
 #include "eigen_lanes.h"
+#include "eigen_large.h"
 #include "eigen_ql.h"
 #include "eigen_storage.h"
 
@@ -32,15 +33,9 @@ constexpr int kLaneOrder = 512;
 // float32 alone, whose vectors are as long again and halvings half as many.
 template <class T>
 constexpr int kBisectCount = sizeof(T) == 4 ? 5 : 0;
-// What is left of an off-diagonal, relative to the largest entry, when it counts as zero.
-template <class T>
-constexpr double kTolerance = sizeof(T) == 4 ? 0x1p-30 : 0x1p-54;
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-
-// Sweeps of the QL iteration for each eigenvalue, on average; three are usual.
-constexpr int kSweeps = 30;
 
 // Scratch of a group beside that of its reductions.
 constexpr int64_t group_bytes(int n) { return 2 * int64_t{padded(n)} * kGroup * 8; }
@@ -191,6 +186,12 @@ void reduce_group(const EigenTask<T>* tasks, int count, void* scratch, const Vis
     index += used;
   }
   for (; index < count; ++index) {
+    if (n >= kTwoStageOrder<T>) {
+      const LargeSpace<T> space(scratch, n, 1);
+      const Scale<T> scale = reduce_large(tasks[index], {1, nullptr}, space);
+      visit(index, scale, space.diagonal, space.off_diagonal, 1);
+      continue;
+    }
     Workspace<T> work(scratch, n);
     const Scale<T> scale = reduce_one(tasks[index], work);
     visit(index, scale, work.diagonal, work.off_diagonal, 1);
@@ -199,7 +200,10 @@ void reduce_group(const EigenTask<T>* tasks, int count, void* scratch, const Vis
 
 template <class T>
 int64_t reduce_bytes(int n) {
-  return n <= kLaneOrder ? Workspace<Pack<T, kLanes<T>>>::bytes(n) : Workspace<T>::bytes(n);
+  const int64_t one_stage =
+      n <= kLaneOrder ? Workspace<Pack<T, kLanes<T>>>::bytes(n) : Workspace<T>::bytes(n);
+  const int64_t two_stages = n >= kTwoStageOrder<T> ? LargeSpace<T>(nullptr, n, 1).bytes : 0;
+  return one_stage > two_stages ? one_stage : two_stages;
 }
 
 // A tridiagonal matrix of its own, and its eigenvalues by bisection.
@@ -210,17 +214,17 @@ void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
   T* const square = diagonal + padded(n);
   int* const sturm_counts = reinterpret_cast<int*>(square + padded(n));
   void* const rest = static_cast<char*>(scratch) + group_bytes(n);
-  reduce_group(tasks, count, rest,
-               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
-                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
-                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
-                 LoopTeam team;
-                 T lower, upper;
-                 bound_eigenvalues(team, diagonal, square, n, lower, upper);
-                 T* const values = tasks[index].values;
-                 bisect_packs(diagonal, square, n, lower, upper, sturm_counts,
-                              [&](int k, T value) { values[k] = value * scale.restore; });
-               });
+  reduce_group(
+      tasks, count, rest, [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+        for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+        for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+        LoopTeam team;
+        T lower, upper;
+        bound_eigenvalues(team, diagonal, square, n, lower, upper);
+        T* const values = tasks[index].values;
+        const PackBisection<T> bisection{diagonal, square, n, lower, upper, sturm_counts};
+        bisect_packs(bisection, [&](int k, T value) { values[k] = value * scale.restore; });
+      });
 }
 
 // Up to Packs vectors of matrices by the QL iteration, V a vector of doubles or one. Returns false

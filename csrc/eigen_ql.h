@@ -10,6 +10,12 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
+// What is left of an off-diagonal of T, relative to the largest entry, when it counts as zero.
+template <class T>
+constexpr double kTolerance = sizeof(T) == 4 ? 0x1p-30 : 0x1p-54;
+// Sweeps for each eigenvalue, on average; three are usual.
+constexpr int kSweeps = 30;
+
 // diagonal, square: [n][Packs] with the squares of the off-diagonals, overwritten. tolerance: what
 // an off-diagonal may have left, relative to the largest entry. Returns false, leaving nothing
 // usable, when some lane has not converged within `limit` sweeps.

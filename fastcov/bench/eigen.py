@@ -59,6 +59,8 @@ def _problems(setting: Setting) -> list[Problem]:
     problems.append(Problem("mixed: 77 matrices of 16 to 256, float32", f32, mixed))
     if not is_cuda and setting.size == "full":
         problems.append(_resnet50())
+    if not is_cuda:
+        problems += [_uniform(f64, order, 1) for order in (512, 1024, 2048)]
     if setting.size == "full":
         problems += [_uniform(f64, order, batch) for order, batch in grid]
         problems += [_uniform(f32, order, 1) for order in (32, 64, 128, 256, 512)]

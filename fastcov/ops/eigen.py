@@ -41,12 +41,11 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     r"""Eigenvalues of symmetric matrices, ascending.
 
     Accurate to 2e-6 of the largest magnitude in float32 up to n = 256 and 1e-5 above, to
-    1e-13 sqrt(n) in float64. On a CPU, LAPACK takes over where it is faster and as accurate (above
-    n = 2048 in float32 and 1024 in float64, with more than two threads for few matrices above 256,
-    in float32 up to 512); without the compiled library its float32 was measured to be off by up to
-    4.2e-5 at n = 2048. On a GPU with the compiled library: no host synchronisation and capturable
-    in a CUDA graph up to n = 2048; larger matrices, and every matrix without the library, go to
-    ``torch.linalg``, which synchronises.
+    1e-13 sqrt(n) in float64. On a CPU, LAPACK takes over where it is faster (with more than two
+    threads, for fewer matrices of 257 to 511 than threads); without the compiled library its
+    float32 was measured to be off by up to 4.2e-5 at n = 2048. On a GPU with the compiled library:
+    no host synchronisation and capturable in a CUDA graph up to n = 2048; larger matrices, and
+    every matrix without the library, go to ``torch.linalg``, which synchronises.
 
     Args:
         A: Symmetric matrices, float32 or float64; only the lower triangle is read. One matrix or

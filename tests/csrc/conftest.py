@@ -141,6 +141,20 @@ def checked_teams(folder: Path) -> Check:
 
 
 @pytest.fixture(scope="session")
+def crew(folder: Path) -> Run:
+    """eigen_crew.cpp: the reduction of a large matrix by threads."""
+    source = HERE / "eigen_crew.cpp"
+    return _runner(_compile(folder, "crew", source, "-O2", "-pthread", *_fused_options()))
+
+
+@pytest.fixture(scope="session")
+def checked_crew(folder: Path) -> Check:
+    """The same under ThreadSanitizer."""
+    source = HERE / "eigen_crew.cpp"
+    return _checker(_compile(folder, "checked_crew", source, *TSAN, "-pthread"))
+
+
+@pytest.fixture(scope="session")
 def emulated(folder: Path) -> Run:
     """emulated_eigen.cpp: the GPU's kernels on the host."""
     return _runner(_compile_emulation(folder / "emulated", KERNELS, "-O1", *_fused_options()))

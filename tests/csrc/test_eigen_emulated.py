@@ -148,6 +148,56 @@ def test_many_members(emulated, families, gpu: str, members: int) -> None:
     assert float((results - exact[0]).abs().max()) <= 2e-6 * float(exact.abs().max())
 
 
+# Kernel, order, dtype, multiprocessors of a GPU with clusters, expected members, whether they are
+# a cluster. A grid of few blocks for the largest orders: each CUDA thread is a fiber here.
+LARGE = [
+    ("triangle", 255, "float32", 8, 0, False),
+    ("triangle", 256, "float32", 8, 0, False),
+    ("members", 257, "float32", 8, 8, True),
+    ("members", 511, "float32", 4, 4, True),
+    ("members", 512, "float32", 8, 8, True),
+    ("members", 513, "float32", 3, 3, False),
+    ("members", 1025, "float32", 3, 3, False),
+    ("members", 257, "float64", 4, 4, True),
+    ("members", 512, "float64", 4, 4, True),
+    ("members", 513, "float64", 3, 3, False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "n", "dtype", "multiprocessors", "members", "is_cluster"), LARGE
+)
+def test_large_classes_at_their_boundaries(
+    emulated,
+    families: Families,
+    kernel: str,
+    n: int,
+    dtype: str,
+    multiprocessors: int,
+    members: int,
+    is_cluster: bool,
+) -> None:
+    matrix = families["random"](n)[None].to(getattr(torch, dtype))
+    lower = torch.where(torch.ones_like(matrix).tril().bool(), matrix, math.nan)
+    gpu = (SHARED["sm_90"], multiprocessors, 1)
+    values, messages = emulated(kernel, dtype, n, 1, *gpu, matrices=lower)
+    words = messages.split()
+    plan = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    assert plan.get("members", 0) == members
+    assert bool(plan.get("cluster", 0)) == is_cluster
+    exact = eigvalsh_reference(matrix)[0]
+    limit = eigenvalue_tolerance(n, matrix.dtype) * float(exact.abs().max())
+    assert float((values - exact).abs().max()) <= limit
+    assert bool((values.diff() >= 0).all())
+
+
+def test_the_largest_triangle_is_followed_by_members(emulated) -> None:
+    for gpu, dtype, largest in (("sm_90", "float32", 256), ("sm_90", "float64", 229)):
+        orders = emulated("plan", dtype, largest, 1, SHARED[gpu], 132, 1)[0]
+        assert int(orders[0]) == largest
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "shared_bytes"),

@@ -112,15 +112,61 @@ def test_around_the_boundaries_of_size_classes(n: int, family: str, dtype: torch
         check(eigvalsh(matrix.expand(5, n, n))[4], matrix)
 
 
-@pytest.mark.parametrize("n", [1536, 1537, 2048])
-def test_the_largest_orders(n: int) -> None:
-    matrix = random(n).float()
+# On one thread float32 is reduced in two stages from 256 on, float64 from 768; on several both
+# from 512.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("n", [300, 530, 800])
+def test_families_of_large_matrices(family: str, n: int, dtype: torch.dtype) -> None:
+    matrix = FAMILIES[family](n).to(dtype)
     check(eigvalsh(matrix), matrix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("n", [1537, 2048])
+def test_the_largest_orders(n: int, family: str) -> None:
+    matrix = FAMILIES[family](n)
+    for dtype in DTYPES:
+        rounded = matrix.to(dtype)
+        check(eigvalsh(rounded), rounded)
+
+
+@pytest.mark.skipif(not IS_NATIVE, reason="LAPACK's bits depend on its threads")
+@pytest.mark.parametrize(("n", "dtype"), [(600, torch.float32), (800, torch.float64)], ids=str)
+def test_large_matrices_have_the_same_bits_on_any_number_of_threads(
+    n: int, dtype: torch.dtype
+) -> None:
+    matrices = [random(order).to(dtype) for order in (n, 40, n + 33, n - 1)]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(torch.cat(eigvalsh(matrices)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_matrices_are_read_like_small_ones(dtype: torch.dtype) -> None:
+    n = 790
+    matrix = random(n).to(dtype)
+    spoiled = torch.where(torch.ones_like(matrix).tril().bool(), matrix, math.nan)
+    for layout in (spoiled, spoiled.T.contiguous().T, spoiled.repeat_interleave(2, 1)[:, ::2]):
+        check(eigvalsh(layout), matrix)
+    spoiled[n - 1, 3] = math.inf
+    broken, whole = eigvalsh([spoiled, matrix])
+    assert bool(broken.isnan().all())
+    check(whole, matrix)
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_keep_the_bounds(level: str) -> None:
-    chosen = "every_order or random_spectra or native_vectors or counts_fall"
+    chosen = "every_order or random_spectra or native_vectors or in_one_batch or counts_fall"
+    chosen += " or read_like_small"
     options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", chosen]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__],
@@ -192,6 +238,19 @@ def test_eigenvectors(family: str, n: int) -> None:
     residual = symmetric @ basis - basis * (values.double() / scale)
     assert float(residual.abs().max()) <= 1e-5
     assert float((basis.T @ basis - torch.eye(n)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [17, 24, 25, 32, 33])
+def test_eigenvectors_of_every_family_in_one_batch(n: int, dtype: torch.dtype) -> None:
+    batch = torch.stack([make(n) for make in FAMILIES.values()] * 2).to(dtype)
+    values, vectors = eigh(batch)
+    scale = values.double().abs().amax(-1).clamp_min(1e-37)[:, None, None]
+    basis = vectors.double()
+    residual = batch.double() / scale @ basis - basis * (values.double()[:, None] / scale)
+    bar = 1e-5 if dtype == torch.float32 else 1e-12
+    assert float(residual.abs().max()) <= bar
+    assert float((basis.mT @ basis - torch.eye(n)).abs().max()) <= bar
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

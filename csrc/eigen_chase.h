@@ -1,0 +1,243 @@
+// Reduction of a symmetric band matrix to tridiagonal form on the host: each sweep frees one column
+// of what is below its off-diagonal and chases the bulge that this makes down the band.
+//
+// Every step works on whole blocks of kTile rows; beyond the matrix they hold zeros, which stay.
+// Threads share a sweep by ranges of its steps, so that each keeps its part of the band in cache.
+#pragma once
+
+#include <sched.h>
+
+#include <utility>
+
+#include "crew.h"
+#include "eigen_band.h"
+#include "eigen_tiles.h"
+
+namespace fastcov {
+inline namespace FASTCOV_LEVEL {
+
+// Entry (i, j) is data[stride * j + i], for -kTile < i - j < 2 kTile: both triangles of the band,
+// and below it the bulges.
+template <class T>
+struct Band {
+  static constexpr int stride = 3 * kTile;
+  T* data;
+
+  static int64_t elements(int n) { return (int64_t{stride} + 1) * (n + 2 * kTile) + 2 * kTile; }
+  FASTCOV_INLINE T* at(int i, int j) const { return data + int64_t{stride} * j + i; }
+};
+
+template <class T>
+struct BulgeReflector {
+  alignas(64) T u[kTile];
+  T inverse_half;
+};
+
+template <class V, int First, int... I>
+FASTCOV_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * lanes)...);
+}
+
+// Lane c of the result is the sum of terms[c].
+template <class T, int Lanes = kTileLanes<T>>
+FASTCOV_INLINE Pack<T, Lanes> sum_each(Pack<T, Lanes> (&terms)[Lanes]) {
+  using V = Pack<T, Lanes>;
+  using Places = std::make_integer_sequence<int, Lanes>;
+  FASTCOV_UNROLL
+  for (int count = Lanes / 2; count > 0; count /= 2) {
+    FASTCOV_UNROLL
+    for (int i = 0; i < count; ++i) {
+      const V a = terms[i];
+      const V b = terms[i + count];
+      terms[i] = interleave<V, 0>(a, b, Places{}) + interleave<V, Lanes / 2>(a, b, Places{});
+    }
+  }
+  return terms[0];
+}
+
+// One column of a block in registers.
+template <class T>
+struct Column {
+  static constexpr int parts = kTile / kTileLanes<T>;
+  Pack<T, kTileLanes<T>> part[parts];
+
+  static FASTCOV_INLINE Column load(const T* source) {
+    Column column;
+    FASTCOV_UNROLL
+    for (int p = 0; p < parts; ++p) column.part[p] = load_pack(source + p * kTileLanes<T>);
+    return column;
+  }
+  FASTCOV_INLINE void store(T* target) const {
+    FASTCOV_UNROLL
+    for (int p = 0; p < parts; ++p) store_pack(target + p * kTileLanes<T>, part[p]);
+  }
+  FASTCOV_INLINE void add(const Column& other, T factor) {
+    FASTCOV_UNROLL
+    for (int p = 0; p < parts; ++p) part[p] += other.part[p] * factor;
+  }
+  FASTCOV_INLINE Pack<T, kTileLanes<T>> terms(const Column& other) const {
+    Pack<T, kTileLanes<T>> sum = part[0] * other.part[0];
+    FASTCOV_UNROLL
+    for (int p = 1; p < parts; ++p) sum += part[p] * other.part[p];
+    return sum;
+  }
+  FASTCOV_INLINE T dot(const Column& other) const { return sum_lanes<T>(terms(other)); }
+};
+
+// The reflector that maps a column of a block onto its first entry.
+template <class T>
+FASTCOV_INLINE void reflect(const Column<T>& x, T* column, BulgeReflector<T>& reflector) {
+  const T first = x.part[0][0];
+  const Reflection<T> reflection(first, x.dot(x));
+  Column<T> u{};
+  u.add(x, reflection.inverse_norm);
+  u.store(reflector.u);
+  reflector.u[0] = first * reflection.inverse_norm + reflection.sign;
+  reflector.inverse_half = reflection.inverse_half;
+  for (int i = 0; i < kTile; ++i) column[i] = T(0);
+  column[0] = reflection.image;
+}
+
+// block u, in two chains that do not wait for each other.
+template <class T>
+FASTCOV_INLINE Column<T> block_times(const T* block, const T* u) {
+  Column<T> even{}, odd{};
+  for (int j = 0; j < kTile; j += 2) {
+    even.add(Column<T>::load(block + j * Band<T>::stride), u[j]);
+    odd.add(Column<T>::load(block + (j + 1) * Band<T>::stride), u[j + 1]);
+  }
+  even.add(odd, T(1));
+  return even;
+}
+
+// Step of a sweep: applies `reflector` to rows and columns from r on, frees column r below row
+// r + kTile again, and leaves the reflector that does so.
+template <class T>
+void chase_step(const Band<T>& band, int r, BulgeReflector<T>& reflector) {
+  constexpr int stride = Band<T>::stride;
+  constexpr int lanes = kTileLanes<T>;
+  using V = Pack<T, lanes>;
+  const T half = reflector.inverse_half;
+  const Column<T> u = Column<T>::load(reflector.u);
+
+  T* const square = band.at(r, r);
+  alignas(64) T q[kTile];
+  Column<T> minus_q{};
+  minus_q.add(block_times(square, reflector.u), -half);
+  minus_q.add(u, T(-0.5) * half * minus_q.dot(u));
+  minus_q.store(q);
+  for (int j = 0; j < kTile; ++j) {
+    Column<T> column = Column<T>::load(square + j * stride);
+    column.add(minus_q, reflector.u[j]);
+    column.add(u, q[j]);
+    column.store(square + j * stride);
+  }
+
+  // The block below, from the right and then from the left.
+  T* const below = band.at(r + kTile, r);
+  Column<T> minus_w{};
+  minus_w.add(block_times(below, reflector.u), -half);
+  BulgeReflector<T> next;
+  Column<T> first = Column<T>::load(below);
+  first.add(minus_w, reflector.u[0]);
+  reflect(first, below, next);
+  const Column<T> next_u = Column<T>::load(next.u);
+  alignas(64) T dots[kTile];
+  for (int j = 0; j < kTile; j += lanes) {
+    V terms[lanes];
+    FASTCOV_UNROLL
+    for (int c = 0; c < lanes; ++c) {
+      T* const entries = below + (j + c) * stride;
+      Column<T> column = Column<T>::load(entries);
+      if (j + c > 0) column.add(minus_w, reflector.u[j + c]);
+      column.store(entries);
+      terms[c] = column.terms(next_u);
+    }
+    store_pack(dots + j, sum_each<T>(terms) * -next.inverse_half);
+  }
+  for (int j = 1; j < kTile; ++j) {
+    Column<T> column = Column<T>::load(below + j * stride);
+    column.add(next_u, dots[j]);
+    column.store(below + j * stride);
+  }
+  // Its first row joins the next sweep's square, which reads both triangles.
+  T* const mirrored = band.at(r, r + kTile);
+  for (int j = 1; j < kTile; ++j) mirrored[j] = below[j * stride];
+  reflector = next;
+}
+
+FASTCOV_INLINE int chase_steps(int n, int sweep) { return (n - 2 - sweep) / kTile + 1; }
+
+// Steps that sweeps have finished, each in a line of its own.
+struct alignas(64) SweepProgress {
+  int steps;
+};
+// Reflectors on their way from one range of steps to the next: a range is never two sweeps ahead of
+// the one that follows it.
+constexpr int kHandedOver = 4;
+// A range shorter than this waits more than it works.
+constexpr int kFewestSteps = 4;
+
+template <class T>
+struct ChaseSpace {
+  Band<T> band;
+  SweepProgress* progress;    // [n], zero
+  BulgeReflector<T>* handed;  // [ranks][kHandedOver]
+};
+
+FASTCOV_INLINE void wait_for(const int* steps, int wanted) {
+  // A step takes half a microsecond. Who waits a hundred times longer keeps a core from the thread
+  // that it waits for.
+  for (int spins = 0; __atomic_load_n(steps, __ATOMIC_ACQUIRE) < wanted; ++spins) {
+    if (spins >= 1000) sched_yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+template <class T>
+void chase_sweep_range(const ChaseSpace<T>& space, int n, int sweep, int part, int parts) {
+  const int steps = chase_steps(n, sweep);
+  const int begin = steps * part / parts;
+  const int end = steps * (part + 1) / parts;
+  int* const own = &space.progress[sweep].steps;
+  int* const before = sweep > 0 ? &space.progress[sweep - 1].steps : nullptr;
+  const int before_steps = sweep > 0 ? chase_steps(n, sweep - 1) : 0;
+  BulgeReflector<T> reflector;
+  if (begin > 0) {
+    wait_for(own, begin);
+    reflector = space.handed[part * kHandedOver + sweep % kHandedOver];
+  }
+  for (int t = begin; t < end; ++t) {
+    // The sweep before must be past the rows that this step touches.
+    if (before) wait_for(before, t + 2 < before_steps ? t + 2 : before_steps);
+    if (t == 0) {
+      T* const column = space.band.at(sweep + 1, sweep);
+      reflect(Column<T>::load(column), column, reflector);
+    }
+    chase_step(space.band, sweep + 1 + t * kTile, reflector);
+    if (t + 1 == end && part + 1 < parts) {
+      space.handed[(part + 1) * kHandedOver + sweep % kHandedOver] = reflector;
+    }
+    __atomic_store_n(own, t + 1, __ATOMIC_RELEASE);
+  }
+}
+
+template <class T>
+void chase(const Crew& crew, const ChaseSpace<T>& space, int n) {
+  on_ranks(crew, [&](int rank_begin, int rank_end) {
+    for (int sweep = 0; sweep < n - 2; ++sweep) {
+      int parts = chase_steps(n, sweep) / kFewestSteps;
+      parts = parts > crew.ranks ? crew.ranks : parts < 1 ? 1 : parts;
+      // A thread may have been given several ranks: sweep by sweep, no range waits for a later one.
+      for (int part = rank_begin; part < rank_end && part < parts; ++part) {
+        chase_sweep_range(space, n, sweep, part, parts);
+      }
+    }
+  });
+}
+
+}  // namespace FASTCOV_LEVEL
+}  // namespace fastcov
