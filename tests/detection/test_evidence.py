@@ -70,6 +70,13 @@ def test_one_seed_claims_nothing_and_the_peer_has_its_version(tmp_path):
     assert "better" not in text
 
 
+def test_pruned_widths_from_scratch_are_a_row_of_their_own(tmp_path):
+    made = {"made_with": "torch-pruning 1.6.1"}
+    name = "torch-pruning-scratch"
+    _keep(tmp_path, {"baseline": [0.5], name: [0.6]}, **{name: made})
+    assert f"| {name} (torch-pruning 1.6.1) | 1,750,000 |" in evidence(tmp_path)
+
+
 def test_only_the_marked_part_is_replaced(tmp_path):
     _keep(tmp_path / "results", {"baseline": [0.5, 0.6], "searched": [0.5, 0.5]})
     readme = tmp_path / "README.md"
