@@ -19,7 +19,7 @@ COLUMNS = (
     "MACs,\nG",
     "AP",
     "AP50",
-    "train,\ns",
+    "wall s\na run",
     "ms per\nimage",
     "seeds",
 )
