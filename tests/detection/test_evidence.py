@@ -1,14 +1,19 @@
 """Tables of committed results: made from them, and in the README as they are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastcov_detection.cli import main
-from fastcov_detection.config import ConfigError
+from fastcov_detection.config import ConfigError, preset
 from fastcov_detection.evidence import BEGIN, END, evidence, write_evidence
+from fastcov_detection.groups import width_groups
+from fastcov_detection.model import build_model
 from fastcov_detection.results import SCHEMA_VERSION
+from fastcov_detection.spectra import load_spectra
 from fastcov_detection.stats import compare_paired
 
 DETECTION = Path(__file__).resolve().parents[2] / "detection"
@@ -122,3 +127,54 @@ def test_root_readme_says_of_two_trainings_what_their_record_says():
     assert f"falls from {scratch[0]} to {scratch[-1]} directions from scratch" in text
     assert f"rises from {pretrained[0]} to {pretrained[-1]} pretrained" in text
     assert f"{stem['steps_a'][-1]} steps" in text
+
+
+def _readme():
+    return " ".join((DETECTION / "README.md").read_text(encoding="utf-8").split())
+
+
+def _of_groups():
+    """Spectra of the trained baseline by group: features, before training, and of gradients."""
+    config = preset("mini-harder").model
+    with torch.device("meta"):
+        groups = width_groups(build_model(replace(config, num_classes=11)))
+    files = (
+        "mini-harder/spectra/baseline.npz",
+        "mini-harder/spectra/untrained.npz",
+        "mini-harder-gradient/spectra/baseline-gradient.npz",
+        "mini-harder-gradient/spectra/untrained-gradient.npz",
+    )
+    read = [load_spectra(DETECTION / "results" / name) for name in files]
+    return {
+        group.name: [[spectra[member] for member in group.members] for spectra in read]
+        for group in groups
+    }
+
+
+def test_readme_explains_with_what_the_spectra_hold():
+    found, text = _of_groups(), _readme()
+    inside = [maps for name, maps in found.items() if "." in name]
+    trained = [spectrum for maps in inside for spectrum in maps[0]]
+    power = sorted(one.total / one.channels for one in trained)
+    first = sorted(100 * float(one.eigenvalues[0]) / one.total for one in trained)
+    assert f"{power[0]:.2f} to {power[-1]:.2f} of power per channel" in text
+    assert f"{first[0]:.0f} to {first[-1]:.0f} % of it in one direction" in text
+    full = sorted(100 * one.dof() / one.channels for one in trained)
+    before = sorted(100 * one.dof() / one.channels for maps in inside for one in maps[1])
+    assert f"its dof is {full[0]:.0f} to {full[-1]:.0f} % of its width" in text
+    assert f"leave {before[0]:.0f} to {before[-1]:.0f} %" in text
+    stage = [one.dof() for one in found["layer3"][0]]
+    assert f"(layer3: {stage[0]:.1f} to {stage[-1]:.1f} over six)" in text
+    times = []
+    for stage_name in ("layer1", "layer2", "layer3", "layer4"):
+        of_blocks = [maps for name, maps in found.items() if name.startswith(f"{stage_name}.")]
+        felt = [one.total for maps in of_blocks for one in maps[2]]
+        handed_on = [one.total for one in found[stage_name][2]]
+        times.append(f"{_mean(handed_on) / _mean(felt):,.0f}")
+        # Before training, the loss feels nothing inside a block.
+        assert all(one.total == 0 for maps in of_blocks for one in maps[3])
+    assert f"{', '.join(times[:-1])} and {times[-1]} times less" in text
+
+
+def _mean(values):
+    return sum(values) / len(values)
