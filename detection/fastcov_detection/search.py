@@ -166,16 +166,17 @@ class _Search:
             elif name == "random":
                 arms.append(self._random())
             elif name == PEER:
-                self._train(arms)
-                arms.append(self._pruned())
+                arms.append(self._pruned(arms))
             elif name == PEER_SCRATCH:
-                self._train(arms)
-                arms.append(self._pruned_from_scratch())
+                arms.append(self._pruned_from_scratch(arms))
             elif name.startswith((SEARCHED, UNTRAINED)):
                 arms.append(self._by_rule(name, baseline))
             else:
                 propose = partial(getattr(self.proposer, name), self._first_plan(searched))
                 arms.append(self._arm(name, name, propose))
+        # What is known already, from here or kept elsewhere, is recorded before anything is added.
+        self._enter(arms)
+        self._record()
         self._train(arms)
         self.latency = self._latency() or self.latency
         return self._record()
@@ -214,7 +215,7 @@ class _Search:
             arm.plans[seed] = name, self._plan(name, partial(self.proposer.random, seed))
         return arm
 
-    def _pruned(self) -> Arm:
+    def _pruned(self, before: Sequence[Arm]) -> Arm:
         """What Torch-Pruning makes of a wider detector, for the seeds that are asked for."""
         arm = Arm(PEER, PEER)
         seeds = self.seeds[: self.config.peer_seeds]
@@ -226,22 +227,28 @@ class _Search:
                 for seed, name in names.items()
                 if not (self._run_dir(arm, seed) / "run.json").exists()
                 and not start_path(self.folder, name).exists()
-            }
+            },
+            before,
         )
         for seed in seeds:
             arm.plans[seed] = names[seed], load_plan(plan_path(self.folder, names[seed]))
         return arm
 
-    def _pruned_from_scratch(self) -> Arm:
+    def _pruned_from_scratch(self, before: Sequence[Arm]) -> Arm:
         """The widths of the first pruning at every seed, from random weights like every arm."""
         name = f"{PEER}-seed{self.seeds[0]}"
         if not plan_path(self.folder, name).exists():
-            self._prune_wider({self.seeds[0]: name})
+            self._prune_wider({self.seeds[0]: name}, before)
         plan = load_plan(plan_path(self.folder, name))
         return Arm(PEER_SCRATCH, PEER_SCRATCH, dict.fromkeys(self.seeds, (name, plan)))
 
-    def _prune_wider(self, names: Mapping[int, str]) -> None:
-        """Trains the wider detector at some seeds, and leaves what pruning makes of each."""
+    def _prune_wider(self, names: Mapping[int, str], before: Sequence[Arm]) -> None:
+        """Trains the wider detector at some seeds, and leaves what pruning makes of each.
+
+        It takes longer than any arm, so that the arms before it are trained first.
+        """
+        if names:
+            self._train(before)
         wider = self._arm(WIDER_ARM, WIDER_ARM, partial(self.proposer.wider, WIDER))
         self._train_for_weights(wider, list(names))
         for seed, name in names.items():
@@ -296,8 +303,12 @@ class _Search:
                 (run / "run.json").unlink(missing_ok=True)
         self._train([arm], seeds)
 
-    def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
+    def _enter(self, arms: Sequence[Arm]) -> None:
+        """Arms that the record holds from now on."""
         self.arms |= {arm.name: arm for arm in arms if arm.name != WIDER_ARM}
+
+    def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
+        self._enter(arms)
         jobs = []
         for seed in self.seeds if seeds is None else seeds:
             for arm in arms:
