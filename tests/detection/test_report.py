@@ -92,6 +92,17 @@ def test_a_peer_with_one_seed_does_not_silence_the_others():
     assert "One seed shows" not in said
 
 
+def test_an_arm_of_a_stopped_search_does_not_silence_the_others():
+    result = _result()
+    result["arms"]["power"] = _arm(1_300_000, [0.6])
+    found = compare_paired("power", "baseline", "ap", {0: 0.6}, {0: 0.5, 1: 0.56}, "no loss")
+    result["comparisons"].append(found.as_dict())
+    said = sentences(result)
+    assert any(one.startswith("searched against baseline, ap: +0.0133") for one in said)
+    assert "power against baseline, ap: +0.1000 (n = 1): not shown: one seed says" in " ".join(said)
+    assert not [one for one in said if one.startswith("One seed shows")]
+
+
 def test_sentences_give_difference_error_and_verdict():
     # Differences 0.01, 0.01, 0.02: mean 0.0133, error 0.00577 / sqrt(3) = 0.0033; the lower bound
     # 0.0133 - 2.92 * 0.0033 = 0.0036 is above 0.
