@@ -20,6 +20,13 @@ What holds for every plan:
   budget;
 - the widths depend on ratios of demands alone.
 
+A spectrum of features alone says how many directions a map has, not whether anything reads them: a
+map that a norm has just scaled to unit variance is full, whatever the next layer makes of it. The
+rule ``"gradient"`` is for spectra of :math:`S^{1/2} G S^{1/2}`, where :math:`S` is a map's
+covariance and :math:`G` that of the loss's gradient with respect to the map. An eigenvalue is then
+what the loss would feel, to first order, if its direction went (squared), a unit that all maps
+share, so that one threshold holds for the whole network.
+
 A width that shares few factors with 32 leaves GroupNorm few groups (``gcd(32, width)``): a multiple
 of 8 keeps at least eight.
 """
@@ -28,9 +35,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
+
+from torch import Tensor
 
 from fastcov.budget import CostFn, Solver, WidthGroup, Widths, cached, closest
 
@@ -50,12 +59,17 @@ __all__ = [
 _LARGEST_POWER = 2.0
 _MOST_POWERS = 10
 _CLOSE = 0.02
+# Of the network's largest eigenvalue, under the rule "gradient".
+_GRADIENT_SHARE = 1e-3
 
-Rule = Literal["dof", "share", "relative", "absolute"]
+Rule = Literal["dof", "share", "relative", "absolute", "gradient"]
 
 
 class SpectrumLike(Protocol):
     """The part of :class:`fastcov.Spectrum` that a demand reads."""
+
+    @property
+    def eigenvalues(self) -> Tensor: ...
 
     def dim(self, threshold: float = ..., relative: bool = ...) -> int: ...
 
@@ -96,24 +110,20 @@ def demand(
         groups: Width groups; every member must have a spectrum.
         rule: ``"dof"`` (degrees of freedom at 1e-3 of the largest eigenvalue), ``"share"`` (rank
             that holds 99 % of the variance), ``"relative"`` or ``"absolute"`` (eigenvalues above
-            1e-3 of the largest, or above 1e-3 itself), or a function of one spectrum.
+            1e-3 of the largest, or above 1e-3 itself), ``"gradient"`` (degrees of freedom at 1e-3
+            of the largest eigenvalue of all groups, for spectra that share one unit; see the
+            module's page), or a function of one spectrum.
 
     Raises:
         ValueError: If a rule or a member is unknown, or a demand is negative or not finite.
     """
-    measure = rule if callable(rule) else _measure(rule)
+    for group in groups:
+        _check_members(group, spectra)
+    read = {member: spectra[member] for group in groups for member in group.members}
+    measure = rule if callable(rule) else _measure(rule, read.values())
     demands: dict[str, float] = {}
     for group in groups:
-        if not group.members:
-            raise ValueError(f"width group {group.name!r} has no members; nothing to measure")
-        values = []
-        for member in group.members:
-            if member not in spectra:
-                raise ValueError(
-                    f"width group {group.name!r} needs the spectrum of {member!r}, which was not "
-                    f"measured{closest(member, spectra)}; measure it or leave the group out"
-                )
-            values.append(float(measure(spectra[member])))
+        values = [float(measure(spectra[member])) for member in group.members]
         mean = math.fsum(values) / len(values)
         if not math.isfinite(mean) or mean < 0:
             raise ValueError(
@@ -122,6 +132,17 @@ def demand(
             )
         demands[group.name] = mean
     return demands
+
+
+def _check_members(group: WidthGroup, spectra: Mapping[str, SpectrumLike]) -> None:
+    if not group.members:
+        raise ValueError(f"width group {group.name!r} has no members; nothing to measure")
+    for member in group.members:
+        if member not in spectra:
+            raise ValueError(
+                f"width group {group.name!r} needs the spectrum of {member!r}, which was not "
+                f"measured{closest(member, spectra)}; measure it or leave the group out"
+            )
 
 
 def suggest_widths(
@@ -348,16 +369,26 @@ def uniform_widths(
     return solve_widths(groups, current, cost_fn, params, rule="uniform", tolerance=tolerance)
 
 
-def _measure(rule: str) -> Callable[[SpectrumLike], float]:
+def _measure(rule: str, spectra: Iterable[SpectrumLike]) -> Callable[[SpectrumLike], float]:
     measures: dict[str, Callable[[SpectrumLike], float]] = {
         "dof": lambda spectrum: spectrum.dof(),
         "share": lambda spectrum: spectrum.rank_at(0.99),
         "relative": lambda spectrum: spectrum.dim(1e-3, True),
         "absolute": lambda spectrum: spectrum.dim(1e-3, False),
     }
+    if rule == "gradient":
+        return _shared_dof(spectra)
     if rule not in measures:
         raise ValueError(
-            f"unknown rule {rule!r}{closest(rule, measures)}; choose from "
+            f"unknown rule {rule!r}{closest(rule, [*measures, 'gradient'])}; choose from "
             f"{', '.join(get_args(Rule))}"
         )
     return measures[rule]
+
+
+def _shared_dof(spectra: Iterable[SpectrumLike]) -> Callable[[SpectrumLike], float]:
+    """Degrees of freedom at one threshold for all spectra."""
+    largest = max((float(spectrum.eigenvalues.max()) for spectrum in spectra), default=0.0)
+    if largest <= 0:
+        return lambda spectrum: 0.0
+    return lambda spectrum: spectrum.dof(_GRADIENT_SHARE * largest)

@@ -218,6 +218,23 @@ def test_demand_follows_the_four_rules_and_averages_over_members():
     assert demand(spectra, group, lambda s: s.stable_rank())["g"] == pytest.approx((1.001 + 3) / 2)
 
 
+def test_gradient_demand_has_one_threshold_for_all_groups():
+    spectra = {"a": _spectrum(8.0, 8e-3), "b": _spectrum(8e-3, 8e-3, 0.0), "c": _spectrum(0.0)}
+    groups = [WidthGroup(name, (name,), 8) for name in spectra]
+    found = demand(spectra, groups, "gradient")
+    # lam = 1e-3 * 8 everywhere, so an eigenvalue of 8e-3 counts for one half.
+    assert found["a"] == pytest.approx(1 / 1.001 + 0.5, rel=1e-12)
+    assert found["b"] == pytest.approx(1.0, rel=1e-12)
+    assert found["c"] == 0
+    # By its own largest eigenvalue, the map that the loss hardly feels is full.
+    assert demand(spectra, groups, "dof")["b"] == pytest.approx(2 / 1.001, rel=1e-12)
+    # A spectrum that no group reads does not move the threshold, and the unit does not matter.
+    scaled = {name: _spectrum(*(1e-9 * s.eigenvalues).tolist()) for name, s in spectra.items()}
+    again = demand(scaled | {"unread": _spectrum(100.0)}, groups, "gradient")
+    assert again == pytest.approx(found, rel=1e-9)
+    assert demand({"c": spectra["c"]}, groups[2:], "gradient") == {"c": 0.0}
+
+
 def test_suggest_widths_gives_room_to_the_layer_that_uses_it():
     groups = [WidthGroup("used", ("u",), 64), WidthGroup("idle", ("i",), 64)]
     spectra = {"u": _spectrum(*[1.0] * 64), "i": _spectrum(*[1.0] * 8, *[0.0] * 56)}

@@ -167,7 +167,7 @@ class SearchConfig:
     """A width search: the training run it repeats, the rule, and the arms it compares."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    rule: Literal["dof", "share", "relative", "absolute"] = "dof"
+    rule: Literal["dof", "share", "relative", "absolute", "gradient"] = "dof"
     power: float = 1.0
     rounds: int = 1
     budget: float | None = None

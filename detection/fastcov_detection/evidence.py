@@ -70,7 +70,7 @@ def _cells(
     seconds = [run["cpu_s"] for run in arm["runs"] if run.get("cpu_s") is not None]
     backbone = f"{arm['backbone_params']:,}"
     return [
-        arm.get("made_with", name),
+        _label(name, arm),
         f"{arm['params']:,}",
         backbone if arm is baseline else f"{backbone} ({change:+.0f} %)",
         f"{arm['macs'] / 1e6:.1f}",
@@ -78,6 +78,12 @@ def _cells(
         f"{sum(seconds) / len(seconds):.0f}" if seconds else "-",
         str(len(arm["runs"])),
     ]
+
+
+def _label(name: str, arm: Mapping[str, Any]) -> str:
+    """The arm's name, with the version of the other program where one made it."""
+    made_with = str(arm.get("made_with", name))
+    return made_with if made_with.split()[0] == name else f"{name} ({made_with})"
 
 
 def _comparisons(comparisons: list[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcov_detection.config import ConfigError, closest
-from fastcov_detection.proposals import SEARCHED, load_plan
+from fastcov_detection.proposals import GRADIENT, SEARCHED, load_plan
 
 
 def run_dir(folder: Path, arm_folder: str, seed: int) -> Path:
@@ -23,6 +23,11 @@ def plan_path(folder: Path, name: str) -> Path:
 def spectra_path(folder: Path, name: str) -> Path:
     """File of one measuring pass."""
     return folder / "spectra" / f"{name}.npz"
+
+
+def measured_path(folder: Path, name: str, rule: str) -> Path:
+    """File of the measuring pass of a network that a rule reads: of features, or of gradients."""
+    return spectra_path(folder, f"{name}-{GRADIENT}" if rule == GRADIENT else name)
 
 
 def start_path(folder: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcov_detection.config import ConfigError, SearchConfig, load_config, to_dict
-from fastcov_detection.proposals import PEER, check_arms
+from fastcov_detection.proposals import PEERS, check_arms
 from fastcov_detection.pruning import check_peer
 from fastcov_detection.results import read_result
 
@@ -30,7 +30,7 @@ def checked(config: SearchConfig) -> SearchConfig:
             "and a search trains every set; use random"
         )
     arms = check_arms(config.arms)
-    if PEER in arms:
+    if set(PEERS) & set(arms):
         check_peer(config.train.model.norm)
     return replace(config, arms=arms)
 

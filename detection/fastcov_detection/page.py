@@ -22,16 +22,22 @@ div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;white-spa
 th,td{padding:4px 12px;text-align:right;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:pre-line}
 th:first-child,td:first-child{text-align:left;font-weight:600}
-td.text{text-align:left;white-space:normal;font-weight:400}
+th.text,td.text{text-align:left}td.text{white-space:normal;font-weight:400}
 details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
 pre{background:#f5f7f8;padding:.8rem;overflow-x:auto;font-size:12.5px}
 """
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str] = ()) -> str:
-    """A table; columns whose heading is in ``text`` hold words, the others numbers."""
+    """A table; columns whose heading is in ``text`` hold words, the others numbers.
+
+    Headings stand over their cells: to the left over words, to the right over numbers.
+    """
     marks = [' class="text"' if heading in text else "" for heading in headings]
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    head = "".join(
+        f"<th{mark}>{html.escape(heading)}</th>"
+        for mark, heading in zip(marks, headings, strict=True)
+    )
     body = "".join(
         "<tr>"
         + "".join(

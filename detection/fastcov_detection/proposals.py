@@ -24,13 +24,18 @@ from fastcov_detection.files import write_text
 BASELINE = "baseline"
 SEARCHED = "searched"
 PEER = "torch-pruning"
-CONTROLS = ("uniform", "random", "untrained", "power")
+PEER_SCRATCH = f"{PEER}-scratch"
+PEERS = (PEER, PEER_SCRATCH)
+UNTRAINED = "untrained"
+CONTROLS = ("uniform", "random", UNTRAINED, "power")
 RULES: tuple[str, ...] = get_args(Rule)
+GRADIENT = "gradient"
 
 
 def arm_names() -> tuple[str, ...]:
     """Every arm that a search knows; ``searched-share`` follows another rule than the main one."""
-    return (BASELINE, SEARCHED, *CONTROLS, *(f"{SEARCHED}-{rule}" for rule in RULES), PEER)
+    further = [f"{name}-{rule}" for name in (SEARCHED, UNTRAINED) for rule in RULES]
+    return (BASELINE, SEARCHED, *CONTROLS, *further, *PEERS)
 
 
 def check_arms(arms: Sequence[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from fastcov_detection.config import (
 from fastcov_detection.data import load_data
 from fastcov_detection.evaluate import draw_detections
 from fastcov_detection.groups import width_groups
-from fastcov_detection.layout import finished_runs, plan_path, spectra_path
+from fastcov_detection.layout import finished_runs, measured_path, plan_path
 from fastcov_detection.logbook import read_log
 from fastcov_detection.model import build_model
 from fastcov_detection.progress import progress_bar
@@ -196,10 +196,11 @@ class _Search:
         return [page.paragraph(" ".join([text, *(f"{note}." for note in plan.notes)]), "note")]
 
     def demand(self) -> str:
-        trained, untrained = self._measured("baseline"), self._measured("untrained")
+        rule = self.config.rule
+        trained = self._measured("baseline", rule)
+        untrained = self._measured("untrained", rule)
         if trained is None:
             return ""
-        rule = self.config.rule
         figure = pictures.draw_demand(
             self.groups,
             demand(trained, self.groups, rule),
@@ -246,8 +247,8 @@ class _Search:
         text = json.dumps(json.loads((self.folder / "config.json").read_text()), indent=2)
         return page.section("Settings", page.folded("every setting", page.listing(text)))
 
-    def _measured(self, name: str) -> Mapping[str, Any] | None:
-        path = spectra_path(self.folder, name)
+    def _measured(self, name: str, rule: str = "dof") -> Mapping[str, Any] | None:
+        path = measured_path(self.folder, name, rule)
         return load_spectra(path) if path.exists() else None
 
 

@@ -22,7 +22,6 @@ import torch
 
 from fastcov import Spectrum
 from fastcov.widths import WidthPlan
-from fastcov_detection.batches import mix_seed
 from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
@@ -34,10 +33,9 @@ from fastcov_detection.layout import (
     plan_path,
     run_dir,
     searched_folder,
-    spectra_path,
     start_path,
 )
-from fastcov_detection.measure import measure_spectra
+from fastcov_detection.measurements import Measurements
 from fastcov_detection.model import build_model, parse_name, save_widths
 from fastcov_detection.opening import (
     check_same_search,
@@ -48,7 +46,10 @@ from fastcov_detection.progress import progress_bar
 from fastcov_detection.proposals import (
     BASELINE,
     PEER,
+    PEER_SCRATCH,
+    PEERS,
     SEARCHED,
+    UNTRAINED,
     Costs,
     Proposer,
     has_settled,
@@ -57,9 +58,8 @@ from fastcov_detection.proposals import (
 )
 from fastcov_detection.pruning import WIDER, peer_version, prune_to_budget
 from fastcov_detection.results import ArmRecord, compare_arms, macs_input, write_result
-from fastcov_detection.runner import Job, locked, run_jobs, threads_per_run
+from fastcov_detection.runner import Job, locked, run_jobs
 from fastcov_detection.runs import RunResult, has_weights, load_run, read_run_result
-from fastcov_detection.spectra import load_spectra, save_spectra
 
 # Below 8 input channels, the gradient of a strided 1x1 convolution in channels_last writes outside
 # its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
@@ -138,6 +138,9 @@ class _Search:
         self.proposer = Proposer(config, self.groups, Costs(self.model_config, self.image_size))
         self.seeds = [config.first_seed + index for index in range(config.seeds)]
         self.device = pick_device(config.train.device)
+        self.measurements = Measurements(
+            config, folder, self.model_config, self.data.train, self.device, progress=progress
+        )
         self.arms: dict[str, Arm] = {}
         self.latency = recorded_latency(folder)
 
@@ -148,40 +151,53 @@ class _Search:
         # seed by seed: whenever a search is stopped, what it has finished can be compared.
         self._train([baseline], seeds=self.seeds[: self.config.jobs])
         arms = [baseline]
-        spectra = self._measured("baseline", baseline)
-        untrained = self._untrained_spectra()
+        # The report shows spectra of features whatever the rule reads.
+        for rule in dict.fromkeys(("dof", self.config.rule)):
+            self._measured(BASELINE, baseline, rule)
+            self.measurements.untrained(rule, self.seeds[0])
         searched = None
         for name in self.config.arms:
             if name == BASELINE:
                 continue
             if name == SEARCHED:
-                searched = self._search_rounds(spectra)
+                searched = self._search_rounds(baseline)
                 arms.append(searched)
                 save_widths(self._all_widths(searched), self.folder / "widths.json")
             elif name == "random":
                 arms.append(self._random())
             elif name == PEER:
-                self._train(arms)
-                arms.append(self._pruned())
-            elif name == "untrained":
-                arms.append(self._arm(name, name, partial(self.proposer.from_spectra, untrained)))
-            elif name.startswith(SEARCHED):
-                rule = name.removeprefix(f"{SEARCHED}-")
-                propose = partial(self.proposer.from_spectra, spectra, rule)
-                arms.append(self._arm(name, name, propose))
+                arms.append(self._pruned(arms))
+            elif name == PEER_SCRATCH:
+                arms.append(self._pruned_from_scratch(arms))
+            elif name.startswith((SEARCHED, UNTRAINED)):
+                arms.append(self._by_rule(name, baseline))
             else:
                 propose = partial(getattr(self.proposer, name), self._first_plan(searched))
                 arms.append(self._arm(name, name, propose))
+        # What is known already, from here or kept elsewhere, is recorded before anything is added.
+        self._enter(arms)
+        self._record()
         self._train(arms)
         self.latency = self._latency() or self.latency
         return self._record()
 
-    def _search_rounds(self, spectra: Mapping[str, Spectrum]) -> Arm:
+    def _by_rule(self, name: str, baseline: Arm) -> Arm:
+        """``untrained``, or ``searched-RULE`` and ``untrained-RULE`` by a rule of their own."""
+        source, _, own = name.partition("-")
+        rule = own or self.config.rule
+        if source == UNTRAINED:
+            spectra = self.measurements.untrained(rule, self.seeds[0])
+        else:
+            spectra = self._measured(BASELINE, baseline, rule)
+        return self._arm(name, name, partial(self.proposer.from_spectra, spectra, rule))
+
+    def _search_rounds(self, baseline: Arm) -> Arm:
         """Proposes and trains until widths stand still or the rounds are used up."""
-        arm = self._round_arm(1, spectra)
+        rule = self.config.rule
+        arm = self._round_arm(1, self._measured(BASELINE, baseline, rule))
         for number in range(2, self.config.rounds + 1):
             self._train([arm], seeds=self.seeds[:1])
-            spectra = self._measured(arm.folder, arm)
+            spectra = self._measured(arm.folder, arm, rule)
             following = self._round_arm(number, spectra)
             if has_settled(self.groups, self._first_plan(arm), self._first_plan(following)):
                 break
@@ -199,27 +215,44 @@ class _Search:
             arm.plans[seed] = name, self._plan(name, partial(self.proposer.random, seed))
         return arm
 
-    def _pruned(self) -> Arm:
+    def _pruned(self, before: Sequence[Arm]) -> Arm:
         """What Torch-Pruning makes of a wider detector, for the seeds that are asked for."""
-        arm, wider = Arm(PEER, PEER), self._wider()
+        arm = Arm(PEER, PEER)
         seeds = self.seeds[: self.config.peer_seeds]
         names = {seed: f"{PEER}-seed{seed}" for seed in seeds}
         # A run whose result was kept needs neither the wider detector nor its pruned weights.
-        missing = [
-            seed
-            for seed in seeds
-            if not (self._run_dir(arm, seed) / "run.json").exists()
-            and not start_path(self.folder, names[seed]).exists()
-        ]
-        self._train_for_weights(wider, missing)
-        for seed in missing:
-            self._prune(self._run_dir(wider, seed), names[seed])
+        self._prune_wider(
+            {
+                seed: name
+                for seed, name in names.items()
+                if not (self._run_dir(arm, seed) / "run.json").exists()
+                and not start_path(self.folder, name).exists()
+            },
+            before,
+        )
         for seed in seeds:
             arm.plans[seed] = names[seed], load_plan(plan_path(self.folder, names[seed]))
         return arm
 
-    def _wider(self) -> Arm:
-        return self._arm(WIDER_ARM, WIDER_ARM, partial(self.proposer.wider, WIDER))
+    def _pruned_from_scratch(self, before: Sequence[Arm]) -> Arm:
+        """The widths of the first pruning at every seed, from random weights like every arm."""
+        name = f"{PEER}-seed{self.seeds[0]}"
+        if not plan_path(self.folder, name).exists():
+            self._prune_wider({self.seeds[0]: name}, before)
+        plan = load_plan(plan_path(self.folder, name))
+        return Arm(PEER_SCRATCH, PEER_SCRATCH, dict.fromkeys(self.seeds, (name, plan)))
+
+    def _prune_wider(self, names: Mapping[int, str], before: Sequence[Arm]) -> None:
+        """Trains the wider detector at some seeds, and leaves what pruning makes of each.
+
+        It takes longer than any arm, so that the arms before it are trained first.
+        """
+        if names:
+            self._train(before)
+        wider = self._arm(WIDER_ARM, WIDER_ARM, partial(self.proposer.wider, WIDER))
+        self._train_for_weights(wider, list(names))
+        for seed, name in names.items():
+            self._prune(self._run_dir(wider, seed), name)
 
     def _prune(self, wider: Path, name: str) -> None:
         model, _, _ = load_run(wider)
@@ -270,8 +303,12 @@ class _Search:
                 (run / "run.json").unlink(missing_ok=True)
         self._train([arm], seeds)
 
-    def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
+    def _enter(self, arms: Sequence[Arm]) -> None:
+        """Arms that the record holds from now on."""
         self.arms |= {arm.name: arm for arm in arms if arm.name != WIDER_ARM}
+
+    def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
+        self._enter(arms)
         jobs = []
         for seed in self.seeds if seeds is None else seeds:
             for arm in arms:
@@ -299,41 +336,15 @@ class _Search:
             progress=self.progress,
         )
 
-    def _measured(self, name: str, arm: Arm) -> dict[str, Spectrum]:
-        """Spectra of the arm's first run, measured once."""
-        path = spectra_path(self.folder, name)
-        if not path.exists():
+    def _measured(self, name: str, arm: Arm, rule: str) -> dict[str, Spectrum]:
+        """What a rule reads of the arm's first run."""
+
+        def find() -> Path:
             # Weights may be missing where an earlier process ended before it measured spectra.
             self._train_for_weights(arm, self.seeds[:1])
-            model, _, _ = load_run(self._run_dir(arm, self.seeds[0]))
-            save_spectra(self._measure(model), path)
-        return load_spectra(path)
+            return self._run_dir(arm, self.seeds[0])
 
-    def _untrained_spectra(self) -> dict[str, Spectrum]:
-        """Spectra of the network that the first baseline run started from."""
-        path = spectra_path(self.folder, "untrained")
-        if not path.exists():
-            with torch.random.fork_rng(devices=[]):
-                # The engine's own seeding of a run's initial weights.
-                torch.manual_seed(mix_seed(self.seeds[0], 2))
-                model = build_model(self.model_config)
-            save_spectra(self._measure(model), path)
-        return load_spectra(path)
-
-    def _measure(self, model: Any) -> dict[str, Spectrum]:
-        threads = torch.get_num_threads()
-        # One small image at a time gains little from more threads, and waiting ones spin.
-        torch.set_num_threads(min(threads, threads_per_run(self.config.jobs)))
-        try:
-            return measure_spectra(
-                model.to(self.device),
-                self.data.train,
-                images=self.config.measure_images,
-                vary=self.config.vary,
-                progress=self.progress,
-            )
-        finally:
-            torch.set_num_threads(threads)
+        return self.measurements.trained(name, rule, find)
 
     def _record(self) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""
@@ -341,7 +352,7 @@ class _Search:
         for arm in self.arms.values():
             runs = [self._result(arm, seed) for seed in arm.plans]
             record = ArmRecord(arm.name, self._all_widths(arm), [run for run in runs if run])
-            record.made_with = self._first_plan(arm).rule if arm.name == PEER else None
+            record.made_with = self._first_plan(arm).rule if arm.name in PEERS else None
             record.latency_ms = self.latency.get(arm.name)
             records.append(record)
         counted_on = macs_input(self.model_config, self.image_size)

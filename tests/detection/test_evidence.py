@@ -1,14 +1,19 @@
 """Tables of committed results: made from them, and in the README as they are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastcov_detection.cli import main
-from fastcov_detection.config import ConfigError
+from fastcov_detection.config import ConfigError, preset
 from fastcov_detection.evidence import BEGIN, END, evidence, write_evidence
+from fastcov_detection.groups import width_groups
+from fastcov_detection.model import build_model
 from fastcov_detection.results import SCHEMA_VERSION
+from fastcov_detection.spectra import load_spectra
 from fastcov_detection.stats import compare_paired
 
 DETECTION = Path(__file__).resolve().parents[2] / "detection"
@@ -70,6 +75,13 @@ def test_one_seed_claims_nothing_and_the_peer_has_its_version(tmp_path):
     assert "better" not in text
 
 
+def test_pruned_widths_from_scratch_are_a_row_of_their_own(tmp_path):
+    made = {"made_with": "torch-pruning 1.6.1"}
+    name = "torch-pruning-scratch"
+    _keep(tmp_path, {"baseline": [0.5], name: [0.6]}, **{name: made})
+    assert f"| {name} (torch-pruning 1.6.1) | 1,750,000 |" in evidence(tmp_path)
+
+
 def test_only_the_marked_part_is_replaced(tmp_path):
     _keep(tmp_path / "results", {"baseline": [0.5, 0.6], "searched": [0.5, 0.5]})
     readme = tmp_path / "README.md"
@@ -101,3 +113,68 @@ def test_committed_results_hold_no_weights_and_no_absolute_path():
         if path.suffix in {".json", ".jsonl"}:
             text = path.read_text(encoding="utf-8")
             assert '"/' not in text, path
+
+
+def test_root_readme_says_of_two_trainings_what_their_record_says():
+    folder = DETECTION / "results" / "scratch-pretrained"
+    layers = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["layers"]
+    ends = [(one["dims_a"][-1], one["dims_b"][-1]) for one in layers.values()]
+    same = sum(a == b for a, b in ends)
+    stem = layers["body.conv1"]
+    text = " ".join((DETECTION.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"{same} of {len(layers)} layers end with the same dimension" in text
+    scratch, pretrained = stem["dims_a"], stem["dims_b"]
+    assert f"falls from {scratch[0]} to {scratch[-1]} directions from scratch" in text
+    assert f"rises from {pretrained[0]} to {pretrained[-1]} pretrained" in text
+    assert f"{stem['steps_a'][-1]} steps" in text
+
+
+def _readme():
+    return " ".join((DETECTION / "README.md").read_text(encoding="utf-8").split())
+
+
+def _of_groups():
+    """Spectra of the trained baseline by group: features, before training, and of gradients."""
+    config = preset("mini-harder").model
+    with torch.device("meta"):
+        groups = width_groups(build_model(replace(config, num_classes=11)))
+    files = (
+        "mini-harder/spectra/baseline.npz",
+        "mini-harder/spectra/untrained.npz",
+        "mini-harder-gradient/spectra/baseline-gradient.npz",
+        "mini-harder-gradient/spectra/untrained-gradient.npz",
+    )
+    read = [load_spectra(DETECTION / "results" / name) for name in files]
+    return {
+        group.name: [[spectra[member] for member in group.members] for spectra in read]
+        for group in groups
+    }
+
+
+def test_readme_explains_with_what_the_spectra_hold():
+    found, text = _of_groups(), _readme()
+    inside = [maps for name, maps in found.items() if "." in name]
+    trained = [spectrum for maps in inside for spectrum in maps[0]]
+    power = sorted(one.total / one.channels for one in trained)
+    first = sorted(100 * float(one.eigenvalues[0]) / one.total for one in trained)
+    assert f"{power[0]:.2f} to {power[-1]:.2f} of power per channel" in text
+    assert f"{first[0]:.0f} to {first[-1]:.0f} % of it in one direction" in text
+    full = sorted(100 * one.dof() / one.channels for one in trained)
+    before = sorted(100 * one.dof() / one.channels for maps in inside for one in maps[1])
+    assert f"its dof is {full[0]:.0f} to {full[-1]:.0f} % of its width" in text
+    assert f"leave {before[0]:.0f} to {before[-1]:.0f} %" in text
+    stage = [one.dof() for one in found["layer3"][0]]
+    assert f"(layer3: {stage[0]:.1f} to {stage[-1]:.1f} over six)" in text
+    times = []
+    for stage_name in ("layer1", "layer2", "layer3", "layer4"):
+        of_blocks = [maps for name, maps in found.items() if name.startswith(f"{stage_name}.")]
+        felt = [one.total for maps in of_blocks for one in maps[2]]
+        handed_on = [one.total for one in found[stage_name][2]]
+        times.append(f"{_mean(handed_on) / _mean(felt):,.0f}")
+        # Before training, the loss feels nothing inside a block.
+        assert all(one.total == 0 for maps in of_blocks for one in maps[3])
+    assert f"{', '.join(times[:-1])} and {times[-1]} times less" in text
+
+
+def _mean(values):
+    return sum(values) / len(values)

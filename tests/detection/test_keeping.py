@@ -46,12 +46,19 @@ def config(tiny_run):
     )
 
 
+def _stop_at_a_new_run(jobs, **_):
+    if not all(job.is_finished for job in jobs):
+        raise KeyboardInterrupt
+
+
 def _search(config, tmp_path, name):
     return run_search(config, tmp_path / name, results=tmp_path / "kept", progress=False)
 
 
 @pytest.mark.slow
-def test_a_fresh_clone_repeats_no_run_and_adds_seeds(config, trained_here, tmp_path, capsys):
+def test_a_fresh_clone_repeats_no_run_and_adds_seeds(
+    config, trained_here, tmp_path, capsys, monkeypatch
+):
     first = _search(config, tmp_path, "first")
     # Seed by seed, so that a search that is stopped leaves pairs.
     order = [
@@ -72,6 +79,13 @@ def test_a_fresh_clone_repeats_no_run_and_adds_seeds(config, trained_here, tmp_p
     assert trained_here == []
     # Times of runs that were never here stay as they were measured.
     assert again["arms"] == first["arms"]
+    # A search that is stopped before its first new run has recorded what was kept.
+    (tmp_path / "second" / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastcov_detection.search.run_jobs", _stop_at_a_new_run)
+        with pytest.raises(KeyboardInterrupt):
+            _search(replace(config, seeds=3), tmp_path, "second")
+    assert read_result(tmp_path / "second")["arms"] == first["arms"]
     more = _search(replace(config, seeds=3), tmp_path, "second")
     assert trained_here == [f"{arm}, seed 2" for arm in ("baseline", "searched", "uniform")]
     assert [run["seed"] for run in more["arms"]["searched"]["runs"]] == [0, 1, 2]

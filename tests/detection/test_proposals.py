@@ -89,6 +89,20 @@ def test_comparisons_ask_the_right_question():
     assert ArmRecord("random", {}, [_run(0, 0.4, 90), _run(1, 0.4, 110)]).mean_cost("params") == 100
 
 
+def test_arms_of_unequal_seeds_are_compared_by_those_they_share():
+    arms = [
+        ArmRecord("baseline", {}, [_run(seed, 0.5 + 0.01 * seed) for seed in range(4)]),
+        ArmRecord("searched", {}, [_run(seed, 0.6 + 0.02 * seed) for seed in (1, 3)]),
+        ArmRecord("random", {}, [_run(seed, 0.3) for seed in (0, 2)]),
+        ArmRecord("power", {}, []),
+    ]
+    found = {(one.arm, one.versus): one for one in compare_arms(arms)}
+    # No seed is shared by searched and random, and power has none: nothing is said of them.
+    assert set(found) == {("searched", "baseline"), ("random", "baseline")}
+    assert found["searched", "baseline"].n == 2
+    assert found["searched", "baseline"].mean == pytest.approx((0.62 - 0.51 + 0.66 - 0.53) / 2)
+
+
 def test_spectra_round_trip_and_damage_is_named(tmp_path):
     values = torch.rand(5, dtype=torch.float64).sort(descending=True).values
     spectra = {"backbone.body.layer1.0.conv1:in": Spectrum(values, 77, float(values.sum()))}

@@ -92,10 +92,10 @@ def test_a_norm_that_pruning_changes_is_refused(config, tmp_path):
         search.run_search(replace(config, train=replace(config.train, model=model)), tmp_path / "n")
 
 
-@pytest.mark.slow
-def test_peer_is_an_arm_at_the_budget_for_one_seed(config, tmp_path, monkeypatch):
-    pytest.importorskip("torch_pruning")
-    trained = []
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs that were trained, in this process and not in others: folder, seed, start."""
+    done = []
 
     def run_here(jobs, *, on_finish, **_):
         for job in jobs:
@@ -110,12 +110,19 @@ def test_peer_is_an_arm_at_the_budget_for_one_seed(config, tmp_path, monkeypatch
                 start=job.start_file,
                 progress=False,
             )
-            trained.append(f"{job.run_dir.parent.name}, {job.seed}")
+            done.append((job.run_dir.parent.name, job.seed, job.start_file))
             on_finish()
 
     monkeypatch.setattr(search, "run_jobs", run_here)
+    return done
+
+
+@pytest.mark.slow
+def test_peer_is_an_arm_at_the_budget_for_one_seed(config, tmp_path, trained):
+    pytest.importorskip("torch_pruning")
     result = search.run_search(config, tmp_path / "one", results=tmp_path / "kept", progress=False)
-    assert trained[-2:] == ["torch-pruning-from, 0", "torch-pruning, 0"]
+    start = tmp_path / "one" / "starts" / "torch-pruning-seed0.pt"
+    assert trained[-2:] == [("torch-pruning-from", 0, None), ("torch-pruning", 0, start)]
     arms = result["arms"]
     assert list(arms) == ["baseline", "searched", "torch-pruning"]
     peer = arms["torch-pruning"]
@@ -129,3 +136,33 @@ def test_peer_is_an_arm_at_the_budget_for_one_seed(config, tmp_path, monkeypatch
     again = search.run_search(config, tmp_path / "two", results=tmp_path / "kept", progress=False)
     assert trained == []
     assert again["arms"] == arms
+
+
+@pytest.mark.slow
+def test_pruned_widths_start_from_random_weights_at_every_seed(config, tmp_path, trained):
+    """The control for the steps that the pruned weights have seen: widths alone are compared."""
+    pytest.importorskip("torch_pruning")
+    arms = ("searched", "torch-pruning-scratch")
+    result = search.run_search(
+        replace(config, arms=arms), tmp_path / "one", results=tmp_path / "kept", progress=False
+    )
+    runs = [run for run in trained if run[0].startswith("torch-pruning")]
+    assert runs == [
+        ("torch-pruning-from", 0, None),
+        ("torch-pruning-scratch", 0, None),
+        ("torch-pruning-scratch", 1, None),
+    ]
+    arm = result["arms"]["torch-pruning-scratch"]
+    assert arm["made_with"] == peer_version()
+    assert [run["seed"] for run in arm["runs"]] == [0, 1]
+    pruned = load_widths(tmp_path / "one" / "widths" / "torch-pruning-seed0.json")
+    assert pruned.items() <= arm["widths"].items()
+    shown = {(one["arm"], one["versus"]): one["n"] for one in result["comparisons"]}
+    assert shown["searched", "torch-pruning-scratch"] == 2
+    # In a fresh clone, one more seed needs neither the wider detector nor its weights.
+    trained.clear()
+    more = replace(config, arms=arms, seeds=3)
+    search.run_search(more, tmp_path / "two", results=tmp_path / "kept", progress=False)
+    assert [run[:2] for run in trained if run[0].startswith("torch-pruning")] == [
+        ("torch-pruning-scratch", 2)
+    ]

@@ -1,10 +1,13 @@
 """The page, its figures and the summary in words, from results made by hand."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
@@ -60,7 +63,7 @@ def test_rows_say_what_each_arm_costs_and_reaches():
     assert table["searched"]["MACs,\nG"] == "0.130"
     # Mean of 0.50, 0.56, 0.53 is 0.53; standard error 0.03 / sqrt(3) = 0.01732.
     assert table["baseline"]["AP"] == "0.530±0.017"
-    assert table["baseline"]["train,\ns"] == "101"
+    assert table["baseline"]["wall s\na run"] == "101"
     assert table["baseline"]["ms per\nimage"] == "12.0"
     assert table["searched"]["ms per\nimage"] == "-"
     assert table["baseline"]["seeds"] == "3"
@@ -87,6 +90,17 @@ def test_a_peer_with_one_seed_does_not_silence_the_others():
     said = " ".join(sentences(result))
     assert "searched against baseline, ap: +0.0133" in said
     assert "One seed shows" not in said
+
+
+def test_an_arm_of_a_stopped_search_does_not_silence_the_others():
+    result = _result()
+    result["arms"]["power"] = _arm(1_300_000, [0.6])
+    found = compare_paired("power", "baseline", "ap", {0: 0.6}, {0: 0.5, 1: 0.56}, "no loss")
+    result["comparisons"].append(found.as_dict())
+    said = sentences(result)
+    assert any(one.startswith("searched against baseline, ap: +0.0133") for one in said)
+    assert "power against baseline, ap: +0.1000 (n = 1): not shown: one seed says" in " ".join(said)
+    assert not [one for one in said if one.startswith("One seed shows")]
 
 
 def test_sentences_give_difference_error_and_verdict():
@@ -190,3 +204,55 @@ def test_arms_keep_their_colour_and_further_ones_differ():
 def test_report_of_a_folder_without_a_search_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"no result\.json in"):
         write_report(tmp_path)
+
+
+def test_headings_stand_over_their_cells():
+    """Words to the left with their heading, numbers to the right with theirs."""
+    text = page.table(["arm", "n", "verdict"], [["searched", "4", "better"]], text=["verdict"])
+    assert '<th class="text">verdict</th>' in text
+    assert '<td class="text">better</td>' in text
+    assert "<th>n</th>" in text
+    assert "<td>4</td>" in text
+    assert "th.text,td.text{text-align:left}" in page._STYLE
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([0.2, 0.8], [0.2, 0.8]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.52, 0.5], [0.56, 0.46]),
+        ([0.0, 0.0, 0.0], [0.0, 0.1, 0.2]),
+        ([1.0, 1.0, 0.3], [0.9, 1.0, 0.3]),
+        ([0.85, 1.0, 1.0], [0.8, 0.9, 1.0]),
+        ([0.5], [0.5]),
+        ([], []),
+    ],
+)
+def test_names_are_spread_as_little_as_keeps_them_apart(places, expected):
+    found = pictures.spread(places, 0.1)
+    # Of two names at one place, either may stand below.
+    assert sorted(found) == pytest.approx(sorted(expected))
+    for (one, here), (other, there) in itertools.combinations(zip(places, found, strict=True), 2):
+        assert abs(here - there) >= 0.1 - 1e-12
+        assert (one - other) * (here - there) >= 0
+
+
+def test_many_names_share_the_height():
+    found = pictures.spread([0.5] * 21, 0.1)
+    assert sorted(found) == pytest.approx([k / 20 for k in range(21)])
+
+
+def test_names_of_arms_that_lie_on_one_another_do_not_overlap():
+    result = _result()
+    result["arms"] |= {f"arm{k}": _arm(1_184_000, [0.54, 0.55, 0.54]) for k in range(8)}
+    figure = pictures.draw_accuracy(result)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    names = figure.axes[0].texts
+    assert {text.get_text() for text in names} == set(result["arms"])
+    boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in names]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    width, height = canvas.get_width_height()
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 for box in boxes)
+    assert all(box.y1 <= height for box in boxes)

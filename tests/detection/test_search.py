@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastcov.widths import demand
 from fastcov_detection.cli import main
 from fastcov_detection.config import (
     ConfigError,
@@ -16,12 +17,15 @@ from fastcov_detection.config import (
     load_config,
 )
 from fastcov_detection.cost import cost_of
+from fastcov_detection.data import load_data
 from fastcov_detection.engine import load_run, train
 from fastcov_detection.groups import width_groups
 from fastcov_detection.layout import finished_runs
+from fastcov_detection.measurements import Measurements
 from fastcov_detection.model import load_widths
 from fastcov_detection.proposals import load_plan
-from fastcov_detection.results import read_result
+from fastcov_detection.report import write_report
+from fastcov_detection.results import read_result, write_result
 from fastcov_detection.runner import locked
 from fastcov_detection.search import run_search
 from fastcov_detection.spectra import load_spectra
@@ -209,21 +213,34 @@ def test_export_is_rebuilt_by_torchvision_alone(demo, tmp_path, tiny_root):
     assert load_widths(tmp_path / "out" / "widths.json") == dict(model.widths)
 
 
-@pytest.mark.slow
-def test_rounds_every_control_and_several_seeds(tiny_run, tmp_path, monkeypatch):
-    def run_here(jobs, *, on_finish, **_):
-        """The same runs without the seconds that a process needs to start."""
+@pytest.fixture
+def trained_here(monkeypatch):
+    """The same runs without the seconds that a process needs to start: (job, runs at once)."""
+    done = []
+
+    def run_here(jobs, *, at_once, on_finish, **_):
         for job in jobs:
             if job.is_finished:
                 continue
             config = load_config(TrainConfig, job.config_file)
             widths = load_widths(job.widths_file)
             train(config, widths, run_dir=job.run_dir, seed=job.seed, progress=False)
+            done.append((job, at_once))
             on_finish()
-            recorded.append(list(read_result(tmp_path / "search")["arms"]))
 
-    recorded = []
     monkeypatch.setattr("fastcov_detection.search.run_jobs", run_here)
+    return done
+
+
+def _demands(folder, plan, spectra, rule):
+    """Demands of a plan, and those of a file of spectra by a rule."""
+    model, _, _ = load_run(folder / "arms" / "baseline" / "seed0")
+    found = demand(load_spectra(folder / "spectra" / spectra), width_groups(model), rule)
+    return load_plan(folder / "widths" / plan).demand, pytest.approx(found)
+
+
+@pytest.mark.slow
+def test_rounds_every_control_and_several_seeds(tiny_run, tmp_path, trained_here):
     config = SearchConfig(
         train=replace(tiny_run, steps=2, checkpoint_every=2),
         rounds=2,
@@ -233,28 +250,117 @@ def test_rounds_every_control_and_several_seeds(tiny_run, tmp_path, monkeypatch)
         measure_images=6,
         latency_runs=2,
     )
-    result = run_search(config, tmp_path / "search", progress=False)
-    # After every run, a file tells what is known so far.
-    assert recorded[0] == ["baseline"]
-    assert recorded[2] == ["baseline", "searched"]
+    folder = tmp_path / "search"
+    result = run_search(config, folder, progress=False)
+    assert {at_once for _, at_once in trained_here} == {2}
     arms = result["arms"]
     assert list(arms) == ["baseline", "searched", "random", "untrained", "power", "searched-share"]
     for name, arm in arms.items():
         assert [run["seed"] for run in arm["runs"]] == [0, 1]
         assert arm["macs"] <= arms["baseline"]["macs"], name
-    plans = tmp_path / "search" / "widths"
-    assert (
-        load_plan(plans / "random-seed0.json").widths
-        != load_plan(plans / "random-seed1.json").widths
-    )
+    plans = folder / "widths"
+    # Every seed of the random arm has a draw of its own, and trains it.
+    drawn = [load_plan(plans / f"random-seed{seed}.json").widths for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+    for seed, widths in enumerate(drawn):
+        model, _, _ = load_run(folder / "arms" / "random" / f"seed{seed}")
+        assert widths.items() <= dict(model.widths).items()
     assert load_plan(plans / "searched-share.json").rule == "share"
-    # The second round measured the network of the first.
-    assert (tmp_path / "search" / "spectra" / "searched-round1.npz").exists()
-    assert (plans / "searched-round2.json").exists()
+    # What each rule read: the trained baseline, the network before training, the first round's.
+    first, expected = _demands(folder, "searched-round1.json", "baseline.npz", "dof")
+    assert first == expected
+    before, expected = _demands(folder, "untrained.json", "untrained.npz", "dof")
+    assert before == expected
+    assert before != first
+    second, expected = _demands(folder, "searched-round2.json", "searched-round1.npz", "dof")
+    assert second == expected
+    # The power has the searched network's parameters as nearly as any of the tries that it made.
+    searched, power = (load_plan(plans / f"{n}.json") for n in ("searched-round2", "power"))
+    baseline = load_plan(plans / "baseline.json")
+    assert abs(power.params - searched.params) <= abs(baseline.params - searched.params)
     shown = [(one["arm"], one["versus"]) for one in result["comparisons"]]
     assert ("searched", "random") in shown
     assert ("searched-share", "power") in shown
     assert all(one["n"] == 2 and one["se"] is not None for one in result["comparisons"])
+
+
+@pytest.mark.slow
+def test_a_file_tells_after_every_run_what_is_known(tiny_run, tmp_path, trained_here, monkeypatch):
+    known = []
+
+    def noting(path, records, *rest):
+        known.append({record.name: len(record.runs) for record in records if record.runs})
+        return write_result(path, records, *rest)
+
+    monkeypatch.setattr("fastcov_detection.search.write_result", noting)
+    config = SearchConfig(
+        train=replace(tiny_run, steps=2, checkpoint_every=2, track="none"),
+        arms=("searched", "uniform"),
+        seeds=2,
+        measure_images=3,
+        latency_runs=1,
+    )
+    run_search(config, tmp_path / "search", progress=False)
+    # Once more before the arms are trained, for a search that goes on from what was kept.
+    assert known[1] == known[0]
+    assert known[1:7] == [
+        {"baseline": 1},
+        {"baseline": 1, "searched": 1},
+        {"baseline": 1, "searched": 1, "uniform": 1},
+        {"baseline": 2, "searched": 1, "uniform": 1},
+        {"baseline": 2, "searched": 2, "uniform": 1},
+        {"baseline": 2, "searched": 2, "uniform": 2},
+    ]
+
+
+@pytest.mark.slow
+def test_gradient_rule_reads_passes_of_its_own(tiny_run, tmp_path, trained_here):
+    config = SearchConfig(
+        train=replace(tiny_run, steps=2, checkpoint_every=2, track="none"),
+        rule="gradient",
+        arms=("searched", "untrained", "searched-dof", "untrained-dof"),
+        measure_images=4,
+        latency_runs=1,
+    )
+    folder = tmp_path / "search"
+    result = run_search(config, folder, progress=False)
+    files = {
+        "searched-round1.json": ("baseline-gradient.npz", "gradient"),
+        "untrained.json": ("untrained-gradient.npz", "gradient"),
+        "searched-dof.json": ("baseline.npz", "dof"),
+        "untrained-dof.json": ("untrained.npz", "dof"),
+    }
+    for plan, (spectra, rule) in files.items():
+        found, expected = _demands(folder, plan, spectra, rule)
+        assert found == expected, plan
+        assert load_plan(folder / "widths" / plan).rule == rule
+    assert sorted(path.name for path in (folder / "spectra").iterdir()) == sorted(
+        name for name, _ in files.values()
+    )
+    shown = {(one["arm"], one["versus"]) for one in result["comparisons"]}
+    assert ("searched", "untrained-dof") in shown
+    assert ("searched-dof", "untrained") in shown
+    # The report of such a search draws the demand that its rule read.
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "<h2>Demand</h2>" in page
+    assert "<h2>Spectra</h2>" in page
+
+
+@pytest.mark.slow
+def test_untrained_spectra_are_those_of_the_network_that_training_starts_from(tiny_run, tmp_path):
+    """With next to no learning rate, a run ends with the weights that it began with."""
+    run = replace(tiny_run, steps=2, lr=1e-30, track="none")
+    train(run, None, run_dir=tmp_path / "run", seed=3, progress=False)
+    model, _, _ = load_run(tmp_path / "run")
+    images = load_data(run.data, with_masks=False).train
+    own = replace(run.model, num_classes=11)
+    config = SearchConfig(train=run)
+    cpu = torch.device("cpu")
+    measurements = Measurements(config, tmp_path, own, images, cpu, progress=False)
+    before = dict(measurements._before_training(3).named_parameters())
+    assert before.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=1e-20, msg=name)
 
 
 @pytest.mark.parametrize("name", ["seeds", "rounds", "jobs", "measure_images", "latency_runs"])
