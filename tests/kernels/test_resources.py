@@ -1,7 +1,7 @@
 """Every kernel that can be launched compiles for every architecture, with the resources on record.
 
-``python -m tests.kernels.aot`` writes the table and with ``--check`` compares it. Here sm_80 and sm_90
-are compiled whole; sm_100 and sm_120 by ``make wheels``.
+``python -m tests.kernels.aot`` writes the table and with ``--check`` compares it. Here sm_80 and
+sm_90 are compiled whole; sm_100 and sm_120 by ``make wheels``.
 """
 
 from __future__ import annotations
