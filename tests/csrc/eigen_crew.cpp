@@ -2,7 +2,7 @@
 //   matrix:  lower triangle in full [N, N], float64
 //   results: diagonal [N], off-diagonal [N - 1] and scale of the tridiagonal form, float64
 // CREW is one (rank), even (four ranks, a thread each), uneven (the same on two threads), serial
-// (the same on one thread) or unsafe (a band that no sweep waits for).
+// (the same on one thread) or unsafe (two sweeps that do not wait for each other).
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -38,8 +38,14 @@ int run(const std::string& name, int n) {
   if (name == "unsafe") {
     const Band<T> band{space.band};
     for (int64_t e = 0; e < Band<T>::elements(tile_count(n) * kTile); ++e) band.data[e] = T(1);
-    for (int s = 0; s < n; ++s) space.progress[s].steps = n;
-    chase(crew, ChaseSpace<T>{band, space.progress, space.handed}, n);
+    // Two sweeps, a thread each, neither of which sees what the other has done.
+    std::vector<SweepProgress> unseen(2 * static_cast<size_t>(n), SweepProgress{n});
+    std::vector<std::thread> threads;
+    for (int sweep = 0; sweep < 2; ++sweep) {
+      const ChaseSpace<T> alone{band, unseen.data() + sweep * n, space.handed};
+      threads.emplace_back([=] { chase_sweep_range(alone, n, sweep, 0, 1); });
+    }
+    for (std::thread& thread : threads) thread.join();
     return 0;
   }
   EigenTask<T> task{};

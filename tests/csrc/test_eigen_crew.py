@@ -54,8 +54,6 @@ def test_no_data_race(checked_crew, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_that_does_not_wait_is_found(checked_crew) -> None:
-    # One report is enough: without waiting, the sweeps need not end.
-    environment = {"TSAN_OPTIONS": "halt_on_error=1"}
-    run = checked_crew("unsafe", "float32", 445, matrices=random(445), environment=environment)
+    run = checked_crew("unsafe", "float32", 445, matrices=random(445))
     assert run.returncode != 0
     assert b"WARNING: ThreadSanitizer: data race" in run.stderr
