@@ -24,6 +24,8 @@ CASES = {
     "cooperative": ("members", 18, 1, SHARED, 2, 0),
     "cluster": ("members", 18, 1, SHARED, 2, 1),
     "cooperative, far rows": ("members", 18, 1, 5200, 2, 0),
+    "cluster of four": ("members", 50, 1, SHARED, 4, 1),
+    "three members, far rows": ("members", 40, 1, 6500, 3, 0),
     "Jacobi in a warp": ("jacobi", 11, 5, SHARED, 6, 0),
     "Jacobi in a block": ("jacobi", 34, 1, SHARED, 6, 0),
     "Jacobi, far vectors": ("jacobi", 34, 1, 4500, 6, 0),
