@@ -178,3 +178,20 @@ def test_readme_explains_with_what_the_spectra_hold():
 
 def _mean(values):
     return sum(values) / len(values)
+
+
+def test_the_main_page_says_what_the_records_say():
+    text = " ".join((DETECTION.parent / "README.md").read_text(encoding="utf-8").split())
+    path = DETECTION / "results" / "mini-harder-gradient" / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    (gain,) = (
+        one
+        for one in result["comparisons"]
+        if (one["arm"], one["versus"]) == ("searched", "baseline")
+    )
+    assert (gain["n"], gain["verdict"]) == (4, "better")
+    searched, baseline = result["arms"]["searched"], result["arms"]["baseline"]
+    assert searched["macs"] <= baseline["macs"]
+    fewer = 100 * (1 - searched["backbone_params"] / baseline["backbone_params"])
+    assert f"gave {gain['mean']:+.3f} ± {gain['se']:.3f} AP" in text
+    assert f"{fewer:.0f} % fewer backbone parameters" in text
