@@ -111,7 +111,7 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   if (update.count[0] == 0) choose_shift(update);
   if (update.dtype == Dtype::kFloat64) {
     Accumulator<double, VectorGram<double>>(update).run();
-  } else if (level().matrix && channels > kSplitRowsChannels) {
+  } else if (level().matrix && MatrixGram::pays_for(update.dtype, channels)) {
     Accumulator<float, MatrixGram>(update).run();
   } else {
     Accumulator<float, VectorGram<float>>(update).run();

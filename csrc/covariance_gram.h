@@ -69,10 +69,15 @@ class VectorGram {
   }
 };
 
-// For layers wider than kSplitRowsChannels: in narrower ones the split costs what the products
-// save.
+// For layers so wide that the products save more than the split costs.
 class MatrixGram {
  public:
+  // Two threads of a Xeon, float32: 2.9 ms against 2.4 by vectors for 6272 rows of 256 channels,
+  // 1.9 against 2.3 for 1568 of 512. Rows of 16 bits have one or two parts, not three.
+  static bool pays_for(Dtype dtype, int64_t channels) {
+    return channels >= (dtype == Dtype::kFloat32 ? 512 : 129);
+  }
+
   static constexpr int64_t kSide = 32;
   static constexpr int64_t kRowUnit = kMatrixRows;
   static constexpr bool kTakesNarrow = false;
