@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,14 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = 1e-6
 WIDE = 528
 """Channels from which float32 rows are multiplied by AMX; rows of 16 bits are from 129 on."""
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def signs(rows: int, channels: int) -> Tensor:

@@ -19,13 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, parallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -55,20 +49,14 @@ def mobilenet() -> nn.Module:
     return mobilenet_v2(width_mult=0.25, num_classes=5, dropout=0.0)
 
 
-def tokens(seed: int) -> Tensor:
-    return torch.randint(40, (3, 8), generator=torch.Generator().manual_seed(seed))
-
-
-def images(seed: int) -> Tensor:
-    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-
-
 def predict(model: nn.Module, seed: int) -> Tensor:
-    return model(input_ids=tokens(seed), labels=tokens(seed)).loss
+    tokens = torch.randint(40, (3, 8), generator=torch.Generator().manual_seed(seed))
+    return model(input_ids=tokens, labels=tokens).loss
 
 
 def classify(model: nn.Module, seed: int) -> Tensor:
-    return model(images(seed)).square().mean()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return model(images).square().mean()
 
 
 def collected(tracker: fastcov.Tracker) -> dict[str, Any]:
@@ -215,8 +203,8 @@ def run_tensor_parallel(rank: int) -> dict[str, Any]:
         options = {"rows": "all", "include": ["up", "down", "plain", "norm"], "where": "both"}
         if order == "before":
             tracker = fastcov.track(model, **options)
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-        model = parallelize_module(model, mesh, plan)
+        plan = {"up": parallel.ColwiseParallel(), "down": parallel.RowwiseParallel()}
+        model = parallel.parallelize_module(model, mesh, plan)
         if order == "after":
             tracker = fastcov.track(model, **options)
         for seed in range(STEPS):
@@ -241,7 +229,8 @@ def run_dtensor_outputs(rank: int) -> dict[str, Any]:
         output.sum().backward()
         results[name] = collected(tracker)
     sequence = Feedforward()
-    parallelize_module(sequence, mesh, {"norm": SequenceParallel(use_local_output=False)})
+    plan = {"norm": parallel.SequenceParallel(use_local_output=False)}
+    parallel.parallelize_module(sequence, mesh, plan)
     tracker = fastcov.track(sequence, rows="all", include="norm")
     sequence.norm(torch.ones(2, 2, 8))
     results["steps"] = tracker.steps
