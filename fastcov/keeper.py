@@ -73,7 +73,7 @@ class Keeper(Collector):
 
         Raises:
             ValueError: If it is of another format, holds layers that are not tracked here, or is
-                one of several ranks' own rows and there are more or fewer ranks now.
+                one of several ranks' own rows and this is another rank, or one of more or fewer.
         """
         if state_dict.get("format") != _FORMAT:
             raise ValueError(
@@ -88,13 +88,14 @@ class Keeper(Collector):
                 "track the same model with the same include and exclude"
             )
         rank, ranks = _rank_and_ranks()
-        saved_ranks = state_dict.get("world_size", ranks)  # older ones do not tell
-        if not state_dict["is_synced"] and saved_ranks != ranks:
+        saved_rank = state_dict.get("rank", rank)  # older ones do not tell
+        saved_ranks = state_dict.get("world_size", ranks)
+        if not state_dict["is_synced"] and (saved_rank, saved_ranks) != (rank, ranks):
             raise ValueError(
-                f"state_dict holds the rows of rank {state_dict['rank']} of {saved_ranks} alone, "
-                f"but {ranks} {'rank loads' if ranks == 1 else 'ranks load'} it: rows would be "
-                "lost or counted twice. Call sync() on every rank before state_dict(), then any "
-                f"number of ranks may load it; or load on {saved_ranks} ranks, each its own"
+                f"state_dict holds the rows of rank {saved_rank} of {saved_ranks} alone, "
+                f"but rank {rank} of {ranks} loads it: rows would be lost or counted twice. Call "
+                "sync() on every rank before state_dict(), then any number of ranks may load it; "
+                f"or load on {saved_ranks} ranks, each its own"
             )
         is_elsewhere = state_dict["is_synced"] and rank > 0
         self._synced = None

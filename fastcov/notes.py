@@ -63,24 +63,6 @@ def why_empty(tracker: Tracker, reader: Reader) -> str:
     return "the sampling has not reached it yet"
 
 
-def independent_rows(
-    decay: float | None, steps_read: int, is_weighted: bool, count: int, effective: float
-) -> int:
-    """Rows that a spectrum's uncertainty rests on: fewer than were read, where some weigh less.
-
-    Args:
-        decay: The tracker's.
-        steps_read: Its steps.
-        is_weighted: Whether rows of one step may differ in weight.
-        count: Rows that were read.
-        effective: (sum w)^2 / sum w^2.
-    """
-    if is_weighted:
-        return min(count, round(effective))
-    # Counters on a GPU do not follow squared weights: the window says the same there.
-    return int(min(count, most_independent_rows(decay, steps_read, count)))
-
-
 def most_independent_rows(decay: float | None, steps_read: int, count: int) -> float:
     """Rows that the decay's window is worth, however long it is read; infinite without decay."""
     # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.

@@ -6,7 +6,7 @@ A stream of its own does the work, on copies of the states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +38,6 @@ class PendingSpectra:
     Args:
         states: By layer, on any devices.
         centered: Whether the means are subtracted.
-        independent_rows: From the rows of a layer and their effective count, see
-            :attr:`fastcov.state.CovarianceState.effective_count`, the number that its spectrum's
-            uncertainty rests on.
     """
 
     @torch.no_grad()
@@ -48,10 +45,8 @@ class PendingSpectra:
         self,
         states: Mapping[str, CovarianceState],
         centered: bool,
-        independent_rows: Callable[[int, float], int],
     ) -> None:
         self._names = list(states)
-        self._independent_rows = independent_rows
         by_device: dict[torch.device, dict[str, CovarianceState]] = {}
         for name, state in states.items():
             by_device.setdefault(state.moment.device, {})[name] = state
@@ -71,7 +66,8 @@ class PendingSpectra:
             for name, part in zip(batch.channels, batch.numbers.split(sizes), strict=True):
                 trace, weight, count, effective = part[-_NUMBERS:].tolist()
                 if weight > 0:
-                    rows = self._independent_rows(int(count), effective)
+                    # What its uncertainty rests on: fewer than were read, where some weigh less.
+                    rows = min(int(count), round(effective))
                     # A copy: the numbers of all layers would live as long as one of them.
                     values = part[:-_NUMBERS].clone()
                     spectra[name] = Spectrum(values, rows, max(0.0, trace), name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fastcov.history import History, Snapshot
 from fastcov.keeper import Keeper
-from fastcov.notes import independent_rows, note_of, why_empty
+from fastcov.notes import note_of, why_empty
 from fastcov.replay import is_capturing
 from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.snapshots import SnapshotQueue
@@ -132,9 +131,7 @@ class Tracker(Keeper):
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
         # Numbers of this step, and nothing that holds the tracker or its model.
-        is_weighted = self.weighting == "image"
-        rows = partial(independent_rows, self.decay, self.steps_read, is_weighted)
-        return PendingSpectra(states, centered, rows)
+        return PendingSpectra(states, centered)
 
     @property
     def steps_read(self) -> int:

@@ -113,7 +113,7 @@ def test_each_rank_resumes_its_own_rows_and_no_one_else(tmp_path: Path) -> None:
     alone = fastcov.track(make_model(), rows="all")
     for rank in range(2):
         own = torch.load(tmp_path / f"own{rank}.pt", weights_only=True)
-        with pytest.raises(ValueError, match=rf"rank {rank} of 2 alone, but 1 rank loads"):
+        with pytest.raises(ValueError, match=rf"rank {rank} of 2 alone, but rank 0 of 1 loads"):
             alone.load_state_dict(own)
 
 

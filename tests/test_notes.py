@@ -19,6 +19,7 @@ def test_a_decay_that_forgets_too_soon_is_said() -> None:
     assert status.note == (
         "decay=0.5 is worth 60 rows, fewer than 16 a channel: raise rows or decay"
     )
+    assert tracker.spectrum("0").count == 60  # and its uncertainty rests on as many
     tracker = fastcov.track(model, rows="all", decay=0.9)
     model(torch.randn(20, 3))
     (status,) = tracker.statuses()

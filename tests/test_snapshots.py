@@ -133,9 +133,11 @@ def test_layers_without_rows_are_left_out() -> None:
     states = {name: CovarianceState(3) for name in ("b", "empty", "a")}
     for name in ("a", "b"):
         states[name].update(torch.randn(9, 3))
-    spectra = PendingSpectra(states, False, lambda count, effective: count - 1).get()
+    states["a"].update(torch.randn(16, 3), row_scale=0.25)
+    spectra = PendingSpectra(states, False).get()
     assert list(spectra) == ["b", "a"]
-    assert spectra["a"].count == 8
+    assert spectra["b"].count == 9
+    assert spectra["a"].count == 17  # (9 + 16 / 4)^2 / (9 + 16 / 16) = 16.9: what 25 rows say
     exact = torch.linalg.eigvalsh(states["a"].covariance()).flip(0)
     torch.testing.assert_close(spectra["a"].eigenvalues, exact)
     assert spectra["a"].total == pytest.approx(float(exact.sum()))

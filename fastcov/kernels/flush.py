@@ -22,7 +22,7 @@ from fastcov.kernels.config import FLUSH_CHAIN_ROWS, SHIFT_ROWS
 from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, STATE_STEP
 from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
 
-FIELDS = 12
+FIELDS = 13
 """int64 fields of one layer in the table, in this order; addresses are bytes."""
 BUFFER = tl.constexpr(0)
 ROW_STEP = tl.constexpr(1)
@@ -31,11 +31,12 @@ SUM = tl.constexpr(3)
 SHIFT = tl.constexpr(4)
 WEIGHT = tl.constexpr(5)
 COUNT = tl.constexpr(6)
-CURSOR = tl.constexpr(7)
-CHANNELS = tl.constexpr(8)
-THRESHOLD = tl.constexpr(9)
-ROW_SCALE = tl.constexpr(10)  # the bits of a float64
-BLOCKS = tl.constexpr(11)  # programs of the layer
+EXCESS = tl.constexpr(7)
+CURSOR = tl.constexpr(8)
+CHANNELS = tl.constexpr(9)
+THRESHOLD = tl.constexpr(10)
+ROW_SCALE = tl.constexpr(11)  # the bits of a float64
+BLOCKS = tl.constexpr(12)  # programs of the layer
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _VALUES = {
@@ -117,6 +118,7 @@ def flush_kernel(
     shift = tl.load(layer + SHIFT).to(tl.pointer_type(tl.float64))
     weight = tl.load(layer + WEIGHT).to(tl.pointer_type(tl.float64))
     count = tl.load(layer + COUNT).to(tl.pointer_type(tl.int64))
+    excess = tl.load(layer + EXCESS).to(tl.pointer_type(tl.float64))
     channels = tl.load(layer + CHANNELS).to(tl.int32) // VECTOR * VECTOR
     row_scale = tl.load(layer + ROW_SCALE).to(tl.float64, bitcast=True)
     blocks = tl.load(layer + BLOCKS)
@@ -152,6 +154,7 @@ def flush_kernel(
     left_sums = tl.zeros([EDGE], tl.float32)
     right_sums = tl.zeros([EDGE], tl.float32)
     weights = tl.zeros([STEP], tl.float64)
+    squares = tl.zeros([STEP], tl.float64)  # of the weights; the same where all weigh 1
     finite = tl.zeros([STEP], tl.int32)
     row = tl.arange(0, STEP)
     for chain in range(0, fill, CHAIN_ROWS):
@@ -181,6 +184,7 @@ def flush_kernel(
                 age = (now - mark).to(tl.float64)
                 row_weight = tl.where(is_read, tl.exp(log_decay * age), 0.0)
                 weights += row_weight
+                squares += row_weight * row_weight
                 row_weight = row_weight.to(tl.float32)
                 left = left * row_weight[None, :]
                 weighted_right = weighted_right * row_weight[:, None]
@@ -222,7 +226,15 @@ def flush_kernel(
     tl.debug_barrier()
     if tl.atomic_add(cursor + FLUSHED, 1, sem="acq_rel") == blocks - 1:
         read = tl.sum(finite)
-        tl.store(weight, tl.load(weight) * factor + total_weight * row_scale)
+        total_square = total_weight
+        if HAS_DECAY:
+            total_square = tl.sum(squares)
+        # Squared weights less weights: what decay leaves of those before, and the rows'.
+        weight_before = tl.load(weight) * factor
+        excess_before = tl.load(excess) * factor * factor + weight_before * (factor - 1)
+        excess_added = (total_square * row_scale - total_weight) * row_scale
+        tl.store(excess, excess_before + excess_added)
+        tl.store(weight, weight_before + total_weight * row_scale)
         tl.store(count, rows_before + read)
         tl.store(count + 1, tl.load(count + 1) + fill - read)
         tl.store(cursor + STATE_STEP, now)
@@ -240,6 +252,7 @@ class BufferedLayer:
         shift: float64. [C]
         weight: float64. []
         count: int64. [2]
+        excess: Sum of squared weights less sum of weights, float64. []
         buffer: Contiguous rows. [capacity, C]
         row_step: int32, see :func:`fastcov.kernels.gather.launch_cursor_gather_`. [capacity]
         cursor: int64. [CURSOR_FIELDS]
@@ -253,6 +266,7 @@ class BufferedLayer:
     shift: Tensor
     weight: Tensor
     count: Tensor
+    excess: Tensor
     buffer: Tensor
     row_step: Tensor
     cursor: Tensor
@@ -329,6 +343,7 @@ def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]
             layer.shift,
             layer.weight,
             layer.count,
+            layer.excess,
             layer.cursor,
         )
         scale_bits = struct.unpack("<q", struct.pack("<d", layer.row_scale))[0]

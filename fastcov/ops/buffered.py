@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastcov.ops.covariance import MomentState
+from fastcov.ops.covariance import WeightedState
 from fastcov.ops.library import backends
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class DeviceBuffer:
 
     def __init__(
         self,
-        state: MomentState,
+        state: WeightedState,
         dtype: torch.dtype,
         *,
         threshold: int,
@@ -78,6 +78,7 @@ class DeviceBuffer:
             state.shift,
             state.weight,
             state.count,
+            state.excess,
             self._buffer,
             self._row_step,
             self._cursor,

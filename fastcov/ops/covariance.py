@@ -20,6 +20,12 @@ class MomentState(Protocol):
     count: Tensor
 
 
+class WeightedState(MomentState, Protocol):
+    """A running second moment that knows how unequal its rows' weights are."""
+
+    excess: Tensor
+
+
 def accumulate_(
     state: MomentState,
     x: Tensor,

@@ -180,6 +180,7 @@ def all_launches(family: Family) -> Iterator[Callable[[], object]]:
         for channels in (64, 3):
             layer = BufferedLayer(
                 *empty_state(channels),
+                torch.empty((), dtype=torch.float64),
                 torch.empty(8, channels, dtype=dtype),
                 torch.empty(8, dtype=torch.int32),
                 cursor,

@@ -32,6 +32,7 @@ class State:
     shift: Tensor
     weight: Tensor
     count: Tensor
+    excess: Tensor
 
     @staticmethod
     def empty(channels: int) -> State:
@@ -42,11 +43,16 @@ class State:
             double(channels),
             double(()),
             torch.zeros(2, dtype=torch.int64),
+            double(()),
         )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.moment, self.sum, self.shift, self.weight, self.count
+
+    @property
+    def weighted(self) -> tuple[Tensor, ...]:
+        return *self.tensors, self.excess
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -313,6 +319,7 @@ class TestFlush:
         fraction, capacity, threshold = 1 << 30, 60, 40
         states = [State.empty(width) for width in widths]
         expected = [State.empty(width) for width in widths]
+        weights = [torch.zeros(0, dtype=torch.float64) for _ in widths]  # of every finite row
         buffers = [torch.zeros(capacity, width, dtype=dtype) for width in widths]
         row_steps = [torch.zeros(capacity, dtype=torch.int32) for _ in widths]
         cursors = [torch.zeros(CURSOR_FIELDS, dtype=torch.int64) for _ in widths]
@@ -321,7 +328,7 @@ class TestFlush:
         thresholds = (threshold, capacity)
         table = FlushTable(
             [
-                BufferedLayer(*state.tensors, buffer, row_step, cursor, least, 0.5)
+                BufferedLayer(*state.weighted, buffer, row_step, cursor, least, 0.5)
                 for state, buffer, row_step, cursor, least in zip(
                     states, buffers, row_steps, cursors, thresholds, strict=True
                 )
@@ -352,11 +359,16 @@ class TestFlush:
                     row_scale=0.5,
                     decay=decay ** (number - last_step[layer]),
                 )
+                kept = weights[layer] * decay ** (number - last_step[layer])
+                new = 0.5 * decay ** ages[marks >= 0].double()
+                weights[layer] = torch.cat([kept, new])
                 last_step[layer] = number
             launch_flush_(table, step, decay=decay, force=is_last)
             for layer in range(len(widths)):
                 if flushes[layer]:
                     assert_same(states[layer], expected[layer])
+                excess = (weights[layer].square() - weights[layer]).sum()
+                torch.testing.assert_close(states[layer].excess, excess, rtol=1e-12, atol=1e-12)
         assert flushes == [2, 1]
         assert [int(cursor[0]) for cursor in cursors] == [0, 0]
 
@@ -373,7 +385,7 @@ class TestFlush:
         step = torch.zeros((), dtype=torch.int64)
         launch_cursor_gather_(buffer, row_step, cursor, step, rows, 1 << 32)
         launch_flush_(
-            FlushTable([BufferedLayer(*state.tensors, buffer, row_step, cursor, 30)]), step
+            FlushTable([BufferedLayer(*state.weighted, buffer, row_step, cursor, 30)]), step
         )
         accumulate_reference_(*expected.tensors, rows)
         assert_same(state, expected)
@@ -384,7 +396,7 @@ class TestFlush:
             FlushTable(
                 [
                     BufferedLayer(
-                        *state.tensors,
+                        *state.weighted,
                         torch.zeros(2, 4),
                         torch.zeros(2, dtype=torch.int32),
                         torch.zeros(3, dtype=torch.int64),

@@ -252,6 +252,7 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
     widths, images, fraction, steps = (64, 200, 513), 4, fixed_point(0.123), 40
     inputs = [torch.empty(images, 50, width, dtype=dtype, device="cuda") for width in widths]
     states = [empty_state(width) for width in widths]
+    excesses = [torch.zeros((), dtype=torch.float64, device="cuda") for _ in widths]
     capacity, threshold = 160, 120
     buffers = [torch.zeros(capacity, width, dtype=dtype, device="cuda") for width in widths]
     row_steps = [torch.zeros(capacity, dtype=torch.int32, device="cuda") for _ in widths]
@@ -259,9 +260,9 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
     step = torch.zeros((), dtype=torch.int64, device="cuda")
     table = FlushTable(
         [
-            BufferedLayer(*state, buffer, row_step, cursor, threshold, 0.5)
-            for state, buffer, row_step, cursor in zip(
-                states, buffers, row_steps, cursors, strict=True
+            BufferedLayer(*state, excess, buffer, row_step, cursor, threshold, 0.5)
+            for state, excess, buffer, row_step, cursor in zip(
+                states, excesses, buffers, row_steps, cursors, strict=True
             )
         ]
     )
@@ -279,12 +280,13 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
 
     fill(0)
     one_step()  # compiles
-    for tensor in (*(t for state in states for t in state), *cursors, step):
+    for tensor in (*(t for state in states for t in state), *excesses, *cursors, step):
         tensor.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         one_step()
     expected = [empty_state(width) for width in widths]
+    squared_weight = [0.0 for _ in widths]
     sampled = carry = 0
     for number in range(steps):
         fill(number)
@@ -294,6 +296,8 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
             picked = torch.empty(due, widths[layer], dtype=dtype, device="cuda")
             gather_reference_(picked, rows, 0, sampled, due, 1, 7)
             accumulate_reference_(*expected[layer], picked, row_scale=0.5, decay=decay)
+            read = int(torch.isfinite(picked).all(1).sum())
+            squared_weight[layer] = squared_weight[layer] * decay**2 + 0.25 * read
         sampled += due
     # What is still buffered belongs to the last replayed step.
     step.sub_(1)
@@ -303,6 +307,8 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
         assert int(cursors[layer][0]) == 0
         assert torch.equal(states[layer][4], expected[layer][4])
         torch.testing.assert_close(states[layer][3], expected[layer][3], rtol=1e-9, atol=0)
+        squared = float(states[layer][3] + excesses[layer])
+        assert squared == pytest.approx(squared_weight[layer], rel=1e-9)
         # The shifts differ (a buffer's first rows against a step's): compare about zero.
         for state in (states[layer], expected[layer]):
             moment = state[0].tril() + state[0].tril(-1).T

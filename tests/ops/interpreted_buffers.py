@@ -54,6 +54,8 @@ for decay, dtype in itertools.product((None, 0.9), (torch.float32, torch.bfloat1
     assert host.state.count.tolist() == device.state.count.tolist()
     assert int(host.state.count[1]) > 0
     torch.testing.assert_close(host.state.weight, device.state.weight)
+    torch.testing.assert_close(host.state.effective_count, device.state.effective_count)
+    assert (device.state.effective_count < device.state.count[0]) == (decay is not None)
     torch.testing.assert_close(
         host.state.covariance(), device.state.covariance(), rtol=1e-5, atol=1e-5
     )
@@ -81,6 +83,7 @@ assert device.steps == host.steps == 12
 for name in host.names():
     assert host.count(name) == device.count(name) == 144
     torch.testing.assert_close(host.covariance(name), device.covariance(name), rtol=1e-5, atol=1e-6)
+    assert host.spectrum(name).count == device.spectrum(name).count == 140
 saved, expected = device.state_dict(), host.state_dict()
 for name, layer in expected["layers"].items():
     assert saved["layers"][name]["sampled"] == layer["sampled"]
