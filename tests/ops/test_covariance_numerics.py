@@ -33,7 +33,8 @@ def update(request: pytest.FixtureRequest) -> Update:
 
 def exact_moment(rows: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for part in rows.split(1 << 16):
+    # Short chains: a sum of 2^16 equal products in order is off by 1.4e-12 (BLAS with AVX2).
+    for part in rows.split(1 << 10):
         total += part.double().T @ part.double()
     return total / len(rows)
 
