@@ -6,9 +6,7 @@ triton is imported. Sizes are small: a program takes about 10 ms there.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -21,30 +19,13 @@ from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
 from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
 from fastcov.kernels.tiles import IS_INTERPRETED
 from fastcov.ops.reference import accumulate_reference_, gather_reference_
+from fastcov.state import CovarianceState
 
 FAMILIES = ("sm_80", "sm_90")
 
 
-@dataclasses.dataclass
-class State:
-    moment: Tensor
-    sum: Tensor
-    shift: Tensor
-    weight: Tensor
-    count: Tensor
-    excess: Tensor
-
-    @staticmethod
-    def empty(channels: int) -> State:
-        double = partial(torch.zeros, dtype=torch.float64)
-        return State(
-            double(channels, channels),
-            double(channels),
-            double(channels),
-            double(()),
-            torch.zeros(2, dtype=torch.int64),
-            double(()),
-        )
+class State(CovarianceState):
+    """Its tensors in the order in which kernels take them."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -86,7 +67,7 @@ def check(
 ) -> State:
     """Updates a state with each tensor, and holds it against the reference after each."""
     channels = updates[0].shape[-1]
-    state, expected = State.empty(channels), State.empty(channels)
+    state, expected = State(channels), State(channels)
     architecture = Architecture(family, multiprocessors)
     for rows in updates:
         launch_accumulate_(
@@ -317,8 +298,8 @@ class TestFlush:
     def test_flush_is_one_update_per_full_buffer(self, dtype, decay):
         widths = (70, 16)
         fraction, capacity, threshold = 1 << 30, 60, 40
-        states = [State.empty(width) for width in widths]
-        expected = [State.empty(width) for width in widths]
+        states = [State(width) for width in widths]
+        expected = [State(width) for width in widths]
         weights = [torch.zeros(0, dtype=torch.float64) for _ in widths]  # of every finite row
         buffers = [torch.zeros(capacity, width, dtype=dtype) for width in widths]
         row_steps = [torch.zeros(capacity, dtype=torch.int32) for _ in widths]
@@ -373,7 +354,7 @@ class TestFlush:
         assert [int(cursor[0]) for cursor in cursors] == [0, 0]
 
     def test_half_precision_rows_on_a_shifted_state(self):
-        state, expected = State.empty(20), State.empty(20)
+        state, expected = State(20), State(20)
         first = normal(50, 20) + 2
         for target in (state, expected):
             accumulate_reference_(*target.tensors, first)
@@ -391,7 +372,7 @@ class TestFlush:
         assert_same(state, expected)
 
     def test_wrong_cursor_is_named(self):
-        state = State.empty(4)
+        state = State(4)
         with pytest.raises(ValueError, match="cursor has 3 fields, expected 8"):
             FlushTable(
                 [
