@@ -142,7 +142,7 @@ def conditions(results: Results, device: str, case: str) -> str:
     peers = ", ".join(
         f"{name} {versions[name]}" for name in ("delve", "torchmetrics", "jax") if name in versions
     )
-    where = f"{machine['device']}, {machine['threads']} threads"
+    where = f"{machine['device']}, {machine['cpu_capability']}, {machine['threads']} threads"
     if machine["kind"] == "cuda":
         where = f"{machine['device']}, driver {machine['driver']}"
     matmul = rates["matmul_tflop_s"]["bfloat16" if machine["kind"] == "cuda" else "float32"]

@@ -4,7 +4,8 @@
 // Rows are packed, less the shift and times the root of their weight, into panels: W channels side
 // by side, one row after the other, W * sizeof(T) = one cache line. A gram tile is the product of
 // two panels; only tiles on and below the diagonal are computed. Accumulators live in registers
-// for a chain of at most kChainRows rows and are then added to float64.
+// for a chain of at most kChainRows rows; the chains of a block, few, are summed and then added to
+// float64.
 //
 //   panels [C / W][block rows][W]        tile (i, j) = panel_i^T panel_j, [W, W]
 #pragma once
@@ -13,9 +14,8 @@
 
 namespace fastcov {
 
-// Rows added up in the working type before float64 takes over. A constant channel is the worst
-// case, its rounding errors all have one sign: 3.8e-6 of the result for 256 float32 rows
-// (measured).
+// Rows added up one by one in the working type. A constant channel is the worst case, its rounding
+// errors all have one sign: 3.8e-6 of the result for 256 float32 rows (measured).
 constexpr int64_t kChainRows = 256;
 
 template <typename T>

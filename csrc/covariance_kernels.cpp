@@ -145,79 +145,86 @@ uint64_t pack_float32(const PackRun<float>& run) {
 
 uint64_t pack_float64(const PackRun<double>& run) { return pack_layout<double, double>(run); }
 
-template <typename T>
-inline void store_row(const Vector<T>* sums, double scale, double keep, double* out,
-                      int64_t columns) {
-  constexpr int64_t W = kPanel<T>;
-  T lanes[W];
-  __builtin_memcpy(lanes, sums, sizeof(lanes));
-  if (columns == W) {  // a constant trip count vectorises
-    for (int64_t column = 0; column < W; ++column) {
-      out[column] = out[column] * keep + static_cast<double>(lanes[column]) * scale;
-    }
-    return;
-  }
-  for (int64_t column = 0; column < columns; ++column) {
-    out[column] = out[column] * keep + static_cast<double>(lanes[column]) * scale;
-  }
-}
-
-template <typename T, int Rows>
-inline void tile_rows(const T* left, const T* right, int64_t block_rows, double scale, double keep,
-                      double* out, int64_t out_stride, int64_t rows, int64_t columns) {
+// sums[row][column] = or += sum_k left[k][row] right[k][column], from row `Begin` on.
+template <typename T, int Begin, int Rows>
+inline void strip(const T* left, const T* right, int64_t chain, bool adds, T* sums) {
   constexpr int64_t W = kPanel<T>;
   constexpr int L = kLanes<T>;
   constexpr int kParts = static_cast<int>(W) / L;
-  Vector<T> sums[Rows][kParts] = {};
+  Vector<T> sum[Rows][kParts] = {};
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < block_rows; ++k) {
+  for (int64_t k = 0; k < chain; ++k) {
     Vector<T> factor[kParts];
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) factor[part] = load(right + k * W + part * L);
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
-      const T scalar = left[k * W + row];
+      const T scalar = left[k * W + Begin + row];
 #pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) sums[row][part] += factor[part] * scalar;
+      for (int part = 0; part < kParts; ++part) sum[row][part] += factor[part] * scalar;
     }
   }
 #pragma GCC unroll 16
   for (int row = 0; row < Rows; ++row) {
-    if (row < rows) store_row<T>(sums[row], scale, keep, out + row * out_stride, columns);
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      T* to = sums + (Begin + row) * W + part * L;
+      if (adds) sum[row][part] += load(to);
+      __builtin_memcpy(to, &sum[row][part], sizeof(sum[row][part]));
+    }
   }
 }
 
 // Splits the W rows of a tile into the fewest equal strips whose accumulators fit the registers.
 template <typename T, int Begin>
-inline void tile_strips(const T* left, const T* right, int64_t block_rows, double scale,
-                        double keep, double* out, int64_t out_stride, int64_t rows,
-                        int64_t columns) {
+inline void strips(const T* left, const T* right, int64_t chain, int64_t rows, bool adds, T* sums) {
   constexpr int W = static_cast<int>(kPanel<T>);
   if constexpr (Begin < W) {
     if (Begin >= rows) return;
     constexpr int kStrips = (W - Begin + kTileRows - 1) / kTileRows;
     constexpr int kRows = (W - Begin + kStrips - 1) / kStrips;
-    tile_rows<T, kRows>(left + Begin, right, block_rows, scale, keep, out + Begin * out_stride,
-                        out_stride, rows - Begin, columns);
-    tile_strips<T, Begin + kRows>(left, right, block_rows, scale, keep, out, out_stride, rows,
-                                  columns);
+    strip<T, Begin, kRows>(left, right, chain, adds, sums);
+    strips<T, Begin + kRows>(left, right, chain, rows, adds, sums);
+  }
+}
+
+// Not inlined: the loop of a strip would lose registers to it.
+template <typename T>
+__attribute__((noinline)) void add_square(const T* sums, double scale, double keep, double* out,
+                                          int64_t out_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t W = kPanel<T>;
+  for (int64_t row = 0; row < rows; ++row, sums += W, out += out_stride) {
+    if (columns == W) {  // a constant trip count vectorises
+      for (int64_t column = 0; column < W; ++column) {
+        out[column] = out[column] * keep + static_cast<double>(sums[column]) * scale;
+      }
+    } else {
+      for (int64_t column = 0; column < columns; ++column) {
+        out[column] = out[column] * keep + static_cast<double>(sums[column]) * scale;
+      }
+    }
   }
 }
 
 template <typename T>
 void tile(const T* left, const T* right, int64_t block_rows, double scale, double keep, double* out,
           int64_t out_stride, int64_t rows, int64_t columns) {
-  // A large state lies in memory, in pages of its own for every row: fetched while sums are formed.
-  for (int64_t row = 0; row < rows; ++row) {
-    __builtin_prefetch(out + row * out_stride, 1);
-    __builtin_prefetch(out + row * out_stride + columns - 1, 1);
+  constexpr int64_t W = kPanel<T>;
+  alignas(64) T sums[W * W];
+  const int64_t chains = (block_rows + kChainRows - 1) / kChainRows;
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    if (chain == chains - 1) {
+      // A large state lies in memory, in pages of its own for every row: fetched meanwhile.
+      for (int64_t row = 0; row < rows; ++row) {
+        __builtin_prefetch(out + row * out_stride, 1);
+        __builtin_prefetch(out + row * out_stride + columns - 1, 1);
+      }
+    }
+    const int64_t begin = block_rows * chain / chains;
+    const int64_t end = block_rows * (chain + 1) / chains;
+    strips<T, 0>(left + begin * W, right + begin * W, end - begin, rows, chain > 0, sums);
   }
-  for (int64_t first = 0; first < block_rows; first += kChainRows) {
-    const int64_t chain = block_rows - first < kChainRows ? block_rows - first : kChainRows;
-    tile_strips<T, 0>(left + first * kPanel<T>, right + first * kPanel<T>, chain, scale, keep, out,
-                      out_stride, rows, columns);
-    keep = 1.0;
-  }
+  add_square(sums, scale, keep, out, out_stride, rows, columns);
 }
 
 template <typename T>

@@ -2,7 +2,8 @@
 
 Where a call brings many rows, they are added at once, while the activation is in cache. Sampled
 rows, and calls that bring few, are copied into a buffer of about 2C rows first and added together:
-updating a float64 state costs more than the gram itself when it brings fewer rows than that.
+updating a float64 state costs more than the gram itself when it brings few rows. How many are few
+depends on the machine: :func:`fastcov.sampling.direct_rows`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Adder:
     def _add(self, activation: Tensor, seen: Seen) -> None:
         # Every row: at once where the call brings many, else through the buffer.
         count = seen.rows
-        if count >= seen.buffer_rows:
+        if count >= seen.direct_rows:
             if seen.dtype is not self._dtype:
                 self._match_dtype(seen.dtype)
             last = None if self.decay is None else self._buffer.last_step

@@ -16,6 +16,7 @@ from fastcov.rows import plain_tensor, row_view
 from fastcov.sampling import (
     BUFFER_ROWS_PER_CHANNEL,
     LayerLoad,
+    direct_rows,
     read_fraction,
     rows_per_channel,
 )
@@ -155,7 +156,8 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
     threshold = BUFFER_ROWS_PER_CHANNEL * size
     due = [fraction * count for count in seen.calls]
     # As fastcov.reader: calls that bring many rows are added at once, the others wait in a buffer.
-    buffered = [count <= threshold if fraction < 1 else count < threshold for count in due]
+    direct = direct_rows(size, seen.device.type == "cpu")
+    buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
     capacity = threshold if any(buffered) else 0
     if is_by_image and len(due) > 1:
         # A step's rows wait for its last call to be weighed: in the buffer, or in a second state.

@@ -22,10 +22,24 @@ ENOUGH_ROWS_PER_CHANNEL = 16
 BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: below, state traffic dominates."""
 
+_DIRECT_ROWS_PER_CHANNEL = 0.5
+"""Rows per channel of one call that a CPU adds at once: its kernel hides the traffic from there."""
+
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _TRAINING_TO_FORWARD = 3  # flops of forward and backward over those of forward
 WHOLE = 1 << 32
 """Every row, as a fixed-point fraction: carried parts are then exact on every machine."""
+
+
+def direct_rows(channels: int, is_cpu: bool) -> int:
+    """Rows of one call from which on they are added at once, where every row is read.
+
+    Example:
+        >>> direct_rows(1536, is_cpu=True), direct_rows(1536, is_cpu=False)
+        (768, 3072)
+    """
+    per_channel = _DIRECT_ROWS_PER_CHANNEL if is_cpu else BUFFER_ROWS_PER_CHANNEL
+    return math.ceil(per_channel * channels)
 
 
 @dataclass(frozen=True)

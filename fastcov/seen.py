@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcov.rows import run_length
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL
+from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
 _STRIDED = torch.strided
 
@@ -25,6 +25,7 @@ class Seen:
         channels: Of a row, C.
         run_length: Neighbouring positions read together.
         buffer_rows: Rows that a buffer for these holds before it is emptied.
+        direct_rows: Rows of one call that need no buffer where every row is read.
         dtype: Of the rows.
         device: Of the rows.
         channel_dim: Of what :meth:`source` gives.
@@ -38,6 +39,7 @@ class Seen:
         "channel_dim",
         "channels",
         "device",
+        "direct_rows",
         "dtype",
         "positions",
         "rows",
@@ -58,6 +60,7 @@ class Seen:
         self.buffer_rows = BUFFER_ROWS_PER_CHANNEL * self.channels
         self.dtype = rows.dtype
         self.device = rows.device
+        self.direct_rows = direct_rows(self.channels, rows.is_cpu)
         self.channel_dim = -1
         self._order: tuple[int, ...] | None = None
         self._shape: torch.Size | None = None

@@ -144,6 +144,10 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def device_slug(device: torch.device) -> str:
     """Folder name of a device's results.
 
@@ -153,7 +157,8 @@ def device_slug(device: torch.device) -> str:
     """
     name = device_name(device)
     if device.type == "cpu":
-        name = f"cpu {name} {torch.get_num_threads()} threads"
+        # Hypervisors call different processors by one name.
+        name = f"cpu {name} {_capability()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -174,7 +179,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": _capability(),
         "driver": _nvidia_smi("driver_version") if device.type == "cuda" else None,
         "versions": versions,
         "commit": commit,

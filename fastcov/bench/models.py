@@ -113,15 +113,23 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def supervised(model: nn.Module, batches: list[Any], *, autocast: torch.dtype | None) -> Training:
-    """Training by SGD with momentum on given inputs: forward, backward, update.
+def supervised(
+    model: nn.Module,
+    batches: list[Any],
+    *,
+    autocast: torch.dtype | None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Training:
+    """Training on given inputs: forward, backward, update.
 
     Args:
         model: In training mode.
         batches: Inputs to rotate through: tensors, tuples of arguments or mappings of keywords.
         autocast: Dtype of autocast, None without.
+        optimizer: Of the model's parameters; SGD with momentum if None.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    if optimizer is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     device = next(model.parameters()).device
 
     def step(forward: Callable[..., Any], index: int) -> None:
@@ -157,7 +165,10 @@ def resnet(name: str, batch: int, size: int, device: torch.device) -> Training:
 
 
 def vit(device: torch.device, is_tiny: bool) -> Training:
-    """Vision transformer at 224: ViT-B with batch 128 in bf16 on a GPU, else ViT-S with batch 4."""
+    """Vision transformer at 224: ViT-B with batch 128 in bf16 on a GPU, else ViT-S with batch 4.
+
+    Trained by AdamW, as these networks are.
+    """
     models = _torchvision("models")
     is_cuda = device.type == "cuda"
     depth, heads, width = (2, 2, 32) if is_tiny else ((12, 12, 768) if is_cuda else (12, 6, 384))
@@ -168,7 +179,10 @@ def vit(device: torch.device, is_tiny: bool) -> Training:
     nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
     model = model.to(device).train()
     return supervised(
-        model, _images(batch, size, size, device), autocast=torch.bfloat16 if is_cuda else None
+        model,
+        _images(batch, size, size, device),
+        autocast=torch.bfloat16 if is_cuda else None,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.0),
     )
 
 

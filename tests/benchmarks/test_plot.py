@@ -16,6 +16,7 @@ MACHINE = {
     "device": "A CPU",
     "kind": "cpu",
     "threads": 2,
+    "cpu_capability": "AVX2",
     "driver": None,
     "versions": {"torch": "2.11.0", "delve": "0.1.50"},
 }

@@ -104,7 +104,7 @@ def test_grid_of_non_finite_rows(channels: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 199, 257, 3000])
-@pytest.mark.parametrize("channels", [3, 129])
+@pytest.mark.parametrize("channels", [3, 129, 260])
 def test_grid_of_row_counts(channels: int, rows: int, threads: int) -> None:
     check(images(rows, channels, 1, 1, torch.float32).flatten(1))
 

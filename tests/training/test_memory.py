@@ -107,6 +107,18 @@ def test_peak_is_the_estimate(name: str, options: dict[str, Any]) -> None:
     assert added >= 0.98 * estimated - 0.02 * plain
 
 
+@pytest.mark.parametrize(("rows", "waits"), [(31, True), (32, False)])
+def test_rows_of_half_a_width_wait_in_no_buffer_on_a_cpu(rows: int, waits: bool) -> None:
+    example = torch.randn(rows, 8)
+    model = nn.Linear(8, 64)
+    layer = fastcov.estimate(model, example, rows="all").layers[0]
+    assert (layer.buffer_bytes > 0) == waits
+    added, _, _ = added_bytes(
+        lambda: model, lambda model, _seed: model(example).square().mean(), rows="all"
+    )
+    assert (added > layer.state_bytes + 4096) == waits
+
+
 def test_memory_is_constant_in_the_number_of_steps() -> None:
     model = Pyramid()
     tracker = fastcov.track(model, where="both", weighting="image", decay=0.9)
