@@ -22,7 +22,7 @@ ENOUGH_ROWS_PER_CHANNEL = 16
 BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: below, state traffic dominates."""
 
-_DIRECT_ROWS_PER_CHANNEL = 0.5
+_DIRECT_ROWS_PER_CHANNEL = 1 / 3
 """Rows per channel of one call that a CPU adds at once: its kernel hides the traffic from there."""
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -36,7 +36,7 @@ def direct_rows(channels: int, is_cpu: bool) -> int:
 
     Example:
         >>> direct_rows(1536, is_cpu=True), direct_rows(1536, is_cpu=False)
-        (768, 3072)
+        (512, 3072)
     """
     per_channel = _DIRECT_ROWS_PER_CHANNEL if is_cpu else BUFFER_ROWS_PER_CHANNEL
     return math.ceil(per_channel * channels)
