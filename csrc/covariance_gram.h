@@ -46,8 +46,8 @@ template <typename T>
 class VectorGram {
  public:
   static constexpr int64_t kSide = kPanel<T>;
-  static constexpr int64_t kRowUnit = 1;  // rows that a block is filled up to
-  static constexpr bool kTakesNarrow = true;
+  static constexpr int64_t kRowUnit = 1;       // rows that a block is filled up to
+  static constexpr bool kIsPackedOnly = true;  // nothing to prepare: cheap to do once a thread
 
   // Of a block that threads share. A wide state passes through memory once a block: 9.8 ms with 320
   // rows, 8.9 with all 788 for 1536 channels.
@@ -82,7 +82,7 @@ class MatrixGram {
 
   static constexpr int64_t kSide = 32;
   static constexpr int64_t kRowUnit = kMatrixRows;
-  static constexpr bool kTakesNarrow = false;
+  static constexpr bool kIsPackedOnly = false;
   // Left parts come from the third level once a group: 3.3 ms with 12, 3.8 with 4 for 2048
   // channels.
   static int64_t group_columns(int64_t) { return 12; }

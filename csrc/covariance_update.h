@@ -55,6 +55,21 @@ struct Update {
   int64_t* count;  // [2]
 };
 
+// What one thread has read; added up in thread order.
+struct Tally {
+  int64_t rows = 0;
+  int64_t finite = 0;
+  double weight = 0;  // of finite rows, before row_scale
+  uint64_t peak = 0;
+
+  void add(const Tally& other) {
+    rows += other.rows;
+    finite += other.finite;
+    weight += other.weight;
+    peak = std::max(peak, other.peak);
+  }
+};
+
 inline double read(const RowsView& rows, Dtype dtype, int64_t offset) {
   const char* at = rows.data + offset * rows.item_bytes;
   switch (dtype) {

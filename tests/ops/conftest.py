@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 6])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

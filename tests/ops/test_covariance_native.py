@@ -164,7 +164,7 @@ def test_same_bits_again_and_tiles_do_not_depend_on_threads(channels: int) -> No
     results = []
     before = torch.get_num_threads()
     try:
-        for threads in (2, 2, 1):
+        for threads in (2, 2, 1, 6):
             torch.set_num_threads(threads)
             moments = Moments(channels)
             torch.ops.fastcov.accumulate_(*vars(moments).values(), rows, None, 1.0, 1.0)
@@ -175,6 +175,7 @@ def test_same_bits_again_and_tiles_do_not_depend_on_threads(channels: int) -> No
     # Wide layers split tiles, not rows: any number of threads gives the same bits.
     if channels > 128:
         assert torch.equal(results[0], results[2])
+        assert torch.equal(results[0], results[3])
 
 
 def test_decay_without_rows_still_ages_the_state() -> None:
