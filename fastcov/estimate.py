@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastcov.ops.buffered import has_device_buffers
 from fastcov.rows import plain_tensor, row_view
@@ -90,11 +91,12 @@ def estimate(
     rows: Literal["auto", "all"] | int | float = "auto",
     weighting: Literal["position", "image"] = "position",
     max_channels: int = 4096,
+    training: bool = False,
 ) -> Estimate:
     """Memory and flops that :func:`fastcov.track` would add, before it allocates anything.
 
-    One forward runs with the example, in evaluation mode and without gradients. A model on the
-    meta device is estimated without memory or arithmetic of its own, as if it trained on a GPU.
+    One forward runs with the example, without gradients. A model on the meta device is estimated
+    without memory or arithmetic of its own, as if it trained on a GPU.
 
     Args:
         model: As for :func:`fastcov.track`.
@@ -106,6 +108,9 @@ def estimate(
         rows: As for :func:`fastcov.track`.
         weighting: As for :func:`fastcov.track`.
         max_channels: As for :func:`fastcov.track`.
+        training: Whether the forward runs in training mode instead of evaluation mode: where the
+            two differ in shapes, as a detector's do, whose example then holds targets. Batch norm
+            stays in evaluation mode. A tracker of this model counts it, unless it is paused.
 
     Returns:
         Sums and one entry a layer; ``print`` shows them.
@@ -123,7 +128,13 @@ def estimate(
     from torch.utils.flop_counter import FlopCounterMode
 
     survey = _Survey(find_taps(model, include, exclude, where), max_channels)
-    with survey.watching(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    devices = {weight.device for weight in model.parameters() if weight.is_cuda}
+    with (
+        survey.watching(model, training),
+        torch.random.fork_rng(list(devices)),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
         _call(model, example)
     loads = survey.loads()
     rho = rows_per_channel(list(loads.values())) if rows == "auto" else float("inf")
@@ -193,23 +204,26 @@ class _Survey:
         self._macs = [0] * len(taps)
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Hooks in place, the model in evaluation mode; afterwards all is as before."""
+    def watching(self, model: nn.Module, training: bool) -> Iterator[None]:
+        """Hooks in place, the model in one mode; afterwards all is as before."""
         handles = [
             module.register_forward_hook(self._output_hook(number))
             if tap.position == "output"
             else module.register_forward_pre_hook(self._input_hook(number), with_kwargs=True)
             for number, (tap, module) in enumerate(self.taps)
         ]
-        was_training = [module for module in model.modules() if module.training]
-        model.eval()
+        modes = [(module, module.training) for module in model.modules()]
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for module in was_training:
-                module.training = True
+            for module, mode in modes:
+                module.training = mode
 
     def loads(self) -> dict[str, LayerLoad]:
         """Channels, rows and MACs of every state that would be made."""

@@ -223,7 +223,7 @@ def faster_rcnn(device: torch.device, is_tiny: bool) -> Training:
             targets.append({"boxes": boxes.to(device), "labels": labels.to(device)})
         batches.append((images, targets))
     training = supervised(model, batches, autocast=torch.bfloat16 if is_cuda else None)
-    training.example = (batches[0][0],)
+    training.example = batches[0]
     training.compile_forward = compile_backbone
     return training
 

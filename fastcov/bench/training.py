@@ -236,8 +236,8 @@ def _finish(
     updates.add_to(by_name[DEFAULT], by_name[UNTRACKED], training.dtype, setting)
     if training.example is None:
         return
-    every_row = estimate(training.model, training.example, rows="all")
-    default = estimate(training.model, training.example)
+    every_row = estimate(training.model, training.example, rows="all", training=True)
+    default = estimate(training.model, training.example, training=True)
     by_name[ALL].notes["estimate_bytes"] = every_row.memory_bytes
     by_name[DEFAULT].notes["estimate_bytes"] = default.memory_bytes
     loads = [

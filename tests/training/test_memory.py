@@ -134,6 +134,34 @@ def test_memory_is_constant_in_the_number_of_steps() -> None:
     assert tracker.steps == 45
 
 
+class Regions(nn.Module):
+    """Gives its head fewer rows in training, as a detector does, and draws which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[torch.randperm(len(x))[:6]] if self.training else x
+        return self.head(self.norm(rows))
+
+
+def test_estimate_of_training_sees_its_shapes_and_changes_nothing() -> None:
+    model = Regions().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    example = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    evaluated = fastcov.estimate(model, example, rows="all").layers[0]
+    trained = fastcov.estimate(model, example, rows="all", training=True).layers[0]
+    assert (evaluated.rows_offered, evaluated.buffer_bytes) == (100, 0)
+    assert (trained.rows_offered, trained.buffer_bytes) == (6, 2 * 30 * 30 * 4)
+    assert model.training
+    assert model.norm.training
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_estimate_allocates_no_state_and_leaves_the_model_as_it_was(cases: Any) -> None:
     model = cases["resnet"].make()
     model.layer1.eval()
