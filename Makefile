@@ -89,6 +89,7 @@ gpu-session:  ## PART=build|test|sanitize|bench|compiled on a GPU with the pytho
 wheels: $(STAMPS)/environment  ## release wheel and Triton's resources, for all architectures; tagged honestly
 	@$(BIN)/python tools/build_release.py dist/release
 	@$(BIN)/python -m tests.kernels.aot --check 80 90 100 120
+	@$(BIN)/python tests/csrc/cuda_resources.py --spills
 
 test-matrix: $(STAMPS)/wheel  ## the wheel under further Pythons and torch versions
 	@$(BIN)/python tools/test_matrix.py dist

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
 import torch
 
 from fastcov import history_folder
@@ -66,7 +65,6 @@ def _append_and_die(folder: Path, moment: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_every_write_leaves_a_history_that_loads_and_goes_on(tmp_path: Path) -> None:
     ends = []
     for moment in range(50):

@@ -147,12 +147,18 @@ def _check_page(path: Path, pictures: set[str]) -> _Page:
     return page
 
 
-def _check_in_a_browser(path: Path, folder: Path, title: str, pictures: int) -> None:
-    """Loads the page in headless Chromium: what it made of the page, and what it shows."""
+@pytest.fixture
+def browser() -> str:
+    """Headless Chromium, which .ci/run installs; pages are checked as text without it too."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium here: the page was checked as text only")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"left out: none of {', '.join(names)} on PATH")
+    return found
+
+
+def _check_in_a_browser(browser: str, path: Path, folder: Path, title: str, pictures: int) -> None:
+    """What the browser made of the page, and what it shows."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     dump = subprocess.run(
         [browser, *flags, "--dump-dom", path.as_uri()],
@@ -187,7 +193,6 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_a_report_of_a_history(tmp_path: Path) -> None:
     history = _history(["conv1", HOSTILE])
     path = write_report(tmp_path / "new" / "page.html", history, title=HOSTILE)
@@ -196,7 +201,12 @@ def test_a_report_of_a_history(tmp_path: Path) -> None:
     assert page.texts.count(HOSTILE) == 3  # title, heading, the table's line
     assert any("3 snapshots, steps 0 to 200" in text for text in page.texts)
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
-    _check_in_a_browser(path, tmp_path, HOSTILE, pictures=3)
+
+
+@pytest.mark.slow
+def test_report_page_in_a_browser(browser: str, tmp_path: Path) -> None:
+    path = write_report(tmp_path / "page.html", _history(["conv1", HOSTILE]), title=HOSTILE)
+    _check_in_a_browser(browser, path, tmp_path, HOSTILE, pictures=3)
 
 
 def test_a_report_of_what_a_tracker_knows(tmp_path: Path) -> None:
@@ -264,11 +274,19 @@ def test_comparison_table(tmp_path: Path) -> None:
     assert "only in b" in page.texts
 
 
-@pytest.mark.slow
-def test_comparison_page_in_a_browser(tmp_path: Path) -> None:
+def _hostile_comparison(folder: Path) -> Path:
     comparison = compare_histories(
         _history([HOSTILE]), _history([HOSTILE], 2.0), label_a=HOSTILE, label_b="b"
     )
-    path = write_comparison(tmp_path / "page.html", comparison, HOSTILE)
-    _check_page(path, {"distance", "dims", "spectra", "distances"})
-    _check_in_a_browser(path, tmp_path, HOSTILE, pictures=4)
+    return write_comparison(folder / "page.html", comparison, HOSTILE)
+
+
+def test_comparison_page_escapes_every_name(tmp_path: Path) -> None:
+    page = _check_page(_hostile_comparison(tmp_path), {"distance", "dims", "spectra", "distances"})
+    assert HOSTILE in page.texts
+
+
+@pytest.mark.slow
+def test_comparison_page_in_a_browser(browser: str, tmp_path: Path) -> None:
+    path = _hostile_comparison(tmp_path)
+    _check_in_a_browser(browser, path, tmp_path, HOSTILE, pictures=4)

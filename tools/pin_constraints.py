@@ -11,17 +11,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-# What `make setup` builds with, beside the extras of both distributions.
-BUILD_TOOLS = ["cmake", "ninja", "scikit-build-core", "hatchling", "packaging"]
+# What `make setup` builds with, beside what both distributions name.
+BUILD_TOOLS = ["cmake", "ninja", "packaging"]
 OWN = {"fastcov-torch", "fastcov-detection"}
 
 
 def wanted() -> list[str]:
-    """Requirements of both distributions, every extra included."""
+    """Requirements of both distributions: to build them, and of every extra."""
     requirements = list(BUILD_TOOLS)
     for file in (ROOT / "pyproject.toml", ROOT / "detection" / "pyproject.toml"):
-        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-        requirements += project["dependencies"]
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+        project = settings["project"]
+        requirements += settings["build-system"]["requires"] + project["dependencies"]
         for extra in project.get("optional-dependencies", {}).values():
             requirements += extra
     return requirements

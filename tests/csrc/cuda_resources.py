@@ -1,12 +1,14 @@
 """Registers, spills and shared memory of the CUDA kernels, from ptxas: tables that a test compares.
 
-``python tests/csrc/cuda_resources.py`` compiles them all and writes tests/resources/.
+``python tests/csrc/cuda_resources.py`` compiles them all and writes tests/resources/; with
+``--spills`` it compiles them for every architecture of the wheels and fails where one spills.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -52,14 +54,22 @@ def path_of(name: str) -> Path:
     return RESOURCES / f"{name}.json"
 
 
-def nvcc_release() -> str | None:
-    """Version of the compiler, whose numbers a table holds, such as 13.0; None without one."""
-    nvcc = shutil.which("nvcc")
+def compiler() -> str:
+    """nvcc: the machine's, else the one of this Python's packages, as CMakeLists.txt chooses."""
+    packages = importlib.util.find_spec("nvidia")
+    folders = packages.submodule_search_locations if packages else []
+    path = os.pathsep.join([os.environ["PATH"], *(f"{folder}/cu13/bin" for folder in folders)])
+    nvcc = shutil.which("nvcc", path=path)
     if nvcc is None:
-        return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release ([0-9.]+)", text)
-    return found.group(1) if found else None
+        raise RuntimeError(f"no nvcc in {path}: run make setup, which installs nvidia-cuda-nvcc")
+    return nvcc
+
+
+def nvcc_release() -> str:
+    """Version of the compiler, whose numbers a table holds, such as 13.0."""
+    command = [compiler(), "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([0-9.]+)", text).group(1)
 
 
 def torch_headers() -> Path:
@@ -82,7 +92,7 @@ def readable(mangled: str) -> str:
 def compile_source(source: str, archs: tuple[int, ...]) -> ByArchitecture:
     """Resources of each kernel of csrc/<source>, by architecture and kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-c", str(CSRC / source), "-o", f"{folder}/kernels.o", "-std=c++20"]
+        command = [compiler(), "-c", str(CSRC / source), "-o", f"{folder}/kernels.o", "-std=c++20"]
         command += ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem"]
         command += [str(torch_headers()), "-Xcompiler", "-fPIC", "-Xptxas", "-v", "--threads", "2"]
         command += ["-diag-suppress", "20012,20014"]
@@ -106,8 +116,30 @@ def compile_source(source: str, archs: tuple[int, ...]) -> ByArchitecture:
     return table
 
 
+def wheel_archs() -> tuple[int, ...]:
+    """Architectures that a wheel holds: those that nvcc knows, from sm_75 on."""
+    command = [compiler(), "--list-gpu-code"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    known = sorted({int(arch) for arch in re.findall(r"sm_(\d+)", text)})
+    return tuple(arch for arch in known if arch >= 75)
+
+
+def check_spills() -> None:
+    """Ends the program with a message if a kernel spills or uses local memory anywhere."""
+    archs = wheel_archs()
+    for source in (source for table in TABLES.values() for source in table.sources):
+        for arch, kernels in compile_source(source, archs).items():
+            for kernel, numbers in kernels.items():
+                if numbers["spills"] or numbers["stack"]:
+                    sys.exit(f"{source}: {kernel} spills on {arch}: {numbers}")
+    sys.stdout.write(f"no CUDA kernel spills on sm_{', sm_'.join(map(str, archs))}\n")
+
+
 def main() -> None:
-    """Writes every table."""
+    """Writes every table, or looks for spills."""
+    if sys.argv[1:] == ["--spills"]:
+        check_spills()
+        return
     for name, (sources, archs) in TABLES.items():
         table: dict[str, object] = {source: compile_source(source, archs) for source in sources}
         table["nvcc"] = nvcc_release()
