@@ -41,6 +41,18 @@ def test_each_step_bears_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.ratio_high == pytest.approx(1.1 + share_s / 2)
 
 
+def test_every_row_of_few_bears_its_share_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 64))
+    tracker = fastcov.track(model, rows="all")
+    for _ in range(3):
+        model(torch.randn(4, 4))  # half of 8 channels: added at once; 64 wait for 32 steps
+    monkeypatch.setattr(updates, "update_seconds", lambda widths, *_: dict.fromkeys(widths, 0.32))
+    row = replace(OURS, notes={})
+    Updates(tracker).add_to(row, UNTRACKED, torch.float32, Setting(torch.device("cpu"), "tiny"))
+    assert row.notes["steps_between_updates"] == 32
+    assert row.notes["updates_s"] == pytest.approx(0.01)
+
+
 def test_no_update_falls_into_a_timed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tracker = tracked(1 / 64)
     held = Updates(tracker)

@@ -93,12 +93,12 @@ def contest(training: Training, setting: Setting, *, is_compiled: bool = False) 
         forward = training.compile_forward(model) if is_compiled else model
         return lambda index: training.step(forward, index)
 
-    updates = Updates(trackers[DEFAULT])
+    updates = {name: Updates(tracker) for name, tracker in trackers.items()}
 
     def prepare(name: str, round_number: int) -> None:
         turns.install(name)
-        if name == DEFAULT:
-            updates.hold_back()
+        if name in updates:
+            updates[name].hold_back()
         torch.manual_seed(round_number)  # detectors draw proposals: the same ones in a round
 
     contenders = {name: call(name) for name in sets}
@@ -226,14 +226,15 @@ def _added_memory(
 def _finish(
     training: Training,
     turns: HookTurns,
-    updates: Updates,
+    updates: dict[str, Updates],
     setting: Setting,
     rows: Sequence[Row],
 ) -> None:
-    """Adds what the pairs do not hold: the default's updates; estimates and floors beside them."""
+    """Adds what the pairs do not hold: rare updates of states; estimates and floors beside them."""
     turns.install(UNTRACKED)
     by_name = {row.contender: row for row in rows}
-    updates.add_to(by_name[DEFAULT], by_name[UNTRACKED], training.dtype, setting)
+    for name, held in updates.items():
+        held.add_to(by_name[name], by_name[UNTRACKED], training.dtype, setting)
     if training.example is None:
         return
     every_row = estimate(training.model, training.example, rows="all", training=True)
