@@ -1,10 +1,11 @@
 """The updates of states that rows in buffers bring: once in many steps, so no median shows them.
 
 With the default a layer's buffer is added to its state once in 2C / (rows read a step) steps: 170
-for ResNet-50 with 8 images of 112 pixels; with every row, 42 for the widest layers. Buffers are emptied in different steps, so 40 timed steps
-hold their share of the updates in sum, but the few that take long are in so few of them that the
-median holds almost none. So updates are kept out of the timed steps, and out only: what one costs
-is timed apart, and its share of every step is added to the times and ratios.
+for ResNet-50 with 8 images of 112 pixels; with every row, 42 for the widest layers. Buffers are
+emptied in different steps, so 40 timed steps hold their share of the updates in sum, but the few
+that take long are in so few of them that the median holds almost none. So updates are kept out of
+the timed steps, and out only: what one costs is timed apart, and its share of every step is added
+to the times and ratios.
 """
 
 from __future__ import annotations
