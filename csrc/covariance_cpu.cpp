@@ -88,7 +88,7 @@ T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
 
 void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count, Tensor rows,
                  std::optional<Tensor> row_weight, double row_scale, double decay,
-                 int64_t channel_dim) {
+                 int64_t channel_dim, bool in_float64) {
   Update update;
   update.rows = view_rows(rows, channel_dim);
   update.dtype = dtype_of(rows);
@@ -109,7 +109,9 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   }
   if (channels == 0) return;
   if (update.count[0] == 0) choose_shift(update);
-  if (update.dtype == Dtype::kFloat64) {
+  STD_TORCH_CHECK(!in_float64 || update.dtype == Dtype::kFloat32 || update.dtype == Dtype::kFloat64,
+                  "in_float64 takes float32 or float64 rows");
+  if (in_float64 || update.dtype == Dtype::kFloat64) {
     Accumulator<double, VectorGram<double>>(update).run();
   } else if (level().matrix && MatrixGram::pays_for(update.dtype, channels)) {
     Accumulator<float, MatrixGram>(update).run();

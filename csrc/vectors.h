@@ -108,6 +108,19 @@ inline Vector<float> load(const Float16* source) {
 #endif
 }
 
+// In the working type, which is wider than the rows' where they are added up in float64.
+template <typename T, typename S>
+inline Vector<T> load_as(const S* source) {
+  return load(source);
+}
+
+typedef Vec<float, kVectorBytes / 2>::type HalfFloats;
+
+template <>
+inline Vector<double> load_as<double, float>(const float* source) {
+  return __builtin_convertvector(load_unaligned<HalfFloats>(source), Vector<double>);
+}
+
 template <typename T>
 inline BitVector<T> magnitude_bits(Vector<T> value) {
   typedef typename BitsOf<T>::type Bits;

@@ -8,6 +8,7 @@ depends on the machine: :func:`fastcov.sampling.direct_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,6 +19,10 @@ from fastcov.ops import library
 from fastcov.sampling import fixed_point
 from fastcov.seen import Seen
 from fastcov.state import CovarianceState
+
+RowSource = Callable[..., bool]
+"""Adds the rows of a call to a state by a cheaper way if it can, else returns False: takes the
+state, ``row_scale`` and ``decay`` (:meth:`fastcov.affine.AffineMap.add_to`)."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -61,7 +66,7 @@ class Adder:
         self.fraction = fraction
         self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
 
-    def _add(self, activation: Tensor, seen: Seen) -> None:
+    def _add(self, activation: Tensor, seen: Seen, source: RowSource | None = None) -> None:
         # Every row: at once where the call brings many, else through the buffer.
         count = seen.rows
         if count >= seen.direct_rows:
@@ -73,9 +78,9 @@ class Adder:
                 self._flush_full()
             if self.weighting == "position":
                 rows = activation if seen.channel_dim > 0 else seen.view(activation)
-                self._accumulate(rows, self._step, None, 1.0, seen.channel_dim)
+                self._accumulate(rows, self._step, None, 1.0, seen.channel_dim, source)
             else:
-                self._add_image_weighted(seen.view(activation))
+                self._add_image_weighted(seen.view(activation), source)
         elif count:
             buffer = self._room(seen, count)
             fill = self._buffer.fill
@@ -83,11 +88,11 @@ class Adder:
             buffer[fill : fill + count].view(rows.shape).copy_(rows)
             self._buffer.mark(count, self._step)
 
-    def _add_image_weighted(self, rows: Tensor) -> None:
+    def _add_image_weighted(self, rows: Tensor, source: RowSource | None) -> None:
         assert self.state is not None
         # The weight of a row is known when the step's last call has been seen.
         if self._is_pooled is False and self.calls == 1:
-            self._accumulate(rows, self._step, row_scale=self._row_weight())
+            self._accumulate(rows, self._step, row_scale=self._row_weight(), source=source)
         elif self._is_pooled is None and self.total_calls == self.calls:
             self._accumulate(rows, self._step)  # all that the state holds is of this step
             self._is_unweighted = True
@@ -103,6 +108,7 @@ class Adder:
         row_weight: Tensor | None = None,
         row_scale: float = 1.0,
         channel_dim: int = -1,
+        source: RowSource | None = None,
     ) -> None:
         state = self.state
         assert state is not None
@@ -120,9 +126,11 @@ class Adder:
             channel_dim,
         )
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
-            library.accumulate_(*arguments)
-        else:
-            with state.weighing(rows, row_weight, row_scale, decay):
+            if source is None or not source(state):
+                library.accumulate_(*arguments)
+            return
+        with state.weighing(rows, row_weight, row_scale, decay):
+            if source is None or not source(state, row_scale=row_scale, decay=decay):
                 library.accumulate_(*arguments)
 
     def _decay_until(self, step: int) -> float:

@@ -13,13 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcov.isolation import (
-    has_modes,
-    is_recomputing,
-    is_transformed,
-    is_undisturbed,
-    isolated,
-)
+from fastcov.adder import RowSource
+from fastcov.hooks import StepHook, watch
+from fastcov.isolation import has_modes, is_recomputing, is_transformed, is_undisturbed, isolated
 from fastcov.ops.library import observers
 from fastcov.reader import Reader
 from fastcov.replay import DeviceCounters
@@ -35,7 +31,7 @@ from fastcov.seen import Seen
 from fastcov.sharing import SharedInputs
 from fastcov.state import CovarianceState
 from fastcov.steps import Steps
-from fastcov.taps import Hook, StepHook, Tap
+from fastcov.taps import Tap
 
 _NUMBERS = itertools.count(1)
 
@@ -116,20 +112,15 @@ class Collector:
         # torch.compile then guards the wrong hooks, torch 2.11.)
         step = StepHook(self)
         self._handles.append(model.register_forward_pre_hook(step.begin))
-        for tap, module in watched:
-            hook = Hook(self, len(self.taps))
+        for number, (tap, module) in enumerate(watched):
             self.taps.append(tap)
             self._modules.append(weakref.ref(module))
             reader = self._make_reader(tap)
             self._by_tap.append(reader)
             self._seen.append(None)
-            self._reads_output.append(tap.position == "output")
             self.readers[tap.name] = reader
-            self._handles.append(
-                module.register_forward_hook(hook.output)
-                if tap.position == "output"
-                else module.register_forward_pre_hook(hook.input, with_kwargs=True)
-            )
+            self._reads_output.append(tap.position == "output")
+            self._handles.append(watch(self, number, tap, module, reader.fraction == 1))
         self._unique = list(self._by_tap)
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
@@ -178,13 +169,20 @@ class Collector:
         for reader in self._unique:
             reader.begin_step(self.step.done)
 
-    def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
+    def observe(
+        self,
+        tap: int,
+        activation: Tensor,
+        batch_dims: int = 0,
+        source: RowSource | None = None,
+    ) -> None:
         """Reads one activation: called by a module's hook.
 
         Args:
             tap: Its number in ``taps``.
             activation: What the module returned or was given.
             batch_dims: Dimensions in front that torch.vmap has hidden from the module.
+            source: Adds the same rows for less, where it can.
         """
         if not self._is_reading:
             if not self.step.is_inside:
@@ -194,7 +192,7 @@ class Collector:
             seen = self._seen[tap]
             if seen is not None and is_undisturbed() and not batch_dims and seen.fits(activation):
                 if self._reads_output[tap]:
-                    self._by_tap[tap].read(activation, seen)
+                    self._by_tap[tap].read(activation, seen, source)
                 elif (reader := self._owner(tap, activation)) is not None:
                     reader.read(activation, seen)
             elif is_recomputing():
@@ -354,8 +352,7 @@ class Collector:
                     if reader.state is not None
                 ]
             )
-        rho = self._rho or 0.0
-        return {reader: read_fraction(load, rho) for reader, load in unplanned.items()}
+        return {reader: read_fraction(load, self._rho or 0.0) for reader, load in unplanned.items()}
 
     def leave_device(self) -> None:
         """Takes all counters back to the host: waits for the device.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.adder import Adder
+from fastcov.adder import Adder, RowSource
 from fastcov.ops import library
 from fastcov.ops.buffered import DeviceBuffer, has_device_buffers
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, rows_due
@@ -80,12 +80,15 @@ class Reader(Adder):
         self._device = device
         return self.state
 
-    def read(self, activation: Tensor, seen: Seen | None = None) -> None:
+    def read(
+        self, activation: Tensor, seen: Seen | None = None, source: RowSource | None = None
+    ) -> None:
         """Takes what this call contributes.
 
         Args:
             activation: One that ``seen`` fits, or a row view. [B, ..., C]
             seen: Its sizes; None looks for them.
+            source: Adds the same rows for less, where it can.
         """
         if seen is None:
             seen = Seen(activation)
@@ -107,7 +110,7 @@ class Reader(Adder):
             self.prepare(seen.channels, seen.device)
         fraction = self._fixed_fraction
         if fraction == WHOLE:
-            self._add(activation, seen)
+            self._add(activation, seen, source)
         elif fraction:
             due, self._carry = rows_due(offered, fraction, self._carry)
             if due:

@@ -1,30 +1,19 @@
-"""Which tensor of which module is watched: selection, canonical names, hooks."""
+"""Which tensor of which module is watched: selection and canonical names."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
-from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastcov.rows import Layout, batched_rank, layout_of, unreadable_type
-
-if TYPE_CHECKING:
-    from fastcov.collector import Collector
+from fastcov.rows import Layout, batched_rank, layout_of
 
 Selector = (
     str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[str | type[nn.Module]]
@@ -214,138 +203,3 @@ def first_tensor(value: Any) -> Tensor | None:
             if found is not None:
                 return found
     return None
-
-
-def _is_exporting() -> bool:
-    # Not torch.compiler.is_exporting(): inside torch.compile it is True as well (torch 2.11).
-    return getattr(torch.compiler, "_is_exporting_flag", False)
-
-
-class Hook:
-    """Forward hook of one tap. A copy of it (deepcopy, pickle: EMA, checkpoints) does nothing.
-
-    Compiled code keeps what is read only while training: a model in evaluation mode compiles to
-    the graph that it has without a tracker. An exported model holds nothing of it.
-    """
-
-    def __init__(self, tracker: Collector | None, tap: int) -> None:
-        self.tracker = tracker
-        self.tap = tap
-        with torch.inference_mode(False):
-            self.key = torch.tensor(tap, device="cpu")  # a tensor: see observe_ in ops/library.py
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[None, int]]:
-        return Hook, (None, self.tap)
-
-    def output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Reads a module's output."""
-        tracker = self.tracker
-        if (
-            type(output) is Tensor
-            and tracker is not None
-            and not is_compiling()
-            and "_is_replica" not in module.__dict__
-        ):
-            tracker.observe(self.tap, output)  # what nearly every call comes to, at once
-        else:
-            self.read(module, output)
-
-    def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Reads a module's first input, positional or by keyword."""
-        tracker = self.tracker
-        if (
-            args
-            and type(args[0]) is Tensor
-            and args[0].is_floating_point()
-            and tracker is not None
-            and not is_compiling()
-            and "_is_replica" not in module.__dict__
-        ):
-            tracker.observe(self.tap, args[0])
-        else:
-            self.read(module, (args, kwargs))
-
-    def read(self, module: nn.Module, value: Any) -> None:
-        """Hands the first tensor to the tracker."""
-        tracker = self.tracker
-        if tracker is None:
-            return
-        activation = first_tensor(value)
-        if activation is None:
-            return
-        if is_compiling():
-            root = tracker.root()
-            is_evaluated = tracker.train_only and root is not None and not root.training
-            if is_evaluated or _is_exporting():
-                return
-            kind = type(activation)
-            if kind is not Tensor and (reason := unreadable_type(kind)):
-                torch.ops.fastcov.refuse_(tracker.clock, self.key, reason)
-            else:
-                torch.ops.fastcov.observe_(tracker.clock, self.key, activation)
-        elif "_is_replica" in module.__dict__:
-            tracker.refuse(self.tap, REPLICA)
-        else:
-            tracker.observe(self.tap, activation)
-
-
-REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
-
-
-class StepHook:
-    """Root hooks: a step is one training-mode forward of the root module."""
-
-    def __init__(self, tracker: Collector | None) -> None:
-        self.tracker = tracker
-
-    def __reduce__(self) -> tuple[type[StepHook], tuple[None]]:
-        return StepHook, (None,)
-
-    def begin(self, module: nn.Module, args: Any) -> None:
-        """Starts a step."""
-        tracker = self.tracker
-        if tracker is None or _is_exporting():
-            return
-        is_step = module.training or not tracker.train_only
-        if is_compiling():
-            if is_step:
-                torch.ops.fastcov.begin_step_(tracker.clock)
-        elif "_is_replica" in module.__dict__:
-            tracker.step.not_counted = REPLICA
-        else:
-            is_nested = tracker.step.is_inside and _runs_inside_itself(module)
-            tracker.begin_step(is_step, is_nested)
-
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends the step; called after an exception too."""
-        tracker = self.tracker
-        if tracker is None or _is_exporting():
-            return
-        if is_compiling():
-            if module.training or not tracker.train_only:
-                torch.ops.fastcov.end_step_(tracker.clock)
-        elif "_is_replica" not in module.__dict__:
-            tracker.end_step()
-
-
-def _run_by_python(*functions: Callable[..., None]) -> None:
-    # torch.compile(module) starts below the module's own hooks: they would become graphs of their
-    # own, with guards and a compilation each. Inside a larger graph hooks are traced as ever.
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    for function in functions:
-        set_code_exec_strategy(function.__code__, skip)
-
-
-_run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.end)
-
-_CALL = nn.Module._call_impl.__code__
-
-
-def _runs_inside_itself(module: nn.Module) -> bool:
-    # A forward that did not end is either still on the stack (recursion), or was interrupted.
-    calls = 0
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
-    return calls > 1

@@ -12,7 +12,7 @@ import torch
 
 from fastcov.bench.floors import Floor
 from fastcov.bench.machine import Rates, read_rates
-from fastcov.bench.timing import Call, Clock, interleave, quantiles, ratios
+from fastcov.bench.timing import Call, Clock, interleave, quantiles, ran, ratios
 
 Size = Literal["tiny", "default", "full"]
 OURS = "fastcov"
@@ -74,6 +74,7 @@ class Contest:
         fewest_rounds: See ``budget_s``.
         clock: See :func:`fastcov.bench.timing.interleave`.
         prepare: Called before each sample, outside the time.
+        periods: Of contenders that need fewer rounds; see :func:`fastcov.bench.timing.interleave`.
         notes: Numbers that belong to a contender's row.
         after: Called with the rows once they are measured; it may add notes to them.
     """
@@ -87,6 +88,7 @@ class Contest:
     fewest_rounds: int = 6
     clock: Clock = "wall"
     prepare: Callable[[str, int], None] | None = None
+    periods: Mapping[str, int] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     after: Callable[[Sequence[Row]], None] | None = None
 
@@ -161,10 +163,11 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
         fewest_rounds=contest.fewest_rounds,
         clock=contest.clock,
         prepare=contest.prepare,
+        periods=contest.periods,
     )
     rows = []
     for name, seconds in samples.items():
-        spread = quantiles(seconds)
+        spread = quantiles(ran(seconds))
         ratio = quantiles(ratios(seconds, samples[contest.reference]))
         rows.append(
             Row(

@@ -168,6 +168,7 @@ def interleave(
     fewest_rounds: int = 6,
     clock: Clock = "wall",
     prepare: Callable[[str, int], None] | None = None,
+    periods: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Times contenders in turns: every round runs each once, in a new order.
@@ -180,10 +181,12 @@ def interleave(
         fewest_rounds: See ``budget_s``.
         clock: "wall" as a user waits, "device" for kernels, "host" for what runs ahead of a GPU.
         prepare: Called with a name and the round before each sample, outside the time.
+        periods: Rounds from one that a contender runs in to the next, 1 for those not named.
         seed: Of the orders.
 
     Returns:
-        Seconds a call, by name, one entry a round: entries of one index belong together.
+        Seconds a call, by name, one entry a round: entries of one index belong together. NaN in
+        rounds that a contender sat out.
     """
     read = _reader(clock)
     shortest_s = _SHORTEST_SAMPLE_S
@@ -205,6 +208,9 @@ def interleave(
     for round_number in range(1, rounds + 1):
         shuffle(order)
         for name in order:
+            if (round_number - 1) % (periods or {}).get(name, 1):
+                samples[name].append(math.nan)
+                continue
             if prepare is not None:
                 prepare(name, round_number)
             took = read(device, contenders[name], next_call[name], calls[name])
@@ -216,5 +222,10 @@ def interleave(
 
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """One ratio a round."""
-    return [one / other for one, other in zip(samples, reference, strict=True)]
+    """One ratio a round that both ran in."""
+    return ran([one / other for one, other in zip(samples, reference, strict=True)])
+
+
+def ran(samples: Sequence[float]) -> list[float]:
+    """Those of the rounds that were not sat out."""
+    return [one for one in samples if not math.isnan(one)]

@@ -43,6 +43,7 @@ def accumulate_(
     row_scale: float,
     decay: float,
     channel_dim: int = -1,
+    in_float64: bool = False,
 ) -> None:
     """See :func:`fastcov.ops.reference.accumulate_reference_`."""
     rows = channels_to_end(rows, channel_dim)
@@ -52,7 +53,7 @@ def accumulate_(
             tensor.mul_(decay)
         return
     shift.copy_(torch.where(count[0] == 0, _initial_shift(flat), shift))
-    work = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    work = torch.float64 if in_float64 or flat.dtype == torch.float64 else torch.float32
     for tensor in (moment, sum, weight):
         tensor.mul_(decay)
     # A global TF32 switch or an enclosing autocast must not reach these products.

@@ -38,7 +38,7 @@ def _no_result(*_: Any) -> None:
 _define(
     "accumulate_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift, Tensor(d!) weight,"
     " Tensor(e!) count, Tensor rows, Tensor? row_weight, float row_scale, float decay,"
-    " int channel_dim=-1) -> ()",
+    " int channel_dim=-1, bool in_float64=False) -> ()",
     _no_result,
 )
 _define(
@@ -172,15 +172,16 @@ def _accumulate_cuda(
     row_scale: float,
     decay: float,
     channel_dim: int = -1,
+    in_float64: bool = False,
 ) -> None:
     rows = aten.channels_to_end(rows, channel_dim)
-    if _use_triton(rows):
+    arguments = (moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
+    if _use_triton(rows) and not in_float64:
         from fastcov import kernels
 
-        accumulate_ = kernels.launch_accumulate_
-        accumulate_(moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
+        kernels.launch_accumulate_(*arguments)
     else:
-        aten.accumulate_(moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
+        aten.accumulate_(*arguments, in_float64=in_float64)
 
 
 def _gather_cuda(

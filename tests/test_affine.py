@@ -1,0 +1,323 @@
+"""Second moments of affine layers from their inputs, against the outputs' own rows in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcov
+from fastcov import affine
+from fastcov.affine import AffineMap, accumulate_mapped_, affine_input, is_affine
+from fastcov.state import CovarianceState
+
+BAR = 1e-6  # of the largest entry; float32 rows themselves stay below 1e-5
+
+
+def pixels(batch: int, channels: int, *size: int) -> Tensor:
+    return torch.randn(batch, channels, *size).relu()
+
+
+def channels_last(batch: int, channels: int, *size: int) -> Tensor:
+    return pixels(batch, channels, *size).contiguous(memory_format=torch.channels_last)
+
+
+def layers() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]]:
+    return {
+        "rows": (lambda: nn.Linear(16, 96), lambda: torch.randn(4000, 16)),
+        "tokens": (lambda: nn.Linear(24, 200, bias=False), lambda: torch.randn(8, 197, 24)),
+        "wide": (lambda: nn.Linear(70, 531), lambda: torch.randn(3000, 70) + 3),
+        "strided": (lambda: nn.Linear(16, 96), lambda: torch.randn(8000, 40)[::2, 3:19]),
+        "images": (lambda: nn.Conv2d(16, 130, 1), lambda: pixels(8, 16, 20, 20)),
+        "channels_last": (lambda: nn.Conv2d(16, 130, 1), lambda: channels_last(8, 16, 20, 20)),
+        "stride": (
+            lambda: nn.Conv2d(16, 130, 1, stride=(2, 3), bias=False),
+            lambda: channels_last(8, 16, 41, 61),
+        ),
+        "sequence": (lambda: nn.Conv1d(16, 130, 1), lambda: pixels(8, 16, 400)),
+        "volume": (lambda: nn.Conv3d(16, 130, 1, stride=2), lambda: pixels(8, 16, 15, 15, 15)),
+    }
+
+
+def rows_of(module: nn.Module, output: Tensor) -> Tensor:
+    return output if isinstance(module, nn.Linear) else output.movedim(1, -1)
+
+
+def exact_rows(module: nn.Module, given: Tensor) -> Tensor:
+    """What the module makes of its input without rounding. [N, C_out]"""
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = {
+        name: None if weight is None else nn.Parameter(weight.detach().double())
+        for name, weight in module._parameters.items()
+    }
+    with torch.no_grad():
+        rows = rows_of(module, twin(given.double()))
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def started_state(rows: Tensor) -> CovarianceState:
+    """A state that has a shift."""
+    state = CovarianceState(rows.shape[-1])
+    state.update(rows.detach().reshape(-1, rows.shape[-1])[:50])
+    return state
+
+
+def distance(state: CovarianceState, expected: CovarianceState) -> float:
+    """Largest difference of covariances, against the largest entry."""
+    reference = expected.covariance()
+    return float((state.covariance() - reference).abs().max() / reference.abs().max())
+
+
+def add_both(
+    module: nn.Module, given: Tensor, **weights: float
+) -> tuple[CovarianceState, CovarianceState, bool]:
+    with torch.no_grad():
+        output = module(given)
+    rows = rows_of(module, output)
+    mapped = started_state(rows)
+    expected = mapped.copy()
+    source = affine_input(module, (given,), output)
+    assert source is not None
+    assert source.explains(output)
+    is_added = accumulate_mapped_(mapped, source, **weights)
+    expected.update(exact_rows(module, given), **weights)
+    return mapped, expected, is_added
+
+
+@pytest.mark.parametrize("name", layers())
+def test_equals_the_outputs_own_rows(name: str) -> None:
+    torch.manual_seed(0)
+    make, draw = layers()[name]
+    mapped, expected, is_added = add_both(make(), draw())
+    assert is_added
+    assert distance(mapped, expected) < BAR
+    assert torch.allclose(mapped.mean(), expected.mean(), atol=1e-7)
+    assert torch.equal(mapped.count, expected.count)
+    assert torch.equal(mapped.weight, expected.weight)
+
+
+def test_weights_and_decay() -> None:
+    torch.manual_seed(0)
+    module, given = nn.Linear(16, 96), torch.randn(4000, 16) + 1
+    mapped, expected, is_added = add_both(module, given, row_scale=0.25, decay=0.9)
+    assert is_added
+    assert distance(mapped, expected) < BAR
+    assert mapped.weight.item() == pytest.approx(expected.weight.item(), rel=1e-12)
+    assert torch.allclose(mapped.mean(), expected.mean(), atol=1e-7)
+    whole, _, _ = add_both(module, given)
+    assert mapped.weight.item() == pytest.approx(50 * 0.9 + 4000 * 0.25)
+    assert whole.weight.item() == 4050
+
+
+def faraway() -> tuple[nn.Module, Tensor]:
+    return nn.Linear(16, 96), torch.randn(4000, 16) + 1e4
+
+
+def dead_channels() -> tuple[nn.Module, Tensor]:
+    given = torch.randn(4000, 16).relu()
+    given[:, 3] = 0
+    given[:, 7] = 5
+    return nn.Linear(16, 96), given
+
+
+def rank_one() -> tuple[nn.Module, Tensor]:
+    return nn.Linear(16, 96), torch.randn(4000, 1) @ torch.randn(1, 16)
+
+
+def few_directions() -> tuple[nn.Module, Tensor]:
+    return nn.Linear(96, 400), torch.randn(30000, 5) @ torch.randn(5, 96)
+
+
+def repeated_row() -> tuple[nn.Module, Tensor]:
+    return nn.Linear(16, 96), torch.randn(1, 16).expand(4000, 16)
+
+
+def graded() -> tuple[nn.Module, Tensor]:
+    return nn.Linear(16, 96), torch.randn(4000, 16) * torch.logspace(-12, 12, 16)
+
+
+def cancelling() -> tuple[nn.Module, Tensor]:
+    """Outputs of the input's weak directions alone: a random map would give 1e4 times more."""
+    module, strong = nn.Linear(16, 96), torch.randn(16)
+    strong /= strong.norm()
+    module.weight.data -= torch.outer(module.weight.data @ strong, strong)
+    return module, torch.randn(4000, 16) + 1e4 * torch.randn(4000, 1) * strong
+
+
+@pytest.mark.parametrize(
+    "make", [faraway, dead_channels, rank_one, few_directions, repeated_row, graded]
+)
+def test_inputs_that_vary_little_or_unequally(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    torch.manual_seed(0)
+    mapped, expected, is_added = add_both(*make())
+    assert is_added
+    assert distance(mapped, expected) < BAR
+
+
+def test_a_map_that_cancels_is_formed_in_float64() -> None:
+    torch.manual_seed(0)
+    module, given = cancelling()
+    mapped, expected, is_added = add_both(module, given)
+    assert is_added
+    # What is left of W against the strong direction is the rounding of W: it is part of the map.
+    assert distance(mapped, expected) < BAR
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [("input", float("nan")), ("weight", float("inf")), ("weight", 1e25)]
+)
+def test_what_is_not_finite_or_may_overflow_is_left_to_the_rows(place: str, value: float) -> None:
+    module, given = nn.Linear(16, 96), torch.randn(4000, 16)
+    with torch.no_grad():
+        (given if place == "input" else module.weight)[5, 3] = value
+        output = module(given)
+    state = started_state(torch.randn(100, 96))
+    before = state.copy()
+    source = affine_input(module, (given,), output)
+    assert source is not None
+    assert not accumulate_mapped_(state, source)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, getattr(state, name))
+
+
+def test_the_first_rows_choose_the_shift() -> None:
+    module, given = nn.Linear(16, 96), torch.randn(4000, 16)
+    output, state, layer = module(given), CovarianceState(96), AffineMap()
+    assert not layer.add_to(module, (given,), output, state)
+    state.update(output[:50])
+    assert layer.add_to(module, (given,), output, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_of_less_precise_products_are_read_themselves(dtype: torch.dtype) -> None:
+    module, given = nn.Linear(16, 96), torch.randn(4000, 16)
+    state, layer = started_state(torch.randn(100, 96)), AffineMap()
+
+    def is_mapped(output: Tensor) -> bool:
+        return layer.add_to(module, (given,), output.detach(), state)
+
+    rounded = nn.functional.linear(given, module.weight.to(dtype).float(), module.bias)
+    checks = [is_mapped(rounded)] + [is_mapped(module(given)) for _ in range(31)]
+    # In every 16th call a row is compared, and what it says holds until the next.
+    assert checks == [False] * 16 + [True] * 16
+
+
+def test_only_plain_float32_calls_of_widening_layers_are_mapped() -> None:
+    rows = torch.randn(4000, 16)
+
+    def source_of(module: nn.Module, given: Tensor) -> object:
+        return affine_input(module, (given,), module(given))
+
+    assert source_of(nn.Linear(16, 96), rows) is not None
+    assert source_of(nn.Linear(96, 16), torch.randn(4000, 96)) is None
+    assert source_of(nn.Linear(16, 96), rows[:100]) is None
+    assert source_of(nn.Linear(16, 96).double(), rows.double()) is None
+    assert source_of(nn.Conv2d(16, 130, 1), torch.randn(16, 60, 60)) is None
+    patched = nn.Linear(16, 96)
+    patched.forward = lambda given: given.new_ones(len(given), 96)  # type: ignore[method-assign]
+    assert source_of(patched, rows) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert source_of(nn.Linear(16, 96), rows) is None
+
+    class OwnLinear(nn.Linear):
+        pass
+
+    assert not is_affine(OwnLinear(16, 96))
+    assert not is_affine(nn.Conv2d(16, 96, 3))
+    assert not is_affine(nn.Conv2d(16, 96, 1, padding=1))
+    assert not is_affine(nn.Conv2d(16, 96, 1, groups=2))
+    assert is_affine(nn.Conv2d(16, 96, 1, stride=2))
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What every call of accumulate_mapped_ returned."""
+    returned: list[bool] = []
+
+    def spy(*args: object, **kwargs: object) -> bool:
+        returned.append(accumulate_mapped_(*args, **kwargs))  # type: ignore[arg-type]
+        return returned[-1]
+
+    monkeypatch.setattr(affine, "accumulate_mapped_", spy)
+    return returned
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 130, 1))
+
+
+def train(model: nn.Module, steps: int = 4) -> Tensor:
+    """Trains; returns the last layer's rows and their image in order. [N, 1 + C]"""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: object, output: Tensor) -> None:
+        seen.append(output.detach().clone().movedim(1, -1).reshape(-1, output.shape[1]))
+
+    handle = model[-1].register_forward_hook(keep)  # type: ignore[index]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 22, 22)).square().mean().backward()
+        optimizer.step()
+    handle.remove()
+    return torch.stack(seen).double()
+
+
+@pytest.mark.parametrize("weighting", ["position", "image"])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_tracker_reads_inputs_where_that_pays(
+    outcomes: list[bool], weighting: str, decay: float | None
+) -> None:
+    model = small_network()
+    tracker = fastcov.track(model, rows="all", weighting=weighting, decay=decay)  # type: ignore[arg-type]
+    rows = train(model)
+    assert outcomes == [True] * 3  # every step but the first
+    weights = torch.tensor([(decay or 1.0) ** (3 - step) for step in range(4)]).double()
+    weights = weights[:, None].expand(rows.shape[:2])
+    expected = torch.einsum("sn,sni,snj->ij", weights, rows, rows) / weights.sum()
+    error = (tracker.covariance("2") - expected).abs().max() / expected.abs().max()
+    assert float(error) < BAR
+    assert tracker.count("2") == rows.shape[0] * rows.shape[1]
+
+
+def test_a_hook_that_changes_the_output_is_seen(outcomes: list[bool]) -> None:
+    model = small_network()
+    changed = model[-1]  # type: ignore[index]
+    # Too rare a change for a comparison of some values to find.
+    changed.register_forward_hook(lambda _module, _args, out: out.index_fill(0, torch.tensor(1), 0))
+    tracker = fastcov.track(model, rows="all")
+    rows = train(model).flatten(0, 1)
+    assert outcomes == []
+    expected = rows.T @ rows / len(rows)
+    error = (tracker.covariance("2") - expected).abs().max() / expected.abs().max()
+    assert float(error) < BAR
+
+
+def test_two_trackers_of_one_model_read_inputs(outcomes: list[bool]) -> None:
+    model = small_network()
+    first, second = fastcov.track(model, rows="all"), fastcov.track(model, rows="all")
+    train(model)
+    assert outcomes == [True] * 6
+    assert torch.equal(first.covariance("2"), second.covariance("2"))
+
+
+def test_a_global_hook_may_change_outputs(outcomes: list[bool]) -> None:
+    model = small_network()
+    fastcov.track(model, rows="all")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    train(model)
+    handle.remove()
+    assert outcomes == []
+    train(model)
+    assert outcomes == [True] * 4
+
+
+def test_sampled_rows_are_the_outputs_own(outcomes: list[bool]) -> None:
+    model = small_network()
+    fastcov.track(model)
+    train(model)
+    assert outcomes == []
