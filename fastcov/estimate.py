@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        """Flops of one step's second moments, the lower half alone."""
+        """Flops of one step's second moments, the lower half alone, from the rows themselves."""
         return sum(layer.flops for layer in self.layers)
 
     @property

@@ -261,6 +261,20 @@ def test_channel_dim_stands_for_the_row_view(
     assert all(torch.equal(vars(seen)[name], value) for name, value in vars(oracle).items())
 
 
+@pytest.mark.parametrize("accumulate", [torch.ops.fastcov.accumulate_, aten.accumulate_])
+@pytest.mark.parametrize("channels", [3, 41, 130, 300])
+def test_grid_of_float32_rows_added_in_float64(
+    accumulate: Callable[..., None], channels: int
+) -> None:
+    for rows in views(images(3, channels, 19, 21, torch.float32)).values():
+        seen, oracle = Moments(channels), Moments(channels)
+        accumulate(*vars(seen).values(), rows, None, 1.0, 1.0, -1, True)
+        accumulate_reference_(**vars(oracle), rows=rows)
+        assert max(errors(seen, oracle)) < BOUND[torch.float64]
+        assert torch.equal(seen.count, oracle.count)
+        assert torch.equal(seen.shift, oracle.shift)
+
+
 def test_gather_refuses_samples_that_do_not_fit() -> None:
     rows = torch.zeros(2, 5, 3)
     for buffer, buffer_row, samples in (
