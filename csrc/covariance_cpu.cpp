@@ -92,6 +92,8 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   Update update;
   update.rows = view_rows(rows, channel_dim);
   update.dtype = dtype_of(rows);
+  STD_TORCH_CHECK(!in_float64 || update.dtype == Dtype::kFloat32 || update.dtype == Dtype::kFloat64,
+                  "in_float64 takes float32 or float64 rows");
   const int64_t channels = update.rows.channels;
   update.moment = state_pointer<double>(moment, ScalarType::Double, channels * channels);
   update.sum = state_pointer<double>(sum, ScalarType::Double, channels);
@@ -109,8 +111,6 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   }
   if (channels == 0) return;
   if (update.count[0] == 0) choose_shift(update);
-  STD_TORCH_CHECK(!in_float64 || update.dtype == Dtype::kFloat32 || update.dtype == Dtype::kFloat64,
-                  "in_float64 takes float32 or float64 rows");
   if (in_float64 || update.dtype == Dtype::kFloat64) {
     Accumulator<double, VectorGram<double>>(update).run();
   } else if (level().matrix && MatrixGram::pays_for(update.dtype, channels)) {

@@ -134,7 +134,7 @@ class MatrixGram {
  private:
   // The parts that hold a value exactly: 8 bits each.
   static int parts_of(const Update& update) {
-    if (update.dtype == Dtype::kFloat32 || update.row_weight.data) return 3;
+    if (update.row_weight.data) return 3;
     for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
       if (update.shift[channel] != 0) return 3;
     }

@@ -73,6 +73,8 @@ class AffineInput(NamedTuple):
         # No matmul: it might take the reduced precision that is looked for.
         products = self.weight[::step] * rows[place]
         expected, reach = products.sum(1), products.norm(dim=1)
+        if not bool(reach.any()):
+            return False  # a row of zeros tells nothing
         if self.bias is not None:
             expected += self.bias[::step]
             reach += self.bias[::step].abs()
@@ -110,10 +112,12 @@ class AffineMap:
             decay: Factor on what the state holds.
 
         Returns:
-            False, with the state untouched, where the rows themselves must be read.
+            False, with the state untouched, where the rows themselves must be read: on a GPU, the
+            first ones, which choose a shift, and wherever this module tells the two apart.
         """
-        if int(state.count[0]) == 0:
-            return False  # its first rows choose the shift
+        # On a GPU, reading the count would wait for the device.
+        if not output.is_cpu or int(state.count[0]) == 0:
+            return False
         source = affine_input(module, args, output)
         if source is None:
             return False
@@ -145,29 +149,34 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
         output: What it returned.
 
     Returns:
-        None on a GPU, in other dtypes than float32, where weight or forward are not torch's own,
-        and where the output's own rows are less work.
+        None where the module is no longer affine, its weight or forward not torch's own, in other
+        dtypes and precisions than float32, and where the output's own rows are less work.
     """
     given = args[0] if args else None
-    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+    # Asked again: what it was when tracking began may have been changed or wrapped since.
+    if not is_affine(module) or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
         return None
-    if type(given) is not Tensor or given.dim() < 2 or not output.is_cpu:
+    if type(given) is not Tensor or given.layout is not torch.strided or given.dim() < 2:
         return None
     weight, bias = module.weight, module.bias
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout is not torch.strided:
+        return None
     channels_out, channels_in = weight.shape[:2]
     if not _pays(output.numel() // channels_out, channels_in, channels_out):
         return None
     if not (output.dtype is given.dtype is weight.dtype is torch.float32):
         return None
-    if type(weight) not in (Tensor, nn.Parameter):
+    # Reduced precision of the user's choice, by autocast or oneDNN, would reach products here too.
+    if torch.is_autocast_enabled("cpu") or not _is_full_precision():
         return None
     if "forward" in module.__dict__ or type(module).forward is not _FORWARDS[type(module)]:
         return None
     channel_dim = -1
     given = given.detach()
     if not isinstance(module, nn.Linear):
-        if given.dim() != weight.dim():
-            return None  # a single image
+        is_plain = isinstance(module.stride, tuple) and weight.numel() == channels_in * channels_out
+        if given.dim() != weight.dim() or not is_plain:
+            return None  # a single image, or another kernel by now
         places = tuple(slice(None, None, step) for step in (1, 1, *module.stride))
         given, channel_dim = given[places], 1
     return AffineInput(
@@ -249,6 +258,13 @@ def _mapped_rows(inputs: Moments, weight: Tensor) -> tuple[Tensor, float]:
         product.copy_(torch.mm(factor.T, weight.T.double()))
         energy = _energy(product)
     return mapped, energy
+
+
+def _is_full_precision() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for one backend alone
+        return False
 
 
 def _energy(matrix: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -155,6 +155,11 @@ def test_inputs_that_vary_little_or_unequally(make: Callable[[], tuple[nn.Module
     mapped, expected, is_added = add_both(*make())
     assert is_added
     assert distance(mapped, expected) < BAR
+    # Without the mean, which may be nearly all there is: against float32 rows' own rounding.
+    spread = expected.covariance(centered=True)
+    rounding = expected.covariance().abs().max() * 1e-14
+    difference = (mapped.covariance(centered=True) - spread).abs().max()
+    assert float(difference) < BAR * float(spread.abs().max()) + float(rounding)
 
 
 def test_a_map_that_cancels_is_formed_in_float64() -> None:
@@ -205,6 +210,37 @@ def test_outputs_of_less_precise_products_are_read_themselves(dtype: torch.dtype
     assert checks == [False] * 16 + [True] * 16
 
 
+@pytest.fixture
+def reduced_precision() -> Iterator[None]:
+    """Matmuls of float32 by oneDNN in bfloat16, on processors that have it; convolutions not."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("reduced_precision")
+@pytest.mark.parametrize("name", ["rows", "channels_last"])
+def test_at_a_precision_of_the_users_choice_outputs_are_read_themselves(name: str) -> None:
+    make, draw = layers()[name]
+    module, given = make(), draw()
+    assert affine_input(module, (given,), module(given)) is None
+
+
+def test_a_row_of_zeros_tells_nothing_of_precision() -> None:
+    module, given = nn.Linear(16, 96), torch.randn(4000, 16)
+    given[2000] = 0
+    output = module(given)
+    source = affine_input(module, (given,), output)
+    assert source is not None
+    assert not source.explains(output)
+
+
+def test_nothing_on_a_device_is_waited_for() -> None:
+    module, given = nn.Linear(16, 96, device="meta"), torch.empty(4000, 16, device="meta")
+    state = CovarianceState(96, "meta")  # whose count cannot be read
+    assert not AffineMap().add_to(module, (given,), module(given), state)
+
+
 def test_only_plain_float32_calls_of_widening_layers_are_mapped() -> None:
     rows = torch.randn(4000, 16)
 
@@ -248,6 +284,84 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def small_network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 130, 1))
+
+
+def add_weight_norm(module: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(module)
+
+
+def change_kernel(module: nn.Module) -> None:
+    module.weight = nn.Parameter(torch.randn(130, 16, 3, 3) / 12)
+
+
+def change_stride(module: nn.Module) -> None:
+    module.stride = 2  # type: ignore[assignment]
+
+
+def change_class(module: nn.Module) -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    module.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [add_weight_norm, change_kernel, change_stride, change_class])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_layer_that_changes_while_it_is_tracked_is_read_on(
+    outcomes: list[bool], change: Callable[[nn.Module], None]
+) -> None:
+    model = small_network()
+    tracker = fastcov.track(model, rows="all")
+    before = train(model).flatten(0, 1)
+    change(model[-1])  # type: ignore[index]
+    rows = torch.cat([before, train(model).flatten(0, 1)])
+    assert outcomes == [True] * 3
+    expected = rows.T @ rows / len(rows)
+    error = (tracker.covariance("2") - expected).abs().max() / expected.abs().max()
+    assert float(error) < BAR
+    assert tracker.count("2") == len(rows)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_and_functional_calls_of_linear_layers(
+    outcomes: list[bool], use_reentrant: bool
+) -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 96), nn.GELU(), nn.Linear(96, 16))
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(
+                self.block, tokens, use_reentrant=use_reentrant
+            )
+
+    model = Network()
+    tracker = fastcov.track(model, rows="all", include="block.1")
+    expected, count = torch.zeros(96, 96, dtype=torch.float64), 0
+    for step in range(4):
+        tokens = torch.randn(20, 197, 16, requires_grad=True)
+        is_functional = step % 2 == 1
+        weights = {n: w.detach() * (1 + is_functional) for n, w in block.named_parameters()}
+        normed = nn.functional.layer_norm(tokens, (16,), weights["0.weight"], weights["0.bias"])
+        rows = nn.functional.linear(normed.detach(), weights["1.weight"], weights["1.bias"])
+        flat = rows.double().flatten(0, 1)
+        expected += flat.T @ flat
+        count += len(flat)
+        if is_functional:
+            named = {f"block.{name}": weight for name, weight in weights.items()}
+            torch.func.functional_call(model, named, (tokens,))
+        else:
+            model(tokens).sum().backward()
+    assert outcomes == [True] * 3
+    expected /= count
+    error = (tracker.covariance("block.1") - expected).abs().max() / expected.abs().max()
+    assert float(error) < BAR
+    assert tracker.count("block.1") == count
 
 
 def train(model: nn.Module, steps: int = 4) -> Tensor:

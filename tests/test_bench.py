@@ -96,6 +96,25 @@ def test_short_calls_are_repeated_and_counted_up() -> None:
     assert len(seen) > 100
 
 
+def test_a_contender_may_sit_out_rounds() -> None:
+    turns: list[str] = []
+    sleeps = {"often": 0.003, "rare": 0.006}
+    samples = interleave(
+        {name: lambda _index, s=seconds: time.sleep(s) for name, seconds in sleeps.items()},
+        CPU,
+        rounds=9,
+        prepare=lambda name, round_number: turns.append(f"{name} {round_number}"),
+        periods={"rare": 4},
+    )
+    ran = [place for place, seconds in enumerate(samples["rare"]) if not math.isnan(seconds)]
+    assert ran == [0, 4, 8]
+    assert len(samples["often"]) == 9
+    assert [turn for turn in turns if turn.startswith("rare")][1:] == ["rare 1", "rare 5", "rare 9"]
+    paired = ratios(samples["rare"], samples["often"])
+    assert len(paired) == 3
+    assert min(paired) > 1.2
+
+
 def test_budget_ends_a_run() -> None:
     samples = interleave(
         {"sleep": lambda _index: time.sleep(0.01)}, CPU, rounds=1000, budget_s=0.05, fewest_rounds=7

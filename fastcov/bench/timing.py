@@ -171,7 +171,7 @@ def interleave(
     periods: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Times contenders in turns: every round runs each once, in a new order.
+    """Times contenders in turns: a round runs each once, in a new order; see ``periods``.
 
     Args:
         contenders: What is timed, by name. Each has run before: compilation is not timed.

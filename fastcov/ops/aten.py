@@ -7,6 +7,10 @@ missing. Same results as ops/reference.py within float32 rounding; grams run in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +49,9 @@ def accumulate_(
     channel_dim: int = -1,
     in_float64: bool = False,
 ) -> None:
-    """See :func:`fastcov.ops.reference.accumulate_reference_`."""
+    """See :func:`fastcov.ops.reference.accumulate_reference_`; rows of 16 bits not in float64."""
+    if in_float64 and rows.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"in_float64 takes float32 or float64 rows, not {rows.dtype}")
     rows = channels_to_end(rows, channel_dim)
     flat = rows.reshape(-1, rows.shape[-1])
     if len(flat) == 0:
@@ -56,25 +62,36 @@ def accumulate_(
     work = torch.float64 if in_float64 or flat.dtype == torch.float64 else torch.float32
     for tensor in (moment, sum, weight):
         tensor.mul_(decay)
-    # A global TF32 switch or an enclosing autocast must not reach these products.
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    with _full_precision(rows.device.type):
+        for start in range(0, len(flat), CHAIN_ROWS):
+            chain = flat[start : start + CHAIN_ROWS]
+            finite = torch.isfinite(chain).all(1)
+            centred = torch.where(finite[:, None], chain.to(work) - shift.to(work), 0)
+            weights = finite * row_scale
+            if row_weight is not None:
+                weights = weights * row_weight[start : start + CHAIN_ROWS]
+            weighted = centred * weights.to(work)[:, None]
+            moment.add_(weighted.T @ centred)
+            sum.add_(weighted.sum(0, dtype=torch.float64))
+            weight.add_(weights.sum(dtype=torch.float64))
+            count.add_(torch.stack([finite.sum(), (~finite).sum()]))
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    # Neither an enclosing autocast nor a global switch (TF32 on GPUs, bfloat16 by oneDNN on CPUs)
+    # may reach a product.
+    switch: tuple[Any, str, Any] = (torch.backends.mkldnn, "enabled", False)
+    if device_type == "cuda":
+        switch = (torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    owner, name, full = switch
+    before = getattr(owner, name)
+    setattr(owner, name, full)
     try:
-        with torch.autocast(rows.device.type, enabled=False):
-            for start in range(0, len(flat), CHAIN_ROWS):
-                chain = flat[start : start + CHAIN_ROWS]
-                finite = torch.isfinite(chain).all(1)
-                centred = torch.where(finite[:, None], chain.to(work) - shift.to(work), 0)
-                weights = finite * row_scale
-                if row_weight is not None:
-                    weights = weights * row_weight[start : start + CHAIN_ROWS]
-                weighted = centred * weights.to(work)[:, None]
-                moment.add_(weighted.T @ centred)
-                sum.add_(weighted.sum(0, dtype=torch.float64))
-                weight.add_(weights.sum(dtype=torch.float64))
-                count.add_(torch.stack([finite.sum(), (~finite).sum()]))
+        with torch.autocast(device_type, enabled=False):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        setattr(owner, name, before)
 
 
 def _multiply_high(value: Tensor, factor: int) -> Tensor:

@@ -34,7 +34,8 @@ def _no_result(*_: Any) -> None:
 
 
 # Rows run over all dimensions but channel_dim, in order: hooks hand activations over as they are,
-# because a detached and permuted view costs as much host time as the call itself.
+# because a detached and permuted view costs as much host time as the call itself. in_float64 forms
+# the products of float32 rows in float64.
 _define(
     "accumulate_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift, Tensor(d!) weight,"
     " Tensor(e!) count, Tensor rows, Tensor? row_weight, float row_scale, float decay,"

@@ -86,6 +86,22 @@ def test_images_in_either_memory_format(
 
 
 @pytest.mark.parametrize("path", [torch.ops.fastcov.accumulate_, aten.accumulate_])
+def test_a_global_precision_does_not_reach_the_products(path: object) -> None:
+    """bfloat16 by oneDNN, on processors that have it: off by 1e-3."""
+    moments, oracle = Moments(64), Moments(64)
+    rows = random_rows(4000, 64, torch.float32, 0)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        path(*vars(moments).values(), rows, None, 1.0, 1.0)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    accumulate_reference_(**vars(oracle), rows=rows)
+    assert largest_error(moments, oracle) < 1e-6
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("path", [torch.ops.fastcov.accumulate_, aten.accumulate_])
 def test_weights_scale_and_decay(path: object) -> None:
     moments, oracle = Moments(7), Moments(7)
     for seed in range(3):

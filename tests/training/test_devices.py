@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -244,9 +244,10 @@ def test_peak_memory_is_the_estimate(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("rows", [0.5, "all"])
+def test_a_step_never_waits_for_the_gpu(rows: float | Literal["all"]) -> None:
     model = transformer().cuda()
-    tracker = fastcov.track(model, rows=0.5, where="both")
+    tracker = fastcov.track(model, rows=rows, where="both")
     for seed in range(3):
         model(images(seed, device="cuda")).sum().backward()
     batches = [images(seed, device="cuda") for seed in range(6)]
