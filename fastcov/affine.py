@@ -6,9 +6,9 @@ Every row that a Linear or a 1x1 convolution gives is y = W x + b, hence
     \Sigma = \sum_r (x_r - \bar x)(x_r - \bar x)^T, \quad m = W \bar x + b - s
 
 With the Cholesky factor of Sigma = L L^T the right side is the gram of C_in + 1 rows: those of
-(W L)^T, and sqrt(N) m. A layer that widens often gives many times that number, and reading its
-input instead is less work. Sigma is summed in float64: the product with W on both sides squares
-what W's condition does to its errors.
+(W L)^T, and sqrt(N) m. Where a layer widens many more rows than that, reading its input instead is
+less work. Sigma is summed in float64: the product with W on both sides squares what W's condition
+does to its errors.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)
 }
-_PIVOT = 4 * torch.finfo(torch.float64).eps  # of a diagonal entry and a channel, added to it:
-# rounding may leave a singular Sigma without a factor
-_LEAST_PIVOT = 1e-280  # for channels that never vary
-_CANCELLATION = 16  # mean squares that W L may lose against a random W before it takes float64
+# Added to Sigma's diagonal, as a share of each entry and for each channel: rounding may leave a
+# singular Sigma without a factor. A channel that never varies has nothing to take a share of.
+_PIVOT = 4 * torch.finfo(torch.float64).eps
+_LEAST_PIVOT = 1e-280
+_CANCELLATION = 16  # times fewer squares than a random W gives: from there W L takes float64
 _AGREEMENT = 3e-5  # of a product's root sum of squares: float32 stays far below, TF32 above
 _COMPARED = 64  # channels
 _BLOCK = 128  # columns of L that are multiplied at once: nothing above the diagonal's blocks
