@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import nan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,9 @@ class AffineMap:
         return self._explains and accumulate_mapped_(state, source, row_scale, decay)
 
 
-def is_affine(module: nn.Module) -> bool:
+def is_affine(
+    module: nn.Module,
+) -> TypeGuard[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     """Whether a module's rows may be mapped from its input's: Linear, 1x1 convolutions."""
     if type(module) is nn.Linear:
         return True
@@ -155,7 +157,7 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
     """
     given = args[0] if args else None
     # Asked again: what it was when tracking began may have been changed or wrapped since.
-    if not is_affine(module) or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+    if not is_affine(module):
         return None
     if type(given) is not Tensor or given.layout is not torch.strided or given.dim() < 2:
         return None

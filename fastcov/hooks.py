@@ -126,7 +126,7 @@ class AffineHook(Hook):
 
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Reads a module's output, or its input where that says the same for less."""
-        tracker = self.tracker
+        tracker = self.tracker  # as in Hook.output: a shared function is a call more in each hook
         if (
             type(output) is Tensor
             and tracker is not None
