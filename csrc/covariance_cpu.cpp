@@ -78,22 +78,12 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-template <typename T>
-T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == values &&
-                      tensor.is_contiguous() && tensor.is_cpu(),
-                  "a state tensor has the wrong dtype, size, layout or device");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count, Tensor rows,
                  std::optional<Tensor> row_weight, double row_scale, double decay,
-                 int64_t channel_dim, bool in_float64) {
+                 int64_t channel_dim) {
   Update update;
   update.rows = view_rows(rows, channel_dim);
   update.dtype = dtype_of(rows);
-  STD_TORCH_CHECK(!in_float64 || update.dtype == Dtype::kFloat32 || update.dtype == Dtype::kFloat64,
-                  "in_float64 takes float32 or float64 rows");
   const int64_t channels = update.rows.channels;
   update.moment = state_pointer<double>(moment, ScalarType::Double, channels * channels);
   update.sum = state_pointer<double>(sum, ScalarType::Double, channels);
@@ -111,7 +101,7 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   }
   if (channels == 0) return;
   if (update.count[0] == 0) choose_shift(update);
-  if (in_float64 || update.dtype == Dtype::kFloat64) {
+  if (update.dtype == Dtype::kFloat64) {
     Accumulator<double, VectorGram<double>>(update).run();
   } else if (level().matrix && MatrixGram::pays_for(update.dtype, channels)) {
     Accumulator<float, MatrixGram>(update).run();

@@ -21,8 +21,6 @@ constexpr int64_t kManyRows = 16;  // for each channel
 // 370 us.
 constexpr int64_t kApartThreads = 4;
 constexpr int64_t kApartBytes = 4 << 20;
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kSerialWork = 1 << 18;
 // Rows that threads pack together come in units of this many.
 constexpr int64_t kPieceRows = 32;
 
@@ -42,9 +40,7 @@ class Accumulator {
         gram_(update) {}
 
   void run() {
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t work = update_.rows.rows * tiles_ * kSide * kSide;
-    const int64_t useful = std::max<int64_t>(1, std::min(threads, work / kSerialWork));
+    const int64_t useful = useful_threads(update_.rows.rows * tiles_ * kSide * kSide);
     const Tally tally = [&] {
       if constexpr (Gram::kIsPackedOnly) {
         if (splits_rows()) return split_rows(useful);
@@ -235,35 +231,20 @@ class Accumulator {
     return total;
   }
 
-  // Tiles in groups of columns: their panels stay in L2 while the rows' panels pass by.
   void tile_range(const Block<T>& block, int64_t rows, T factor, double keep, int64_t begin,
                   int64_t end) const {
-    const int64_t columns = Gram::group_columns(rows);
     const double linear = update_.row_scale / static_cast<double>(factor);
     const double square = linear / static_cast<double>(factor);
-    int64_t tile = 0;
-    for (int64_t group = 0; group < sides_; group += columns) {
-      for (int64_t i = group; i < sides_; ++i) {
-        const int64_t group_end = std::min(i + 1, group + columns);
-        if (tile >= end) return;
-        if (tile + group_end - group <= begin) {
-          tile += group_end - group;
-          continue;
-        }
-        const int64_t row_end = std::min(kSide, channels_ - i * kSide);
-        for (int64_t j = group; j < group_end; ++j, ++tile) {
-          if (tile < begin || tile >= end) continue;
-          gram_.multiply(block, panels_, rows,
-                         {i, j, row_end, std::min(kSide, channels_ - j * kSide), square, keep,
-                          update_.moment + i * kSide * channels_ + j * kSide, channels_});
-          if (i == j) {
-            double* sum = update_.sum + i * kSide;
-            for (int64_t c = 0; keep != 1.0 && c < row_end; ++c) sum[c] *= keep;
-            add_sums(block, i, rows, linear, update_.sum);
-          }
-        }
-      }
-    }
+    for_each_tile(sides_, Gram::group_columns(rows), begin, end, [&](int64_t i, int64_t j) {
+      const int64_t row_end = std::min(kSide, channels_ - i * kSide);
+      gram_.multiply(block, panels_, rows,
+                     {i, j, row_end, std::min(kSide, channels_ - j * kSide), square, keep,
+                      update_.moment + i * kSide * channels_ + j * kSide, channels_});
+      if (i != j) return;
+      double* sum = update_.sum + i * kSide;
+      for (int64_t c = 0; keep != 1.0 && c < row_end; ++c) sum[c] *= keep;
+      add_sums(block, i, rows, linear, update_.sum);
+    });
   }
 
   void decay_only() const {
@@ -373,14 +354,6 @@ class Accumulator {
       shift[channel] = channel < channels_ ? static_cast<T>(update_.shift[channel]) : T{0};
     }
     shift_ = shift;
-  }
-
-  template <typename Body>
-  static void parallel(int64_t pieces, const Body& body) {
-    if (pieces == 1) return body(0);
-    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) body(piece);
-    });
   }
 
   const Update& update_;

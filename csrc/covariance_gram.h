@@ -1,9 +1,10 @@
 // How packed rows become blocks of the gram: by vectors, or by a matrix unit that wants them split
-// into bfloat16 parts first.
+// into bfloat16 parts first. What walks over a triangle of blocks, on how many threads.
 #pragma once
 
 #include <algorithm>
 
+#include "boxing.h"
 #include "covariance_update.h"
 #include "workspace.h"
 
@@ -20,6 +21,44 @@ inline const Kernels<float>& kernels<float>() {
 template <>
 inline const Kernels<double>& kernels<double>() {
   return level().float64;
+}
+
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 1 << 18;
+
+inline int64_t useful_threads(int64_t multiply_adds) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min(threads, multiply_adds / kSerialWork));
+}
+
+// Calls body(piece) for each piece, on as many threads.
+template <typename Body>
+void parallel(int64_t pieces, const Body& body) {
+  if (pieces == 1) return body(0);
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) body(piece);
+  });
+}
+
+// Calls visit(i, j) for the blocks numbered begin to end of a lower triangle, in groups of columns:
+// their panels stay in L2 while the rows' panels pass by.
+template <typename Visit>
+void for_each_tile(int64_t sides, int64_t group_columns, int64_t begin, int64_t end,
+                   const Visit& visit) {
+  int64_t tile = 0;
+  for (int64_t group = 0; group < sides; group += group_columns) {
+    for (int64_t i = group; i < sides; ++i) {
+      const int64_t group_end = std::min(i + 1, group + group_columns);
+      if (tile >= end) return;
+      if (tile + group_end - group <= begin) {
+        tile += group_end - group;
+        continue;
+      }
+      for (int64_t j = group; j < group_end; ++j, ++tile) {
+        if (tile >= begin && tile < end) visit(i, j);
+      }
+    }
+  }
 }
 
 template <typename T>

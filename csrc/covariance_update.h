@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "boxing.h"
 #include "covariance.h"
 #include "rows.h"
 
@@ -30,6 +31,14 @@ T from_bits(uint64_t bits) {
   T value;
   std::memcpy(&value, &narrow, sizeof(value));
   return value;
+}
+
+template <typename T>
+T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == values &&
+                      tensor.is_contiguous() && tensor.is_cpu(),
+                  "a state tensor has the wrong dtype, size, layout or device");
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 struct RowWeights {

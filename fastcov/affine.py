@@ -5,16 +5,14 @@ Every row that a Linear or a 1x1 convolution gives is y = W x + b, hence
 .. math:: \sum_r (y_r - s)(y_r - s)^T = W \Sigma W^T + N m m^T, \quad
     \Sigma = \sum_r (x_r - \bar x)(x_r - \bar x)^T, \quad m = W \bar x + b - s
 
-With the Cholesky factor of Sigma = L L^T the right side is the gram of C_in + 1 rows: those of
-(W L)^T, and sqrt(N) m. Where a layer widens many more rows than that, reading its input instead is
-less work. Sigma is summed in float64: the product with W on both sides squares what W's condition
-does to its errors.
+Where a layer widens many more rows than it has channels, this is less work than reading the rows.
+Sums over k of W_ik Sigma_kl W_jl may cancel, and what is left then holds the rounding of terms
+that are larger than itself: such layers are read by their rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import nan
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -28,16 +26,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)
 }
-# Added to Sigma's diagonal, as a share of each entry and for each channel: rounding may leave a
-# singular Sigma without a factor. A channel that never varies has nothing to take a share of.
-_PIVOT = 4 * torch.finfo(torch.float64).eps
-_LEAST_PIVOT = 1e-280
-_CANCELLATION = 16  # times fewer squares than a random W gives: from there W L takes float64
 _AGREEMENT = 3e-5  # of a product's root sum of squares: float32 stays far below, TF32 above
 _COMPARED = 64  # channels
-_BLOCK = 128  # columns of L that are multiplied at once: nothing above the diagonal's blocks
 _CHECK_PERIOD = 16  # calls
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 _OVERHEAD = 10e6  # what small operators cost, in multiply-adds of float32
 _LEAST_GAIN = 0.8
 
@@ -125,7 +116,9 @@ class AffineMap:
         if self._calls % _CHECK_PERIOD == 0:
             self._explains = source.explains(output)
         self._calls += 1
-        return self._explains and accumulate_mapped_(state, source, row_scale, decay)
+        # What could not be mapped is not tried again before the next look.
+        self._explains = self._explains and accumulate_mapped_(state, source, row_scale, decay)
+        return self._explains
 
 
 def is_affine(
@@ -188,12 +181,12 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
 
 
 def _pays(rows: int, channels_in: int, channels_out: int) -> bool:
-    # Multiply-adds of float32, two for one of float64; a gram is half of a square.
+    # Multiply-adds; a gram is half of a square.
     if channels_out <= channels_in:
         return False
     row_cost = channels_out**2 / 2
-    mapping = channels_in**2 * (rows + 2 * channels_in + channels_out) + _OVERHEAD
-    return mapping + channels_in * row_cost < _LEAST_GAIN * rows * row_cost
+    mapping = channels_in**2 * (rows / 2 + channels_out) + channels_in * row_cost + _OVERHEAD
+    return mapping < _LEAST_GAIN * rows * row_cost
 
 
 def accumulate_mapped_(
@@ -208,59 +201,29 @@ def accumulate_mapped_(
         decay: Factor on what the state holds.
 
     Returns:
-        False, with the state untouched, where some rows are not finite, or may have overflowed.
+        False, with the state untouched, where some rows are not finite, where float32 cannot hold
+        the result, and where it would be less exact than the rows themselves.
     """
     inputs = Moments(source.weight.shape[1])
-    library.accumulate_(
-        *vars(inputs).values(), source.rows, None, 1.0, 1.0, source.channel_dim, True
-    )
+    library.accumulate_(*vars(inputs).values(), source.rows, None, 1.0, 1.0, source.channel_dim)
     rows, skipped = inputs.count.tolist()
     if skipped or not rows:
         return False
-    mean = source.weight.double() @ inputs.mean() - state.shift
-    if source.bias is not None:
-        mean += source.bias
-    mapped, energy = _mapped_rows(inputs, source.weight)
-    # The sum of all squares: where float32 holds it, no output has overflowed.
-    if not energy + rows * float(mean @ mean) < _FLOAT32_MAX:
-        return False
-    mapped[-1] = mean * rows**0.5
-    library.accumulate_(
+    return library.accumulate_affine_(
         state.moment,
-        torch.zeros_like(state.sum),
-        torch.zeros_like(state.shift),
-        torch.zeros_like(state.weight),
-        torch.ones_like(state.count),  # none would choose a shift
-        mapped,
-        None,
+        state.sum,
+        state.shift,
+        state.weight,
+        state.count,
+        inputs.moment,
+        inputs.sum,
+        inputs.shift,
+        rows,
+        source.weight,
+        source.bias,
         row_scale,
         decay,
     )
-    state.sum.mul_(decay).add_(mean, alpha=rows * row_scale)
-    state.weight.mul_(decay).add_(rows * row_scale)
-    state.count[0] += rows
-    return True
-
-
-def _mapped_rows(inputs: Moments, weight: Tensor) -> tuple[Tensor, float]:
-    # (W L)^T and room for one row more, [C_in + 1, C_out]; the sum of its squares, NaN if there
-    # is no L.
-    channels_out, channels_in = weight.shape
-    mapped = weight.new_empty(channels_in + 1, channels_out)
-    scatter = inputs.moment.addr(inputs.sum, inputs.sum / inputs.weight, alpha=-1)
-    scatter.diagonal().add_(inputs.moment.diagonal(), alpha=_PIVOT * channels_in).add_(_LEAST_PIVOT)
-    factor, failure = torch.linalg.cholesky_ex(scatter)
-    if int(failure):
-        return mapped, nan
-    product, lower = mapped[:-1], factor.float()
-    for first in range(0, channels_in, _BLOCK):
-        last = first + _BLOCK
-        torch.mm(lower[first:, first:last].T, weight[:, first:].T, out=product[first:last])
-    energy = _energy(product)
-    if not float(scatter.trace()) * _energy(weight) <= _CANCELLATION * channels_in * energy:
-        product.copy_(torch.mm(factor.T, weight.T.double()))
-        energy = _energy(product)
-    return mapped, energy
 
 
 def _is_full_precision() -> bool:
@@ -268,8 +231,3 @@ def _is_full_precision() -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set for one backend alone
         return False
-
-
-def _energy(matrix: Tensor) -> float:
-    flat = matrix.flatten()
-    return float(flat.dot(flat))

@@ -7,6 +7,7 @@ missing. Same results as ops/reference.py within float32 rounding; grams run in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,11 @@ from torch import Tensor
 from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
 
 CHAIN_ROWS = 4096
+CANCELLATION = 4
+"""Times that a map's largest variance may be larger, were its inputs not correlated. Rounding of
+float32 grows by as much."""
+SMALLEST, LARGEST = 1e-20, 1e30
+"""Squares that float32 sums without loss."""
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
 
 
@@ -47,11 +53,8 @@ def accumulate_(
     row_scale: float,
     decay: float,
     channel_dim: int = -1,
-    in_float64: bool = False,
 ) -> None:
-    """See :func:`fastcov.ops.reference.accumulate_reference_`; rows of 16 bits not in float64."""
-    if in_float64 and rows.dtype not in (torch.float32, torch.float64):
-        raise RuntimeError(f"in_float64 takes float32 or float64 rows, not {rows.dtype}")
+    """See :func:`fastcov.ops.reference.accumulate_reference_`."""
     rows = channels_to_end(rows, channel_dim)
     flat = rows.reshape(-1, rows.shape[-1])
     if len(flat) == 0:
@@ -59,7 +62,7 @@ def accumulate_(
             tensor.mul_(decay)
         return
     shift.copy_(torch.where(count[0] == 0, _initial_shift(flat), shift))
-    work = torch.float64 if in_float64 or flat.dtype == torch.float64 else torch.float32
+    work = torch.float64 if flat.dtype == torch.float64 else torch.float32
     for tensor in (moment, sum, weight):
         tensor.mul_(decay)
     with _full_precision(rows.device.type):
@@ -75,6 +78,68 @@ def accumulate_(
             sum.add_(weighted.sum(0, dtype=torch.float64))
             weight.add_(weights.sum(dtype=torch.float64))
             count.add_(torch.stack([finite.sum(), (~finite).sum()]))
+
+
+def accumulate_affine_(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    input_moment: Tensor,
+    input_sum: Tensor,
+    input_shift: Tensor,
+    rows: int,
+    matrix: Tensor,
+    bias: Tensor | None,
+    row_scale: float,
+    decay: float,
+) -> bool:
+    """Adds the rows that a map makes of others, from the second moment of those.
+
+    Args:
+        moment: Of the state. [C, C]
+        sum: Likewise. [C]
+        shift: Likewise. [C]
+        weight: Likewise. []
+        count: Likewise. [2]
+        input_moment: As a state's, the lower triangle, of ``rows`` rows that weigh 1. [I, I]
+        input_sum: Likewise. [I]
+        input_shift: Likewise. [I]
+        rows: How many.
+        matrix: float32. [C, I]
+        bias: float32, if any. [C]
+        row_scale: Factor on every row's weight.
+        decay: Factor on what the state holds.
+
+    Returns:
+        False, with the state untouched, where float32 would lose more than in the rows themselves.
+    """
+    mean = matrix.double() @ (input_shift + input_sum / rows) - shift
+    if bias is not None:
+        mean += bias
+    scatter = (input_moment - torch.outer(input_sum, input_sum / rows)).tril()
+    unit = 2.0 ** math.frexp(float(scatter.diagonal().max()))[1]  # brings the largest below 1
+    scatter = ((scatter + scatter.tril(-1).T) / unit).float()
+    scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
+    with _full_precision(matrix.device.type):
+        product = torch.mm(matrix, scatter)
+        variance = float((product * matrix).sum(1).max())
+        uncorrelated = float((matrix.square() * scatter.diagonal()).sum(1).max())
+        mean_square = float(scaled_mean.square().max())
+        if not (
+            SMALLEST < variance < LARGEST
+            and mean_square < LARGEST
+            and uncorrelated < CANCELLATION * variance
+            and (variance + mean_square) * unit < torch.finfo(torch.float32).max  # none overflowed
+        ):
+            return False
+        left, right = torch.cat((product, scaled_mean), 1), torch.cat((matrix, scaled_mean), 1)
+        moment.mul_(decay).add_(torch.mm(left, right.T), alpha=unit * row_scale)
+    sum.mul_(decay).add_(mean, alpha=rows * row_scale)
+    weight.mul_(decay).add_(rows * row_scale)
+    count[0] += rows
+    return True
 
 
 @contextmanager

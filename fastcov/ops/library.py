@@ -34,13 +34,26 @@ def _no_result(*_: Any) -> None:
 
 
 # Rows run over all dimensions but channel_dim, in order: hooks hand activations over as they are,
-# because a detached and permuted view costs as much host time as the call itself. in_float64 forms
-# the products of float32 rows in float64.
+# because a detached and permuted view costs as much host time as the call itself.
 _define(
     "accumulate_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift, Tensor(d!) weight,"
     " Tensor(e!) count, Tensor rows, Tensor? row_weight, float row_scale, float decay,"
-    " int channel_dim=-1, bool in_float64=False) -> ()",
+    " int channel_dim=-1) -> ()",
     _no_result,
+)
+
+
+def _never_traced(*_: Any) -> bool:
+    raise NotImplementedError("accumulate_affine_ decides by values: hooks call it in eager mode")
+
+
+# Rows y = matrix x + bias, of whose x the moments are given. False, and nothing is added, where
+# reading the rows themselves would be more exact.
+_define(
+    "accumulate_affine_(Tensor(a!) moment, Tensor(b!) sum, Tensor shift, Tensor(c!) weight,"
+    " Tensor(d!) count, Tensor input_moment, Tensor input_sum, Tensor input_shift, int rows,"
+    " Tensor matrix, Tensor? bias, float row_scale, float decay) -> bool",
+    _never_traced,
 )
 _define(
     "gather_(Tensor(a!) buffer, Tensor rows, int buffer_row, int first_sample, int samples,"
@@ -173,16 +186,15 @@ def _accumulate_cuda(
     row_scale: float,
     decay: float,
     channel_dim: int = -1,
-    in_float64: bool = False,
 ) -> None:
     rows = aten.channels_to_end(rows, channel_dim)
     arguments = (moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
-    if _use_triton(rows) and not in_float64:
+    if _use_triton(rows):
         from fastcov import kernels
 
         kernels.launch_accumulate_(*arguments)
     else:
-        aten.accumulate_(*arguments, in_float64=in_float64)
+        aten.accumulate_(*arguments)
 
 
 def _gather_cuda(
@@ -209,6 +221,7 @@ _FALLBACKS: dict[tuple[str, str], Callable[..., Any]] = {
     ("accumulate_", "CPU"): aten.accumulate_,
     ("gather_", "CPU"): aten.gather_,
     ("accumulate_", "CUDA"): _accumulate_cuda,
+    ("accumulate_affine_", "CPU"): aten.accumulate_affine_,
     ("gather_", "CUDA"): _gather_cuda,
     **{
         (operator.__name__, key): operator
@@ -228,6 +241,7 @@ operators = torch.ops.fastcov
 # What hooks call. A packet would look for the overload at every call, 0.2 to 1.8 us, and the
 # overload's own __call__ only passes everything on to this, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
+accumulate_affine_: Callable[..., bool] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 
 

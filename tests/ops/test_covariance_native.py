@@ -261,18 +261,109 @@ def test_channel_dim_stands_for_the_row_view(
     assert all(torch.equal(vars(seen)[name], value) for name, value in vars(oracle).items())
 
 
-@pytest.mark.parametrize("accumulate", [torch.ops.fastcov.accumulate_, aten.accumulate_])
-@pytest.mark.parametrize("channels", [3, 41, 130, 300])
-def test_grid_of_float32_rows_added_in_float64(
-    accumulate: Callable[..., None], channels: int
+def maps_of(channels: int, inputs: int) -> dict[str, Tensor]:
+    """The same matrix [channels, inputs] in several layouts."""
+    generator = torch.Generator().manual_seed(5)
+    matrix = torch.randn(channels, inputs, generator=generator) / inputs**0.5
+    spread = torch.zeros(2 * channels, inputs + 3)
+    spread[::2, 3:] = matrix
+    every_other = torch.stack((matrix, matrix), 2).flatten(1)
+    return {
+        "by rows": matrix,
+        "by columns": matrix.T.contiguous().T,
+        "sliced": spread[::2, 3:],
+        "no side by side": every_other[:, ::2],
+    }
+
+
+AFFINE = [torch.ops.fastcov.accumulate_affine_, aten.accumulate_affine_]
+
+
+@pytest.mark.parametrize("affine", AFFINE, ids=["compiled", "aten"])
+@pytest.mark.parametrize("inputs", [1, 16, 37, 300])
+@pytest.mark.parametrize("channels", [3, 41, 200])
+def test_grid_of_affine_maps(affine: Callable[..., bool], channels: int, inputs: int) -> None:
+    rows = images(400, inputs, 1, 1, torch.float32).flatten(1)
+    given = Moments(inputs)
+    accumulate_reference_(**vars(given), rows=rows)
+    given.moment = given.moment.tril() + torch.full_like(given.moment, torch.nan).triu(1)
+    biases = torch.randn(2 * channels)[::2]
+    for matrix in maps_of(channels, inputs).values():
+        for bias in (None, biases):
+            seen, oracle = Moments(channels), Moments(channels)
+            outputs = rows.double() @ matrix.double().T + (0 if bias is None else bias)
+            for moments in (seen, oracle):
+                accumulate_reference_(**vars(moments), rows=outputs[:50].float())
+            assert affine(
+                *(seen.moment, seen.sum, seen.shift, seen.weight, seen.count),
+                *(given.moment, given.sum, given.shift, 400, matrix, bias, 0.5, 0.75),
+            )
+            accumulate_reference_(**vars(oracle), rows=outputs, row_scale=0.5, decay=0.75)
+            assert max(errors(seen, oracle)) < 1e-6
+            assert torch.equal(seen.count, oracle.count)
+            torch.testing.assert_close(seen.weight, oracle.weight, rtol=1e-13, atol=0)
+
+
+def test_an_affine_map_has_the_same_bits_on_any_number_of_threads() -> None:
+    rows, matrix = images(400, 100, 1, 1, torch.float32).flatten(1), maps_of(200, 100)["by rows"]
+    given = Moments(100)
+    accumulate_reference_(**vars(given), rows=rows)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (2, 1, 6):
+            torch.set_num_threads(threads)
+            seen = Moments(200)
+            assert torch.ops.fastcov.accumulate_affine_(
+                *(seen.moment, seen.sum, seen.shift, seen.weight, seen.count),
+                *(given.moment, given.sum, given.shift, 400, matrix, None, 1.0, 1.0),
+            )
+            results.append(seen.moment.tril())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("affine", AFFINE, ids=["compiled", "aten"])
+@pytest.mark.parametrize(
+    ("inputs_scale", "matrix_scale", "is_taken"),
+    [
+        (1e-25, 1e-3, True),
+        (1e-25, 1e-12, False),  # squares of the matrix are too small
+        (1e12, 1e3, True),
+        (1e12, 1e9, False),  # outputs may overflow
+        (1e-3, 1e16, False),  # squares of the matrix are too large
+    ],
+)
+def test_scales_that_an_affine_map_may_have(
+    affine: Callable[..., bool], inputs_scale: float, matrix_scale: float, is_taken: bool
 ) -> None:
-    for rows in views(images(3, channels, 19, 21, torch.float32)).values():
-        seen, oracle = Moments(channels), Moments(channels)
-        accumulate(*vars(seen).values(), rows, None, 1.0, 1.0, -1, True)
-        accumulate_reference_(**vars(oracle), rows=rows)
-        assert max(errors(seen, oracle)) < BOUND[torch.float64]
-        assert torch.equal(seen.count, oracle.count)
-        assert torch.equal(seen.shift, oracle.shift)
+    rows = images(400, 30, 1, 1, torch.float32).flatten(1) * inputs_scale
+    matrix = maps_of(50, 30)["by rows"] * matrix_scale
+    given, seen = Moments(30), Moments(50)
+    accumulate_reference_(**vars(given), rows=rows)
+    taken = affine(
+        *(seen.moment, seen.sum, seen.shift, seen.weight, seen.count),
+        *(given.moment, given.sum, given.shift, 400, matrix, None, 1.0, 1.0),
+    )
+    assert taken == is_taken
+    outputs = (rows.double() @ matrix.double().T) * taken
+    exact = outputs.T @ outputs
+    assert float((seen.moment - exact).tril().abs().max()) <= 1e-6 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(49), torch.zeros(50, dtype=torch.float64)])
+def test_an_affine_map_of_other_sizes_is_refused(bias: Tensor) -> None:
+    given, seen = Moments(30), Moments(50)
+    state = (seen.moment, seen.sum, seen.shift, seen.weight, seen.count)
+    matrix = torch.zeros(50, 30)
+    moments = (given.moment, given.sum, given.shift)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastcov.accumulate_affine_(*state, *moments, 1, matrix, bias, 1.0, 1.0)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastcov.accumulate_affine_(*state, *moments, 1, matrix[1:], None, 1.0, 1.0)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastcov.accumulate_affine_(*state, *moments, 0, matrix, None, 1.0, 1.0)
 
 
 def test_gather_refuses_samples_that_do_not_fit() -> None:
