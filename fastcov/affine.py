@@ -107,11 +107,11 @@ class AffineMap:
             False, with the state untouched, where the rows themselves must be read: on a GPU, the
             first ones, which choose a shift, and wherever this module tells the two apart.
         """
-        # On a GPU, reading the count would wait for the device.
-        if not output.is_cpu or int(state.count[0]) == 0:
+        if not output.is_cpu:
             return False
         source = affine_input(module, args, output)
-        if source is None:
+        # The count is asked for last: it takes 2 us, and on a GPU it would wait for the device.
+        if source is None or int(state.count[0]) == 0:
             return False
         if self._calls % _CHECK_PERIOD == 0:
             self._explains = source.explains(output)
