@@ -259,11 +259,14 @@ class Collector:
 
     def _owner(self, tap: int, activation: Tensor) -> Reader | None:
         # Who reads a module's input: None where another tap has read this tensor already.
-        role = self._inputs.see(tap, activation, self._by_tap[tap].total_calls > 0)
-        if role == "shares":
-            self._share(tap, self._inputs.owner[tap])
-            return None
-        return self._split(tap) if role == "splits" else self._by_tap[tap]
+        reader = self._by_tap[tap]
+        role = self._inputs.see(tap, activation, reader.total_calls > 0)
+        if role == "reads":
+            return reader
+        if role == "splits":
+            return self._split(tap)
+        self._share(tap, self._inputs.owner[tap])
+        return None
 
     def _is_sharded(self, tap: int) -> bool:
         module = self._modules[tap]()
