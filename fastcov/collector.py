@@ -260,7 +260,7 @@ class Collector:
     def _owner(self, tap: int, activation: Tensor) -> Reader | None:
         # Who reads a module's input: None where another tap has read this tensor already.
         reader = self._by_tap[tap]
-        role = self._inputs.see(tap, activation, reader.total_calls > 0)
+        role = self._inputs.see(tap, activation, reader.earlier_calls > 0 or reader.calls > 0)
         if role == "reads":
             return reader
         if role == "splits":

@@ -14,7 +14,7 @@ from torch._C._dynamo.eval_frame import (
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module as module_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -69,9 +69,10 @@ class Hook:
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Reads a module's output."""
         tracker = self.tracker
+        # Half the time of is_compiling(): what torch.export hands over is never laid out the same.
         if (
             tracker is None
-            or is_compiling()
+            or is_dynamo_compiling()
             or "_is_replica" in module.__dict__
             or not tracker.observe_again(self.tap, output)
         ):
@@ -83,7 +84,7 @@ class Hook:
         if (
             not args
             or tracker is None
-            or is_compiling()
+            or is_dynamo_compiling()
             or "_is_replica" in module.__dict__
             or not tracker.observe_again(self.tap, args[0])
         ):
@@ -125,7 +126,7 @@ class AffineHook(Hook):
         tracker = self.tracker  # as in Hook.output: a shared function is a call more in each hook
         if (
             tracker is None
-            or is_compiling()
+            or is_dynamo_compiling()
             or "_is_replica" in module.__dict__
             or not tracker.observe_again(self.tap, output, self._source(module, args, output))
         ):
