@@ -51,7 +51,7 @@ class Adder:
         self.set_fraction(fraction)
         self.state: CovarianceState | None = None
         self.calls = 0  # of the running step, then of the last one
-        self.total_calls = 0
+        self.earlier_calls = 0  # of the steps before
         self.state_step = 0  # the step up to which decay has been applied
         self._pooled: CovarianceState | None = None
         self._is_pooled: bool | None = None  # unknown before the first step has ended
@@ -65,6 +65,11 @@ class Adder:
         """Sets the share of the rows to read; None until it is planned."""
         self.fraction = fraction
         self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
+
+    @property
+    def total_calls(self) -> int:
+        """Calls of all steps."""
+        return self.earlier_calls + self.calls
 
     def _add(self, activation: Tensor, seen: Seen, source: RowSource | None = None) -> None:
         # Every row: at once where the call brings many, else through the buffer.
@@ -93,7 +98,7 @@ class Adder:
         # The weight of a row is known when the step's last call has been seen.
         if self._is_pooled is False and self.calls == 1:
             self._accumulate(rows, self._step, row_scale=self._row_weight(), source=source)
-        elif self._is_pooled is None and self.total_calls == self.calls:
+        elif self._is_pooled is None and self.earlier_calls == 0:
             self._accumulate(rows, self._step)  # all that the state holds is of this step
             self._is_unweighted = True
         else:
@@ -151,8 +156,8 @@ class Adder:
         if seen.dtype is not self._dtype:
             self._match_dtype(seen.dtype)
         buffer = self._buffer
-        if (storage := buffer.take(wanted)) is not None:
-            return storage
+        if buffer.storage is not None and buffer.fill + wanted <= buffer.limit:
+            return buffer.storage
         if buffer.fill:
             # A step's weights are final at its end only: until then its rows may not leave.
             is_held = self.weighting == "image" and buffer.last_step == self._step

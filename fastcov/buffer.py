@@ -27,16 +27,21 @@ class RowBuffer:
     Args:
         is_marked: Whether rows differ in weight: their steps and weights are kept.
         first_fill: Share of it that fills before it has no more room for the first time.
+
+    Attributes:
+        storage: All of it, None before the first rows. [capacity, C]
+        fill: Rows that wait.
+        limit: Rows that this fill takes.
     """
 
     def __init__(self, is_marked: bool, first_fill: float = 1.0) -> None:
         self.fill = 0
         self._is_marked = is_marked
         self._first_fill = first_fill
-        self._storage: Tensor | None = None
+        self.storage: Tensor | None = None
         self._views: dict[int, Tensor] = {}  # its first rows, by how many: a slice takes 1.6 us
         self._capacity = 0
-        self._limit = 0  # rows that this fill takes
+        self.limit = 0
         self._spans: list[_Span] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -46,23 +51,19 @@ class RowBuffer:
     @property
     def rows(self) -> Tensor | None:
         """What waits, if anything. [fill, C]"""
-        if self._storage is None or self.fill == 0:
+        if self.storage is None or self.fill == 0:
             return None
         view = self._views.get(self.fill)
         if view is None:
             if len(self._views) == _MOST_VIEWS:
                 self._views.clear()
-            view = self._views[self.fill] = self._storage[: self.fill]
+            view = self._views[self.fill] = self.storage[: self.fill]
         return view
 
     @property
     def last_step(self) -> int | None:
         """Step of the last rows, where steps are kept."""
         return self._spans[-1].step if self._spans else None
-
-    def take(self, wanted: int) -> Tensor | None:
-        """The storage, if so many rows may come behind those that wait. [capacity, C]"""
-        return self._storage if self.fill + wanted <= self._limit else None
 
     def room(self, seen: Seen, wanted: int) -> Tensor:
         """Storage for the next rows, from :attr:`fill` on; made or grown where needed.
@@ -74,19 +75,19 @@ class RowBuffer:
         Returns:
             The whole storage. [capacity, C]
         """
-        if self._storage is None or self.fill + wanted > self._capacity:
+        if self.storage is None or self.fill + wanted > self._capacity:
             # Tensors made under inference_mode could not be written in training later.
             with torch.inference_mode(False):
                 self._capacity = max(seen.buffer_rows, self.fill + wanted)
                 grown = seen.new_rows(self._capacity)
-            if self._storage is None:
+            if self.storage is None:
                 self.stagger()
             else:
-                grown[: self.fill] = self._storage[: self.fill]
-                self._limit = self._capacity
-            self._storage = grown
+                grown[: self.fill] = self.storage[: self.fill]
+                self.limit = self._capacity
+            self.storage = grown
             self._views.clear()
-        return self._storage
+        return self.storage
 
     def mark(self, rows: int, step: int) -> None:
         """Counts rows that were written behind the others."""
@@ -118,15 +119,15 @@ class RowBuffer:
         """Drops the rows; the storage stays for the next, and all of it is filled."""
         self.fill = 0
         self._spans = []
-        self._limit = self._capacity
+        self.limit = self._capacity
 
     def stagger(self) -> None:
         """Makes the next fill the first again: all buffers were emptied at one moment."""
-        self._limit = ceil(self._capacity * self._first_fill)
+        self.limit = ceil(self._capacity * self._first_fill)
 
     def release(self) -> None:
         """Drops the rows and the storage: the next have another dtype or device."""
-        self._storage = None
+        self.storage = None
         self._views.clear()
         self._capacity = 0
         self.clear()

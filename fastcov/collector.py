@@ -169,35 +169,49 @@ class Collector:
         for reader in self._unique:
             reader.begin_step(self.step.done)
 
-    def observe(
-        self,
-        tap: int,
-        activation: Tensor,
-        batch_dims: int = 0,
-        source: RowSource | None = None,
-    ) -> None:
+    def observe_again(self, tap: int, value: Any, source: RowSource | None = None) -> bool:
+        """What nearly every call of a hook comes to: a tensor laid out as the last one.
+
+        Args:
+            tap: Its number in ``taps``.
+            value: What the module returned or was given.
+            source: Adds the same rows for less, where it can.
+
+        Returns:
+            False, with nothing done, where there is more to ask: :meth:`observe` does.
+        """
+        if not self._is_reading:
+            return self.step.is_inside
+        seen = self._seen[tap]
+        if seen is None or not is_undisturbed() or not seen.fits(value):
+            return False
+        try:
+            if self._reads_output[tap]:
+                self._by_tap[tap].read(value, seen, source)
+            elif (reader := self._owner(tap, value)) is not None:
+                reader.read(value, seen)
+        except Exception as error:
+            self._fail(self._by_tap[tap], error)
+        return True
+
+    def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation: called by a module's hook.
 
         Args:
             tap: Its number in ``taps``.
             activation: What the module returned or was given.
             batch_dims: Dimensions in front that torch.vmap has hidden from the module.
-            source: Adds the same rows for less, where it can.
         """
+        if not batch_dims and self.observe_again(tap, activation):
+            return
         if not self._is_reading:
             if not self.step.is_inside:
                 self.step.not_counted = "its layers ran, but in no forward of the tracked module"
             return
+        if is_recomputing():
+            return
         try:
-            seen = self._seen[tap]
-            if seen is not None and is_undisturbed() and not batch_dims and seen.fits(activation):
-                if self._reads_output[tap]:
-                    self._by_tap[tap].read(activation, seen, source)
-                elif (reader := self._owner(tap, activation)) is not None:
-                    reader.read(activation, seen)
-            elif is_recomputing():
-                return
-            elif has_modes():
+            if has_modes():
                 is_wrapped = is_transformed()
                 with isolated():
                     self._observe(tap, activation, batch_dims, is_wrapped)
@@ -245,11 +259,14 @@ class Collector:
 
     def _owner(self, tap: int, activation: Tensor) -> Reader | None:
         # Who reads a module's input: None where another tap has read this tensor already.
-        role = self._inputs.see(tap, activation, self._by_tap[tap].total_calls > 0)
-        if role == "shares":
-            self._share(tap, self._inputs.owner[tap])
-            return None
-        return self._split(tap) if role == "splits" else self._by_tap[tap]
+        reader = self._by_tap[tap]
+        role = self._inputs.see(tap, activation, reader.earlier_calls > 0 or reader.calls > 0)
+        if role == "reads":
+            return reader
+        if role == "splits":
+            return self._split(tap)
+        self._share(tap, self._inputs.owner[tap])
+        return None
 
     def _is_sharded(self, tap: int) -> bool:
         module = self._modules[tap]()
@@ -373,7 +390,13 @@ class Collector:
         """What a copy holds: the statistics, tied to no model."""
         if self._counters is not None:
             self.leave_device()
-        untied = {"root": _no_model, "_modules": [], "_handles": [], "_inputs": SharedInputs()}
+        untied = {
+            "root": _no_model,
+            "_modules": [],
+            "_handles": [],
+            "_seen": [None] * len(self.taps),
+            "_inputs": SharedInputs(),
+        }
         return {**self.__dict__, **untied}
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from torch._C._dynamo.eval_frame import (
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module as module_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +23,7 @@ from fastcov.rows import unreadable_type
 from fastcov.taps import Tap, first_tensor
 
 if TYPE_CHECKING:
+    from fastcov.adder import RowSource
     from fastcov.collector import Collector
 
 
@@ -68,29 +69,25 @@ class Hook:
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Reads a module's output."""
         tracker = self.tracker
+        # Half the time of is_compiling(): what torch.export hands over is never laid out the same.
         if (
-            type(output) is Tensor
-            and tracker is not None
-            and not is_compiling()
-            and "_is_replica" not in module.__dict__
+            tracker is None
+            or is_dynamo_compiling()
+            or "_is_replica" in module.__dict__
+            or not tracker.observe_again(self.tap, output)
         ):
-            tracker.observe(self.tap, output)  # what nearly every call comes to, at once
-        else:
             self.read(module, output)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Reads a module's first input, positional or by keyword."""
         tracker = self.tracker
         if (
-            args
-            and type(args[0]) is Tensor
-            and args[0].is_floating_point()
-            and tracker is not None
-            and not is_compiling()
-            and "_is_replica" not in module.__dict__
+            not args
+            or tracker is None
+            or is_dynamo_compiling()
+            or "_is_replica" in module.__dict__
+            or not tracker.observe_again(self.tap, args[0])
         ):
-            tracker.observe(self.tap, args[0])
-        else:
             self.read(module, (args, kwargs))
 
     def read(self, module: nn.Module, value: Any) -> None:
@@ -128,16 +125,15 @@ class AffineHook(Hook):
         """Reads a module's output, or its input where that says the same for less."""
         tracker = self.tracker  # as in Hook.output: a shared function is a call more in each hook
         if (
-            type(output) is Tensor
-            and tracker is not None
-            and not is_compiling()
-            and "_is_replica" not in module.__dict__
+            tracker is None
+            or is_dynamo_compiling()
+            or "_is_replica" in module.__dict__
+            or not tracker.observe_again(self.tap, output, self._source(module, args, output))
         ):
-            is_first = self._is_first(module)
-            source = partial(self.map.add_to, module, args, output) if is_first else None
-            tracker.observe(self.tap, output, source=source)
-        else:
             self.read(module, output)
+
+    def _source(self, module: nn.Module, args: Any, output: Any) -> RowSource | None:
+        return partial(self.map.add_to, module, args, output) if self._is_first(module) else None
 
     def _is_first(self, module: nn.Module) -> bool:
         # Another hook may have changed the output.

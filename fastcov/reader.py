@@ -64,6 +64,7 @@ class Reader(Adder):
     def begin_step(self, step: int) -> None:
         """Forgets the sizes of the step before."""
         self._step = step
+        self.earlier_calls += self.calls
         self.calls = 0
         self.offered_rows = 0
         self._positions = 0
@@ -95,7 +96,6 @@ class Reader(Adder):
         offered = seen.rows
         if offered == 0:
             return
-        self.total_calls += 1
         self.calls += 1
         self.offered_rows += offered
         self._positions += seen.positions
@@ -245,7 +245,7 @@ class Reader(Adder):
         own.scale_(self._decay_until(step))
         behind = step - other._counters()[2]
         own.merge(other.state, scale=1.0 if self.decay is None else self.decay**behind)
-        self.total_calls += other.total_calls
+        self.earlier_calls += other.total_calls
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics and sampling position; buffered rows are added first."""
@@ -267,7 +267,7 @@ class Reader(Adder):
         self.reset()
         self.set_fraction(saved["fraction"])
         self.state_step = saved["state_step"]
-        self.total_calls = saved["total_calls"]
+        self.earlier_calls = saved["total_calls"]
         self._sampled = saved["sampled"]
         self._carry = saved["carry"]
         self._is_pooled = saved["is_pooled"]
@@ -284,5 +284,5 @@ class Reader(Adder):
             self._pooled.reset()
         self._buffer.clear()
         self._waiting = []
-        self.total_calls = self.calls = self.offered_rows = 0
+        self.earlier_calls = self.calls = self.offered_rows = 0
         self.state_step = 0

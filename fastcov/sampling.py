@@ -29,6 +29,7 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _TRAINING_TO_FORWARD = 3  # flops of forward and backward over those of forward
 WHOLE = 1 << 32
 """Every row, as a fixed-point fraction: carried parts are then exact on every machine."""
+_PART = WHOLE - 1  # bits of a carried part
 
 
 def direct_rows(channels: int, is_cpu: bool) -> int:
@@ -116,7 +117,7 @@ def rows_due(rows: int, fraction: int, carry: int) -> tuple[int, int]:
         (2, 2147483648)
     """
     due = rows * fraction + carry
-    return due >> 32, due & (WHOLE - 1)
+    return due >> 32, due & _PART
 
 
 def first_fill(layer: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
+from collections import defaultdict
 from typing import Literal
+from weakref import ref
 
 from torch import Tensor
 
@@ -22,9 +23,9 @@ class SharedInputs:
 
     def __init__(self) -> None:
         self.owner: dict[int, int] = {}
-        # By id, of the running step: the tensor, and the taps that saw it in their order.
-        self._seen: dict[int, tuple[weakref.ref[Tensor], list[int]]] = {}
-        self._calls: dict[int, int] = {}  # likewise
+        # Of the running step: what each tap saw, and the taps in the order of all calls.
+        self._seen: defaultdict[int, list[ref[Tensor]]] = defaultdict(list)
+        self._order: list[int] = []
         self._apart: set[int] = set()  # split once: they never share again
 
     def see(
@@ -41,31 +42,31 @@ class SharedInputs:
             "reads" for itself, "shares" the rows of ``owner[tap]``, or "splits" from its owner
             and reads for itself from now on.
         """
-        self._calls[tap] = self._calls.get(tap, 0) + 1
-        entry = self._seen.get(id(activation))
-        if entry is None or entry[0]() is not activation:
-            entry = self._seen[id(activation)] = (weakref.ref(activation), [])
-        seen_by = entry[1]
-        seen_by.append(tap)
-        first = seen_by[0]
+        self._seen[tap].append(ref(activation))
+        self._order.append(tap)
         owner = self.owner.get(tap)
-        if owner is not None and owner not in seen_by:
-            del self.owner[tap]
-            self._apart.add(tap)
-            return "splits"
-        if owner is not None:
+        if owner is None:
+            if has_rows or tap in self._apart or (first := self._first(activation)) == tap:
+                return "reads"
+            self.owner[tap] = first
             return "shares"
-        if first == tap or has_rows or tap in self._apart:
-            return "reads"
-        self.owner[tap] = first
-        return "shares"
+        for seen in self._seen[owner]:
+            if seen() is activation:
+                return "shares"
+        del self.owner[tap]
+        self._apart.add(tap)
+        return "splits"
+
+    def _first(self, activation: Tensor) -> int:
+        calls = {tap: iter(seen) for tap, seen in self._seen.items()}
+        return next(tap for tap in self._order if next(calls[tap])() is activation)
 
     def diverged(self) -> list[int]:
         """Taps that were called more or less often than their owner in this step; they split."""
         taps = [
             tap
             for tap, owner in self.owner.items()
-            if self._calls.get(tap, 0) != self._calls.get(owner, 0)
+            if len(self._seen[tap]) != len(self._seen[owner])
         ]
         for tap in taps:
             del self.owner[tap]
@@ -74,5 +75,6 @@ class SharedInputs:
 
     def forget_step(self) -> None:
         """Forgets the tensors of the running step."""
-        self._seen.clear()
-        self._calls.clear()
+        for seen in self._seen.values():
+            seen.clear()
+        self._order.clear()

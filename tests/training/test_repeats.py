@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.collector import Collector
+from fastcov.sharing import SharedInputs
 
 
 class Branches(nn.Module):
@@ -94,6 +95,15 @@ def test_sharing_ends_at_once_when_inputs_part(model: Branches) -> None:
         assert (tracker.count("left:in"), tracker.count("right:in")) == (6 * 32, 3 * 32)
 
 
+def test_the_first_that_sees_a_tensor_reads_it() -> None:
+    shared, early, late = SharedInputs(), torch.ones(1), torch.ones(1)
+    assert shared.see(0, early, has_rows=False) == "reads"
+    assert shared.see(1, late, has_rows=False) == "reads"
+    assert shared.see(0, late, has_rows=True) == "reads"
+    assert shared.see(2, late, has_rows=False) == "shares"
+    assert shared.owner == {2: 1}
+
+
 def test_layer_given_up_is_read_no_more(model: Branches, monkeypatch: pytest.MonkeyPatch) -> None:
     with fastcov.track(model, where="both", rows="all") as tracker:
         for _ in range(3):
@@ -116,8 +126,10 @@ def test_layer_given_up_is_read_no_more(model: Branches, monkeypatch: pytest.Mon
         torch.ones(6, 4, dtype=torch.int64),
         torch.ones(6, 4, dtype=torch.complex64),
         torch.ones(6, 4).to_sparse(),
+        torch.ones(6, 4).to_mkldnn(),
+        torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(4, 4)]),
     ],
-    ids=["integers", "complex", "sparse"],
+    ids=["integers", "complex", "sparse", "mkldnn", "nested"],
 )
 def test_other_tensors_of_that_shape_are_no_rows(other: Tensor) -> None:
     class Given(nn.Module):
