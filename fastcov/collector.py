@@ -390,13 +390,7 @@ class Collector:
         """What a copy holds: the statistics, tied to no model."""
         if self._counters is not None:
             self.leave_device()
-        untied = {
-            "root": _no_model,
-            "_modules": [],
-            "_handles": [],
-            "_seen": [None] * len(self.taps),
-            "_inputs": SharedInputs(),
-        }
+        untied = {"root": _no_model, "_modules": [], "_handles": [], "_inputs": SharedInputs()}
         return {**self.__dict__, **untied}
 
     def close(self) -> None:

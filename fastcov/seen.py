@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from fastcov.rows import run_length
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
-# Bound once, and untyped: its stub knows no tensors.
-_guards: Callable[..., Any] = TensorGuards
+_STRIDED = torch.strided
 
 
 class Seen:
@@ -37,8 +34,10 @@ class Seen:
     """
 
     __slots__ = (
-        "_is_alike",
+        "_is_cpu",
         "_order",
+        "_shape",
+        "_stride",
         "buffer_rows",
         "channel_dim",
         "channels",
@@ -67,28 +66,29 @@ class Seen:
         self.direct_rows = direct_rows(self.channels, rows.is_cpu)
         self.channel_dim = -1
         self._order: tuple[int, ...] | None = None
-        self._is_alike: Callable[[Tensor], bool] | None = None
+        self._shape: torch.Size | None = None
+        self._is_cpu = rows.is_cpu
         if activation is not None and order is not None:
             self._order = order
-            alike = _guards(activation, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self._is_alike = alike.check
+            self._shape, self._stride = activation.shape, activation.stride()
             if order[:-1] == tuple(sorted(order[:-1])):  # operators can take it as it is
                 self.channel_dim = order[-1]
 
     @property
     def is_repeatable(self) -> bool:
         """Whether :meth:`fits` may hold for other activations."""
-        return self._is_alike is not None
+        return self._shape is not None
 
     def fits(self, value: Any) -> bool:
         """Whether a value is a tensor laid out the same: it is read the same way then."""
-        # One call for dtype, device, layout, sizes and strides: each takes 0.1 us from Python. It
-        # ends the process where a tensor has no strides to ask for, as nested ones.
         return (
             type(value) is Tensor
+            and value.layout is _STRIDED
             and not value.is_nested
-            and self._is_alike is not None
-            and self._is_alike(value)
+            and value.dtype is self.dtype
+            and value.shape == self._shape
+            and value.stride() == self._stride
+            and (value.is_cpu if self._is_cpu else value.device == self.device)
         )
 
     def new_rows(self, rows: int) -> Tensor:
