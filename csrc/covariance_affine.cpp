@@ -84,7 +84,7 @@ class AffineAccumulator {
     const int64_t scatter_values = input_panels_ * inputs_ * W;
     Workspace workspace((panels_ * W + scatter_values + 2 * side) * int64_t{sizeof(float)} +
                         (panels_ * W + inputs_) * int64_t{sizeof(double)} +
-                        threads * (int64_t{sizeof(Extent)} + 64) + 6 * 64);
+                        threads * int64_t{sizeof(Extent)} + 7 * 64);
     zeros_ = workspace.take<float>(panels_ * W);
     scatter_ = workspace.take<float>(scatter_values);
     matrix_ = workspace.take<float>(side);
@@ -250,9 +250,10 @@ class AffineAccumulator {
   double* input_mean_ = nullptr;  // [I]
 };
 
-bool accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count,
-                        Tensor input_moment, Tensor input_sum, Tensor input_shift, int64_t rows,
-                        Tensor matrix, std::optional<Tensor> bias, double row_scale, double decay) {
+Tensor accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count,
+                          Tensor input_moment, Tensor input_sum, Tensor input_shift, int64_t rows,
+                          Tensor matrix, std::optional<Tensor> bias, double row_scale,
+                          double decay) {
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.scalar_type() == ScalarType::Float && matrix.is_cpu(),
                   "the matrix must be float32 [C_out, C_in] on the CPU");
   STD_TORCH_CHECK(rows > 0, "there must be rows");
@@ -282,7 +283,10 @@ bool accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, 
   }
   update.row_scale = row_scale;
   update.decay = decay;
-  return channels > 0 && inputs > 0 && AffineAccumulator(update).run();
+  Tensor is_added = torch::stable::new_empty(moment, {}, ScalarType::Bool);
+  *static_cast<bool*>(is_added.mutable_data_ptr()) =
+      channels > 0 && inputs > 0 && AffineAccumulator(update).run();
+  return is_added;
 }
 
 }  // namespace

@@ -209,7 +209,7 @@ def accumulate_mapped_(
     rows, skipped = inputs.count.tolist()
     if skipped or not rows:
         return False
-    return library.accumulate_affine_(
+    is_added = library.accumulate_affine_(
         state.moment,
         state.sum,
         state.shift,
@@ -224,6 +224,7 @@ def accumulate_mapped_(
         row_scale,
         decay,
     )
+    return bool(is_added)
 
 
 def _is_full_precision() -> bool:

@@ -17,16 +17,11 @@ from fastcov.adder import RowSource
 from fastcov.hooks import StepHook, watch
 from fastcov.isolation import has_modes, is_recomputing, is_transformed, is_undisturbed, isolated
 from fastcov.ops.library import observers
+from fastcov.plan import RowPlan
 from fastcov.reader import Reader
 from fastcov.replay import DeviceCounters
 from fastcov.rows import plain_tensor, row_order, row_view
-from fastcov.sampling import (
-    LayerLoad,
-    first_fill,
-    read_fraction,
-    rows_per_channel,
-    sequence_phase,
-)
+from fastcov.sampling import first_fill, sequence_phase
 from fastcov.seen import Seen
 from fastcov.sharing import SharedInputs
 from fastcov.state import CovarianceState
@@ -89,7 +84,7 @@ class Collector:
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
         self._counters: DeviceCounters | None = None
-        self._rho: float | None = None
+        self._plan = RowPlan(rows)
         self._is_reading = False
         self._is_paused = False
         self._handles: list[Any] = []
@@ -127,17 +122,12 @@ class Collector:
 
     def _make_reader(self, tap: Tap) -> Reader:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        fraction: float | None = None
-        if self.rows == "all":
-            fraction = 1.0
-        elif isinstance(self.rows, float):
-            fraction = self.rows
         return Reader(
             tap.name,
             weighting=self.weighting,
             decay=self.decay,
             phase=sequence_phase(tap.name, rank),
-            fraction=fraction,
+            fraction=self._plan.first_fraction,
             first_fill=first_fill(self.taps.index(tap)),
         )
 
@@ -288,7 +278,7 @@ class Collector:
             for tap in self._inputs.diverged():
                 self._split(tap)
             self._inputs.forget_step()
-            fractions = self._plan()
+            fractions = self._plan.fractions(self.taps, self._by_tap)
             # Of rows that weigh the same there is nothing more to say.
             for reader in fractions if self.weighting == "position" else self._unique:
                 try:
@@ -347,29 +337,6 @@ class Collector:
     def unique_readers(self) -> list[Reader]:
         """Readers in the model's order, shared ones once."""
         return self._unique
-
-    def _plan(self) -> dict[Reader, float]:
-        # Shares of the rows to read, for readers that have just seen their first step.
-        unplanned = {
-            reader: LayerLoad(reader.state.channels, reader.offered_rows, 0)
-            for reader in self._unique
-            if reader.fraction is None and reader.calls and reader.state is not None
-        }
-        if isinstance(self.rows, int):
-            return {reader: min(1.0, self.rows / load.rows) for reader, load in unplanned.items()}
-        if unplanned and self._rho is None:
-            # What a shared tap feeds adds to the flops; its rows are read once.
-            macs = dict.fromkeys(self.unique_readers(), 0)
-            for tap, reader in zip(self.taps, self._by_tap, strict=True):
-                macs[reader] += reader.offered_rows * tap.macs_per_row
-            self._rho = rows_per_channel(
-                [
-                    LayerLoad(reader.state.channels, reader.offered_rows, macs[reader])
-                    for reader in macs
-                    if reader.state is not None
-                ]
-            )
-        return {reader: read_fraction(load, self._rho or 0.0) for reader, load in unplanned.items()}
 
     def leave_device(self) -> None:
         """Takes all counters back to the host: waits for the device.

@@ -60,7 +60,7 @@ class Keeper(Collector):
         return {
             "format": _FORMAT,
             "steps": self.steps,
-            "rho": self._rho,
+            "rho": self._plan.rho,
             "is_synced": self._synced is not None or ranks == 1,
             "rank": rank,
             "world_size": ranks,
@@ -101,7 +101,7 @@ class Keeper(Collector):
         self._synced = None
         self.leave_device()
         self.step.done = state_dict["steps"]
-        self._rho = state_dict["rho"]
+        self._plan.rho = state_dict["rho"]
         tap_of = {tap.name: index for index, tap in enumerate(self.taps)}
         for name, owner in state_dict["shared"].items():
             self._inputs.owner[tap_of[name]] = tap_of[owner]

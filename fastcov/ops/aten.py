@@ -18,11 +18,10 @@ from torch import Tensor
 from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
 
 CHAIN_ROWS = 4096
-CANCELLATION = 4
-"""Times that a map's largest variance may be larger, were its inputs not correlated. Rounding of
-float32 grows by as much."""
-SMALLEST, LARGEST = 1e-20, 1e30
-"""Squares that float32 sums without loss."""
+# As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, were its
+# inputs not correlated (rounding grows by as much), and squares that float32 sums without loss.
+_CANCELLATION = 4
+_SMALLEST, _LARGEST = 1e-20, 1e30
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
 
 
@@ -94,7 +93,7 @@ def accumulate_affine_(
     bias: Tensor | None,
     row_scale: float,
     decay: float,
-) -> bool:
+) -> Tensor:
     """Adds the rows that a map makes of others, from the second moment of those.
 
     Args:
@@ -114,6 +113,7 @@ def accumulate_affine_(
 
     Returns:
         False, with the state untouched, where float32 would lose more than in the rows themselves.
+        []
     """
     mean = matrix.double() @ (input_shift + input_sum / rows) - shift
     if bias is not None:
@@ -128,18 +128,18 @@ def accumulate_affine_(
         uncorrelated = float((matrix.square() * scatter.diagonal()).sum(1).max())
         mean_square = float(scaled_mean.square().max())
         if not (
-            SMALLEST < variance < LARGEST
-            and mean_square < LARGEST
-            and uncorrelated < CANCELLATION * variance
+            _SMALLEST < variance < _LARGEST
+            and mean_square < _LARGEST
+            and uncorrelated < _CANCELLATION * variance
             and (variance + mean_square) * unit < torch.finfo(torch.float32).max  # none overflowed
         ):
-            return False
+            return torch.tensor(False, device="cpu")
         left, right = torch.cat((product, scaled_mean), 1), torch.cat((matrix, scaled_mean), 1)
         moment.mul_(decay).add_(torch.mm(left, right.T), alpha=unit * row_scale)
     sum.mul_(decay).add_(mean, alpha=rows * row_scale)
     weight.mul_(decay).add_(rows * row_scale)
     count[0] += rows
-    return True
+    return torch.tensor(True, device="cpu")
 
 
 @contextmanager

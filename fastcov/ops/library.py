@@ -43,17 +43,17 @@ _define(
 )
 
 
-def _never_traced(*_: Any) -> bool:
-    raise NotImplementedError("accumulate_affine_ decides by values: hooks call it in eager mode")
+def _affine_fake(moment: Tensor, *_: Any) -> Tensor:
+    return moment.new_empty((), dtype=torch.bool)
 
 
-# Rows y = matrix x + bias, of whose x the moments are given. False, and nothing is added, where
+# Rows y = matrix x + bias, of whose x the moments are given. False [], and nothing is added, where
 # reading the rows themselves would be more exact.
 _define(
     "accumulate_affine_(Tensor(a!) moment, Tensor(b!) sum, Tensor shift, Tensor(c!) weight,"
     " Tensor(d!) count, Tensor input_moment, Tensor input_sum, Tensor input_shift, int rows,"
-    " Tensor matrix, Tensor? bias, float row_scale, float decay) -> bool",
-    _never_traced,
+    " Tensor matrix, Tensor? bias, float row_scale, float decay) -> Tensor",
+    _affine_fake,
 )
 _define(
     "gather_(Tensor(a!) buffer, Tensor rows, int buffer_row, int first_sample, int samples,"
@@ -241,7 +241,7 @@ operators = torch.ops.fastcov
 # What hooks call. A packet would look for the overload at every call, 0.2 to 1.8 us, and the
 # overload's own __call__ only passes everything on to this, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
-accumulate_affine_: Callable[..., bool] = operators.accumulate_affine_.default._op
+accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 
 

@@ -188,6 +188,13 @@ def test_opcheck() -> None:
         torch.ops.fastcov.accumulate_, (*vars(Moments(5)).values(), *OPERATOR_INPUTS)
     )
     rows = random_rows(20, 5, torch.float32).view(2, 10, 5)
+    inputs, outputs, matrix = Moments(5), Moments(7), torch.randn(7, 5)
+    accumulate_reference_(**vars(inputs), rows=torch.randn(40, 5))
+    state = (outputs.moment, outputs.sum, outputs.shift, outputs.weight, outputs.count)
+    given = (inputs.moment, inputs.sum, inputs.shift, 40)
+    torch.library.opcheck(
+        torch.ops.fastcov.accumulate_affine_, (*state, *given, matrix, None, 1.0, 1.0)
+    )
     torch.library.opcheck(torch.ops.fastcov.gather_, (torch.zeros(8, 5), rows, 1, 0, 4, 1, 7))
 
 

@@ -119,14 +119,15 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("level", NEEDS)
-def test_lower_instruction_sets_pass_the_grid(level: str) -> None:
+def test_instruction_sets_up_to_the_processors_own_pass_the_grid(level: str) -> None:
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    if not flags >= NEEDS[level]:
-        pytest.skip(f"left out: this processor has no {', '.join(sorted(NEEDS[level] - flags))}")
     environment = {**os.environ, "FASTCOV_CPU_LEVEL": level}
     asked = [sys.executable, "-c", "import fastcov; print(fastcov.backends()['cpu'].reason)"]
     reason = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True)
-    assert f"with {level} kernels" in reason.stdout
+    has_level = flags >= NEEDS[level]
+    assert (f"with {level} kernels" in reason.stdout) == has_level
+    if not has_level:
+        return  # never more than the processor has; what it has is a case of its own
     result = subprocess.run(
         [
             sys.executable,
@@ -282,7 +283,7 @@ AFFINE = [torch.ops.fastcov.accumulate_affine_, aten.accumulate_affine_]
 @pytest.mark.parametrize("affine", AFFINE, ids=["compiled", "aten"])
 @pytest.mark.parametrize("inputs", [1, 16, 37, 300])
 @pytest.mark.parametrize("channels", [3, 41, 200])
-def test_grid_of_affine_maps(affine: Callable[..., bool], channels: int, inputs: int) -> None:
+def test_grid_of_affine_maps(affine: Callable[..., Tensor], channels: int, inputs: int) -> None:
     rows = images(400, inputs, 1, 1, torch.float32).flatten(1)
     given = Moments(inputs)
     accumulate_reference_(**vars(given), rows=rows)
@@ -336,7 +337,7 @@ def test_an_affine_map_has_the_same_bits_on_any_number_of_threads() -> None:
     ],
 )
 def test_scales_that_an_affine_map_may_have(
-    affine: Callable[..., bool], inputs_scale: float, matrix_scale: float, is_taken: bool
+    affine: Callable[..., Tensor], inputs_scale: float, matrix_scale: float, is_taken: bool
 ) -> None:
     rows = images(400, 30, 1, 1, torch.float32).flatten(1) * inputs_scale
     matrix = maps_of(50, 30)["by rows"] * matrix_scale
@@ -346,7 +347,7 @@ def test_scales_that_an_affine_map_may_have(
         *(seen.moment, seen.sum, seen.shift, seen.weight, seen.count),
         *(given.moment, given.sum, given.shift, 400, matrix, None, 1.0, 1.0),
     )
-    assert taken == is_taken
+    assert bool(taken) == is_taken
     outputs = (rows.double() @ matrix.double().T) * taken
     exact = outputs.T @ outputs
     assert float((seen.moment - exact).tril().abs().max()) <= 1e-6 * float(exact.abs().max())
