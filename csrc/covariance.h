@@ -1,4 +1,4 @@
-// Streaming second moment on the CPU: what the driver (covariance_cpu.cpp) and the inner loops
+// Streaming second moment on the CPU: what the driver (covariance_driver.h) and the inner loops
 // (covariance_kernels.cpp, compiled once for each instruction set) share.
 //
 // Rows are packed, less the shift and times the root of their weight, into panels: W channels side

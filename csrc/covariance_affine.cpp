@@ -9,9 +9,11 @@
 namespace fastcov {
 namespace {
 
-// Times that the largest variance would be larger, were the inputs not correlated. Rounding of
-// float32 grows by as much.
+// Times that the largest variance may be larger, taken about the inputs' shift and were they not
+// correlated: rounding of float32 grows by as much, and where what cancels is one direction of many
+// inputs, by the root of their number besides.
 constexpr double kCancellation = 4;
+constexpr double kFewInputs = 256;
 // Squares that float32 sums without loss.
 constexpr double kSmallest = 1e-20;
 constexpr double kLargest = 1e30;
@@ -42,7 +44,7 @@ struct AffineUpdate {
 // Largest squares of some outputs, in units of Sigma's.
 struct Extent {
   double variance = 0;
-  double uncorrelated = 0;  // variance, were Sigma diagonal
+  double uncorrelated = 0;  // variance about the shift, were the inputs uncorrelated
   double mean = 0;
   bool is_finite = true;
 
@@ -57,9 +59,10 @@ struct Extent {
     add(other.variance, other.uncorrelated, other.mean);
   }
   // Outputs whose squares add up to less than float32 holds cannot have overflowed.
-  bool is_exact(double unit) const {
+  bool is_exact(double unit, int64_t inputs) const {
+    const double many = std::max(1.0, static_cast<double>(inputs) / kFewInputs);
     return is_finite && variance > kSmallest && variance < kLargest && mean < kLargest &&
-           uncorrelated < kCancellation * variance &&
+           uncorrelated < kCancellation / std::sqrt(many) * variance &&
            (variance + mean) * unit < static_cast<double>(std::numeric_limits<float>::max());
   }
 };
@@ -105,7 +108,7 @@ class AffineAccumulator {
     });
     Extent extent;
     for (int64_t slot = 0; slot < threads; ++slot) extent.add(extents[slot]);
-    if (!extent.is_exact(unit_)) return false;
+    if (!extent.is_exact(unit_, inputs_)) return false;
     parallel(threads, [&](int64_t slot) {
       add_tiles(tiles_ * slot / threads, tiles_ * (slot + 1) / threads);
     });
@@ -119,7 +122,7 @@ class AffineAccumulator {
     return update_.input_moment[i * inputs_ + j] - product / static_cast<double>(update_.rows);
   }
 
-  // A power of two that brings Sigma's largest entry below 1.
+  // A power of two above all of Sigma, and above the moment that it is taken from.
   static double unit_of(const AffineUpdate& update) {
     double largest = 0;
     for (int64_t i = 0; i < update.inputs; ++i) {
@@ -191,7 +194,7 @@ class AffineAccumulator {
     float uncorrelated[W] = {};
     for (int64_t input = 0; input < inputs_; ++input) {
       const float* weight = matrix + input * W;
-      const float own = *scatter_at(input, input);
+      const float own = static_cast<float>(update_.input_moment[input * columns_] / unit_);
       for (int64_t c = 0; c < W; ++c) {
         mean[c] += static_cast<double>(weight[c]) * input_mean_[input];
         variance[c] += weight[c] * product[input * W + c];
@@ -256,7 +259,6 @@ Tensor accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight
                           double decay) {
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.scalar_type() == ScalarType::Float && matrix.is_cpu(),
                   "the matrix must be float32 [C_out, C_in] on the CPU");
-  STD_TORCH_CHECK(rows > 0, "there must be rows");
   AffineUpdate update;
   const int64_t channels = update.channels = matrix.size(0);
   const int64_t inputs = update.inputs = matrix.size(1);
@@ -285,7 +287,7 @@ Tensor accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight
   update.decay = decay;
   Tensor is_added = torch::stable::new_empty(moment, {}, ScalarType::Bool);
   *static_cast<bool*>(is_added.mutable_data_ptr()) =
-      channels > 0 && inputs > 0 && AffineAccumulator(update).run();
+      rows > 0 && channels > 0 && inputs > 0 && AffineAccumulator(update).run();
   return is_added;
 }
 

@@ -10,6 +10,7 @@
 
 #include "boxing.h"
 #include "covariance_driver.h"
+#include "cursor.h"
 
 namespace fastcov {
 
@@ -79,8 +80,8 @@ Dtype dtype_of(const Tensor& tensor) {
 }
 
 void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count, Tensor rows,
-                 std::optional<Tensor> row_weight, double row_scale, double decay,
-                 int64_t channel_dim) {
+                 int64_t channel_dim, std::optional<Tensor> row_weight, double row_scale,
+                 double decay) {
   Update update;
   update.rows = view_rows(rows, channel_dim);
   update.dtype = dtype_of(rows);
@@ -99,7 +100,7 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
                     "row_weight must be contiguous float32 or float64, one value a row");
     update.row_weight = {row_weight->const_data_ptr(), is_double};
   }
-  if (channels == 0) return;
+  if (channels == 0 || (update.rows.rows == 0 && decay == 1)) return;
   if (update.count[0] == 0) choose_shift(update);
   if (update.dtype == Dtype::kFloat64) {
     Accumulator<double, VectorGram<double>>(update).run();
@@ -108,6 +109,18 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   } else {
     Accumulator<float, VectorGram<float>>(update).run();
   }
+}
+
+// Counts a call, every row of which is read, and adds them; returns how many, or -1, with nothing
+// counted, where not every row is read.
+int64_t accumulate_again_(Tensor cursor, Tensor moment, Tensor sum, Tensor shift, Tensor weight,
+                          Tensor count, Tensor rows) {
+  Cursor& at = Cursor::of(cursor);
+  const RowsView view = view_rows(rows, at.channel_dim);
+  if (at.fraction < kWhole || view.rows < 1) return -1;
+  accumulate_(moment, sum, shift, weight, count, rows, at.channel_dim, std::nullopt, 1, 1);
+  at.count(view.rows, rows.size(0));
+  return view.rows;
 }
 
 }  // namespace
@@ -119,4 +132,5 @@ extern "C" __attribute__((visibility("default"))) const char* fastcov_cpu_instru
 
 STABLE_TORCH_LIBRARY_IMPL(fastcov, CPU, m) {
   m.impl("accumulate_", TORCH_BOX(&fastcov::accumulate_));
+  m.impl("accumulate_again_", TORCH_BOX(&fastcov::accumulate_again_));
 }

@@ -67,14 +67,14 @@ uint64_t pack_contiguous(const PackRun<T>& run) {
       for (; channel + W <= slab_end; channel += W, destination += run.panel_stride) {
 #pragma GCC unroll 4
         for (int64_t part = 0; part < W; part += L) {
-          Vector<T> value = load_as<T>(source + channel + part);
+          Vector<T> value = load(source + channel + part);
           value = (value - load(run.shift + channel + part)) * root;
           peak = larger<T>(peak, magnitude_bits<T>(value));
           __builtin_memcpy(destination + part, &value, sizeof(value));
         }
       }
       for (int64_t part = 0; channel < slab_end; channel += L, part += L) {
-        Vector<T> value = load_as<T>(source + channel);
+        Vector<T> value = load(source + channel);
         value = (value - load(run.shift + channel)) * root;
         peak = larger<T>(peak, magnitude_bits<T>(value));
         __builtin_memcpy(destination + part, &value, sizeof(value));
@@ -86,6 +86,7 @@ uint64_t pack_contiguous(const PackRun<T>& run) {
   return edge > result ? edge : result;
 }
 
+// Positions side by side: NCHW maps, transposed while they are packed.
 template <typename S, typename T>
 uint64_t pack_transposed(const PackRun<T>& run) {
   constexpr int64_t L = kLanes<T>;
@@ -99,7 +100,7 @@ uint64_t pack_transposed(const PackRun<T>& run) {
       Vector<T> square[L];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < L; ++i) {
-        Vector<T> value = load_as<T>(source + i * run.channel_stride + row);
+        Vector<T> value = load(source + i * run.channel_stride + row);
         value -= run.shift[channel + i];
         if (run.root_weight) value *= load(run.root_weight + row);
         peak = larger<T>(peak, magnitude_bits<T>(value));
@@ -144,10 +145,7 @@ uint64_t pack_float32(const PackRun<float>& run) {
   }
 }
 
-uint64_t pack_float64(const PackRun<double>& run) {
-  return run.dtype == Dtype::kFloat64 ? pack_layout<double, double>(run)
-                                      : pack_layout<float, double>(run);
-}
+uint64_t pack_float64(const PackRun<double>& run) { return pack_layout<double, double>(run); }
 
 // sums[row][column] = or += sum_k left[k][row] right[k][column], from row `Begin` on.
 template <typename T, int Begin, int Rows>

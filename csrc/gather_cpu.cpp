@@ -1,9 +1,10 @@
-// gather_ for the CPU: copies sampled rows into a buffer, whatever the activation's strides.
+// gather_ and gather_again_ for the CPU: sampled rows into a buffer, whatever their strides.
 #include "gather.h"
 
 #include <cstring>
 
 #include "boxing.h"
+#include "cursor.h"
 #include "rows.h"
 
 namespace fastcov {
@@ -21,12 +22,9 @@ void copy_row(const char* source, char* destination, int64_t channels, int64_t c
   }
 }
 
-void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sample, int64_t samples,
-             int64_t run_length, int64_t phase, int64_t channel_dim) {
-  const RowsView view = view_rows(rows, channel_dim);
-  check_gather(buffer, rows, view, buffer_row, first_sample, samples, run_length);
-  if (samples == 0 || view.rows == 0) return;
-  const Sampling sampling = sampling_of(rows, view, first_sample, run_length, phase);
+// Copies `samples` rows, the first of them to row `buffer_row` of the buffer.
+void copy_samples(const Tensor& buffer, const RowsView& view, const Sampling& sampling,
+                  int64_t buffer_row, int64_t samples) {
   const int64_t row_bytes = view.channels * view.item_bytes;
   char* first = static_cast<char*>(buffer.mutable_data_ptr()) + buffer_row * row_bytes;
   const auto copy = [&](int64_t begin, int64_t end) {
@@ -53,7 +51,42 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
   }
 }
 
+void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sample, int64_t samples,
+             int64_t run_length, int64_t phase, int64_t channel_dim) {
+  const RowsView view = view_rows(rows, channel_dim);
+  check_gather(buffer, rows, view, buffer_row, first_sample, samples, run_length);
+  if (samples == 0 || view.rows == 0) return;
+  const Sampling sampling = sampling_of(rows, view, first_sample, run_length, phase);
+  copy_samples(buffer, view, sampling, buffer_row, samples);
+}
+
+// Counts a call and copies the rows that are due; returns how many, or -1, with nothing counted,
+// where they do not fit the buffer, and where all rows or none are read.
+int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
+  Cursor& at = Cursor::of(cursor);
+  const RowsView view = view_rows(rows, at.channel_dim);
+  if (at.fraction <= 0 || at.fraction >= kWhole || view.rows < 1 || view.rows >= kWhole / 2) {
+    return -1;
+  }
+  const int64_t total = view.rows * at.fraction + at.carry;
+  const int64_t due = total / kWhole;
+  if (due >= view.rows || at.fill + due > at.limit) return -1;
+  check_gather(buffer, rows, view, at.fill, at.sampled, due, at.run_length);
+  if (due > 0) {
+    const Sampling sampling = sampling_of(rows, view, at.sampled, at.run_length, at.phase);
+    copy_samples(buffer, view, sampling, at.fill, due);
+  }
+  at.count(view.rows, rows.size(0));
+  at.carry = total % kWhole;
+  at.sampled += due;
+  at.fill += due;
+  return due;
+}
+
 }  // namespace
 }  // namespace fastcov
 
-STABLE_TORCH_LIBRARY_IMPL(fastcov, CPU, m) { m.impl("gather_", TORCH_BOX(&fastcov::gather_)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcov, CPU, m) {
+  m.impl("gather_", TORCH_BOX(&fastcov::gather_));
+  m.impl("gather_again_", TORCH_BOX(&fastcov::gather_again_));
+}

@@ -108,19 +108,6 @@ inline Vector<float> load(const Float16* source) {
 #endif
 }
 
-// In the working type, which is wider than the rows' where they are added up in float64.
-template <typename T, typename S>
-inline Vector<T> load_as(const S* source) {
-  return load(source);
-}
-
-typedef Vec<float, kVectorBytes / 2>::type HalfFloats;
-
-template <>
-inline Vector<double> load_as<double, float>(const float* source) {
-  return __builtin_convertvector(load_unaligned<HalfFloats>(source), Vector<double>);
-}
-
 template <typename T>
 inline BitVector<T> magnitude_bits(Vector<T> value) {
   typedef typename BitsOf<T>::type Bits;
@@ -187,8 +174,6 @@ inline void transpose(Vector<T> (&square)[kLanes<T>]) {
     for (int i = 0; i < L; ++i) square[i] = shuffled[i];
   }
 }
-
-// Positions side by side: NCHW maps, transposed while they are packed.
 
 }  // namespace
 }  // namespace fastcov

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcov.buffer import RowBuffer
+from fastcov.cursor import CALLS, FRACTION, POSITIONS, Counter, Cursor
 from fastcov.ops import library
 from fastcov.sampling import fixed_point
 from fastcov.seen import Seen
@@ -36,7 +37,14 @@ class Adder:
         decay: Factor on everything seen before, once a step; None keeps everything.
         fraction: Share of the rows that are read, None until it is planned.
         first_fill: See :func:`fastcov.sampling.first_fill`.
+
+    Attributes:
+        calls: Of the running step, then of the last one.
     """
+
+    calls = Counter(CALLS)
+    _positions = Counter(POSITIONS)
+    _fixed_fraction = Counter(FRACTION)
 
     def __init__(
         self,
@@ -48,16 +56,16 @@ class Adder:
     ) -> None:
         self.weighting = weighting
         self.decay = decay
+        self.cursor = Cursor()
         self.set_fraction(fraction)
         self.state: CovarianceState | None = None
-        self.calls = 0  # of the running step, then of the last one
         self.earlier_calls = 0  # of the steps before
         self.state_step = 0  # the step up to which decay has been applied
         self._pooled: CovarianceState | None = None
         self._is_pooled: bool | None = None  # unknown before the first step has ended
         self._is_unweighted = False  # the state, during that step
-        self._positions = 0  # of one image, over the calls of the running step
-        self._buffer = RowBuffer(weighting == "image" or decay is not None, first_fill)
+        is_marked = weighting == "image" or decay is not None
+        self._buffer = RowBuffer(self.cursor, is_marked, first_fill)
         self._step = 0
         self._dtype: torch.dtype | None = None  # of the rows read last
 
@@ -118,25 +126,14 @@ class Adder:
         state = self.state
         assert state is not None
         decay = 1.0 if self.decay is None else self._decay_until(step)
-        arguments = (
-            state.moment,
-            state.sum,
-            state.shift,
-            state.weight,
-            state.count,
-            rows,
-            row_weight,
-            row_scale,
-            decay,
-            channel_dim,
-        )
+        to = (state.moment, state.sum, state.shift, state.weight, state.count)
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
             if source is None or not source(state):
-                library.accumulate_(*arguments)
+                library.accumulate_(*to, rows, channel_dim)
             return
         with state.weighing(rows, row_weight, row_scale, decay):
             if source is None or not source(state, row_scale=row_scale, decay=decay):
-                library.accumulate_(*arguments)
+                library.accumulate_(*to, rows, channel_dim, row_weight, row_scale, decay)
 
     def _decay_until(self, step: int) -> float:
         steps = step - self.state_step

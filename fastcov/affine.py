@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastcov.ops import library
 from fastcov.ops.covariance import Moments
+from fastcov.ops.reference import SHIFT_ROWS
 from fastcov.state import CovarianceState
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -104,8 +105,9 @@ class AffineMap:
             decay: Factor on what the state holds.
 
         Returns:
-            False, with the state untouched, where the rows themselves must be read: on a GPU, the
-            first ones, which choose a shift, and wherever this module tells the two apart.
+            False, with the state untouched, where the rows themselves must be read: on a GPU; in
+            the first call, whose rows choose a shift; where the map does not explain the output,
+            or would be less exact (:func:`accumulate_mapped_`).
         """
         if not output.is_cpu:
             return False
@@ -132,7 +134,9 @@ def is_affine(
         and type(module) in _FORWARDS
         and module.groups == 1
         and all(size == 1 for size in module.kernel_size)
-        and all(width == 0 for width in module._reversed_padding_repeated_twice)
+        # The first may be changed; the second is what padding with other than zeros goes by.
+        and module.padding in (0, "same", "valid", (0,) * len(module.kernel_size))
+        and not any(module._reversed_padding_repeated_twice)
     )
 
 
@@ -175,6 +179,8 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
             return None  # a single image, or another kernel by now
         places = tuple(slice(None, None, step) for step in (1, 1, *module.stride))
         given, channel_dim = given[places], 1
+    if given.numel() * channels_out != output.numel() * channels_in:
+        return None
     return AffineInput(
         given, channel_dim, weight.detach().flatten(1), None if bias is None else bias.detach()
     )
@@ -182,7 +188,7 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
 
 def _pays(rows: int, channels_in: int, channels_out: int) -> bool:
     # Multiply-adds; a gram is half of a square.
-    if channels_out <= channels_in:
+    if not 0 < channels_in < channels_out:
         return False
     row_cost = channels_out**2 / 2
     mapping = channels_in**2 * (rows / 2 + channels_out) + channels_in * row_cost + _OVERHEAD
@@ -205,8 +211,11 @@ def accumulate_mapped_(
         the result, and where it would be less exact than the rows themselves.
     """
     inputs = Moments(source.weight.shape[1])
-    library.accumulate_(*vars(inputs).values(), source.rows, None, 1.0, 1.0, source.channel_dim)
+    inputs.shift.copy_(_spread_mean(source))
+    inputs.count[0] = 1  # holds the shift: the first rows, which would choose one, may be unusual
+    library.accumulate_(*vars(inputs).values(), source.rows, source.channel_dim)
     rows, skipped = inputs.count.tolist()
+    rows -= 1
     if skipped or not rows:
         return False
     is_added = library.accumulate_affine_(
@@ -225,6 +234,13 @@ def accumulate_mapped_(
         decay,
     )
     return bool(is_added)
+
+
+def _spread_mean(source: AffineInput) -> Tensor:
+    # Of rows from all over the call, rounded to the rows' dtype: subtracted exactly. [C_in]
+    sample = source.rows.new_empty(SHIFT_ROWS, source.weight.shape[1])
+    library.gather_(sample, source.rows, 0, 0, SHIFT_ROWS, 1, 0, source.channel_dim)
+    return sample.mean(0, dtype=torch.float64).float()
 
 
 def _is_full_precision() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.cursor import FILL, LIMIT, Counter, Cursor
 from fastcov.seen import Seen
 
 _MOST_VIEWS = 8  # a budget of so many rows a step fills a buffer in two or three ways
@@ -25,6 +26,7 @@ class RowBuffer:
     """A buffer in the rows' dtype, filled from the front.
 
     Args:
+        cursor: Where ``fill`` and ``limit`` are kept.
         is_marked: Whether rows differ in weight: their steps and weights are kept.
         first_fill: Share of it that fills before it has no more room for the first time.
 
@@ -34,14 +36,16 @@ class RowBuffer:
         limit: Rows that this fill takes.
     """
 
-    def __init__(self, is_marked: bool, first_fill: float = 1.0) -> None:
-        self.fill = 0
+    fill = Counter(FILL)
+    limit = Counter(LIMIT)
+
+    def __init__(self, cursor: Cursor, is_marked: bool, first_fill: float = 1.0) -> None:
+        self.cursor = cursor
         self._is_marked = is_marked
         self._first_fill = first_fill
         self.storage: Tensor | None = None
         self._views: dict[int, Tensor] = {}  # its first rows, by how many: a slice takes 1.6 us
         self._capacity = 0
-        self.limit = 0
         self._spans: list[_Span] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +96,10 @@ class RowBuffer:
     def mark(self, rows: int, step: int) -> None:
         """Counts rows that were written behind the others."""
         self.fill += rows
+        self.mark_step(rows, step)
+
+    def mark_step(self, rows: int, step: int) -> None:
+        """Keeps the step of rows that are counted already."""
         if not self._is_marked:
             return
         if self._spans and self._spans[-1].step == step:

@@ -61,7 +61,6 @@ class Collector:
         max_channels: int,
         train_only: bool,
     ) -> None:
-        self.rows = rows
         self.every = every
         self.weighting = weighting
         self.decay = decay

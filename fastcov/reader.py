@@ -10,6 +10,18 @@ import torch
 from torch import Tensor
 
 from fastcov.adder import Adder, RowSource
+from fastcov.cursor import (
+    CALLS,
+    CARRY,
+    CHANNEL_DIM,
+    FRACTION,
+    OFFERED,
+    PHASE,
+    POSITIONS,
+    RUN_LENGTH,
+    SAMPLED,
+    Counter,
+)
 from fastcov.ops import library
 from fastcov.ops.buffered import DeviceBuffer, has_device_buffers
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, rows_due
@@ -38,7 +50,15 @@ class Reader(Adder):
         weighting: See :class:`fastcov.adder.Adder`.
         decay: Likewise.
         first_fill: Likewise.
+
+    Attributes:
+        offered_rows: Of the running step, then of the last one.
     """
+
+    offered_rows = Counter(OFFERED)
+    phase = Counter(PHASE)
+    _carry = Counter(CARRY)
+    _sampled = Counter(SAMPLED)
 
     def __init__(
         self,
@@ -53,9 +73,8 @@ class Reader(Adder):
         super().__init__(weighting=weighting, decay=decay, fraction=fraction, first_fill=first_fill)
         self.name = name
         self.phase = phase
-        self.offered_rows = 0  # of the running step, then of the last one
-        self._sampled = 0
-        self._carry = 0
+        self._again: Seen | None = None  # what one operator reads as the last call was read
+        self._adds_again = False  # whether that is every row
         self._waiting: list[_Waiting] = []
         self._device_buffer: DeviceBuffer | None = None
         self._device_step: Tensor | None = None
@@ -78,6 +97,7 @@ class Reader(Adder):
             self.flush()
             self.state.to(device)
             self._buffer.release()
+            self._again = None
         self._device = device
         return self.state
 
@@ -93,24 +113,29 @@ class Reader(Adder):
         """
         if seen is None:
             seen = Seen(activation)
+        elif seen is self._again and source is None and self._read_again(activation, seen):
+            return
         offered = seen.rows
         if offered == 0:
             return
-        self.calls += 1
-        self.offered_rows += offered
-        self._positions += seen.positions
+        numbers = self.cursor.numbers
+        numbers[CALLS] += 1
+        numbers[OFFERED] += offered
+        numbers[POSITIONS] += seen.positions
         if self._device_buffer is not None and self._fits(self._device_buffer, seen):
             assert self._device_step is not None
-            rows, fraction = seen.view(activation), self._fixed_fraction
+            rows, fraction = seen.view(activation), numbers[FRACTION]
             self._device_buffer.gather(
                 rows, self._device_step, fraction, seen.run_length, self.phase
             )
             return
         if self._device is not seen.device:
             self.prepare(seen.channels, seen.device)
-        fraction = self._fixed_fraction
+        fraction = numbers[FRACTION]
         if fraction == WHOLE:
             self._add(activation, seen, source)
+            if offered >= seen.direct_rows and self.weighting == "position" and self.decay is None:
+                self._remember(seen, adds=True)
         elif fraction:
             due, self._carry = rows_due(offered, fraction, self._carry)
             if due:
@@ -157,6 +182,28 @@ class Reader(Adder):
             storage = self._room(seen, due)
             self._gather(storage, self._buffer.fill, activation, seen, due)
             self._buffer.mark(due, self._step)
+            self._remember(seen, adds=False)
+
+    def _remember(self, seen: Seen, adds: bool) -> None:
+        if library.has_again and seen.channel_dim > 0 and seen.device.type == "cpu":
+            numbers = self.cursor.numbers
+            numbers[RUN_LENGTH], numbers[CHANNEL_DIM] = seen.run_length, seen.channel_dim
+            self._again, self._adds_again = seen, adds
+
+    def _read_again(self, activation: Tensor, seen: Seen) -> bool:
+        # All that `read` does where rows are added at once, or where the buffer has room for them.
+        state, storage, cursor = self.state, self._buffer.storage, self.cursor.tensor
+        if state is None or seen.dtype is not self._dtype:
+            return False
+        if self._adds_again:
+            to = (state.moment, state.sum, state.shift, state.weight, state.count)
+            return library.accumulate_again_(cursor, *to, activation) >= 0
+        if storage is None:
+            return False
+        due = library.gather_again_(cursor, storage, activation)
+        if due > 0:
+            self._buffer.mark_step(due, self._step)
+        return due >= 0
 
     def _gather(
         self, buffer: Tensor, buffer_row: int, activation: Tensor, seen: Seen, samples: int
@@ -195,6 +242,7 @@ class Reader(Adder):
             return None
         self.flush()
         self._buffer.release()
+        self._again = None
         self._device_step = step
         self._device_buffer = DeviceBuffer(
             state,

@@ -15,6 +15,7 @@ import fastcov
 from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
+from fastcov.cursor import CARRY, CHANNEL_DIM, FRACTION, RUN_LENGTH, Cursor
 from fastcov.ops import library
 from fastcov.state import CovarianceState
 
@@ -106,7 +107,7 @@ class _Stubs:
     """Nothing is launched: on a CPU operators are still dispatched, with no row to read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stubs: list[tuple[Any, str, Callable[..., None]]] = []
+        self._stubs: list[tuple[Any, str, Callable[..., Any]]] = []
         self._saved: list[tuple[Any, str, Any]] = []
         if device.type == "cuda":
             if fastcov.backends()["triton"].active:
@@ -117,6 +118,9 @@ class _Stubs:
             self._stubs.append((library, "gather_", _ignore))
             self._stubs.append((library, "accumulate_", _ignore))
         else:
+            if library.has_again:
+                self._stubs.append((library, "gather_again_", _idle_gather()))
+                self._stubs.append((library, "accumulate_again_", _idle_accumulate()))
             self._stubs.append((library, "gather_", _dispatched_gather()))
             self._stubs.append((library, "accumulate_", _dispatched_accumulate()))
 
@@ -134,10 +138,10 @@ class _Stubs:
         """Likewise, and lists what is called: that takes time of its own."""
         calls: list[str] = []
 
-        def counting(name: str, stub: Callable[..., None]) -> Callable[..., None]:
-            def call(*arguments: Any, **options: Any) -> None:
+        def counting(name: str, stub: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
                 calls.append(name)
-                stub(*arguments, **options)
+                return stub(*arguments, **options)
 
             return call
 
@@ -149,6 +153,27 @@ class _Stubs:
 
 def _ignore(*_arguments: Any, **_options: Any) -> None:
     return None
+
+
+def _idle_gather() -> Callable[..., int]:
+    real, idle = library.gather_again_, Cursor()
+    idle.numbers[FRACTION] = idle.numbers[RUN_LENGTH] = idle.numbers[CHANNEL_DIM] = 1
+
+    def stub(_cursor: Tensor, buffer: Tensor, rows: Tensor) -> int:
+        idle.numbers[CARRY] = 0  # so that no row is ever due
+        return real(idle.tensor, buffer, rows)
+
+    return stub
+
+
+def _idle_accumulate() -> Callable[..., int]:
+    real, idle = library.accumulate_again_, Cursor()
+    idle.numbers[CHANNEL_DIM] = 1  # of every row none is read: what it is asked for is declined
+
+    def stub(_cursor: Tensor, *tensors: Tensor) -> int:
+        return real(idle.tensor, *tensors) + 1
+
+    return stub
 
 
 def _dispatched_gather() -> Callable[..., None]:
@@ -166,8 +191,7 @@ def _dispatched_accumulate() -> Callable[..., None]:
     real = library.accumulate_
     state, none = CovarianceState(1), torch.zeros(0, 1)
     moments = (state.moment, state.sum, state.shift, state.weight, state.count)
-    nothing = (*moments, none, None, 1.0, 1.0)
-    return lambda *_arguments: real(*nothing)
+    return lambda *_arguments: real(*moments, none, -1)
 
 
 def _finish(hooks: int, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Operators in plain torch, free of host synchronisation: where no compiled path serves.
+"""Operators in plain torch: where no compiled path serves. Those for GPUs wait for none.
 
 Used on GPUs older than sm_80, for float64 rows on a GPU, and where the compiled library is
 missing. Same results as ops/reference.py within float32 rounding; grams run in chains of at most
@@ -18,9 +18,10 @@ from torch import Tensor
 from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
 
 CHAIN_ROWS = 4096
-# As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, were its
-# inputs not correlated (rounding grows by as much), and squares that float32 sums without loss.
+# As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, about its
+# inputs' shift and were they not correlated, and squares that float32 sums without loss.
 _CANCELLATION = 4
+_FEW_INPUTS = 256
 _SMALLEST, _LARGEST = 1e-20, 1e30
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
 
@@ -48,10 +49,10 @@ def accumulate_(
     weight: Tensor,
     count: Tensor,
     rows: Tensor,
-    row_weight: Tensor | None,
-    row_scale: float,
-    decay: float,
     channel_dim: int = -1,
+    row_weight: Tensor | None = None,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
 ) -> None:
     """See :func:`fastcov.ops.reference.accumulate_reference_`."""
     rows = channels_to_end(rows, channel_dim)
@@ -115,22 +116,26 @@ def accumulate_affine_(
         False, with the state untouched, where float32 would lose more than in the rows themselves.
         []
     """
+    if rows == 0 or matrix.numel() == 0:
+        return torch.tensor(False, device="cpu")
     mean = matrix.double() @ (input_shift + input_sum / rows) - shift
     if bias is not None:
         mean += bias
     scatter = (input_moment - torch.outer(input_sum, input_sum / rows)).tril()
-    unit = 2.0 ** math.frexp(float(scatter.diagonal().max()))[1]  # brings the largest below 1
+    about_shift = input_moment.diagonal()
+    unit = 2.0 ** math.frexp(float(about_shift.max()))[1]  # a power of two above both
+    about_shift, many = (about_shift / unit).float(), max(1.0, matrix.shape[1] / _FEW_INPUTS)
     scatter = ((scatter + scatter.tril(-1).T) / unit).float()
     scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
     with _full_precision(matrix.device.type):
         product = torch.mm(matrix, scatter)
         variance = float((product * matrix).sum(1).max())
-        uncorrelated = float((matrix.square() * scatter.diagonal()).sum(1).max())
+        uncorrelated = float((matrix.square() * about_shift).sum(1).max())
         mean_square = float(scaled_mean.square().max())
         if not (
             _SMALLEST < variance < _LARGEST
             and mean_square < _LARGEST
-            and uncorrelated < _CANCELLATION * variance
+            and uncorrelated < _CANCELLATION / many**0.5 * variance
             and (variance + mean_square) * unit < torch.finfo(torch.float32).max  # none overflowed
         ):
             return torch.tensor(False, device="cpu")

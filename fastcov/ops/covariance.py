@@ -93,9 +93,9 @@ def accumulate_(
         state.weight,
         state.count,
         x.detach(),
-        row_weight,
-        row_scale,
-        decay,
+        row_weight=row_weight,
+        row_scale=row_scale,
+        decay=decay,
     )
 
 

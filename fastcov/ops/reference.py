@@ -92,6 +92,57 @@ def accumulate_reference_(
     count += torch.stack([finite.sum(), (~finite).sum()])
 
 
+def accumulate_affine_reference_(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    input_moment: Tensor,
+    input_sum: Tensor,
+    input_shift: Tensor,
+    rows: int,
+    matrix: Tensor,
+    bias: Tensor | None,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
+) -> None:
+    r"""Adds rows y = A x + b to a running second moment, from that of the x, which weigh 1.
+
+    .. math:: M \leftarrow d M + w (A \Sigma A^T + N \mu \mu^T), \quad
+        \mu = A \bar x + b - s
+
+    with d = ``decay`` and w = ``row_scale``; Sigma sums (x - mean)(x - mean)^T over N = ``rows``.
+
+    Args:
+        moment: As in :func:`accumulate_reference_`, and so are the next four. [C, C]
+        sum: [C]
+        shift: Set by an earlier call. [C]
+        weight: []
+        count: [2]
+        input_moment: About ``input_shift``; only its lower half is read. [I, I]
+        input_sum: [I]
+        input_shift: [I]
+        rows: How many, N.
+        matrix: A. [C, I]
+        bias: b, if any. [C]
+        row_scale: Factor on every row's weight.
+        decay: Factor on what was there before.
+    """
+    lower = input_moment.tril()
+    about_shift = lower + lower.tril(-1).T
+    scatter = about_shift - torch.outer(input_sum, input_sum) / rows
+    wide = matrix.double()
+    mean = wide @ (input_shift + input_sum / rows) - shift
+    if bias is not None:
+        mean += bias
+    added = wide @ scatter @ wide.T + rows * torch.outer(mean, mean)
+    moment.mul_(decay).add_(added, alpha=row_scale)
+    sum.mul_(decay).add_(mean, alpha=rows * row_scale)
+    weight.mul_(decay).add_(rows * row_scale)
+    count[0] += rows
+
+
 def sample_index_reference(
     positions: int,
     images: int,

@@ -92,7 +92,7 @@ def test_a_global_precision_does_not_reach_the_products(path: object) -> None:
     rows = random_rows(4000, 64, torch.float32, 0)
     torch.set_float32_matmul_precision("medium")
     try:
-        path(*vars(moments).values(), rows, None, 1.0, 1.0)
+        path(*vars(moments).values(), rows)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -107,7 +107,7 @@ def test_weights_scale_and_decay(path: object) -> None:
     for seed in range(3):
         rows = random_rows(100, 7, torch.float32, seed)
         row_weight = torch.rand(100, dtype=torch.float64)
-        path(*vars(moments).values(), rows, row_weight, 0.5, 0.9)
+        path(*vars(moments).values(), rows, -1, row_weight, 0.5, 0.9)
         accumulate_reference_(
             **vars(oracle), rows=rows, row_weight=row_weight, row_scale=0.5, decay=0.9
         )
@@ -124,7 +124,7 @@ def test_non_finite_rows_are_skipped_and_counted(
     rows = random_rows(300, 24, dtype)
     rows[[0, 17, 299], [0, 5, 23]] = bad
     moments, oracle = Moments(24), Moments(24)
-    path(*vars(moments).values(), rows, None, 1.0, 1.0)
+    path(*vars(moments).values(), rows)
     accumulate_reference_(**vars(oracle), rows=rows)
     assert moments.count.tolist() == [297, 3]
     assert largest_error(moments, oracle) < 1e-5
@@ -180,7 +180,7 @@ def test_samples_spread_over_all_images() -> None:
         assert torch.bincount(index // 100, minlength=8).tolist() == pytest.approx([2] * 8, abs=1)
 
 
-OPERATOR_INPUTS = (random_rows(20, 5, torch.float32), None, 1.0, 1.0)
+OPERATOR_INPUTS = (random_rows(20, 5, torch.float32), -1, None, 1.0, 1.0)
 
 
 def test_opcheck() -> None:

@@ -44,7 +44,7 @@ def error(rows: Tensor, moments: Moments | None = None, row_weight: Tensor | Non
     oracle = Moments(rows.shape[-1])
     for name, value in vars(moments).items():
         getattr(oracle, name).copy_(value)
-    torch.ops.fastcov.accumulate_(*vars(moments).values(), rows, row_weight, 1.0, 1.0)
+    torch.ops.fastcov.accumulate_(*vars(moments).values(), rows, row_weight=row_weight)
     accumulate_reference_(**vars(oracle), rows=rows, row_weight=row_weight)
     assert torch.equal(moments.count, oracle.count)
     lower = (moments.moment - oracle.moment).tril().abs().max()
@@ -91,7 +91,7 @@ def test_half_precision_that_is_not_exact_in_its_own_parts(dtype: torch.dtype) -
     weights = torch.full((3000,), 1 / 3)
     assert error(rows.to(dtype), row_weight=weights) < BOUND
     moments = Moments(160)
-    torch.ops.fastcov.accumulate_(*vars(moments).values(), rows + 1 / 3, None, 1.0, 1.0)
+    torch.ops.fastcov.accumulate_(*vars(moments).values(), rows + 1 / 3)
     assert float(moments.shift.abs().min()) > 0
     assert error(rows.to(dtype), moments) < BOUND
 

@@ -63,6 +63,10 @@ def change_stride(module: nn.Module) -> None:
     module.stride = 2
 
 
+def change_padding(module: nn.Module) -> None:
+    module.padding = (1, 1)
+
+
 def change_class(module: nn.Module) -> None:
     class Doubled(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:
@@ -71,7 +75,9 @@ def change_class(module: nn.Module) -> None:
     module.__class__ = Doubled
 
 
-@pytest.mark.parametrize("change", [add_weight_norm, change_kernel, change_stride, change_class])
+@pytest.mark.parametrize(
+    "change", [add_weight_norm, change_kernel, change_stride, change_padding, change_class]
+)
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_layer_that_changes_while_it_is_tracked_is_read_on(
     outcomes: list[bool], change: Callable[[nn.Module], None]

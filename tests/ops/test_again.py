@@ -1,0 +1,166 @@
+"""Operators that read a call as the last one was read, against what they stand for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcov.cursor import CALLS, CARRY, CHANNEL_DIM, FILL, FRACTION, LIMIT, RUN_LENGTH, Cursor
+from fastcov.ops import library
+from fastcov.ops.covariance import Moments
+from fastcov.reader import Reader
+from fastcov.rows import Layout, row_order, row_view
+from fastcov.sampling import WHOLE, fixed_point
+from fastcov.seen import Seen
+
+pytestmark = pytest.mark.skipif(not library.has_again, reason="left out: no compiled code")
+
+SIZES = {"few rows": (3, 24, 4, 5), "many rows": (8, 24, 20, 20)}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels first": lambda maps: maps,
+    "channels last": lambda maps: maps.to(memory_format=torch.channels_last),
+    "every other image": lambda maps: torch.cat([maps, maps])[::2],
+    "half precision": lambda maps: maps.bfloat16(),
+}
+
+
+def seen_of(maps: Tensor) -> Seen:
+    rows = row_view(maps, Layout.CHANNELS_FIRST)
+    return Seen(rows, maps, row_order(4, Layout.CHANNELS_FIRST))
+
+
+def steps(reader: Reader, sizes: list[str], layout: str) -> dict[str, Any]:
+    """State and counters after some steps, a few layouts of which alternate."""
+    torch.manual_seed(0)
+    known: dict[str, Seen] = {}
+    for step, name in enumerate(sizes, 1):
+        reader.begin_step(step)
+        for _ in range(1 + step % 2):
+            maps = LAYOUTS[layout](torch.randn(SIZES[name]))
+            reader.read(maps, known.setdefault(name, seen_of(maps)))
+        if reader.fraction is None:
+            reader.plan(0.03)
+        reader.end_step()
+    counters = (reader.calls, reader.offered_rows, reader.total_calls)
+    return {**reader.state_dict(), "counters": counters}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fraction": None},
+        {"fraction": 0.01},
+        {"fraction": 0.7},
+        {"fraction": 1.0},
+        {"fraction": None, "decay": 0.9},
+        {"fraction": None, "weighting": "image"},
+        {"fraction": 1.0, "decay": 0.9},
+        {"fraction": 1.0, "weighting": "image"},
+    ],
+    ids=str,
+)
+def test_layers_read_the_same_with_and_without(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], layout: str
+) -> None:
+    draw = random.Random(1)
+    sizes = ["many rows"] * 30 + draw.choices(list(SIZES), [1, 3], k=30)
+    results = []
+    for has_again in (True, False):
+        monkeypatch.setattr(library, "has_again", has_again)
+        arguments = {"weighting": "position", "decay": None, **options}
+        results.append(steps(Reader("layer", phase=77, **arguments), sizes, layout))
+    fast, slow = results
+    for name, value in slow.pop("state").items():
+        assert torch.equal(fast["state"][name], value), name
+    fast.pop("state")
+    assert fast == slow
+
+
+@pytest.mark.parametrize(("fraction", "name"), [(0.001, "gather_again_"), (1, "accumulate_again_")])
+def test_repeated_calls_take_one_operator(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, name: str
+) -> None:
+    real, taken = getattr(library, name), []
+
+    def spy(*tensors: Tensor) -> int:
+        taken.append(real(*tensors) >= 0)
+        return real(*tensors) if not taken[-1] else 0
+
+    monkeypatch.setattr(library, name, spy)
+    reader = Reader("layer", phase=77, fraction=fraction, weighting="position", decay=None)
+    steps(reader, ["many rows"] * 30, "channels last")
+    # The first call decides, and calls that find the buffer full.
+    assert sum(taken) >= 40
+
+
+def cursor_of(**numbers: int) -> Cursor:
+    cursor = Cursor()
+    given = {"FRACTION": fixed_point(0.1), "LIMIT": 20, "RUN_LENGTH": 1, "CHANNEL_DIM": 1}
+    places = {
+        "FRACTION": FRACTION,
+        "LIMIT": LIMIT,
+        "RUN_LENGTH": RUN_LENGTH,
+        "CHANNEL_DIM": CHANNEL_DIM,
+        "FILL": FILL,
+        "CARRY": CARRY,
+    }
+    for name, number in {**given, **numbers}.items():
+        cursor.numbers[places[name]] = number
+    return cursor
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows"),
+    [
+        ({}, 12),
+        ({"CARRY": WHOLE - 1}, 13),
+        ({"FILL": 8}, 12),
+        ({"FILL": 9}, -1),  # no room
+        ({"FRACTION": 0}, -1),  # not planned yet
+        ({"FRACTION": WHOLE}, -1),  # every row
+        ({"FRACTION": WHOLE - 1, "LIMIT": 10**6, "CARRY": WHOLE - 1}, -1),  # every row of this call
+        ({"FRACTION": 1}, 0),
+    ],
+)
+def test_what_is_due_is_gathered_or_nothing_is_changed(numbers: dict[str, int], rows: int) -> None:
+    cursor, buffer, maps = cursor_of(**numbers), torch.zeros(20, 24), torch.ones(3, 24, 8, 5)
+    before = cursor.numbers.tolist()
+    assert library.gather_again_(cursor.tensor, buffer, maps) == rows
+    assert buffer.sum() == max(rows, 0) * 24
+    assert cursor.numbers[CALLS] == (rows >= 0)
+    assert cursor.numbers[FILL] == before[FILL] + max(rows, 0)
+    if rows < 0:
+        assert cursor.numbers.tolist() == before
+
+
+def test_every_row_is_added_or_nothing_is_changed() -> None:
+    maps, moments = torch.randn(3, 24, 8, 5), Moments(24)
+    assert library.accumulate_again_(cursor_of().tensor, *vars(moments).values(), maps) == -1
+    assert not any(tensor.any() for tensor in vars(moments).values())
+    cursor, expected = cursor_of(FRACTION=WHOLE), Moments(24)
+    assert library.accumulate_again_(cursor.tensor, *vars(moments).values(), maps) == 120
+    library.accumulate_(*vars(expected).values(), maps, 1)
+    assert all(torch.equal(vars(moments)[name], value) for name, value in vars(expected).items())
+    assert cursor.numbers[CALLS] == 1
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [torch.zeros(11), torch.zeros(10, dtype=torch.int64), torch.zeros(22, dtype=torch.int64)[::2]],
+)
+def test_what_is_no_cursor_is_refused(numbers: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        library.gather_again_(numbers, torch.zeros(20, 24), torch.zeros(3, 24, 8, 5))
+
+
+def test_a_buffer_of_other_rows_is_refused() -> None:
+    maps = torch.zeros(3, 24, 8, 5)
+    for buffer in (torch.zeros(20, 23), torch.zeros(20, 24).double(), torch.zeros(9, 24)):
+        with pytest.raises(RuntimeError):
+            library.gather_again_(cursor_of().tensor, buffer, maps)
