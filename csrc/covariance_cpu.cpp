@@ -112,12 +112,13 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
 }
 
 // Counts a call, every row of which is read, and adds them; returns how many, or -1, with nothing
-// counted, where not every row is read.
+// counted, where it is not like the last one and where not every row is read.
 int64_t accumulate_again_(Tensor cursor, Tensor moment, Tensor sum, Tensor shift, Tensor weight,
                           Tensor count, Tensor rows) {
   Cursor& at = Cursor::of(cursor);
+  if (!at.fits(rows) || at.fraction < kWhole) return -1;
   const RowsView view = view_rows(rows, at.channel_dim);
-  if (at.fraction < kWhole || view.rows < 1) return -1;
+  if (view.rows < 1) return -1;
   accumulate_(moment, sum, shift, weight, count, rows, at.channel_dim, std::nullopt, 1, 1);
   at.count(view.rows, rows.size(0));
   return view.rows;

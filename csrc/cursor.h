@@ -1,4 +1,4 @@
-// Counters of a layer, shared with Python: fastcov/cursor.py says what they are.
+// Counters of a layer and its last call's layout, shared with Python: see fastcov/cursor.py.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 namespace fastcov {
 
 constexpr int64_t kWhole = int64_t{1} << 32;  // a fraction of 1
+constexpr int kMostDims = 5;
 
 // In the order of fastcov/cursor.py.
 struct Cursor {
@@ -22,6 +23,10 @@ struct Cursor {
   int64_t phase;
   int64_t run_length;
   int64_t channel_dim;
+  int64_t dtype;
+  int64_t dims;
+  int64_t size[kMostDims];
+  int64_t stride[kMostDims];
 
   static Cursor& of(const Tensor& numbers) {
     STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && numbers.is_cpu() &&
@@ -29,6 +34,30 @@ struct Cursor {
                         numbers.is_contiguous(),
                     "cursor must be contiguous int64 on the CPU, one value for each counter");
     return *static_cast<Cursor*>(numbers.mutable_data_ptr());
+  }
+
+  bool fits(const Tensor& rows) const {
+    if (rows.dim() != dims || dims > kMostDims || code_of(rows.scalar_type()) != dtype)
+      return false;
+    for (int64_t dim = 0; dim < dims; ++dim) {
+      if (rows.size(dim) != size[dim] || rows.stride(dim) != stride[dim]) return false;
+    }
+    return true;
+  }
+
+  static int64_t code_of(ScalarType dtype) {
+    switch (dtype) {
+      case ScalarType::Float:
+        return 0;
+      case ScalarType::BFloat16:
+        return 1;
+      case ScalarType::Half:
+        return 2;
+      case ScalarType::Double:
+        return 3;
+      default:
+        return -1;
+    }
   }
 
   void count(int64_t rows, int64_t images) {

@@ -61,9 +61,10 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
 }
 
 // Counts a call and copies the rows that are due; returns how many, or -1, with nothing counted,
-// where they do not fit the buffer, and where all rows or none are read.
+// where it is not like the last one, where the rows do not fit the buffer, and where all are due.
 int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   Cursor& at = Cursor::of(cursor);
+  if (!at.fits(rows)) return -1;
   const RowsView view = view_rows(rows, at.channel_dim);
   if (at.fraction <= 0 || at.fraction >= kWhole || view.rows < 1 || view.rows >= kWhole / 2) {
     return -1;

@@ -172,15 +172,22 @@ class Collector:
         if not self._is_reading:
             return self.step.is_inside
         seen = self._seen[tap]
-        if seen is None or not is_undisturbed() or not seen.fits(value):
+        if seen is None or type(value) is not Tensor or not is_undisturbed():
             return False
+        reader = self._by_tap[tap]
         try:
             if self._reads_output[tap]:
-                self._by_tap[tap].read(value, seen, source)
-            elif (reader := self._owner(tap, value)) is not None:
-                reader.read(value, seen)
+                return reader.read_again(value, seen, source)
+            if self._inputs.reads(tap, reader.earlier_calls > 0):
+                if not reader.read_again(value, seen):
+                    return False
+                self._inputs.note(tap, value)
+            elif not seen.fits(value):
+                return False
+            elif (owner := self._owner(tap, value)) is not None:
+                owner.read(value, seen)
         except Exception as error:
-            self._fail(self._by_tap[tap], error)
+            self._fail(reader, error)
         return True
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Counters of one layer, in memory that Python and an operator share.
+"""Counters of one layer and its last call's layout, in memory that Python and operators share.
 
-A call like the last one is then one operator with three arguments, which counts the call, finds
-which rows are due and copies them: each argument more costs 0.2 us in every hook.
+A call like the last one is then one operator with three arguments, which sees that it is like it,
+counts it, finds which rows are due and copies them: each argument more costs 0.2 us in every hook.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-# Places in the numbers; csrc/gather_cpu.cpp has them in the same order.
+from fastcov.rows import MOST_DIMS
+
+# Places in the numbers; csrc/cursor.h has them in the same order.
 CALLS = 0  # of the running step, then of the last one
 OFFERED = 1  # rows, likewise
 POSITIONS = 2  # of one image, likewise
@@ -22,9 +25,28 @@ SAMPLED = 5  # rows so far: the number of the next sample
 FILL = 6  # rows in the buffer
 LIMIT = 7  # rows that this fill of the buffer takes
 PHASE = 8  # start of the sampling sequence
-RUN_LENGTH = 9  # neighbouring positions read together, in the call before
-CHANNEL_DIM = 10  # of the activation, likewise
-FIELDS = 11
+LAYOUT = 9  # what Seen.layout gives, from here on
+FIELDS = LAYOUT + 4 + 2 * MOST_DIMS
+
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:
+    """What has to be the same for a call to be like the last one, and how that is read.
+
+    Args:
+        activation: Of at most 5 dimensions.
+        run_length: Neighbouring positions read together.
+        channel_dim: Where the channels are.
+
+    Returns:
+        ``LAYOUT`` and what follows it: run length, channel dimension, dtype, number of dimensions,
+        sizes and strides.
+    """
+    unused = (0,) * (MOST_DIMS - activation.dim())
+    head = (run_length, channel_dim, _CODES[activation.dtype], activation.dim())
+    return array("q", (*head, *activation.shape, *unused, *activation.stride(), *unused))
 
 
 class Cursor:
@@ -44,6 +66,10 @@ class Cursor:
         self.numbers = array("q", numbers)
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self.numbers, dtype=torch.int64)
+
+    def remember(self, layout: array[int]) -> None:
+        """Sets what the next calls are compared with, from :func:`layout_numbers`."""
+        self.numbers[LAYOUT:] = layout
 
     def __reduce__(self) -> tuple[type[Cursor], tuple[list[int]]]:
         # Copied apart, numbers and tensor would no longer share memory.

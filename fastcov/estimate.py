@@ -98,6 +98,9 @@ def estimate(
     One forward runs with the example, without gradients. A model on the meta device is estimated
     without memory or arithmetic of its own, as if it trained on a GPU.
 
+    Memory is what stays. Left out is what the CPU's operators work in, one call after another: a
+    few MiB, and up to a layer's weights and inputs' second moment twice with ``rows="all"``.
+
     Args:
         model: As for :func:`fastcov.track`.
         example: Its input: a tensor, a tuple of arguments or a mapping of keyword arguments, on

@@ -13,12 +13,10 @@ from fastcov.adder import Adder, RowSource
 from fastcov.cursor import (
     CALLS,
     CARRY,
-    CHANNEL_DIM,
     FRACTION,
     OFFERED,
     PHASE,
     POSITIONS,
-    RUN_LENGTH,
     SAMPLED,
     Counter,
 )
@@ -113,8 +111,6 @@ class Reader(Adder):
         """
         if seen is None:
             seen = Seen(activation)
-        elif seen is self._again and source is None and self._read_again(activation, seen):
-            return
         offered = seen.rows
         if offered == 0:
             return
@@ -185,22 +181,42 @@ class Reader(Adder):
             self._remember(seen, adds=False)
 
     def _remember(self, seen: Seen, adds: bool) -> None:
-        if library.has_again and seen.channel_dim > 0 and seen.device.type == "cpu":
-            numbers = self.cursor.numbers
-            numbers[RUN_LENGTH], numbers[CHANNEL_DIM] = seen.run_length, seen.channel_dim
+        if library.has_again and seen.layout is not None:
+            self.cursor.remember(seen.layout)
             self._again, self._adds_again = seen, adds
 
-    def _read_again(self, activation: Tensor, seen: Seen) -> bool:
+    def read_again(self, value: Tensor, seen: Seen, source: RowSource | None = None) -> bool:
+        """Takes what a call contributes that may be like the last one.
+
+        Args:
+            value: What the module returned or was given.
+            seen: What ``value`` may fit.
+            source: See :meth:`read`.
+
+        Returns:
+            False, with nothing done, where ``seen`` does not fit.
+        """
+        if seen is self._again and source is None and self._repeat(value, seen):
+            return True
+        if not seen.fits(value):
+            return False
+        self.read(value, seen, source)
+        return True
+
+    def _repeat(self, value: Tensor, seen: Seen) -> bool:
         # All that `read` does where rows are added at once, or where the buffer has room for them.
         state, storage, cursor = self.state, self._buffer.storage, self.cursor.tensor
         if state is None or seen.dtype is not self._dtype:
             return False
-        if self._adds_again:
-            to = (state.moment, state.sum, state.shift, state.weight, state.count)
-            return library.accumulate_again_(cursor, *to, activation) >= 0
-        if storage is None:
+        try:
+            if self._adds_again:
+                to = (state.moment, state.sum, state.shift, state.weight, state.count)
+                return library.accumulate_again_(cursor, *to, value) >= 0
+            if storage is None:
+                return False
+            due = library.gather_again_(cursor, storage, value)
+        except NotImplementedError:  # on another device, sparse, nested: no dense tensor on the CPU
             return False
-        due = library.gather_again_(cursor, storage, activation)
         if due > 0:
             self._buffer.mark_step(due, self._step)
         return due >= 0

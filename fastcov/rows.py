@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-_MAX_DIMS = 5  # what the kernels take
+MOST_DIMS = 5  # what the kernels take
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _DENSE = Tensor.__torch_dispatch__  # what subclasses that hold their own data keep
 
@@ -150,7 +150,7 @@ def row_order(
         >>> row_order(4, Layout.CHANNELS_FIRST)
         (0, 2, 3, 1)
     """
-    if batch_dims or not 2 <= dims <= _MAX_DIMS or (rank is not None and dims == rank - 1):
+    if batch_dims or not 2 <= dims <= MOST_DIMS or (rank is not None and dims == rank - 1):
         return None
     if layout is Layout.BY_RANK:
         layout = Layout.CHANNELS_FIRST if dims >= 4 else Layout.CHANNELS_LAST
@@ -184,7 +184,7 @@ def row_view(
         for _ in range(batch_dims):
             inner = torch.vmap(inner)
         rows = inner(activation).flatten(0, batch_dims)
-        return rows if rows.dim() <= _MAX_DIMS else rows.flatten(1, 1 - _MAX_DIMS)
+        return rows if rows.dim() <= MOST_DIMS else rows.flatten(1, 1 - MOST_DIMS)
     dims = activation.dim()
     if (order := row_order(dims, layout, rank)) is not None:
         return activation.permute(*order)
@@ -200,7 +200,7 @@ def row_view(
         activation = activation.movedim(1, -1)
     elif layout is Layout.SEQUENCE_FIRST and dims >= 3:
         activation = activation.transpose(0, 1)
-    return activation if dims <= _MAX_DIMS else activation.flatten(1, 1 - _MAX_DIMS)
+    return activation if dims <= MOST_DIMS else activation.flatten(1, 1 - MOST_DIMS)
 
 
 def run_length(rows: Tensor) -> int:

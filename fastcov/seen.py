@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcov.cursor import layout_numbers
 from fastcov.rows import run_length
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
@@ -31,6 +33,7 @@ class Seen:
         dtype: Of the rows.
         device: Of the rows.
         channel_dim: Of what :meth:`source` gives.
+        layout: Of :func:`fastcov.cursor.layout_numbers`, where operators can compare with it.
     """
 
     __slots__ = (
@@ -44,6 +47,7 @@ class Seen:
         "device",
         "direct_rows",
         "dtype",
+        "layout",
         "positions",
         "rows",
         "run_length",
@@ -68,11 +72,14 @@ class Seen:
         self._order: tuple[int, ...] | None = None
         self._shape: torch.Size | None = None
         self._is_cpu = rows.is_cpu
+        self.layout: array[int] | None = None
         if activation is not None and order is not None:
             self._order = order
             self._shape, self._stride = activation.shape, activation.stride()
             if order[:-1] == tuple(sorted(order[:-1])):  # operators can take it as it is
                 self.channel_dim = order[-1]
+                if self._is_cpu:
+                    self.layout = layout_numbers(activation, self.run_length, self.channel_dim)
 
     @property
     def is_repeatable(self) -> bool:

@@ -28,6 +28,15 @@ class SharedInputs:
         self._order: list[int] = []
         self._apart: set[int] = set()  # split once: they never share again
 
+    def reads(self, tap: int, has_rows: bool) -> bool:
+        """Whether :meth:`see` says "reads" for a tap, whatever its tensor."""
+        return has_rows and tap not in self.owner
+
+    def note(self, tap: int, activation: Tensor) -> None:
+        """What :meth:`see` does for such a tap."""
+        self._seen[tap].append(ref(activation))
+        self._order.append(tap)
+
     def see(
         self, tap: int, activation: Tensor, has_rows: bool
     ) -> Literal["reads", "shares", "splits"]:
@@ -42,8 +51,7 @@ class SharedInputs:
             "reads" for itself, "shares" the rows of ``owner[tap]``, or "splits" from its owner
             and reads for itself from now on.
         """
-        self._seen[tap].append(ref(activation))
-        self._order.append(tap)
+        self.note(tap, activation)
         owner = self.owner.get(tap)
         if owner is None:
             if has_rows or tap in self._apart or (first := self._first(activation)) == tap:

@@ -15,7 +15,7 @@ import fastcov
 from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
-from fastcov.cursor import CARRY, CHANNEL_DIM, FRACTION, RUN_LENGTH, Cursor
+from fastcov.cursor import Cursor
 from fastcov.ops import library
 from fastcov.state import CovarianceState
 
@@ -25,6 +25,7 @@ DEFAULT = "fastcov, default"
 ALL = "fastcov, every row"
 INPUTS = "fastcov, default, inputs"
 _WARM_STEPS = 20
+_NO_ROW = 2.0**-32  # share of the rows: less than one in all calls
 
 
 class Replayed(nn.Conv2d):
@@ -71,22 +72,28 @@ def _contest(setting: Setting) -> Contest:
     image = torch.zeros(256, 3, 1, 1, device=device, dtype=dtype)
     turns = HookTurns(model)
     turns.add(EMPTY, partial(_hook_emptily, model))
-    turns.add(DEFAULT, partial(fastcov.track, model))
-    turns.add(ALL, partial(fastcov.track, model, rows="all"))
-    turns.add(INPUTS, partial(fastcov.track, model, where="input"))
+    trackers = {
+        DEFAULT: turns.add(DEFAULT, partial(fastcov.track, model)),
+        ALL: turns.add(ALL, partial(fastcov.track, model, rows="all")),
+        INPUTS: turns.add(INPUTS, partial(fastcov.track, model, where="input")),
+    }
     stubs = _Stubs(device)
 
     def run(_index: int) -> None:
         with stubs:
             model(image)
 
-    for name in (DEFAULT, ALL, INPUTS):
+    # Buffers are filled by an operator that counts and copies: from then on no row is due.
+    for name, tracker in trackers.items():
         turns.install(name)
         with stubs.counted() as calls:
             for _ in range(_WARM_STEPS):  # allocates and plans
                 model(image)
         if not calls:
             raise WrongResultError(f"{name}: no operator was called, there is nothing to time")
+        for reader in tracker.unique_readers():
+            if reader.fraction != 1:
+                reader.set_fraction(_NO_ROW)
     return Contest(
         dict.fromkeys((NO_HOOK, EMPTY, DEFAULT, ALL, INPUTS), run),
         reference=NO_HOOK,
@@ -104,7 +111,7 @@ def _hook_emptily(model: nn.Module) -> None:
 
 
 class _Stubs:
-    """Nothing is launched: on a CPU operators are still dispatched, with no row to read."""
+    """Nothing is launched: on a CPU operators are still called, with no row to read."""
 
     def __init__(self, device: torch.device) -> None:
         self._stubs: list[tuple[Any, str, Callable[..., Any]]] = []
@@ -119,8 +126,7 @@ class _Stubs:
             self._stubs.append((library, "accumulate_", _ignore))
         else:
             if library.has_again:
-                self._stubs.append((library, "gather_again_", _idle_gather()))
-                self._stubs.append((library, "accumulate_again_", _idle_accumulate()))
+                self._stubs.append((library, "accumulate_again_", _declined()))
             self._stubs.append((library, "gather_", _dispatched_gather()))
             self._stubs.append((library, "accumulate_", _dispatched_accumulate()))
 
@@ -155,25 +161,10 @@ def _ignore(*_arguments: Any, **_options: Any) -> None:
     return None
 
 
-def _idle_gather() -> Callable[..., int]:
-    real, idle = library.gather_again_, Cursor()
-    idle.numbers[FRACTION] = idle.numbers[RUN_LENGTH] = idle.numbers[CHANNEL_DIM] = 1
-
-    def stub(_cursor: Tensor, buffer: Tensor, rows: Tensor) -> int:
-        idle.numbers[CARRY] = 0  # so that no row is ever due
-        return real(idle.tensor, buffer, rows)
-
-    return stub
-
-
-def _idle_accumulate() -> Callable[..., int]:
-    real, idle = library.accumulate_again_, Cursor()
-    idle.numbers[CHANNEL_DIM] = 1  # of every row none is read: what it is asked for is declined
-
-    def stub(_cursor: Tensor, *tensors: Tensor) -> int:
-        return real(idle.tensor, *tensors) + 1
-
-    return stub
+def _declined() -> Callable[..., int]:
+    # Unlike the last call, says a cursor that has seen none: the operator reads nothing.
+    real, nothing = library.accumulate_again_, Cursor().tensor
+    return lambda _cursor, *tensors: real(nothing, *tensors) and 0
 
 
 def _dispatched_gather() -> Callable[..., None]:

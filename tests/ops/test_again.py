@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcov.cursor import CALLS, CARRY, CHANNEL_DIM, FILL, FRACTION, LIMIT, RUN_LENGTH, Cursor
+from fastcov.cursor import (
+    CALLS,
+    CARRY,
+    FIELDS,
+    FILL,
+    FRACTION,
+    LIMIT,
+    Cursor,
+    layout_numbers,
+)
 from fastcov.ops import library
 from fastcov.ops.covariance import Moments
 from fastcov.reader import Reader
@@ -42,7 +51,8 @@ def steps(reader: Reader, sizes: list[str], layout: str) -> dict[str, Any]:
         reader.begin_step(step)
         for _ in range(1 + step % 2):
             maps = LAYOUTS[layout](torch.randn(SIZES[name]))
-            reader.read(maps, known.setdefault(name, seen_of(maps)))
+            seen = known.setdefault(name, seen_of(maps))
+            assert reader.read_again(maps, seen)
         if reader.fraction is None:
             reader.plan(0.03)
         reader.end_step()
@@ -99,17 +109,12 @@ def test_repeated_calls_take_one_operator(
     assert sum(taken) >= 40
 
 
-def cursor_of(**numbers: int) -> Cursor:
+def cursor_of(maps: Tensor, **numbers: int) -> Cursor:
+    """Counters of a layer that saw tensors like ``maps``."""
     cursor = Cursor()
-    given = {"FRACTION": fixed_point(0.1), "LIMIT": 20, "RUN_LENGTH": 1, "CHANNEL_DIM": 1}
-    places = {
-        "FRACTION": FRACTION,
-        "LIMIT": LIMIT,
-        "RUN_LENGTH": RUN_LENGTH,
-        "CHANNEL_DIM": CHANNEL_DIM,
-        "FILL": FILL,
-        "CARRY": CARRY,
-    }
+    cursor.remember(layout_numbers(maps, run_length=1, channel_dim=1))
+    given = {"FRACTION": fixed_point(0.1), "LIMIT": 20}
+    places = {"FRACTION": FRACTION, "LIMIT": LIMIT, "FILL": FILL, "CARRY": CARRY}
     for name, number in {**given, **numbers}.items():
         cursor.numbers[places[name]] = number
     return cursor
@@ -129,7 +134,8 @@ def cursor_of(**numbers: int) -> Cursor:
     ],
 )
 def test_what_is_due_is_gathered_or_nothing_is_changed(numbers: dict[str, int], rows: int) -> None:
-    cursor, buffer, maps = cursor_of(**numbers), torch.zeros(20, 24), torch.ones(3, 24, 8, 5)
+    maps, buffer = torch.ones(3, 24, 8, 5), torch.zeros(20, 24)
+    cursor = cursor_of(maps, **numbers)
     before = cursor.numbers.tolist()
     assert library.gather_again_(cursor.tensor, buffer, maps) == rows
     assert buffer.sum() == max(rows, 0) * 24
@@ -141,9 +147,9 @@ def test_what_is_due_is_gathered_or_nothing_is_changed(numbers: dict[str, int], 
 
 def test_every_row_is_added_or_nothing_is_changed() -> None:
     maps, moments = torch.randn(3, 24, 8, 5), Moments(24)
-    assert library.accumulate_again_(cursor_of().tensor, *vars(moments).values(), maps) == -1
+    assert library.accumulate_again_(cursor_of(maps).tensor, *vars(moments).values(), maps) == -1
     assert not any(tensor.any() for tensor in vars(moments).values())
-    cursor, expected = cursor_of(FRACTION=WHOLE), Moments(24)
+    cursor, expected = cursor_of(maps, FRACTION=WHOLE), Moments(24)
     assert library.accumulate_again_(cursor.tensor, *vars(moments).values(), maps) == 120
     library.accumulate_(*vars(expected).values(), maps, 1)
     assert all(torch.equal(vars(moments)[name], value) for name, value in vars(expected).items())
@@ -151,8 +157,38 @@ def test_every_row_is_added_or_nothing_is_changed() -> None:
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        lambda maps: maps[:2],
+        lambda maps: maps.permute(0, 1, 3, 2),
+        lambda maps: maps.to(memory_format=torch.channels_last),
+        lambda maps: maps.double(),
+        lambda maps: maps.int(),
+        lambda maps: maps[..., 0],
+        lambda maps: maps[None],
+    ],
+)
+def test_calls_unlike_the_last_one_are_left_alone(other: Callable[[Tensor], Tensor]) -> None:
+    maps, moments = torch.randn(3, 24, 5, 5), Moments(24)
+    for fraction, operator, to in (
+        (fixed_point(0.1), library.gather_again_, [torch.zeros(20, 24)]),
+        (WHOLE, library.accumulate_again_, list(vars(moments).values())),
+    ):
+        cursor = cursor_of(maps, FRACTION=fraction)
+        before = cursor.numbers.tolist()
+        assert operator(cursor.tensor, *to, other(maps)) == -1
+        assert not any(tensor.any() for tensor in to)
+        assert cursor.numbers.tolist() == before
+        assert operator(cursor.tensor, *to, maps) > 0
+
+
+@pytest.mark.parametrize(
     "numbers",
-    [torch.zeros(11), torch.zeros(10, dtype=torch.int64), torch.zeros(22, dtype=torch.int64)[::2]],
+    [
+        torch.zeros(FIELDS),
+        torch.zeros(FIELDS - 1, dtype=torch.int64),
+        torch.zeros(2 * FIELDS, dtype=torch.int64)[::2],
+    ],
 )
 def test_what_is_no_cursor_is_refused(numbers: Tensor) -> None:
     with pytest.raises(RuntimeError):
@@ -163,4 +199,4 @@ def test_a_buffer_of_other_rows_is_refused() -> None:
     maps = torch.zeros(3, 24, 8, 5)
     for buffer in (torch.zeros(20, 23), torch.zeros(20, 24).double(), torch.zeros(9, 24)):
         with pytest.raises(RuntimeError):
-            library.gather_again_(cursor_of().tensor, buffer, maps)
+            library.gather_again_(cursor_of(maps).tensor, buffer, maps)
