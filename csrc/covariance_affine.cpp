@@ -11,9 +11,10 @@ namespace {
 
 // Times that the largest variance may be larger, taken about the inputs' shift and were they not
 // correlated: rounding of float32 grows by as much, and where what cancels is one direction of many
-// inputs, by the root of their number besides.
+// inputs, by the root of their number besides. At these limits it stays below 2e-6 of the result.
 constexpr double kCancellation = 4;
-constexpr double kFewInputs = 256;
+constexpr double kFewInputs = 64;
+constexpr double kLeastCancellation = 1.5;  // inputs that are not correlated have 1
 // Squares that float32 sums without loss.
 constexpr double kSmallest = 1e-20;
 constexpr double kLargest = 1e30;
@@ -61,8 +62,9 @@ struct Extent {
   // Outputs whose squares add up to less than float32 holds cannot have overflowed.
   bool is_exact(double unit, int64_t inputs) const {
     const double many = std::max(1.0, static_cast<double>(inputs) / kFewInputs);
+    const double limit = std::max(kLeastCancellation, kCancellation / std::sqrt(many));
     return is_finite && variance > kSmallest && variance < kLargest && mean < kLargest &&
-           uncorrelated < kCancellation / std::sqrt(many) * variance &&
+           uncorrelated < limit * variance &&
            (variance + mean) * unit < static_cast<double>(std::numeric_limits<float>::max());
   }
 };

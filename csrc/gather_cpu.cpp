@@ -12,6 +12,8 @@ namespace {
 
 // Bytes below which a second thread costs more than it brings.
 constexpr int64_t kSerialBytes = 1 << 18;
+// For each channel; more are added at once (BUFFER_ROWS_PER_CHANNEL in fastcov/sampling.py).
+constexpr int64_t kBufferRows = 2;
 
 template <typename Item>
 void copy_row(const char* source, char* destination, int64_t channels, int64_t channel_stride) {
@@ -61,7 +63,7 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
 }
 
 // Counts a call and copies the rows that are due; returns how many, or -1, with nothing counted,
-// where it is not like the last one, where the rows do not fit the buffer, and where all are due.
+// where it is not like the last one, where rows do not fit the buffer, and where too many are due.
 int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   Cursor& at = Cursor::of(cursor);
   if (!at.fits(rows)) return -1;
@@ -71,7 +73,7 @@ int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   }
   const int64_t total = view.rows * at.fraction + at.carry;
   const int64_t due = total / kWhole;
-  if (due >= view.rows || at.fill + due > at.limit) return -1;
+  if (due >= view.rows || due > kBufferRows * view.channels || at.fill + due > at.limit) return -1;
   check_gather(buffer, rows, view, at.fill, at.sampled, due, at.run_length);
   if (due > 0) {
     const Sampling sampling = sampling_of(rows, view, at.sampled, at.run_length, at.phase);

@@ -187,7 +187,7 @@ class Collector:
             elif (owner := self._owner(tap, value)) is not None:
                 owner.read(value, seen)
         except Exception as error:
-            self._fail(reader, error)
+            self._fail(self._by_tap[tap], error)  # which a split may have changed
         return True
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:

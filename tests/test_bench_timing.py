@@ -91,6 +91,22 @@ def test_a_contender_may_sit_out_rounds() -> None:
     assert min(paired) > 1.2
 
 
+def test_the_reference_stands_in_the_middle_of_those_that_run() -> None:
+    turns: list[str] = []
+    names = ["reference", "a", "b", "rare", "rarer"]
+    interleave(
+        {name: lambda _index: time.sleep(0.003) for name in names},
+        CPU,
+        rounds=8,
+        prepare=lambda name, round_number: turns.append(name) if round_number else None,
+        periods={"rare": 4, "rarer": 8},
+        reference="reference",
+    )
+    assert [turns[at] for at in (2, 6, 9, 12, 15, 19, 22, 25)] == ["reference"] * 8
+    others = [turns[at : at + 3] for at in (5, 8, 11)]
+    assert {*others[0]} == {*others[1]} == {*others[2]} == {"reference", "a", "b"}
+
+
 def test_budget_ends_a_run() -> None:
     samples = interleave(
         {"sleep": lambda _index: time.sleep(0.01)}, CPU, rounds=1000, budget_s=0.05, fewest_rounds=7

@@ -164,6 +164,7 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
         clock=contest.clock,
         prepare=contest.prepare,
         periods=contest.periods,
+        reference=contest.reference,
     )
     rows = []
     for name, seconds in samples.items():

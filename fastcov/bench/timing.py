@@ -169,9 +169,12 @@ def interleave(
     clock: Clock = "wall",
     prepare: Callable[[str, int], None] | None = None,
     periods: Mapping[str, int] | None = None,
+    reference: str | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Times contenders in turns: a round runs each once, in a new order; see ``periods``.
+
+    A machine's speed changes, the less the sooner one call follows the other.
 
     Args:
         contenders: What is timed, by name. Each has run before: compilation is not timed.
@@ -182,6 +185,7 @@ def interleave(
         clock: "wall" as a user waits, "device" for kernels, "host" for what runs ahead of a GPU.
         prepare: Called with a name and the round before each sample, outside the time.
         periods: Rounds from one that a contender runs in to the next, 1 for those not named.
+        reference: In the middle of each order, where all are near to it.
         seed: Of the orders.
 
     Returns:
@@ -202,15 +206,18 @@ def interleave(
         calls[name] = max(1, min(_MOST_CALLS, math.ceil(shortest_s / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     next_call = dict.fromkeys(contenders, 2)
-    order = list(contenders)
+    every = periods or {}
     shuffle = random.Random(seed).shuffle
     start = time.perf_counter()
     for round_number in range(1, rounds + 1):
+        order = [name for name in contenders if (round_number - 1) % every.get(name, 1) == 0]
         shuffle(order)
+        if reference in order:
+            order.remove(reference)
+            order.insert(len(order) // 2, reference)
+        for name in contenders.keys() - set(order):
+            samples[name].append(math.nan)
         for name in order:
-            if (round_number - 1) % (periods or {}).get(name, 1):
-                samples[name].append(math.nan)
-                continue
             if prepare is not None:
                 prepare(name, round_number)
             took = read(device, contenders[name], next_call[name], calls[name])

@@ -40,7 +40,7 @@ DELVE = "delve"
 NETWORKS = ("resnet50", "vit", "faster_rcnn", "resnet50-compiled")
 COMPILED_NETWORKS = ("vit-compiled", "faster_rcnn-compiled")
 """Whose compilation takes minutes: timed where they are asked for by name."""
-_BUDGET_S = {"cpu": 240.0, "cuda": 25.0}
+_BUDGET_S = {"cpu": 160.0, "cuda": 25.0}
 _FEWEST_ROUNDS = {"cpu": 40, "cuda": 20}
 _PEER_PERIOD = {"cpu": 4, "cuda": 1}  # peers are far from every target: fewer pairs tell
 _WARM_STEPS = 3  # the first plans the sampling, the second is the first that follows the plan
@@ -114,7 +114,7 @@ def contest(training: Training, setting: Setting, *, is_compiled: bool = False) 
     return Contest(
         contenders,
         reference=UNTRACKED,
-        rounds=setting.rounds(40, full=100),
+        rounds=setting.rounds(80, full=160),
         fewest_rounds=1 if setting.is_tiny else _FEWEST_ROUNDS[setting.device.type],
         errors={ALL: error},
         budget_s=_BUDGET_S[setting.device.type],

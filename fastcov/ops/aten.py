@@ -20,8 +20,8 @@ from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
 CHAIN_ROWS = 4096
 # As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, about its
 # inputs' shift and were they not correlated, and squares that float32 sums without loss.
-_CANCELLATION = 4
-_FEW_INPUTS = 256
+_CANCELLATION, _LEAST_CANCELLATION = 4, 1.5
+_FEW_INPUTS = 64  # above, the first falls with the root of their number to the second
 _SMALLEST, _LARGEST = 1e-20, 1e30
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
 
@@ -113,8 +113,8 @@ def accumulate_affine_(
         decay: Factor on what the state holds.
 
     Returns:
-        False, with the state untouched, where float32 would lose more than in the rows themselves.
-        []
+        False, with the state untouched, where float32 cannot hold the result, or may lose more of
+        it than 2e-6 of its largest entry. []
     """
     if rows == 0 or matrix.numel() == 0:
         return torch.tensor(False, device="cpu")
@@ -125,6 +125,7 @@ def accumulate_affine_(
     about_shift = input_moment.diagonal()
     unit = 2.0 ** math.frexp(float(about_shift.max()))[1]  # a power of two above both
     about_shift, many = (about_shift / unit).float(), max(1.0, matrix.shape[1] / _FEW_INPUTS)
+    cancellation = max(_LEAST_CANCELLATION, _CANCELLATION / many**0.5)
     scatter = ((scatter + scatter.tril(-1).T) / unit).float()
     scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
     with _full_precision(matrix.device.type):
@@ -135,7 +136,7 @@ def accumulate_affine_(
         if not (
             _SMALLEST < variance < _LARGEST
             and mean_square < _LARGEST
-            and uncorrelated < _CANCELLATION / many**0.5 * variance
+            and uncorrelated < cancellation * variance
             and (variance + mean_square) * unit < torch.finfo(torch.float32).max  # none overflowed
         ):
             return torch.tensor(False, device="cpu")

@@ -20,6 +20,8 @@ import torch
 LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "lib"
 BACKENDS = ("native", "triton", "torch")
 BACKEND_SWITCH = "FASTCOV_BACKEND"
+INTERFACE = 2
+"""Raised with every change of a schema, or of fastcov/cursor.py, that a library is compiled for."""
 
 
 class Backend(NamedTuple):
@@ -76,22 +78,28 @@ def _library_path(name: str) -> Path:
 def _build_record() -> dict[str, str]:
     path = LIBRARY_FOLDER / "build.json"
     if not path.is_file():
-        raise UnavailableError(f"{path} is missing, so the CUDA version of the library is unknown")
+        raise UnavailableError(f"{path} is missing, so it is unknown what the libraries are for")
     record = json.loads(path.read_text(encoding="utf-8"))
     return {str(key): str(value) for key, value in record.items()}
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    try:
-        torch.ops.load_library(str(path))
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        # A library that is there and does not open is a broken installation, not a choice.
-        reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
-        warnings.warn(
-            f"fastcov runs without its compiled code: {reason}", RuntimeWarning, stacklevel=2
+    reason = ""
+    # Asked before anything is registered: torch counts arguments, and does not know their order.
+    if (interface := _build_record().get("interface", "1")) != str(INTERFACE):
+        reason = (
+            f"{path.name} was compiled for other sources (interface {interface}, not {INTERFACE}): "
+            "install fastcov again, or in a checkout run `make dev`"
         )
-        raise UnavailableError(reason) from error
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
+    # A library that is there and does not open is a broken installation, not a choice.
+    warnings.warn(f"fastcov runs without its compiled code: {reason}", RuntimeWarning, stacklevel=2)
+    raise UnavailableError(reason)
 
 
 def load_cpu() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +109,19 @@ def test_repeated_calls_take_one_operator(
     steps(reader, ["many rows"] * 30, "channels last")
     # The first call decides, and calls that find the buffer full.
     assert sum(taken) >= 40
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_copies_count_for_themselves(copied: Callable[[Reader], Reader]) -> None:
+    reader = Reader("layer", phase=77, fraction=0.001, weighting="position", decay=None)
+    steps(reader, ["many rows"] * 5, "channels last")
+    other = copied(reader)
+    before = reader.cursor.numbers.tolist()
+    for each in (other, reader):
+        assert each.cursor.numbers.tolist() == each.cursor.tensor.tolist() == before
+    steps(other, ["many rows"] * 3, "channels last")
+    assert reader.cursor.numbers.tolist() == reader.cursor.tensor.tolist() == before
+    assert other.cursor.numbers.tolist() == other.cursor.tensor.tolist() != before
 
 
 def cursor_of(maps: Tensor, **numbers: int) -> Cursor:

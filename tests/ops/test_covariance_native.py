@@ -354,7 +354,14 @@ def test_scales_that_an_affine_map_may_have(
 @pytest.mark.parametrize("affine", AFFINE, ids=["compiled", "aten"])
 @pytest.mark.parametrize(
     ("inputs", "cancellation", "is_taken"),
-    [(64, 3.9, True), (64, 4.1, False), (1024, 1.9, True), (1024, 2.1, False)],
+    [
+        (64, 3.9, True),
+        (64, 4.1, False),
+        (256, 1.9, True),
+        (256, 2.1, False),
+        (1024, 1.4, True),
+        (1024, 1.6, False),
+    ],
 )
 def test_cancellation_that_an_affine_map_may_have(
     affine: Callable[..., Tensor], inputs: int, cancellation: float, is_taken: bool

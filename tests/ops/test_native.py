@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,7 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcov.ops import native
+from fastcov import cursor
+from fastcov.ops import library, native
+
+COMPILED = (
+    "accumulate_",
+    "accumulate_affine_",
+    "accumulate_again_",
+    "gather_",
+    "gather_again_",
+    "eigvalsh",
+    "eigh",
+    "count_above",
+)
 
 
 @pytest.fixture
@@ -25,7 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cuda_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "libfastcov_cuda.so").write_bytes(b"")
-    (folder / "build.json").write_text(json.dumps({"cuda": "13.0"}))
+    record = {"cuda": "13.0", "interface": str(native.INTERFACE)}
+    (folder / "build.json").write_text(json.dumps(record))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "_driver_cuda_version", lambda: 13000)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -96,11 +110,34 @@ def test_missing_library_is_named(folder: Path) -> None:
 
 def test_broken_library_warns_and_gives_the_loaders_words(folder: Path) -> None:
     (folder / "libfastcov_cpu.so").write_bytes(b"not a library")
+    (folder / "build.json").write_text(json.dumps({"interface": str(native.INTERFACE)}))
     with (
         pytest.warns(RuntimeWarning, match="without its compiled code"),
         pytest.raises(native.UnavailableError, match=r"libfastcov_cpu\.so does not load"),
     ):
         native.load_cpu()
+
+
+@pytest.mark.parametrize("record", [{}, {"interface": "1"}])
+def test_library_of_other_sources_is_not_opened(
+    folder: Path, record: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "libfastcov_cpu.so").write_bytes(b"")
+    (folder / "build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(torch.ops, "load_library", None)
+    with (
+        pytest.warns(RuntimeWarning, match="without its compiled code"),
+        pytest.raises(native.UnavailableError, match=r"\(interface 1, not \d+\): install fastcov"),
+    ):
+        native.load_cpu()
+
+
+def test_a_changed_schema_has_another_interface() -> None:
+    schemas = [str(getattr(library.operators, name).default._schema) for name in COMPILED]
+    fields = (cursor.LAYOUT, cursor.FIELDS)
+    digest = hashlib.sha256(f"{schemas} {fields}".encode()).hexdigest()[:16]
+    # Where this fails, raise INTERFACE and write both here: libraries built before are refused.
+    assert (native.INTERFACE, digest) == (2, "ea509978f14788dc")
 
 
 def test_cuda_library_needs_a_cuda_build_of_torch(

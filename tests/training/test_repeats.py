@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.collector import Collector
+from fastcov.reader import Reader
 from fastcov.sharing import SharedInputs
 
 
@@ -57,6 +58,30 @@ def test_nothing_is_decided_twice(
         assert not tracker.notes
         expected = 4 * 32 if rows == "all" else 4 * 16
         assert {tracker.count(name) for name in tracker.names()} == {expected}
+
+
+@pytest.mark.parametrize("rows", ["all", 0.5])
+def test_where_branches_part_only_what_fails_is_given_up(
+    rows: Literal["all"] | float, model: Branches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Reader.read
+
+    def failing(self: Reader, *arguments: Any) -> None:
+        if self.name == "right:in":
+            raise ValueError("no rows today")
+        read(self, *arguments)
+
+    with fastcov.track(model, where="input", rows=rows) as tracker:
+        for _ in range(3):
+            model(images())
+        monkeypatch.setattr(Reader, "read", failing)
+        model.is_apart = True
+        with pytest.warns(UserWarning, match="no longer reads layer 'right:in'"):
+            model(images())
+        model(images())
+        assert "no rows today" in tracker.notes["right:in"]
+        assert "left:in" not in tracker.notes
+        assert tracker.count("left:in") == 5 * 32 * (1 if rows == "all" else rows)
 
 
 def test_inputs_read_at_once_are_the_inputs(model: Branches) -> None:
@@ -131,19 +156,20 @@ OTHERS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("rows", ["all", 0.5])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_tensors_of_that_shape_are_no_rows(kind: str) -> None:
+def test_other_tensors_of_that_shape_are_no_rows(kind: str, rows: Literal["all"] | float) -> None:
     class Given(nn.Module):
         def forward(self, value: Tensor) -> Tensor:
             return value
 
     model = Given()
-    with fastcov.track(model, include=Given, rows="all") as tracker:
+    with fastcov.track(model, include=Given, rows=rows) as tracker:
         for _ in range(3):
             model(torch.randn(6, 4))
         model(OTHERS[kind]())
         model(torch.randn(6, 4))
-        assert tracker.count("") == 24
+        assert tracker.count("") == 24 * (1 if rows == "all" else rows)
 
 
 def test_what_is_stored_of_a_buffer_is_stored_once() -> None:
