@@ -71,7 +71,7 @@ demo: setup  ## the main job: data, search, retraining, table and report in runs
 test: setup  ## every test, against the installed wheel
 	@$(INSTALLED) $(BIN)/pytest
 
-bench: setup  ## benchmarks of this machine's CPU beside its peers, at most 20 minutes
+bench: setup  ## benchmarks of this machine's CPU beside its peers, at most 25 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench
 
 bench-full: setup  ## the same over the whole grid

@@ -44,7 +44,7 @@ _BY_NAME_ONLY = {
 
 _USAGE = """\
 examples:
-  fastcov bench                          this machine's CPU, at most 20 minutes on 2 cores
+  fastcov bench                          this machine's CPU, at most 25 minutes on 2 cores
   fastcov bench --gpu                    this machine's GPU, at most 9 minutes
   fastcov bench --gpu --only eigen       one part of it
   fastcov bench --gpu --only '*-compiled'  compiled training steps, 9 minutes more

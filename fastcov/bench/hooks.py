@@ -96,7 +96,7 @@ def _contest(setting: Setting) -> Contest:
     return Contest(
         dict.fromkeys((NO_HOOK, EMPTY, DEFAULT, ALL, INPUTS), run),
         reference=NO_HOOK,
-        rounds=setting.rounds(200),
+        rounds=setting.rounds(1000),
         budget_s=10.0,
         clock="host",
         prepare=lambda name, _round: turns.install(name),
