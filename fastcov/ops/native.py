@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "lib"
+_SHORT_FOLDER = "fastcov/lib"  # of the package: reasons are published beside results
 BACKENDS = ("native", "triton", "torch")
 BACKEND_SWITCH = "FASTCOV_BACKEND"
 INTERFACE = 2
@@ -71,7 +72,7 @@ def _library_path(name: str) -> Path:
     path = LIBRARY_FOLDER / f"libfastcov_{name}.so"
     if not path.is_file():
         built = "this build has no" if LIBRARY_FOLDER.is_dir() else "nothing is compiled, so no"
-        raise UnavailableError(f"{built} {path.name} in {LIBRARY_FOLDER}")
+        raise UnavailableError(f"{built} {path.name} in {_SHORT_FOLDER}")
     return path
 
 
