@@ -13,8 +13,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# One architecture builds in seconds; `make wheels` builds all that nvcc knows.
-export FASTCOV_CUDA_ARCHS ?= 90
+# One architecture builds in seconds: this machine's GPU's, an H100's where there is none. `make wheels`
+# builds all that nvcc knows.
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -1 | tr -d .)
+export FASTCOV_CUDA_ARCHS ?= $(or $(GPU_ARCH),90)
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/* csrc/*)
 PACKAGE_SOURCES := pyproject.toml README.md LICENSE fastcov/py.typed \

@@ -117,8 +117,9 @@ def hooks_table(results: Results) -> str:
 
 def targets_table(results: Results) -> str:
     """What is promised beside what was measured; a training step's floor is the untracked step."""
-    kind = next(iter(results.values())).machine["kind"]
-    verdicts = judge(kind, {case: result.rows for case, result in results.items()})
+    machine = next(iter(results.values())).machine
+    rows = {case: result.rows for case, result in results.items()}
+    verdicts = judge(machine["kind"], rows, machine["device"])
     headers = [*TARGET_HEADERS[:-1], "outcome"]
     return markdown(headers, [target_cells(verdict) for verdict in verdicts])
 
@@ -142,7 +143,9 @@ def conditions(results: Results, device: str, case: str) -> str:
     peers = ", ".join(
         f"{name} {versions[name]}" for name in ("delve", "torchmetrics", "jax") if name in versions
     )
-    where = f"{machine['device']}, {machine['cpu_capability']}, {machine['threads']} threads"
+    level = re.search(r"with (\w+) kernels", machine.get("backends", {}).get("cpu", ""))
+    code = f"{level[1]} kernels" if level else machine["cpu_capability"]
+    where = f"{machine['device']}, {code}, {machine['threads']} threads"
     if machine["kind"] == "cuda":
         where = f"{machine['device']}, driver {machine['driver']}"
     matmul = rates["matmul_tflop_s"]["bfloat16" if machine["kind"] == "cuda" else "float32"]
@@ -155,7 +158,10 @@ def conditions(results: Results, device: str, case: str) -> str:
         result.started[:10],
         f"[file]({(RESULTS / device / case).as_posix()}.json)",
     ]
-    return "; ".join(parts) + ". Medians; in brackets the 95 % interval of the median ratio."
+    meaning = "Medians; in brackets the 95 % interval of the median ratio."
+    if any(row.statistic == "mean" for row in result.rows):
+        meaning = "Median times, mean ratios; in brackets the mean's 95 % interval."
+    return "; ".join(parts) + f". {meaning}"
 
 
 def overhead_svg(results: Results) -> str:
@@ -258,7 +264,7 @@ def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
             return f"{opening}\n{UNMEASURED}\n<!-- /{kind} -->"
         results = load_results(root / RESULTS / device)
         case, make = TABLES[name]
-        if case not in results:
+        if case not in results or not results[case].rows:
             raise ValueError(
                 f"{device}/{name} needs {RESULTS / device / case}.json, which was not measured: "
                 f"run 'fastcov bench --only {case}' on that machine"

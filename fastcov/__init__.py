@@ -5,12 +5,14 @@ from fastcov.estimate import estimate
 from fastcov.history import History, load_history
 from fastcov.ops.library import backends
 from fastcov.spectrum import Spectrum
+from fastcov.state import CovarianceState
 from fastcov.tracker import Tracker, track
 from fastcov.widths import WidthGroup, suggest_widths
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CovarianceState",
     "History",
     "Spectrum",
     "Tracker",

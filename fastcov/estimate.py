@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fastcov.arguments import check_model, check_reading
 from fastcov.ops.buffered import has_device_buffers
 from fastcov.rows import plain_tensor, row_view
 from fastcov.sampling import (
@@ -119,7 +120,8 @@ def estimate(
         Sums and one entry a layer; ``print`` shows them.
 
     Raises:
-        ValueError: If a pattern matches no module.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range, or a pattern matches no module.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -130,6 +132,8 @@ def estimate(
     # torch's flop counter imports triton: a plain `import fastcov` must not.
     from torch.utils.flop_counter import FlopCounterMode
 
+    check_model(model)
+    check_reading(where, rows, weighting, max_channels)
     survey = _Survey(find_taps(model, include, exclude, where), max_channels)
     devices = {weight.device for weight in model.parameters() if weight.is_cuda}
     with (

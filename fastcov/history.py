@@ -188,10 +188,11 @@ def load_history(folder: str | os.PathLike[str]) -> History:
     """
     path = Path(folder) / "history.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no history in {folder}: {path} does not exist; give the folder that was passed as "
-            "out= to fastcov.track"
-        )
+        inside = sorted(str(found.parent) for found in Path(folder).glob("*/history.jsonl"))
+        remedy = "give the folder that was passed as out= to fastcov.track"
+        if inside:
+            remedy = f"there is one in {' and in '.join(inside[:3])}: give that folder"
+        raise FileNotFoundError(f"no history in {folder}: {path} does not exist; {remedy}")
     return History(folder)
 
 

@@ -18,10 +18,16 @@ class Keeper(Collector):
     def merge(self, other: Keeper) -> None:
         """Adds what another tracker of the same layers has seen; that one stays as it is.
 
+        Args:
+            other: Of a model with these layers, whatever its device.
+
         Raises:
+            TypeError: If ``other`` is no tracker.
             ValueError: If no layer is common, a width differs, or decay is used and the trackers
                 stand at different steps.
         """
+        if not isinstance(other, Keeper):
+            raise TypeError(f"other is a {type(other).__name__}, expected what fastcov.track gives")
         common = [name for name in self.readers if name in other.readers]
         if not common:
             raise ValueError(

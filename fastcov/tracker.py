@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastcov.arguments import check_decay, check_model, check_reading, check_steps
 from fastcov.history import History, Snapshot
 from fastcov.keeper import Keeper
 from fastcov.notes import note_of, why_empty
@@ -103,18 +104,22 @@ class Tracker(Keeper):
         return self._state(name).covariance(centered)
 
     def mean(self, name: str) -> Tensor:
-        """Mean of a layer's rows, float64. [C]"""
+        """Mean of a layer's rows, float64; raises as :meth:`covariance` does. [C]"""
         return self._state(name).mean()
 
     def count(self, name: str) -> int:
-        """Rows read of a layer; rows with a NaN or an infinity are not among them."""
+        """Rows read of a layer; rows with a NaN or an infinity are not among them.
+
+        Raises:
+            KeyError: If no such layer is tracked.
+        """
         reader = self.readers.get(name)
         if reader is not None and reader.state is None and name not in (self._synced or {}):
             return 0
         return int(self._state(name, needs_rows=False).count[0])
 
     def spectrum(self, name: str, centered: bool = False) -> Spectrum:
-        """Eigenvalues of a layer's covariance; see :meth:`covariance`."""
+        """Eigenvalues of a layer's covariance; arguments and errors as of :meth:`covariance`."""
         return self._pending({name: self._state(name)}, centered).get()[name]
 
     def spectra(self, centered: bool = False) -> dict[str, Spectrum]:
@@ -186,6 +191,10 @@ class Tracker(Keeper):
 
         Returns:
             The snapshot.
+
+        Raises:
+            ValueError: If ``step`` comes before the last snapshot's.
+            OSError: If the folder cannot be written; the snapshots before it are intact.
         """
         snapshot = Snapshot(
             step=self.steps if step is None else step, wall_s=time.time(), spectra=self.spectra()
@@ -240,8 +249,17 @@ class Tracker(Keeper):
     def plot(self, layer: str | None = None, ax: Any = None) -> Any:
         """Draws spectra (of one layer, or all), as :func:`fastcov.plot.plot_spectrum` does.
 
+        Args:
+            layer: One of :meth:`names`; None draws all.
+            ax: Axes to draw into; None makes a figure.
+
         Returns:
             The matplotlib axes.
+
+        Raises:
+            ImportError: Without matplotlib (the extra ``plot``).
+            KeyError: If no such layer is tracked.
+            ValueError: If it has seen no row.
         """
         from fastcov.plot import plot_spectrum
 
@@ -250,8 +268,15 @@ class Tracker(Keeper):
     def report(self, path: str | Path) -> Path:
         """Writes one self-contained HTML page about every layer.
 
+        Args:
+            path: Of the page; folders are made as needed.
+
         Returns:
             The page's path.
+
+        Raises:
+            ImportError: Without matplotlib (the extra ``plot``).
+            OSError: If it cannot be written.
         """
         from fastcov.report import write_report
 
@@ -310,25 +335,12 @@ def track(
         >>> tracker.count("0"), tracker.spectrum("2").channels
         (32, 4)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    _check_choice("where", where, ("output", "input", "both"))
-    _check_choice("weighting", weighting, ("position", "image"))
-    if isinstance(rows, str):
-        _check_choice("rows", rows, ("auto", "all"))
-    elif isinstance(rows, bool) or not isinstance(rows, (int, float)):
-        raise TypeError(f'rows={rows!r}: give "auto", "all", an int or a float')
-    elif isinstance(rows, int) and rows < 1:
-        raise ValueError(f"rows={rows}: an int of rows a layer and step must be at least 1")
-    elif isinstance(rows, float) and not 0 < rows <= 1:
-        raise ValueError(f"rows={rows}: a float is a share of all rows and must be in (0, 1]")
-    for name, value in (("every", every), ("snapshot_every", snapshot_every)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: give a number of steps of at least 1")
-    if decay is not None and not 0 < decay < 1:
-        raise ValueError(f"decay={decay!r}: must be in (0, 1), or None to keep everything")
-    if max_channels < 1:
-        raise ValueError(f"max_channels={max_channels}: must be at least 1")
+    check_model(model)
+    check_reading(where, rows, weighting, max_channels)
+    check_decay(decay)
+    check_steps("every", every)
+    if snapshot_every is not None:
+        check_steps("snapshot_every", snapshot_every)
     return Tracker(
         model,
         find_taps(model, include, exclude, where),
@@ -341,8 +353,3 @@ def track(
         snapshot_every=snapshot_every,
         out=out,
     )
-
-
-def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r}: choose one of {', '.join(map(repr, choices))}")

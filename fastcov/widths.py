@@ -27,8 +27,7 @@ covariance and :math:`G` that of the loss's gradient with respect to the map. An
 what the loss would feel, to first order, if its direction went (squared), a unit that all maps
 share, so that one threshold holds for the whole network.
 
-A width that shares few factors with 32 leaves GroupNorm few groups (``gcd(32, width)``): a multiple
-of 8 keeps at least eight.
+GroupNorm is left ``gcd(32, width)`` groups: at least eight where widths are multiples of 8.
 """
 
 from __future__ import annotations
@@ -82,9 +81,8 @@ class SpectrumLike(Protocol):
 class WidthPlan:
     """Widths that meet a budget, and how they came about.
 
-    ``demand`` is what the widths follow, ``alpha`` and ``power`` are those of the formula,
-    ``params`` is None where no parameter function was given, and ``notes`` holds one sentence for
-    everything that bent the formula: floors that hold, a cap that binds, a budget not reached.
+    ``demand`` is what the widths follow, ``alpha`` and ``power`` are the formula's, ``params`` is
+    None without a ``param_fn``, and ``notes`` says what bent the formula: floors, a cap, a rest.
     """
 
     widths: Widths
@@ -113,6 +111,9 @@ def demand(
             1e-3 of the largest, or above 1e-3 itself), ``"gradient"`` (degrees of freedom at 1e-3
             of the largest eigenvalue of all groups, for spectra that share one unit; see the
             module's page), or a function of one spectrum.
+
+    Returns:
+        Channels that each group asks for, by group name: positive numbers, not yet rounded.
 
     Raises:
         ValueError: If a rule or a member is unknown, or a demand is negative or not finite.
@@ -160,24 +161,29 @@ def suggest_widths(
     """Widths in proportion to what each group's spectrum uses, at no more MACs.
 
     Args:
-        spectra: Spectrum of every member of every group, by name.
+        spectra: Spectrum of every member of every group, by name, as ``tracker.spectra()`` gives.
         groups: Width groups.
-        mac_fn: Multiply-accumulates of the network with the given widths.
+        mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
         budget: The most MACs; None = those of the groups' current widths.
         rule: Which measure of a spectrum counts; see :func:`demand`.
         power: Exponent of the demand.
         max_params: Cap on ``param_fn(widths)``; the power is lowered until it holds.
-        param_fn: Parameters of the network with the given widths; needed for ``max_params``.
+        param_fn: Parameters, likewise; needed for ``max_params``.
         tolerance: How far below the budget the MACs may stay, as a fraction.
+
+    Returns:
+        ``{group name: channels}`` in its ``widths``, whose MACs are never above the budget.
 
     Raises:
         ValueError: If the floors alone exceed the budget or the cap, or the demand is unusable.
 
     Example:
-        >>> from fastcov.widths import WidthGroup, solve_widths
-        >>> groups = [WidthGroup("a", ("a",), 64), WidthGroup("b", ("b",), 64)]
-        >>> macs = lambda widths: widths["a"] * widths["b"]
-        >>> solve_widths(groups, {"a": 20.0, "b": 40.0}, macs, 64 * 64).widths
+        >>> import torch
+        >>> from fastcov import Spectrum, WidthGroup
+        >>> full = Spectrum(torch.ones(64), count=4096, total=64.0)
+        >>> half = Spectrum((torch.arange(64) < 32).float(), count=4096, total=32.0)
+        >>> groups = [WidthGroup("a", ("conv1",), 64), WidthGroup("b", ("conv2",), 64)]
+        >>> suggest_widths({"conv1": half, "conv2": full}, groups, lambda w: w["a"] * w["b"]).widths
         {'a': 40, 'b': 96}
     """
     return solve_widths(

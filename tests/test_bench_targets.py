@@ -11,6 +11,7 @@ from fastcov import bench
 from fastcov.bench import covariance, eigen, machine, results, table, targets
 from fastcov.bench.contest import Row, Setting
 
+H100 = "NVIDIA H100 80GB HBM3"
 GPU_RATES = machine.Rates(torch.device("cuda"), 1e12, {"float32": 1e13, "float64": 1e13})
 
 
@@ -28,7 +29,7 @@ def judged(
     one: targets.Target, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> targets.Verdict:
     monkeypatch.setattr(targets, "TARGETS", (one,))
-    (verdict,) = targets.judge("cuda", {"case": rows})
+    (verdict,) = targets.judge("cuda", {"case": rows}, H100)
     return verdict
 
 
@@ -102,7 +103,8 @@ def test_targets_of_kernels_come_first_on_a_gpu() -> None:
 
 def test_result_file_holds_its_targets(tmp_path: Path) -> None:
     ours = row("n=128 B=1024, float32", "fastcov", 0.3e-3)
-    result = results.Result("eigen", "default", {"kind": "cuda"}, {}, {}, {}, [ours])
+    machine = {"kind": "cuda", "device": H100}
+    result = results.Result("eigen", "default", machine, {}, {}, {}, [ours])
     content = json.loads(result.save(tmp_path).read_text())
     outcomes = {one["work"]: one["outcome"] for one in content["targets"]}
     assert outcomes["n=128 B=1024, float32"] == "met"
@@ -113,9 +115,27 @@ def test_result_file_holds_its_targets(tmp_path: Path) -> None:
 
 def test_table_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {"eigen": [replace(row("n=128 B=1024, float32", "fastcov", 0.3e-3), floor_s=0.1e-3)]}
-    table.print_targets(targets.judge("cuda", rows))
+    table.print_targets(targets.judge("cuda", rows, H100), H100)
     printed = capsys.readouterr().out
     assert "1 met, 0 missed" in printed
     line = next(line for line in printed.splitlines() if "n=128" in line)
     for cell in ("300 us", "100 us", "3.00", "400 us", "met"):
         assert cell in line
+
+
+def test_another_gpu_neither_meets_nor_misses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(targets, "TARGETS", (target("seconds", 3.0),))
+    rows = {"case": [row("work", "fastcov", 2.0)]}
+    outcomes = {
+        device: targets.judge("cuda", rows, device)[0].outcome
+        for device in (H100, "NVIDIA H200", "")
+    }
+    assert list(outcomes.values()) == ["met", "another device", "another device"]
+    (verdict,) = targets.judge("cuda", rows, "NVIDIA H200")
+    assert verdict.as_dict()["outcome"] == "another device"
+    table.print_targets([verdict], "NVIDIA H200")
+    printed = capsys.readouterr().out
+    assert "targets on NVIDIA H200" in printed
+    assert "0 met, 0 missed, 0 not measured, 1 another device" in printed

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov.bench.timing import interleave, median_interval, quantile, ratios
+from fastcov.bench.timing import interleave, mean_interval, median_interval, quantile, ratios
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,20 @@ def test_interval_covers_the_median(count: int) -> None:
         covered += low <= math.log(2) <= high
     # At least 95 %, within three standard errors of the estimate; and no wider than the range.
     assert covered / trials >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / trials)
+
+
+@pytest.mark.parametrize("count", [3, 24])
+def test_interval_covers_the_mean(count: int) -> None:
+    draw = random.Random(count)
+    trials = 3000
+    covered = 0
+    for _ in range(trials):
+        mean, low, high = mean_interval([draw.gauss(5.0, 2.0) for _ in range(count)])
+        assert low < mean < high
+        covered += low <= 5.0 <= high
+    # 95 %, and no more than 2 % above: an interval that is never wrong says nothing.
+    assert -0.012 <= covered / trials - 0.95 <= 0.02
+    assert mean_interval([3.0]) == (3.0, 3.0, 3.0)
 
 
 def test_interval_is_the_narrowest_that_covers() -> None:

@@ -9,7 +9,8 @@
 #
 # Several parts may be named. Needs Python 3.11 or newer with torch, numpy and pytest, and nvcc, cmake and
 # ninja; installs nothing. Every part first builds what has changed. PYTHON names the interpreter
-# (default python3); OUT the folder of logs and results (default runs/gpu).
+# (default python3); OUT the folder of logs and results (default runs/gpu). With PACK=1 a part that has
+# ended leaves one file, PART.tgz.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,7 +35,7 @@ done
 "$PYTHON" -c 'import numpy, pytest, torch' || stop "$PYTHON needs numpy, pytest and torch"
 capability=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2> /dev/null) ||
 	stop "torch finds no CUDA device here"
-mkdir -p "$OUT"
+mkdir -p "$OUT" build
 OUT=$(cd "$OUT" && pwd)
 
 # Of the virtual environment's cmake or the system's: only the compilers and torch's headers matter.
@@ -63,12 +64,14 @@ run_part() {
 # Files with GPU tests alone, and none of the options that plugins bring: other packages of the test
 # environment may be missing here.
 gpu_tests() {
-	grep -rlE 'mark\.gpu' --include='test_*.py' tests | xargs "$PYTHON" -m pytest -m gpu -q -ra \
-		-o addopts=--import-mode=importlib --junitxml="$OUT/test.xml"
+	# A test that hangs in a kernel is told by its name and, after two minutes, by where it hangs.
+	grep -rlE 'mark\.gpu' --include='test_*.py' tests | xargs "$PYTHON" -u -m pytest -m gpu -v -ra \
+		-o addopts=--import-mode=importlib -o faulthandler_timeout=120 -o timeout=150 \
+		-o timeout_method=thread --junitxml="$OUT/test.xml"
 }
 
 bench() {
-	"$PYTHON" -c 'import sys; from fastcov.bench import main; sys.exit(main())' \
+	"$PYTHON" -u -c 'import sys; from fastcov.bench import main; sys.exit(main())' \
 		--gpu --out "$OUT/bench" "$@"
 }
 
@@ -100,6 +103,15 @@ part.replace(path)
 PY
 }
 
+pack() {
+	(
+		cd "$OUT" || exit
+		files=()
+		for file in "$1" "$1".json "$1".log "$1".xml; do [ ! -e "$file" ] || files+=("$file"); done
+		tar -czf "$1.tgz" "${files[@]}" && rm -rf "${files[@]}"
+	)
+}
+
 export -f build gpu_tests bench run_part
 export PYTHON OUT capability
 failed=""
@@ -107,10 +119,11 @@ for part in "$@"; do
 	begin=$SECONDS
 	# What a part does counts from here; its build is the first thing that it does.
 	timeout --kill-after=10 "$LIMIT_S" bash -c '
-		if [ "$0" != build ]; then build > "$OUT/rebuild.log" 2>&1 || { cat "$OUT/rebuild.log"; exit 1; }; fi
+		if [ "$0" != build ]; then build > build/rebuild.log 2>&1 || { cat build/rebuild.log; exit 1; }; fi
 		run_part "$0"' "$part" 2>&1 | tee "$OUT/$part.log"
 	status=${PIPESTATUS[0]}
 	note "$part" "$status" $((SECONDS - begin))
+	[ "${PACK:-}" != 1 ] || pack "$part"
 	echo "gpu_session: $part: status $status after $((SECONDS - begin)) s"
 	[ "$status" -eq 0 ] || failed="$failed $part"
 done

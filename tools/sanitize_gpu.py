@@ -35,6 +35,7 @@ def main() -> int:
         # A machine without a GPU leaves the test out: that is no clean run.
         is_clean = run.returncode == 0 and "1 passed" in run.stdout
         sys.stdout.write(f"{tool}: {'clean' if is_clean else 'NOT clean'}\n")
+        sys.stdout.flush()  # what is known stays known if the next tool outlasts the session
         if not is_clean:
             dirty.append(tool)
             sys.stdout.write(run.stdout[-6000:] + run.stderr[-2000:])

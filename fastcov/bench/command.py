@@ -134,7 +134,9 @@ def _run(options: argparse.Namespace) -> int:
             break
     if size != "tiny" and options.model is None:
         rows = {result.case: result.rows for result in done}
-        print_targets([v for v in judge(device.type, rows) if v.target.case in rows])
+        name = machine.device_name(device)
+        verdicts = judge(device.type, rows, name)
+        print_targets([v for v in verdicts if v.target.case in rows], name)
     return 1 if failed else 0
 
 
@@ -199,22 +201,24 @@ def run_case(
         size: How much.
         folder: Where the result is written anew after every contest, so that nothing measured is
             lost; None writes nothing.
-        seconds: After which no contest begins.
+        seconds: After which, counted from the first contest, none begins.
 
     Returns:
         The result. A contest that failed, or for which time was up, is among its failures.
     """
     start = time.perf_counter()
     before = machine.clocks(device)
-    setting = Setting(device, size, ends_at=time.monotonic() + seconds)
+    setting = Setting(device, size)
     result = Result(name, size, machine.describe(device), {}, {}, setting.missing, [])
     result.rates = setting.rates.as_dict()  # before memory is full and the device hot
+    setting.ends_at = time.monotonic() + seconds
     for work in make_works(setting):
         if time.monotonic() >= setting.ends_at:
             result.failures[work.name] = f"the case's {seconds:g} s were up"
             continue
         print(f"{name}: {work.name}", file=sys.stderr, flush=True)
         _run_work(work, setting, result)
+        torch.compiler.reset()  # a function is compiled anew so many times, then runs in eager mode
         gc.collect()
         result.clocks = {"before": before, "after": machine.clocks(device)}
         result.wall_s = round(time.perf_counter() - start, 1)

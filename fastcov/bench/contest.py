@@ -12,9 +12,10 @@ import torch
 
 from fastcov.bench.floors import Floor
 from fastcov.bench.machine import Rates, read_rates
-from fastcov.bench.timing import Call, Clock, interleave, quantiles, ran, ratios
+from fastcov.bench.timing import Call, Clock, interleave, mean_interval, quantiles, ran, ratios
 
 Size = Literal["tiny", "default", "full"]
+Statistic = Literal["median", "mean"]
 OURS = "fastcov"
 
 
@@ -72,6 +73,8 @@ class Contest:
         rounds: Most rounds.
         budget_s: Stops after this once ``fewest_rounds`` are done.
         fewest_rounds: See ``budget_s``.
+        statistic: Of the ratios: "mean" where what a contender costs lies in a few of the rounds,
+            which a median would hide.
         clock: See :func:`fastcov.bench.timing.interleave`.
         prepare: Called before each sample, outside the time.
         periods: Of contenders that need fewer rounds; see :func:`fastcov.bench.timing.interleave`.
@@ -86,6 +89,7 @@ class Contest:
     floor: Floor | None = None
     budget_s: float = math.inf
     fewest_rounds: int = 6
+    statistic: Statistic = "median"
     clock: Clock = "wall"
     prepare: Callable[[str, int], None] | None = None
     periods: Mapping[str, int] = field(default_factory=dict)
@@ -108,9 +112,10 @@ class Row:
         work: What was done.
         contender: By whom.
         versus: The contest's reference.
-        ratio: Median over the rounds of this contender's time over the reference's.
-        ratio_low: Lower 95 % bound of that median.
+        ratio: This contender's time over the reference's: median over the rounds, or mean.
+        ratio_low: Lower 95 % bound of that.
         ratio_high: Upper bound.
+        statistic: Which of the two the ratio is.
         floor_s: Least time on this machine at its measured rates.
         floor_of: What sets the floor: "bandwidth", "arithmetic", "latency" or
             "reciprocals".
@@ -133,6 +138,7 @@ class Row:
     floor_of: str | None = None
     error: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    statistic: Statistic = "median"
 
     @property
     def floor_ratio(self) -> float | None:
@@ -169,7 +175,12 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
     rows = []
     for name, seconds in samples.items():
         spread = quantiles(ran(seconds))
-        ratio = quantiles(ratios(seconds, samples[contest.reference]))
+        paired = ratios(seconds, samples[contest.reference])
+        if contest.statistic == "mean":
+            ratio, low, high = mean_interval(paired)
+        else:
+            middle = quantiles(paired)
+            ratio, low, high = middle.p50, middle.low, middle.high
         rows.append(
             Row(
                 work=work,
@@ -181,13 +192,14 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
                 low_s=spread.low,
                 high_s=spread.high,
                 versus=contest.reference,
-                ratio=ratio.p50,
-                ratio_low=ratio.low,
-                ratio_high=ratio.high,
+                ratio=ratio,
+                ratio_low=low,
+                ratio_high=high,
                 floor_s=contest.floor.seconds if contest.floor else None,
                 floor_of=contest.floor.of if contest.floor else None,
                 error=contest.errors.get(name),
                 notes=dict(contest.notes.get(name, {})),
+                statistic=contest.statistic,
             )
         )
     if contest.after is not None:

@@ -53,8 +53,9 @@ class Rates:
     multiprocessors: int = 0
 
     def matmul_flop_s(self, dtype: torch.dtype) -> float:
-        """Rate for a dtype; where a CPU was not timed with it, float32's."""
-        return self.matmul.get(_short(dtype), self.matmul["float32"])
+        """Rate for a dtype: a CPU without units for it does as well by converting to float32."""
+        rate = self.matmul.get(_short(dtype), 0.0)
+        return max(rate, self.matmul["float32"]) if dtype.itemsize == 2 else rate
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file, in the units people compare."""
@@ -81,11 +82,7 @@ def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
     source = torch.rand(size, device=device)
     target = torch.rand(size, device=device)
     order = 128 if is_quick else (8192 if is_cuda else 1536)
-    dtypes = (
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        if is_cuda
-        else (torch.float32, torch.float64)
-    )
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     contenders: dict[str, Callable[[int], object]] = {"copy": lambda _: target.copy_(source)}
     for dtype in dtypes:
         contenders[_short(dtype)] = _matmul(order, dtype, device)

@@ -55,7 +55,11 @@ class Result:
         content = {"schema_version": SCHEMA_VERSION, **vars(self)}
         content["rows"] = [_rounded(row.as_dict()) for row in self.rows]
         content["rates"] = _rounded(self.rates)
-        verdicts = judge(self.machine.get("kind", ""), {self.case: self.rows})
+        verdicts = judge(
+            self.machine.get("kind", ""),
+            {self.case: self.rows},
+            self.machine.get("device", ""),
+        )
         content["targets"] = [
             _rounded(verdict.as_dict()) for verdict in verdicts if verdict.target.case == self.case
         ]

@@ -50,11 +50,12 @@ def _latency(setting: Setting) -> Contest:
     _, tracker = _tracked(setting)
     names = list(tracker.spectra())
 
+    dtype = torch.float64 if setting.device.type == "cpu" else torch.float32  # what ours works in
+
     def linalg(_index: int) -> list[Tensor]:
-        matrices = [tracker.covariance(name) for name in names]
+        matrices = [tracker.covariance(name).to(dtype) for name in names]
         return [values.cpu() for values in peers.linalg_loop(matrices)]
 
-    dtype = torch.float64 if setting.device.type == "cpu" else torch.float32
     widths = [len(tracker.mean(name)) for name in names]
     return Contest(
         {OURS: lambda _index: tracker.snapshot(), LINALG: linalg},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from fastcov.bench.compare import Changes
 from fastcov.bench.contest import Row
 from fastcov.bench.results import Result
-from fastcov.bench.targets import AT_LEAST, Measure, Verdict
+from fastcov.bench.targets import AT_LEAST, Measure, Outcome, Verdict
 from fastcov.report import text_table
 
 try:
@@ -119,14 +120,14 @@ def _in_unit(measure: Measure, value: float) -> str:
     return f"{value:.3f}x" if measure == "times untracked" else f"{value:.2f}x faster"
 
 
-def print_targets(verdicts: Sequence[Verdict]) -> None:
+def print_targets(verdicts: Sequence[Verdict], device: str) -> None:
     """Prints every promise beside what was measured; nothing where a device kind has none."""
     if not verdicts:
         return
-    print_table("targets", TARGET_HEADERS, list(map(target_cells, verdicts)))
+    title = f"targets on {device or 'no device'}"
+    print_table(title, TARGET_HEADERS, list(map(target_cells, verdicts)))
     outcomes = [verdict.outcome for verdict in verdicts]
-    counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("met", "missed", "not measured"))
-    print(f"  {counts}")
+    print("  " + ", ".join(f"{outcomes.count(one)} {one}" for one in get_args(Outcome)))
 
 
 def print_changes(changes: Changes) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from fastcov.bench.contest import OURS, Row
 
 Kind = Literal["cpu", "cuda"]
 Measure = Literal["share of floor", "times faster", "seconds", "times untracked"]
+Outcome = Literal["met", "missed", "not measured", "another device"]
 AT_LEAST: frozenset[Measure] = frozenset({"share of floor", "times faster"})
 
 _GRAM = "channels_last bfloat16 C={} K=262144"
@@ -23,7 +24,7 @@ class Target:
     """One promise.
 
     Attributes:
-        kind: Device kind that it holds for; those of a GPU are an H100's.
+        kind: Device kind that it holds for; those of a GPU are promised of an H100 alone.
         case: That measures it.
         work: Name of its row's work.
         contender: Name of its row's contender.
@@ -85,6 +86,7 @@ class Verdict:
         high: Upper bound.
         measured_s: Median of the row.
         floor_s: Least time on that machine, where known.
+        is_elsewhere: Whether it was measured on a device that nothing is promised of.
     """
 
     target: Target
@@ -93,12 +95,15 @@ class Verdict:
     high: float | None = None
     measured_s: float | None = None
     floor_s: float | None = None
+    is_elsewhere: bool = False
 
     @property
-    def outcome(self) -> Literal["met", "missed", "not measured"]:
-        """Of the median; the interval is printed beside it."""
+    def outcome(self) -> Outcome:
+        """Of the value; its interval is printed beside it."""
         if self.value is None:
             return "not measured"
+        if self.is_elsewhere:
+            return "another device"
         if self.target.measure in AT_LEAST:
             return "met" if self.value >= self.target.bound else "missed"
         return "met" if self.value <= self.target.bound else "missed"
@@ -108,21 +113,24 @@ class Verdict:
         ratio = None
         if self.measured_s is not None and self.floor_s:
             ratio = self.measured_s / self.floor_s
-        own = {k: v for k, v in asdict(self).items() if k != "target"}
+        own = {k: v for k, v in asdict(self).items() if k not in ("target", "is_elsewhere")}
         return {**asdict(self.target), **own, "floor_ratio": ratio, "outcome": self.outcome}
 
 
-def judge(kind: str, rows: Mapping[str, Sequence[Row]]) -> list[Verdict]:
+def judge(kind: str, rows: Mapping[str, Sequence[Row]], device: str) -> list[Verdict]:
     """Compares results with the targets of their device kind.
 
     Args:
         kind: "cpu" or "cuda"; other kinds have no targets.
         rows: By case. Targets of a case that is absent stand as not measured.
+        device: Its name: a faster or slower GPU than an H100 neither meets nor misses anything.
 
     Returns:
         One verdict a target.
     """
-    return [_judged(target, rows.get(target.case, ())) for target in TARGETS if target.kind == kind]
+    is_elsewhere = kind == "cuda" and "H100" not in device
+    verdicts = [_judged(one, rows.get(one.case, ())) for one in TARGETS if one.kind == kind]
+    return [replace(verdict, is_elsewhere=is_elsewhere) for verdict in verdicts]
 
 
 def _judged(target: Target, rows: Sequence[Row]) -> Verdict:

@@ -35,7 +35,7 @@ class Updates:
         rare = []
         for reader in self._tracker.unique_readers():
             if reader.state is None or not reader.fraction or reader.state.moment.is_cuda:
-                continue  # a GPU empties its full buffers in one launch at the end of every step
+                continue  # added in one launch at the end of a step: the mean of all steps has it
             channels, read = reader.state.channels, reader.offered_rows * reader.fraction
             if reader.fraction == 1 and read >= reader.calls * direct_rows(channels, is_cpu=True):
                 continue  # added at once

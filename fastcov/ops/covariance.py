@@ -38,6 +38,9 @@ def accumulate_(
 
     .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T
 
+    with d = ``decay``, w = ``row_scale * row_weight`` and s the state's ``shift``, which its first
+    rows choose. Only the lower half of ``moment`` is valid: ``state.covariance()`` reads it.
+
     Nothing is copied or cast: ``x`` is read through its strides, so pass views
     (``x.permute(0, 2, 3, 1)`` for NCHW). No host synchronisation. Rows that hold a NaN or an
     infinity are skipped and counted in ``state.count[1]``.
@@ -55,7 +58,7 @@ def accumulate_(
         ValueError: If a shape or device does not fit ``state``.
 
     Example:
-        >>> from fastcov.state import CovarianceState
+        >>> from fastcov import CovarianceState
         >>> state = CovarianceState(2)
         >>> accumulate_(state, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         >>> state.covariance()

@@ -66,6 +66,39 @@ def _driver_cuda_version() -> int:
     return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
 
 
+def _compute_capabilities() -> list[int]:
+    # Of the machine's GPUs, 90 for sm_90: from NVML, which starts no CUDA context. Empty: unknown.
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    if nvml.nvmlInit_v2() != 0:
+        return []
+    count, found = ctypes.c_uint(0), []
+    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    for index in range(count.value):
+        device, major, minor = ctypes.c_void_p(), ctypes.c_int(0), ctypes.c_int(0)
+        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) == 0:
+            nvml.nvmlDeviceGetCudaComputeCapability(
+                device, ctypes.byref(major), ctypes.byref(minor)
+            )
+            found.append(10 * major.value + minor.value)
+    nvml.nvmlShutdown()
+    return found
+
+
+def _has_code(archs: str, capability: int) -> bool:
+    """Whether code for some architectures, with PTX of the newest, runs on a GPU.
+
+    Example:
+        >>> [_has_code("80;90", capability) for capability in (75, 80, 86, 90, 120)]
+        [False, True, True, True, True]
+    """
+    compiled = [int(arch) for arch in archs.split(";")]
+    same_major = any(a // 10 == capability // 10 and a <= capability for a in compiled)
+    return same_major or max(compiled) <= capability
+
+
 def _library_path(name: str) -> Path:
     if "native" not in allowed_backends():
         raise UnavailableError(f"excluded by {BACKEND_SWITCH}={os.environ[BACKEND_SWITCH]}")
@@ -121,7 +154,8 @@ def load_cuda() -> str:
     driver = _driver_cuda_version()
     if driver == 0:
         raise UnavailableError("no GPU: no NVIDIA driver (libcuda.so.1) on this machine")
-    toolkit = _build_record()["cuda"]
+    record = _build_record()
+    toolkit = record["cuda"]
     if driver // 1000 < int(toolkit.split(".")[0]):
         raise UnavailableError(
             f"{path.name} is built with CUDA {toolkit}, but the driver supports only "
@@ -129,6 +163,12 @@ def load_cuda() -> str:
         )
     if torch.cuda.device_count() == 0:
         raise UnavailableError("no GPU: torch.cuda.device_count() is 0")
+    found = _compute_capabilities()
+    if found and not any(_has_code(record["cuda_archs"], capability) for capability in found):
+        raise UnavailableError(
+            f"{path.name} has code for sm_{record['cuda_archs'].replace(';', ', sm_')}, the GPU is "
+            f"sm_{max(found)}: install a release wheel, or in a checkout run `make setup` here"
+        )
     _open(path)
     return f"{path.name} built with CUDA {toolkit}"
 

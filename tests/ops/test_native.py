@@ -38,11 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cuda_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "libfastcov_cuda.so").write_bytes(b"")
-    record = {"cuda": "13.0", "interface": str(native.INTERFACE)}
+    record = {"cuda": "13.0", "cuda_archs": "80;90", "interface": str(native.INTERFACE)}
     (folder / "build.json").write_text(json.dumps(record))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "_driver_cuda_version", lambda: 13000)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(native, "_compute_capabilities", lambda: [90])
     return folder
 
 
@@ -166,6 +167,26 @@ def test_cuda_library_needs_a_gpu(cuda_folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(native.UnavailableError, match="no GPU"):
         native.load_cuda()
+
+
+def test_cuda_library_needs_code_for_the_gpu(
+    cuda_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_open", lambda path: None)
+    for found in ([], [86], [90, 75], [120]):  # none known, its major's, one of two, by PTX
+        monkeypatch.setattr(native, "_compute_capabilities", lambda found=found: found)
+        assert native.load_cuda().startswith("libfastcov_cuda.so")
+    monkeypatch.setattr(native, "_compute_capabilities", lambda: [75])
+    with pytest.raises(native.UnavailableError, match="for sm_80, sm_90, the GPU is sm_75: inst"):
+        native.load_cuda()
+
+
+def test_capabilities_are_unknown_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", absent)
+    assert native._compute_capabilities() == []
 
 
 def test_cuda_library_needs_its_build_record(cuda_folder: Path) -> None:
