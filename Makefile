@@ -103,8 +103,8 @@ lint: $(STAMPS)/environment  ## ruff, mypy, import-linter, clang-format
 	@PYTHONPATH=.:detection $(BIN)/lint-imports
 	@$(BIN)/clang-format --dry-run -Werror csrc/*
 
-readme-tables: setup  ## tables and figure of README.md from benchmarks/results
-	@$(INSTALLED) $(BIN)/python benchmarks/plot.py --readme README.md
+readme-tables: setup  ## tables and figures of README.md and benchmarks/README.md from benchmarks/results
+	@$(INSTALLED) $(BIN)/python benchmarks/plot.py
 
 clean:  ## what was built; the virtual environment and runs stay
 	rm -rf build dist fastcov/lib

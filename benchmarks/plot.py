@@ -1,15 +1,17 @@
-"""Tables and the figure of README.md, from result files: none of their numbers is typed by hand.
+"""Tables and the figure of two pages, from result files: none of their numbers is typed by hand.
 
-    python benchmarks/plot.py --readme README.md          rewrites what stands between the markers
-    python benchmarks/plot.py --readme README.md --check  fails when something differs
+    python benchmarks/plot.py                     rewrites what stands between the markers
+    python benchmarks/plot.py --check             fails when something differs
+    python benchmarks/plot.py --readme README.md  one page: README.md, benchmarks/README.md
 
 Markers are ``<!-- table:DEVICE/NAME -->`` and ``<!-- /table -->``; the figure stands between
 ``<!-- figure:DEVICE/NAME -->`` and ``<!-- /figure -->``. DEVICE is a folder of benchmarks/results;
-without ``DEVICE/`` it is the only CPU there. NAME is one of training, memory, covariance, eigen,
-snapshot, hooks, targets.
+without ``DEVICE/`` it is the only CPU there. NAME is one of training, memory, kernels, covariance,
+eigen, snapshot, hooks, targets.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +37,10 @@ _NETWORKS = {
     "training-vit-compiled": "ViT, torch.compile",
     "training-faster_rcnn": "Faster R-CNN",
     "training-faster_rcnn-compiled": "Faster R-CNN, backbone by torch.compile",
+}
+_KERNELS = {
+    "covariance": "one activation, or all 53 of ResNet-50, added to a running covariance",
+    "eigen": "eigenvalues of a batch, 1,024 of order 8 to one of order 2,048",
 }
 EVERY_ROW = "fastcov, every row"
 _TRACKED = ("fastcov, default", EVERY_ROW, "naive hooks", "delve")
@@ -97,6 +103,23 @@ def versus_table(case: str, results: Results) -> str:
     return markdown(("work", reference, "over the floor", *others), lines)
 
 
+def kernels_table(results: Results) -> str:
+    """The three tables of kernels in a line each: ours, and how much longer others take."""
+    hooks = {row.contender: row for row in results["hooks"].rows}
+    ours, empty = (
+        max(0.0, hooks[name].notes["per_hook_s"]) for name in (_TRACKED[0], "torch, an empty hook")
+    )
+    lines = [["one hook, nothing launched", seconds(ours), f"torch's empty hook: {seconds(empty)}"]]
+    for case, peer in (("covariance", "torch.mm"), ("eigen", "torch.linalg")):
+        table = by_contender(results[case])
+        name = next(iter(results[case].rows)).versus
+        times = [rows[name].p50_s for rows in table.values() if peer in rows]
+        ratios = [rows[peer].ratio for rows in table.values() if peer in rows]
+        took = f"{seconds(min(times))} to {seconds(max(times))}"
+        lines.append([_KERNELS[case], took, f"{peer}: {min(ratios):.2f}x to {max(ratios):.2f}x"])
+    return markdown(("work", "fastcov", "beside"), lines)
+
+
 def snapshot_table(results: Results) -> str:
     """Latency of a snapshot, and of steps with one among them."""
     lines = [
@@ -127,6 +150,7 @@ def targets_table(results: Results) -> str:
 TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "training": ("training-resnet50", training_table),
     "memory": ("training-resnet50", memory_table),
+    "kernels": ("covariance", kernels_table),
     "covariance": ("covariance", lambda results: versus_table("covariance", results)),
     "eigen": ("eigen", lambda results: versus_table("eigen", results)),
     "snapshot": ("snapshot", snapshot_table),
@@ -135,9 +159,8 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
 }
 
 
-def conditions(results: Results, device: str, case: str) -> str:
-    """Where and how a table was measured."""
-    result = results[case]
+def conditions(result: Result, link: str, said: set[str]) -> str:
+    """Where and how a table was measured; what ``said`` holds is not said again on a page."""
     machine, rates = result.machine, result.rates
     versions = machine["versions"]
     peers = ", ".join(
@@ -149,19 +172,20 @@ def conditions(results: Results, device: str, case: str) -> str:
     if machine["kind"] == "cuda":
         where = f"{machine['device']}, driver {machine['driver']}"
     matmul = rates["matmul_tflop_s"]["bfloat16" if machine["kind"] == "cuda" else "float32"]
+    about = "; ".join([where, f"torch {versions['torch']}", *([peers] if peers else [])])
     parts = [
-        where,
-        f"torch {versions['torch']}",
-        *([peers] if peers else []),
+        "The same machine" if about in said else about,
         f"measured in the same run: copy {rates['copy_gb_s']:.3g} GB/s, matmul {matmul:.3g} "
         "TFLOP/s",
         result.started[:10],
-        f"[file]({(RESULTS / device / case).as_posix()}.json)",
+        f"[file]({link})",
     ]
     meaning = "Medians; in brackets the 95 % interval of the median ratio."
     if any(row.statistic == "mean" for row in result.rows):
         meaning = "Median times, mean ratios; in brackets the mean's 95 % interval."
-    return "; ".join(parts) + f". {meaning}"
+    told = "" if meaning in said else f" {meaning}"
+    said.update((about, meaning))
+    return "; ".join(parts) + f".{told}"
 
 
 def overhead_svg(results: Results) -> str:
@@ -239,12 +263,13 @@ def _only_cpu(folder: Path) -> str | None:
     return names[0] if names else None
 
 
-def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
+def render(text: str, root: Path, folder: Path) -> tuple[str, dict[Path, str]]:
     """A page with every marked part made anew, and the pictures that belong to it.
 
     Args:
         text: The page.
         root: Folder that holds benchmarks/results.
+        folder: Of the page, which links start from.
 
     Returns:
         The new text, and the content of each picture by its path under root.
@@ -253,6 +278,10 @@ def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
         ValueError: If a marker asks for a table that is not known or was not measured.
     """
     pictures: dict[Path, str] = {}
+    said: set[str] = set()
+
+    def link(path: Path) -> str:
+        return Path(os.path.relpath(root / path, folder)).as_posix()
 
     def fill(match: re.Match[str]) -> str:
         name, kind = match["name"], match["kind"]
@@ -272,32 +301,38 @@ def render(text: str, root: Path) -> tuple[str, dict[Path, str]]:
         if kind == "figure":
             path = RESULTS / device / f"{name}.svg"
             pictures[path] = overhead_svg(results)
-            body = f"![Time that tracking adds to a training step]({path.as_posix()})\n"
+            body = f"![Time that tracking adds to a training step]({link(path)})\n"
         else:
             body = "\n" + make(results) + "\n"
-        return f"{opening}\n{body}{conditions(results, device, case)}\n<!-- /{kind} -->"
+        origin = conditions(results[case], link(RESULTS / device / f"{case}.json"), said)
+        return f"{opening}\n{body}{origin}\n<!-- /{kind} -->"
 
     return _MARKER.sub(fill, text), pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites or checks a page.
+    """Rewrites or checks pages.
 
     Returns:
         0; 1 if ``--check`` found a difference; 2 if a table cannot be made.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    pages = [Path("README.md"), Path("benchmarks/README.md")]
+    parser.add_argument("--readme", type=Path, nargs="+", default=pages, metavar="PAGE")
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     options = parser.parse_args(arguments)
-    root = options.readme.resolve().parent
-    try:
-        before = options.readme.read_text(encoding="utf-8")
-        after, pictures = render(before, root)
-    except (OSError, ValueError) as error:
-        print(f"{options.readme}: {error}", file=sys.stderr)
-        return 2
-    wanted = {options.readme: after} | {root / path: svg for path, svg in pictures.items()}
+    wanted: dict[Path, str] = {}
+    for page in options.readme:
+        folder = page.resolve().parent
+        root = next(
+            (above for above in (folder, folder.parent) if (above / RESULTS).is_dir()), folder
+        )
+        try:
+            wanted[page], pictures = render(page.read_text(encoding="utf-8"), root, folder)
+        except (OSError, ValueError) as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 2
+        wanted |= {root / path: svg for path, svg in pictures.items()}
     differing = [
         path
         for path, content in wanted.items()

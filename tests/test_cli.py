@@ -57,6 +57,15 @@ def test_compare_prints_a_table_and_writes_figures(
     assert (tmp_path / "comparison.html").read_text().count("<img") == 4
 
 
+def test_a_history_one_folder_down_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path / "run" / "spectra", 0)  # where a detector's run keeps it
+    assert main(["report", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"there is one in {tmp_path / 'run' / 'spectra'}: give that folder" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -159,6 +159,29 @@ def test_unmeasured_tables_are_refused(
 
 
 def test_committed_tables_are_current(plot: ModuleType) -> None:
-    page = ROOT / "README.md"
-    if page.is_file():
-        assert plot.main(["--readme", str(page), "--check"]) == 0
+    pages = [str(ROOT / "README.md"), str(ROOT / "benchmarks" / "README.md")]
+    assert plot.main(["--readme", *pages, "--check"]) == 0
+
+
+def test_links_start_from_the_page_and_nothing_is_said_twice(
+    plot: ModuleType, readme: Path
+) -> None:
+    page = readme.parent / "benchmarks" / "README.md"
+    page.write_text(PAGE)
+    assert plot.main(["--readme", str(readme), str(page)]) == 0
+    for path, link in ((readme, "benchmarks/results/cpu-a/"), (page, "results/cpu-a/")):
+        text = path.read_text()
+        assert f"[file]({link}training-resnet50.json)" in text
+        assert f"]({link}training.svg)" in text
+        assert (text.count("torch 2.11.0"), text.count("The same machine")) == (1, 1)
+        assert text.count("Medians;") == 1
+
+
+def test_a_mean_is_called_one(plot: ModuleType, readme: Path) -> None:
+    path = readme.parent / "benchmarks/results/cpu-a/training-resnet50.json"
+    content = json.loads(path.read_text())
+    for one in content["rows"]:
+        one["statistic"] = "mean"
+    path.write_text(json.dumps(content))
+    assert plot.main(["--readme", str(readme)]) == 0
+    assert "mean ratios; in brackets the mean's 95 % interval" in readme.read_text()
