@@ -1,6 +1,5 @@
 """Histories in memory and in folders: kills, full disks, damage, resuming, comparing."""
 
-import doctest
 import math
 import time
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 import fastcov
-import fastcov.history as history_module
 from fastcov.history import (
     History,
     Snapshot,
@@ -43,12 +41,6 @@ def _same(a: Snapshot, b: Snapshot) -> bool:
 @pytest.fixture(params=["memory", "folder"])
 def history(request: pytest.FixtureRequest, tmp_path: Path) -> History:
     return History(tmp_path / "run" if request.param == "folder" else None)
-
-
-def test_docstring_examples_run() -> None:
-    result = doctest.testmod(history_module)
-    assert result.attempted >= 8
-    assert result.failed == 0
 
 
 def test_what_is_appended_is_read(history: History) -> None:

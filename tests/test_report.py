@@ -1,7 +1,6 @@
 """Summary, tables and HTML pages, the pages also in a real browser."""
 
 import base64
-import doctest
 import re
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from matplotlib.image import imread
 from torch import nn
 
 import fastcov
-import fastcov.report as report_module
 from fastcov.history import History, Snapshot, compare_histories
 from fastcov.plot import DARK
 from fastcov.report import (
@@ -53,12 +51,6 @@ def _history(names: list[str], power: float = 1.0, steps: int = 3) -> History:
         spectra = {name: _spectrum(16, power + 0.2 * step) for name in names}
         history.append(Snapshot(100 * step, float(step), spectra))
     return history
-
-
-def test_docstring_example_runs() -> None:
-    result = doctest.testmod(report_module)
-    assert result.attempted >= 4
-    assert result.failed == 0
 
 
 def test_summary_is_a_flat_dict_of_finite_floats() -> None:
