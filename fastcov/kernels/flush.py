@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcov.kernels.config import FLUSH_CHAIN_ROWS, SHIFT_ROWS
-from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, STATE_STEP
+from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, IS_APART, STATE_STEP
 from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
 
-FIELDS = 13
+FIELDS = 14
 """int64 fields of one layer in the table, in this order; addresses are bytes."""
 BUFFER = tl.constexpr(0)
 ROW_STEP = tl.constexpr(1)
@@ -37,6 +37,7 @@ CHANNELS = tl.constexpr(9)
 THRESHOLD = tl.constexpr(10)
 ROW_SCALE = tl.constexpr(11)  # the bits of a float64
 BLOCKS = tl.constexpr(12)  # programs of the layer
+FIRST_THRESHOLD = tl.constexpr(13)
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _VALUES = {
@@ -106,8 +107,9 @@ def flush_kernel(
     block = tl.load(programs + 2 * program + 1)
     cursor = tl.load(layer + CURSOR).to(tl.pointer_type(tl.int64))
     fill = tl.load(cursor + FILL).to(tl.int32)
-    least = tl.where(force != 0, 1, tl.load(layer + THRESHOLD).to(tl.int32))
-    if fill < least:
+    is_apart = tl.load(cursor + IS_APART) != 0
+    threshold = tl.load(layer + tl.where(is_apart, THRESHOLD, FIRST_THRESHOLD)).to(tl.int32)
+    if fill < tl.where(force != 0, 1, threshold):
         return
     buffer = tl.load(layer + BUFFER).to(tl.pointer_type(VALUES))
     if VECTOR > 1:
@@ -239,6 +241,7 @@ def flush_kernel(
         tl.store(count + 1, tl.load(count + 1) + fill - read)
         tl.store(cursor + STATE_STEP, now)
         tl.store(cursor + FILL, tl.zeros([], tl.int64))
+        tl.store(cursor + IS_APART, (force == 0).to(tl.int64))  # forced: all layers at one moment
         tl.store(cursor + FLUSHED, tl.zeros([], tl.int64))
 
 
@@ -259,6 +262,9 @@ class BufferedLayer:
         threshold: Rows from which the buffer is flushed; capacity less the most that one step
             brings.
         row_scale: Weight of a row.
+        first_threshold: Rows from which it is flushed for the first time, and for the first time
+            after a forced flush: another share of ``threshold`` in every layer, or one step pays
+            for all. None is ``threshold``.
     """
 
     moment: Tensor
@@ -272,6 +278,7 @@ class BufferedLayer:
     cursor: Tensor
     threshold: int
     row_scale: float = 1.0
+    first_threshold: int | None = None
 
 
 class FlushTable:
@@ -347,9 +354,9 @@ def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]
             layer.cursor,
         )
         scale_bits = struct.unpack("<q", struct.pack("<d", layer.row_scale))[0]
-        rows.append(
-            [*(t.data_ptr() for t in tensors), channels, layer.threshold, scale_bits, blocks]
-        )
+        first = layer.threshold if layer.first_threshold is None else layer.first_threshold
+        numbers = (channels, layer.threshold, scale_bits, blocks, first)
+        rows.append([*(t.data_ptr() for t in tensors), *numbers])
         programs += [[index, block] for block in range(blocks)]
     return (
         torch.tensor(rows, dtype=torch.int64, device=device),

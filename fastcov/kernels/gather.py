@@ -30,6 +30,8 @@ STATE_STEP = tl.constexpr(5)
 """Step up to which decay has been applied to the state."""
 DROPPED = tl.constexpr(6)
 """Rows that were due and found no room in the buffer: 0 where buffers are sized right."""
+IS_APART = tl.constexpr(7)
+"""Whether the buffer has been emptied at a moment of its own, see BufferedLayer.first_threshold."""
 
 _GOLDEN_RATIO_64 = tl.constexpr(0x9E3779B97F4A7C15)
 _ROWS = 16  # rows of one program

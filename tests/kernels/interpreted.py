@@ -201,6 +201,20 @@ class TestAccumulate:
     def test_other_precisions(self, precision):
         check(normal(75, 40), precision=precision)
 
+    def test_the_first_flush_of_a_layer_comes_at_its_own_moment(self):
+        state, cursor = State(20), torch.zeros(CURSOR_FIELDS, dtype=torch.int64)
+        buffer, row_step = torch.zeros(60, 20), torch.zeros(60, dtype=torch.int32)
+        step = torch.zeros((), dtype=torch.int64)
+        layer = BufferedLayer(*state.weighted, buffer, row_step, cursor, 40, first_threshold=15)
+        table, rows, fills = FlushTable([layer]), normal(10, 20), []
+        for number in range(12):
+            launch_cursor_gather_(buffer, row_step, cursor, step, rows, 1 << 32)
+            launch_flush_(table, step, force=number == 7)
+            fills.append(int(cursor[0]))
+        # After 20 rows, then every 40; forced in between, after 20 again.
+        assert fills == [10, 0, 10, 20, 30, 0, 10, 0, 10, 0, 10, 20]
+        assert int(state.count[0]) == 100
+
     def test_half_precision_rows_on_a_shifted_state(self):
         first = normal(50, 20) + 2
         check(first, (normal(30, 20, seed=1) + 2).bfloat16(), first)
