@@ -113,7 +113,8 @@ class Call {
     const cudaStream_t members_stream = members_.empty() ? nullptr : fork.branch();
     descending(members_, [&](int n, const EigenTable& table, void* const*) {
       const MembersPlan plan = plan_members<Real>(n, table.matrices, limits_);
-      return launch_members<Real>(table, plan, keep(plan.workspace_bytes), members_stream);
+      void* workspace = keep(plan.workspace_bytes, fork, members_stream);
+      return launch_members<Real>(table, plan, workspace, members_stream);
     });
     cudaStream_t stream = nullptr;
     int band = 0;
@@ -128,7 +129,9 @@ class Call {
     stream = nullptr;
     descending(jacobi_, [&](int key, const EigenTable& table, void* const* vectors) {
       const JacobiPlan plan = plan_jacobi<Real>(key, table.matrices, limits_.shared_bytes);
-      return launch_jacobi<Real>(table, vectors, plan, keep(plan.workspace_bytes), branch_of(key));
+      const cudaStream_t branch = branch_of(key);
+      void* workspace = keep(plan.workspace_bytes, fork, branch);
+      return launch_jacobi<Real>(table, vectors, plan, workspace, branch);
     });
     stream = nullptr;
     descending(registers_, [&](EigenClass key, const EigenTable& table, void* const*) {
@@ -147,11 +150,12 @@ class Call {
     }
   }
 
-  // Memory of the current stream: given back when the call returns, when that stream already waits
-  // for every branch.
-  void* keep(int64_t bytes) {
+  // Memory of the current stream for a branch: given back when the call returns, when that stream
+  // already waits for every branch.
+  void* keep(int64_t bytes, Fork& fork, cudaStream_t branch) {
     if (bytes == 0) return nullptr;
     workspaces_.push_back(torch::stable::new_empty(first_, {bytes}, ScalarType::Byte));
+    fork.follow(branch);
     return workspaces_.back().mutable_data_ptr();
   }
 

@@ -1,6 +1,10 @@
 // What every eigenvalue kernel does before and after the reduction, and how it is launched.
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "eigen.h"
 #include "eigen_cuda.h"
 #include "eigen_storage.h"
@@ -25,18 +29,27 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int thread
 // the same time never lower it under each other.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
+  // Set once: setting it may wait for copies that are under way.
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> most_of;
   int device = 0;
-  int available = 0;
-  cudaFuncAttributes attributes{};
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(reinterpret_cast<const void*>(kernel), device);
+  auto found = most_of.find(key);
+  if (found == most_of.end()) {
+    int available = 0;
+    cudaFuncAttributes attributes{};
+    cudaError_t error =
+        cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    const int most = available - static_cast<int>(attributes.sharedSizeBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return error;
+    found = most_of.emplace(key, most).first;
   }
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;
-  const int most = available - static_cast<int>(attributes.sharedSizeBytes);
-  if (bytes > most) return cudaErrorInvalidValue;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return bytes > found->second ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 // One matrix of a table.

@@ -74,6 +74,13 @@ class Fork {
     streams_.push_back(stream);
     return stream;
   }
+  // A branch waits for what the current stream holds by now too: memory that torch has just filled
+  // there, as it does in its deterministic mode.
+  void follow(cudaStream_t branch) {
+    if (!event_) return;
+    STD_CUDA_CHECK(cudaEventRecord(event_, current_));
+    STD_CUDA_CHECK(cudaStreamWaitEvent(branch, event_, 0));
+  }
   // The first error, if any.
   cudaError_t join() noexcept {
     cudaError_t first = cudaSuccess;

@@ -129,6 +129,7 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  (void)cudaGetLastError();  // of an earlier call, which has reported it
   launch(first, view, sampling, samples, static_cast<cudaStream_t>(current));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

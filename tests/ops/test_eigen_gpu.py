@@ -302,11 +302,26 @@ def test_counts(n: int, dtype: torch.dtype) -> None:
     assert high[:, -1].tolist() == [n, n]
 
 
+def test_memory_that_torch_fills_is_filled_before_it_is_used() -> None:
+    matrices = [symmetric(2, n, seed=n) for n in (20, 90, 300, 600)]
+    expected = fastcov.ops.eigvalsh(matrices)
+    torch.use_deterministic_algorithms(True)  # new memory is filled, in the current stream
+    try:
+        torch.cuda._sleep(20_000_000)  # what is filled is filled late
+        results = fastcov.ops.eigvalsh(matrices)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, before in zip(results, expected, strict=True):
+        assert torch.equal(ours, before)
+
+
 def test_every_class_once() -> None:
     """Small enough for compute-sanitizer (tools/sanitize_gpu.py), which runs this one."""
     for dtype in DTYPES:
         orders = (3, 13, 20, 50, 90, 140, 270, 300)
         matrices = [symmetric(2, n, dtype=dtype, seed=n) for n in orders]
+        # A cooperative grid, and so many matrices that rows of each lie in global memory.
+        matrices += [symmetric(2, 520, dtype=dtype), symmetric(70, 270, dtype=dtype)]
         tau = torch.tensor([0.0, 0.3], device="cuda", dtype=dtype)
         results = calls(matrices, tau)
         for values, matrix in zip(results, matrices, strict=False):
