@@ -131,10 +131,7 @@ cudaError_t launch(const EigenTable& table, const MembersArguments& arguments, b
   if (is_cluster) {
     int clusters = 0;
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    if (error != cudaSuccess || clusters == 0) {
-      (void)cudaGetLastError();  // or a later launch would be blamed for it
-      return cudaErrorNotSupported;
-    }
+    if (error != cudaSuccess || clusters == 0) return cudaErrorNotSupported;
   }
   return cudaLaunchKernelEx(&config, kernel, table, arguments);
 }
