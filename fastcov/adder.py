@@ -181,13 +181,9 @@ class Adder:
         rows = self._buffer.rows
         if rows is None:
             return
-        row_weight = self._buffer.row_weight(self.decay or 1.0)
+        row_weight = self._buffer.row_weight(self.decay or 1.0, rows.device)
         last = self._buffer.last_step
-        self._accumulate(
-            rows,
-            self.state_step if last is None else last,
-            None if row_weight is None else row_weight.to(rows.device),
-        )
+        self._accumulate(rows, self.state_step if last is None else last, row_weight)
         self._buffer.clear()
 
     def end_step(self) -> None:

@@ -38,7 +38,7 @@ def log_axes(ax: Axes, channels: int, least: float, most: float) -> None:
 def positive(descending: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks and values that a log axis can show; below 1e-9 of the largest is rounding."""
     shown = descending[descending > _LEAST_RELATIVE * descending[0]]
-    return torch.arange(1, len(shown) + 1), shown
+    return torch.arange(1, len(shown) + 1, device=shown.device), shown
 
 
 def place_legend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -112,15 +113,18 @@ class RowBuffer:
         if self._spans and self._spans[-1].step == step:
             self._spans[-1].weight = weight
 
-    def row_weight(self, decay: float) -> Tensor | None:
+    def row_weight(self, decay: float, device: torch.device) -> Tensor | None:
         """Weights of all rows as of the last step; None where all weigh 1. [fill]"""
         if not self._spans:
             return None
         last = self._spans[-1].step
         weights = [span.weight * decay ** (last - span.step) for span in self._spans]
+        rows = [span.rows for span in self._spans]
+        if device.type != "cpu":
+            return _filled(weights, rows, device)
         return torch.repeat_interleave(
             torch.tensor(weights, dtype=torch.float64, device="cpu"),
-            torch.tensor([span.rows for span in self._spans], device="cpu"),
+            torch.tensor(rows, device="cpu"),
         )
 
     def clear(self) -> None:
@@ -139,3 +143,15 @@ class RowBuffer:
         self._views.clear()
         self._capacity = 0
         self.clear()
+
+
+def _filled(weights: list[float], rows: list[int], device: torch.device) -> Tensor:
+    # As torch.repeat_interleave. Copied from the host, a GPU would be waited for; a number that
+    # fills a slice is an argument of its kernel.
+    filled = torch.empty(sum(rows), dtype=torch.float64, device=device)
+    first = 0
+    for weight, spans in itertools.groupby(zip(weights, rows, strict=True), lambda span: span[0]):
+        last = first + sum(count for _, count in spans)
+        filled[first:last].fill_(weight)
+        first = last
+    return filled

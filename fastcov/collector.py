@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -19,14 +19,14 @@ from fastcov.isolation import has_modes, is_recomputing, is_transformed, is_undi
 from fastcov.ops.library import observers
 from fastcov.plan import RowPlan
 from fastcov.reader import Reader
-from fastcov.replay import DeviceCounters
+from fastcov.replay import DeviceCounters, is_capturing, warn_left_out
 from fastcov.rows import plain_tensor, row_order, row_view
 from fastcov.sampling import first_fill, sequence_phase
 from fastcov.seen import Seen
 from fastcov.sharing import SharedInputs
 from fastcov.state import CovarianceState
 from fastcov.steps import Steps
-from fastcov.taps import Tap
+from fastcov.taps import Tap, is_sharded
 
 _NUMBERS = itertools.count(1)
 
@@ -138,7 +138,7 @@ class Collector:
     @property
     def steps(self) -> int:
         """Steps so far, read or not."""
-        if self._counters is not None and self._counters.is_captured:
+        if self._counters is not None and self._counters.is_captured and not is_capturing():
             self.step.done = int(self._counters.step) + 1  # waits for the device
         return self.step.done
 
@@ -147,9 +147,14 @@ class Collector:
         can_replay = self._counters is not None and self.every == 1
         if not self.step.begin(counts and not self._is_paused, is_nested, can_replay):
             self._is_reading = self._is_reading and self.step.is_running
+            if reason := self.step.take_refusal():
+                self._note_left_out(dict.fromkeys(self._unique, reason))
             return
         if self._counters is not None:
             self._counters.begin_step()
+            if self.step.is_captured:
+                self._counters.begin_capture(self._unique)
+                self._seen = [None] * len(self.taps)  # every call is looked at
         self._is_reading = self.step.done % self.every == 0
         if not self._is_reading:
             return
@@ -233,18 +238,20 @@ class Collector:
         if channels > self.max_channels:
             self._skip_wide(spec.name, channels)
             return
-        if spec.channels not in (None, channels) and self._is_sharded(tap):
+        if spec.channels not in (None, channels) and is_sharded(self._modules[tap]()):
             whole = f"{spec.channels} channels"
             self.refuse(tap, f"has {channels} of {whole} on this rank (tensor parallel): not read")
             return
         order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
         seen = Seen(rows, plain, order)
-        is_again = seen.is_repeatable and plain is activation
+        is_again = seen.is_repeatable and plain is activation and not self.step.is_captured
         reader: Reader | None = self._by_tap[tap]
         if spec.position == "input" and (reader := self._owner(tap, activation)) is None:
             self._seen[tap] = seen if is_again else None
             return
         assert reader is not None
+        if self.step.is_captured and self._counters and self._counters.leaves_out(reader, seen):
+            return
         state = reader.state
         if state is not None and state.channels != channels:
             reason = f"gave {channels} channels after {state.channels}: not read since then"
@@ -263,12 +270,6 @@ class Collector:
             return self._split(tap)
         self._share(tap, self._inputs.owner[tap])
         return None
-
-    def _is_sharded(self, tap: int) -> bool:
-        module = self._modules[tap]()
-        return module is not None and any(
-            type(weight).__name__ == "DTensor" for weight in module.parameters()
-        )
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
@@ -299,8 +300,17 @@ class Collector:
     def _end_on_device(self) -> None:
         if self._counters is not None:
             self._counters.end_step(self.decay)
+            if self.step.is_captured:
+                self._note_left_out(self._counters.left_out)
+            self._counters = self._counters.renewed(self._unique, self.step.done - 1)
         elif DeviceCounters.serve(self._unique):
             self._counters = DeviceCounters(self._unique, self.step.done - 1)
+
+    def _note_left_out(self, reasons: Mapping[Reader, str]) -> None:
+        for tap, reader in enumerate(self._by_tap):
+            if reader in reasons and tap not in self._given_up:
+                self.refuse(tap, f"not read by replays of a CUDA graph: {reasons[reader]}")
+        warn_left_out(reasons)
 
     def after_step(self) -> None:
         """Called when a step that was read has ended."""

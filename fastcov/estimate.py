@@ -18,6 +18,7 @@ from fastcov.rows import plain_tensor, row_view
 from fastcov.sampling import (
     BUFFER_ROWS_PER_CHANNEL,
     LayerLoad,
+    device_buffer_rows,
     direct_rows,
     read_fraction,
     rows_per_channel,
@@ -184,10 +185,11 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
         )
         state_bytes *= 1 if all(buffered) else 2
     row_bytes = size * seen.dtype.itemsize
-    most_rows = ceil(fraction * offered) + len(due)
     is_on_gpu = seen.device.type == "meta" or has_device_buffers(seen.dtype, seen.device)
-    if is_on_gpu and not is_by_image and most_rows <= threshold:
-        capacity, row_bytes = threshold + most_rows, row_bytes + 4  # and the step of each row
+    if is_on_gpu and not is_by_image and (fraction < 1 or any(buffered)):
+        waiting = fraction * offered if fraction < 1 else min(offered, len(due) * (direct - 1))
+        if sizes := device_buffer_rows(size, waiting, len(due)):
+            capacity, row_bytes = sum(sizes), row_bytes + 4  # and the step of each row
     return LayerEstimate(
         name=name,
         channels=size,

@@ -129,7 +129,7 @@ class History:
                     for name, spectrum in snapshot.spectra.items()
                 }
             )
-        table = torch.full((len(row_of), len(columns)), math.nan, dtype=torch.float64)
+        table = torch.full((len(row_of), len(columns)), math.nan, dtype=torch.float64, device="cpu")
         for index, column in enumerate(columns):
             for row, value in column.items():
                 table[row, index] = value
@@ -270,7 +270,7 @@ def spectral_distance(a: Spectrum, b: Spectrum) -> float:
         0.4
     """
     width = max(a.channels, b.channels)
-    shares = torch.zeros(2, width, dtype=torch.float64)
+    shares = torch.zeros(2, width, dtype=torch.float64, device="cpu")
     for row, spectrum in enumerate((a, b)):
         largest = spectrum.eigenvalues[0].clamp_min(torch.finfo(torch.float64).tiny)
         relative = spectrum.eigenvalues / largest

@@ -159,7 +159,7 @@ def plot_dims(
     if not layers:
         raise ValueError(f"{history!r} has no spectrum to draw; take a snapshot after some steps")
     widths = _widths(history)
-    width_of = torch.tensor([widths[name] for name in layers], dtype=torch.float64)
+    width_of = torch.tensor([widths[name] for name in layers], dtype=torch.float64, device="cpu")
     ax = _new_axes(7.2, line_height(len(layers))) if ax is None else ax
     ax.set_facecolor("#c9c9c9")
     image = ax.imshow(

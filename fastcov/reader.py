@@ -9,20 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.adder import Adder, RowSource
-from fastcov.cursor import (
-    CALLS,
-    CARRY,
-    FRACTION,
-    OFFERED,
-    PHASE,
-    POSITIONS,
-    SAMPLED,
-    Counter,
-)
+from fastcov.adder import RowSource
+from fastcov.cursor import CALLS, FRACTION, OFFERED, PHASE, POSITIONS, Counter
+from fastcov.device_adder import DeviceAdder
 from fastcov.ops import library
-from fastcov.ops.buffered import DeviceBuffer, has_device_buffers
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, WHOLE, rows_due
+from fastcov.sampling import WHOLE, rows_due
 from fastcov.seen import Seen
 from fastcov.state import CovarianceState
 
@@ -38,7 +29,7 @@ class _Waiting:
     is_whole: bool
 
 
-class Reader(Adder):
+class Reader(DeviceAdder):
     """Running statistics of one tap.
 
     Args:
@@ -53,10 +44,7 @@ class Reader(Adder):
         offered_rows: Of the running step, then of the last one.
     """
 
-    offered_rows = Counter(OFFERED)
     phase = Counter(PHASE)
-    _carry = Counter(CARRY)
-    _sampled = Counter(SAMPLED)
 
     def __init__(
         self,
@@ -71,11 +59,8 @@ class Reader(Adder):
         super().__init__(weighting=weighting, decay=decay, fraction=fraction, first_fill=first_fill)
         self.name = name
         self.phase = phase
-        self._again: Seen | None = None  # what one operator reads as the last call was read
         self._adds_again = False  # whether that is every row
         self._waiting: list[_Waiting] = []
-        self._device_buffer: DeviceBuffer | None = None
-        self._device_step: Tensor | None = None
         self._device: torch.device | None = None  # of the state
 
     def begin_step(self, step: int) -> None:
@@ -94,8 +79,13 @@ class Reader(Adder):
             self.leave_device()
             self.flush()
             self.state.to(device)
+            if self._pooled is not None:
+                self._pooled.to(device)
+            for part in self._waiting:  # of a first step that an exception has ended
+                part.rows = part.rows.to(device)
             self._buffer.release()
             self._again = None
+            self.forget_moves()
         self._device = device
         return self.state
 
@@ -165,7 +155,10 @@ class Reader(Adder):
                     self._sample(rows, Seen(rows), due)
                     continue
                 rows = rows[:due]
-            self._add(rows, Seen(rows))
+            seen = Seen(rows)
+            if self._fixed_fraction == WHOLE and part.offered >= seen.direct_rows:
+                seen.direct_rows = 0  # kept in part: the layer's calls need no buffer
+            self._add(rows, seen)
 
     def _sample(self, activation: Tensor, seen: Seen, due: int) -> None:
         if due >= seen.rows:
@@ -236,67 +229,6 @@ class Reader(Adder):
         )
         self._sampled += samples
 
-    def use_device_buffer(self, step: Tensor) -> DeviceBuffer | None:
-        """Moves the counters to the device, so that CUDA graphs can replay the sampling.
-
-        Only where rows go through the buffer and every row weighs the same.
-
-        Args:
-            step: int64, number of the running step, kept up to date by the caller. []
-
-        Returns:
-            The buffer, or None where rows are added at once.
-        """
-        state, dtype = self.state, self._dtype
-        if state is None or dtype is None or self.fraction is None or not self.calls:
-            return None
-        threshold = BUFFER_ROWS_PER_CHANNEL * state.channels
-        most_rows = ceil(self.offered_rows * self.fraction) + self.calls
-        if self.weighting != "position" or most_rows > threshold:
-            return None
-        if not has_device_buffers(dtype, state.moment.device):
-            return None
-        self.flush()
-        self._buffer.release()
-        self._again = None
-        self._device_step = step
-        self._device_buffer = DeviceBuffer(
-            state,
-            dtype,
-            threshold=threshold,
-            most_rows=most_rows,
-            sampled=self._sampled,
-            carry=self._carry,
-            state_step=self.state_step,
-        )
-        return self._device_buffer
-
-    def _fits(self, buffer: DeviceBuffer, seen: Seen) -> bool:
-        due = self.offered_rows * self._fixed_fraction >> 32
-        if buffer.dtype == seen.dtype and due + self.calls <= buffer.most_rows:
-            return True
-        # Another precision, or larger batches than planned: back to counters on the host.
-        self.leave_device()
-        return False
-
-    def leave_device(self) -> None:
-        """Takes the counters back to the host: waits for the device."""
-        if self._device_buffer is not None:
-            self.flush()
-            self._sampled, self._carry, self.state_step = self._counters()
-            self._device_buffer = None
-
-    def _counters(self) -> tuple[int, int, int]:
-        if self._device_buffer is not None:
-            return self._device_buffer.counters()
-        return self._sampled, self._carry, self.state_step
-
-    def flush(self) -> None:
-        """Adds the buffered rows to the state."""
-        if self._device_buffer is not None and self._device_step is not None:
-            self._device_buffer.flush(self._device_step, self.decay or 1.0)
-        super().flush()
-
     # keeping
 
     def merge(self, other: Reader, step: int) -> None:
@@ -342,6 +274,7 @@ class Reader(Adder):
     def reset(self) -> None:
         """Forgets every row; the fraction to read and the sampling position stay."""
         self.leave_device()
+        self.forget_moves()
         if self.state is not None:
             self.state.reset()
         if self._pooled is not None:

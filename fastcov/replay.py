@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastcov.ops.buffered import flush_full_, has_device_buffers, make_flush_table
+from fastcov.seen import Seen
 
 if TYPE_CHECKING:
     from fastcov.reader import Reader
+
+_held: list[Any] = []
+"""What captured graphs write into. They cannot be asked whether they live, and would go on writing
+where a closed tracker's memory has been given to others."""
 
 
 class DeviceCounters:
@@ -23,6 +29,7 @@ class DeviceCounters:
     Attributes:
         step: int64, number of the running step, or of the last one. []
         is_captured: Whether a graph holds a step: replays then move ``step`` on their own.
+        left_out: Readers that the last capture does not hold, and why.
     """
 
     def __init__(self, readers: Sequence[Reader], step: int) -> None:
@@ -30,9 +37,10 @@ class DeviceCounters:
         with torch.inference_mode(False):
             self.step = torch.full((), step, dtype=torch.int64, device=device)
         self.is_captured = False
+        self.left_out: dict[Reader, str] = {}
         moved = [reader.use_device_buffer(self.step) for reader in readers]
-        buffers = [buffer for buffer in moved if buffer is not None]
-        self._table = make_flush_table(buffers) if buffers else None
+        self._buffers = [buffer for buffer in moved if buffer is not None]
+        self._table = make_flush_table(self._buffers) if self._buffers else None
 
     @staticmethod
     def serve(readers: Sequence[Reader]) -> bool:
@@ -46,15 +54,71 @@ class DeviceCounters:
             state.moment.device == device for state in states
         )
 
+    def renewed(self, readers: Sequence[Reader], step: int) -> DeviceCounters | None:
+        """What serves from the next step on: itself, unless readers have come, moved or left.
+
+        Args:
+            readers: After a step.
+            step: Number of that step.
+
+        Returns:
+            None where the host counts from now on.
+        """
+        if self.is_captured or not self._is_outdated(readers):
+            return self
+        if self.serve(readers):
+            return DeviceCounters(readers, step)
+        return self if any(reader.is_on_device for reader in readers) else None
+
+    def _is_outdated(self, readers: Sequence[Reader]) -> bool:
+        states = (reader.state for reader in readers if reader.state is not None)
+        first = next(states, None)
+        return (first is not None and first.moment.device != self.step.device) or any(
+            reader.wants_device_buffer for reader in readers
+        )
+
     def begin_step(self) -> None:
         """Moves to the next step."""
         self.step += 1
-        self.is_captured = self.is_captured or is_capturing()
+
+    def begin_capture(self, readers: Sequence[Reader]) -> None:
+        """A CUDA graph captures the step that has begun."""
+        self.left_out = {}
+        if not self.is_captured:
+            self.is_captured = True
+            _held.append((self.step, self._table, [reader.state for reader in readers]))
+            for buffer in self._buffers:
+                buffer.is_captured = True
+
+    def leaves_out(self, reader: Reader, seen: Seen) -> bool:
+        """Whether a graph must not hold a call, or has not held one of that reader before."""
+        if reader in self.left_out:
+            return True
+        if not (reason := reader.why_not_replayed(seen)):
+            return False
+        if reader.calls:
+            reason += " (some calls of its module are read)"
+        self.left_out[reader] = reason
+        return True
 
     def end_step(self, decay: float | None) -> None:
         """Adds the full buffers of all layers to their states: one launch."""
         if self._table is not None:
             flush_full_(self._table, self.step, decay or 1.0)
+
+
+def warn_left_out(reasons: Mapping[Reader, str]) -> None:
+    """One warning about the readers that a graph does not hold, if there are any."""
+    layers: dict[str, list[str]] = {}
+    for reader, reason in reasons.items():
+        layers.setdefault(reason, []).append(repr(reader.name))
+    parts = []
+    for reason, names in layers.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        parts.append(f"{', '.join(names[:3])}{more}: {reason}")
+    if parts:
+        what = "; ".join(parts)
+        warnings.warn(f"replays of a captured CUDA graph do not read {what}", stacklevel=2)
 
 
 def is_capturing() -> bool:

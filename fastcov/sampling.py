@@ -22,6 +22,10 @@ ENOUGH_ROWS_PER_CHANNEL = 16
 BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: below, state traffic dominates."""
 
+MOST_DEVICE_ROWS = 4096
+"""Rows a step up to which a GPU's narrow layers are sampled into a buffer. One program adds all of
+them to a block: 128 turns of its loop, as many as the 2C rows of 2048 channels take."""
+
 _DIRECT_ROWS_PER_CHANNEL = 1 / 3
 """Rows per channel of one call that a CPU adds at once: its kernel hides the traffic from there."""
 
@@ -41,6 +45,29 @@ def direct_rows(channels: int, is_cpu: bool) -> int:
     """
     per_channel = _DIRECT_ROWS_PER_CHANNEL if is_cpu else BUFFER_ROWS_PER_CHANNEL
     return math.ceil(per_channel * channels)
+
+
+def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int] | None:
+    """What a buffer with counters on the device must hold, where one serves.
+
+    Args:
+        channels: Of a row.
+        rows: That a step brings to it.
+        calls: That bring them: each may round up.
+
+    Returns:
+        Rows from which it counts as full, and the most of a step: it holds both together. None
+        where a step brings more than one launch adds in good time.
+
+    Example:
+        >>> device_buffer_rows(64, 90.5, calls=1), device_buffer_rows(64, 400, calls=2)
+        ((128, 92), (1, 402))
+    """
+    threshold, most_rows = BUFFER_ROWS_PER_CHANNEL * channels, math.ceil(rows) + calls
+    if most_rows > max(threshold, MOST_DEVICE_ROWS):
+        return None
+    # What one step fills is emptied in every step: no room for two of them.
+    return threshold if most_rows <= threshold else 1, most_rows
 
 
 @dataclass(frozen=True)

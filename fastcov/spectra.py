@@ -85,7 +85,7 @@ def _start(states: dict[str, CovarianceState], device: torch.device, centered: b
     side.wait_stream(here)
     with torch.cuda.stream(side):
         numbers = _numbers(twins, centered)
-        fetched = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        fetched = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
         fetched.copy_(numbers, non_blocking=True)
         done = side.record_event()
     for twin in twins:

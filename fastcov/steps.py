@@ -20,15 +20,17 @@ class Steps:
     Attributes:
         done: Steps so far.
         is_running: Whether a step has begun and not ended.
+        is_captured: Whether the last forward that began was one that a CUDA graph captures.
         not_counted: Why the last forward that might have been a step was none.
     """
 
     def __init__(self) -> None:
         self.done = 0
         self.is_running = False
+        self.is_captured = False
+        self._is_refused = False
         self.not_counted = ""
         self._depth = 0
-        self._is_captured = False
         self._handled: BaseException | None = None  # by the caller, when the forward began
 
     @property
@@ -56,10 +58,15 @@ class Steps:
         self._depth = 1
         self._handled = sys.exc_info()[1]
         self.is_running = counts
-        self._is_captured = is_capturing()
+        self.is_captured = is_capturing()
         if counts and (reason := self._not_counted(can_replay)):
             self.is_running, self.not_counted = False, reason
         return self.is_running
+
+    def take_refusal(self) -> str:
+        """Why a graph must not hold the forward that has begun: once, else empty."""
+        was_refused, self._is_refused = self._is_refused, False
+        return self.not_counted if was_refused else ""
 
     def end(self) -> bool:
         """A forward ends, or an exception ends it.
@@ -77,15 +84,16 @@ class Steps:
         self._handled = None
         if not (was_running and is_complete):
             return False
-        self.done += not self._is_captured
+        self.done += not self.is_captured
         return True
 
     def _not_counted(self, can_replay: bool) -> str:
         if torch._C._get_tracing_state() is not None:
             return "forwards under torch.jit.trace are not read"
-        if self._is_captured and not can_replay:
+        if self.is_captured and not can_replay:
+            self._is_refused = True
             return (
-                "a CUDA graph was captured before a step had run eagerly, or on a GPU without "
-                "Triton kernels: its replays are not read"
+                "a CUDA graph can replay a tracked step if every=1, a step ran eagerly before, and "
+                "all layers are on one GPU that runs Triton kernels (sm_80 or newer)"
             )
         return ""

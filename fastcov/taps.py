@@ -203,3 +203,10 @@ def first_tensor(value: Any) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def is_sharded(module: nn.Module | None) -> bool:
+    """Whether a module holds a part of its weights, as tensor parallelism leaves it."""
+    return module is not None and any(
+        type(weight).__name__ == "DTensor" for weight in module.parameters()
+    )

@@ -47,6 +47,10 @@ class DeviceBuffer:
         sampled: Number of the next sample.
         carry: Fraction of a row carried so far, in units of 2**-32.
         state_step: Step up to which decay has been applied to the state.
+
+    Attributes:
+        step_rows: That the calls of the running step have offered it.
+        is_captured: Whether a CUDA graph may hold its addresses.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class DeviceBuffer:
 
         device, channels = state.moment.device, len(state.sum)
         self.most_rows = most_rows
+        self.step_rows = 0
+        self.is_captured = False
         with torch.inference_mode(False):
             capacity = threshold + most_rows
             self._buffer = torch.empty(capacity, channels, dtype=dtype, device=device)
@@ -90,6 +96,11 @@ class DeviceBuffer:
     def dtype(self) -> torch.dtype:
         """Of the rows that it takes."""
         return self._buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the rows that it takes."""
+        return self._buffer.device
 
     def gather(self, rows: Tensor, step: Tensor, fraction: int, run: int, phase: int) -> None:
         """Copies the rows that are due; see :func:`fastcov.kernels.gather.launch_cursor_gather_`.

@@ -25,7 +25,7 @@ def transformer(depth: int = 2) -> nn.Module:
 
 def images(seed: int, batch: int = 3, device: str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, 32, 32, generator=generator).to(device)
+    return torch.randn(batch, 3, 32, 32, generator=generator, device="cpu").to(device)
 
 
 def eager_on_cpu(steps: int, **options: Any) -> fastcov.Tracker:
