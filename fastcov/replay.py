@@ -14,6 +14,7 @@ from fastcov.seen import Seen
 if TYPE_CHECKING:
     from fastcov.reader import Reader
 
+_MOST_TOLD = 3  # layers of a reason, and reasons, in a warning
 _held: list[Any] = []
 """What captured graphs write into. They cannot be asked whether they live, and would go on writing
 where a closed tracker's memory has been given to others."""
@@ -109,16 +110,19 @@ class DeviceCounters:
 
 def warn_left_out(reasons: Mapping[Reader, str]) -> None:
     """One warning about the readers that a graph does not hold, if there are any."""
+    if not reasons:
+        return
     layers: dict[str, list[str]] = {}
     for reader, reason in reasons.items():
         layers.setdefault(reason, []).append(repr(reader.name))
     parts = []
-    for reason, names in layers.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        parts.append(f"{', '.join(names[:3])}{more}: {reason}")
-    if parts:
-        what = "; ".join(parts)
-        warnings.warn(f"replays of a captured CUDA graph do not read {what}", stacklevel=2)
+    for reason, names in list(layers.items())[:_MOST_TOLD]:
+        more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+        parts.append(f"{', '.join(names[:_MOST_TOLD])}{more}: {reason}")
+    if len(layers) > _MOST_TOLD:
+        parts.append("other layers: see summary()")
+    what = "; ".join(parts)
+    warnings.warn(f"replays of a captured CUDA graph do not read {what}", stacklevel=2)
 
 
 def is_capturing() -> bool:

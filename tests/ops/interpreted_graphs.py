@@ -1,0 +1,322 @@
+"""CUDA graphs of tracked steps, emulated: a capture records what is launched, a replay repeats it.
+
+Run by test_graphs.py with TRITON_INTERPRET=1, so that the CPU stands for a GPU. As in a real
+capture nothing runs that is recorded, and every argument but tensors is frozen.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcov
+from fastcov import collector, replay, sampling, steps, tracker
+from fastcov.kernels import flush, gather
+from fastcov.ops import library
+from fastcov.reader import Reader
+from fastcov.replay import DeviceCounters
+
+
+class Graph:
+    """What a captured step of one tracker launches."""
+
+    def __init__(self, tracked: fastcov.Tracker) -> None:
+        self.tracked = tracked
+        self.launches: list[Callable[[], Any]] = []
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        before = self.tracked._counters and self.tracked._counters.step.clone()
+        with ExitStack() as patches:
+            for module in (steps, collector, tracker):
+                patches.enter_context(mock.patch.object(module, "is_capturing", lambda: True))
+            for module, name in ((gather, "cursor_gather_kernel"), (flush, "flush_kernel")):
+                kernel = _Recorded(getattr(module, name), self.launches)
+                patches.enter_context(mock.patch.object(module, name, kernel))
+            for name in ("accumulate_", "gather_"):
+                operator = partial(self._record, getattr(library, name))
+                patches.enter_context(mock.patch.object(library, name, operator))
+            yield
+        counters = self.tracked._counters
+        if counters is not None and before is not None and not torch.equal(counters.step, before):
+            counters.step.copy_(before)  # an addition like any other: recorded, not run
+            self.launches.insert(0, partial(counters.step.add_, 1))
+
+    def _record(self, operator: Callable[..., Any], *args: Any, **options: Any) -> None:
+        self.launches.append(partial(operator, *args, **options))
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+class _Recorded:
+    def __init__(self, kernel: Any, launches: list[Callable[[], Any]]) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self._launches.append(partial(self._kernel[grid], *args, **options))
+
+        return launch
+
+
+class Levels(nn.Module):
+    """A head that is called on a large and a small level; neck and head have vector rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck, self.head = nn.Linear(8, 12), nn.Linear(12, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = self.neck(x)
+        return self.head(level).sum() + self.head(level[:5]).sum()
+
+
+class Sometimes(nn.Module):
+    """Its second layer runs where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.rare = nn.Linear(8, 12), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor, all_layers: bool = False) -> Tensor:
+        return self.always(x) + (self.rare(x) if all_layers else 0)
+
+
+def batch(rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def host_twin(model: nn.Module, x: Tensor, run: int, **options: Any) -> fastcov.Tracker:
+    """The same steps, all of them eager, all counters on the host."""
+    with mock.patch.object(DeviceCounters, "serve", lambda readers: False):
+        with fastcov.track(model, **options) as twin:
+            for _ in range(run):
+                model(x)
+    return twin
+
+
+def assert_same(tracked: fastcov.Tracker, expected: fastcov.Tracker) -> None:
+    assert tracked.steps == expected.steps
+    for name in expected.names():
+        assert tracked.count(name) == expected.count(name) > 0, name
+        state, wanted = tracked.readers[name].state, expected.readers[name].state
+        assert state is not None
+        assert wanted is not None
+        torch.testing.assert_close(state.weight, wanted.weight)
+        torch.testing.assert_close(
+            state.covariance(), wanted.covariance(), rtol=1e-5, atol=1e-5, msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(0.3, {}), (0.6, {}), ("all", {}), (7, {}), (0.3, {"decay": 0.9}), ("auto", {"where": "both"})],
+    ids=str,
+)
+def test_replays_read_what_eager_steps_read(rows: Any, options: dict[str, Any]) -> None:
+    model, x = Levels(), batch(90)
+    with fastcov.track(model, rows=rows, **options) as tracked:
+        graph = Graph(tracked)
+        for _ in range(2):
+            model(x)
+        with graph.capture():
+            model(x)
+        assert not tracked.notes
+        for _ in range(4):
+            graph.replay()
+        tracked.summary()  # reading in between changes nothing
+        model(x)
+        graph.replay()
+    assert_same(tracked, host_twin(model, x, 8, rows=rows, **options))
+
+
+def test_more_rows_than_two_a_channel_move_through_the_activation() -> None:
+    """They were read at the same positions by every replay."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 1))
+    x = torch.randn(8, 16, 24, 24)
+    with fastcov.track(model, rows="auto") as tracked:
+        graph = Graph(tracked)
+        model(x)
+        with graph.capture():
+            model(x)
+        for _ in range(3):
+            graph.replay()
+    assert_same(tracked, host_twin(model, x, 4, rows="auto"))
+    # What test_a_cuda_graph_replays_with_right_counts compares: 196.3 and 392.5 rows a step, and of
+    # the first step those that wait for the plan, 1/64 of its rows or 2C.
+    twin = host_twin(model, x, 23, rows="auto")
+    assert [twin.count(name) for name in twin.names()] == [4390, 8764]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "layers", "remedy"),
+    [
+        ("auto", {"weighting": "image"}, ["neck", "head"], 'weighting="position"'),
+        ("all", {"weighting": "image"}, ["neck", "head"], 'weighting="position"'),
+        ("all", {"decay": 0.9}, ["neck", "head"], 'rows="auto"'),
+        (0.5, {"every": 2}, ["neck", "head"], "every=1"),
+    ],
+    ids=str,
+)
+def test_what_the_host_must_do_is_left_out_with_a_warning(
+    rows: Any, options: dict[str, Any], layers: list[str], remedy: str
+) -> None:
+    model, x = Levels(), batch(90)
+    with fastcov.track(model, rows=rows, **options) as tracked:
+        graph = Graph(tracked)
+        for _ in range(3):
+            model(x)
+        counts = {name: tracked.count(name) for name in layers}
+        moments = {name: tracked.covariance(name) for name in layers}
+        with pytest.warns(UserWarning, match=f"captured CUDA graph.*{remedy}"), graph.capture():
+            model(x)
+        for _ in range(3):
+            graph.replay()
+        for name in layers:
+            assert remedy in tracked.notes[name]
+            assert tracked.count(name) == counts[name]
+            assert torch.equal(tracked.covariance(name), moments[name])
+        assert remedy in str(tracked.summary())
+        model(x)
+        model(x)
+        assert all(tracked.count(name) > counts[name] for name in layers)
+
+
+def test_a_capture_before_any_step_is_left_out_with_a_warning() -> None:
+    model, x = Levels(), batch(90)
+    with fastcov.track(model, rows="all") as tracked:
+        graph = Graph(tracked)
+        with pytest.warns(UserWarning, match="a step ran eagerly before"), graph.capture():
+            model(x)
+        assert not graph.launches
+        assert tracked.steps == 0
+        assert all("CUDA graph" in tracked.notes[name] for name in tracked.names())
+
+
+def test_too_many_rows_for_one_launch_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "MOST_DEVICE_ROWS", 50)
+    model, x = Levels(), batch(90)
+    with fastcov.track(model, rows=0.7) as tracked:
+        graph = Graph(tracked)
+        model(x)
+        with pytest.warns(UserWarning, match="'neck': samples 63 rows a step on the host"):
+            with graph.capture():
+                model(x)
+        before = [tracked.count(name) for name in tracked.names()]
+        graph.replay()
+        assert [tracked.count(name) for name in tracked.names()] == before
+
+
+def test_sizes_and_layers_that_no_eager_step_had_are_left_out_until_one_has() -> None:
+    model = Sometimes()
+    with fastcov.track(model, rows=0.4) as tracked:
+        model(batch(40))
+        # Both wait: one has no state, the other too small a buffer.
+        first = Graph(tracked)
+        with pytest.warns(UserWarning, match="'always': reads 90 rows.*'rare': has not run on cpu"):
+            with first.capture():
+                model(batch(90), all_layers=True)
+        assert tracked.readers["rare"].state is None
+    with fastcov.track(model, rows=0.4) as tracked:
+        model(batch(40))
+        model(batch(90), all_layers=True)
+        graph = Graph(tracked)
+        with graph.capture():
+            model(batch(90), all_layers=True)
+        assert not tracked.notes
+        graph.replay()
+        assert [tracked.count(name) for name in tracked.names()] == [16 + 36 + 36, 36 + 36]
+
+
+def test_a_larger_eager_step_after_the_capture_leaves_the_graph_alone() -> None:
+    model = nn.Linear(8, 12)
+    with fastcov.track(model, rows=0.5) as tracked:
+        model(batch(20))
+        graph = Graph(tracked)
+        with graph.capture():
+            model(batch(20))
+        with pytest.warns(UserWarning, match=r"do not fit the buffer of a captured CUDA graph"):
+            model(batch(60))
+        graph.replay()
+        graph.replay()
+        assert tracked.count("") == 30
+
+
+def test_a_graph_keeps_alive_what_it_writes_into() -> None:
+    model, x = Levels(), batch(90)
+    tracked = fastcov.track(model, rows="all")
+    model(x)
+    graph = Graph(tracked)
+    with graph.capture():
+        model(x)
+    state = tracked.readers["neck"].state
+    assert state is not None
+    tensors = [weakref.ref(tensor) for tensor in (state.moment, tracked._counters.step)]
+    tracked.close()
+    graph.launches.clear()
+    graph.tracked = None
+    del tracked, state
+    gc.collect()
+    assert all(tensor() is not None for tensor in tensors)
+
+
+@pytest.mark.parametrize(("rows", "count"), [*itertools.product((0.1, 0.5, "all"), (10, 60, 90))])
+def test_the_estimate_is_what_device_buffers_take(rows: Any, count: int) -> None:
+    model, x = Levels(), batch(count)
+    layers = {layer.name: layer for layer in fastcov.estimate(model, x, rows=rows).layers}
+    with fastcov.track(model, rows=rows) as tracked:
+        model(x)
+    for name, reader in tracked.readers.items():
+        buffer = reader._device_buffer
+        taken = 0 if buffer is None else buffer._buffer.nbytes + buffer._row_step.nbytes
+        assert taken == layers[name].buffer_bytes, name
+    # Nothing waits where every row is added at once.
+    assert (tracked.readers["neck"]._device_buffer is None) == (rows == "all")
+
+
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+def test_a_buffer_is_not_used_for_rows_of_another_device(fraction: float) -> None:
+    reader = Reader("layer", weighting="position", decay=None, phase=0, fraction=fraction)
+    step = torch.zeros((), dtype=torch.int64)
+    reader.begin_step(0)
+    reader.read(batch(2))  # fewer rows than are added at once
+    reader.read(batch(50))
+    assert reader.use_device_buffer(step) is not None
+    step.fill_(1)
+    reader.begin_step(1)
+    reader.read(batch(2).to("meta"))  # its state goes there too: what a GPU's is to a CPU's
+    assert not reader.is_on_device
+    assert reader.state is not None
+    assert reader.state.moment.is_meta
+    assert reader.calls == 1
+
+
+def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
+    """Not on the host for good: the next capture would leave every layer out."""
+    model, x = Levels(), batch(90)
+    with fastcov.track(model, rows=0.3) as tracked:
+        model(x)
+        model(x)
+        assert all(reader.is_on_device for reader in tracked.unique_readers())
+        with mock.patch.object(replay, "has_device_buffers", lambda *_: False):
+            for reader in tracked.unique_readers():
+                reader.leave_device()  # as where a model moves
+            model(x)
+        assert tracked._counters is None
+        model(x)
+        assert all(reader.is_on_device for reader in tracked.unique_readers())
+        assert tracked._counters is not None
+        assert int(tracked._counters.step) == 3
+    assert_same(tracked, host_twin(model, x, 4, rows=0.3))
