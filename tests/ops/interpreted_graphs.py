@@ -39,7 +39,7 @@ class Graph:
         before = self.tracked._counters and self.tracked._counters.step.clone()
         with ExitStack() as patches:
             for module in (steps, collector, tracker):
-                patches.enter_context(mock.patch.object(module, "is_capturing", lambda: True))
+                patches.enter_context(mock.patch.object(module, "is_capturing", return_value=True))
             for module, name in ((gather, "cursor_gather_kernel"), (flush, "flush_kernel")):
                 kernel = _Recorded(getattr(module, name), self.launches)
                 patches.enter_context(mock.patch.object(module, name, kernel))
@@ -100,10 +100,12 @@ def batch(rows: int, seed: int = 0) -> Tensor:
 
 def host_twin(model: nn.Module, x: Tensor, run: int, **options: Any) -> fastcov.Tracker:
     """The same steps, all of them eager, all counters on the host."""
-    with mock.patch.object(DeviceCounters, "serve", lambda readers: False):
-        with fastcov.track(model, **options) as twin:
-            for _ in range(run):
-                model(x)
+    with (
+        mock.patch.object(DeviceCounters, "serve", return_value=False),
+        fastcov.track(model, **options) as twin,
+    ):
+        for _ in range(run):
+            model(x)
     return twin
 
 
@@ -122,7 +124,14 @@ def assert_same(tracked: fastcov.Tracker, expected: fastcov.Tracker) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "options"),
-    [(0.3, {}), (0.6, {}), ("all", {}), (7, {}), (0.3, {"decay": 0.9}), ("auto", {"where": "both"})],
+    [
+        (0.3, {}),
+        (0.6, {}),
+        ("all", {}),
+        (7, {}),
+        (0.3, {"decay": 0.9}),
+        ("auto", {"where": "both"}),
+    ],
     ids=str,
 )
 def test_replays_read_what_eager_steps_read(rows: Any, options: dict[str, Any]) -> None:
@@ -211,9 +220,9 @@ def test_too_many_rows_for_one_launch_are_left_out(monkeypatch: pytest.MonkeyPat
     with fastcov.track(model, rows=0.7) as tracked:
         graph = Graph(tracked)
         model(x)
-        with pytest.warns(UserWarning, match="'neck': samples 63 rows a step on the host"):
-            with graph.capture():
-                model(x)
+        message = "'neck': samples 63 rows a step on the host"
+        with pytest.warns(UserWarning, match=message), graph.capture():
+            model(x)
         before = [tracked.count(name) for name in tracked.names()]
         graph.replay()
         assert [tracked.count(name) for name in tracked.names()] == before
@@ -225,9 +234,9 @@ def test_sizes_and_layers_that_no_eager_step_had_are_left_out_until_one_has() ->
         model(batch(40))
         # Both wait: one has no state, the other too small a buffer.
         first = Graph(tracked)
-        with pytest.warns(UserWarning, match="'always': reads 90 rows.*'rare': has not run on cpu"):
-            with first.capture():
-                model(batch(90), all_layers=True)
+        message = "'always': reads 90 rows.*'rare': has not run on cpu"
+        with pytest.warns(UserWarning, match=message), first.capture():
+            model(batch(90), all_layers=True)
         assert tracked.readers["rare"].state is None
     with fastcov.track(model, rows=0.4) as tracked:
         model(batch(40))
@@ -292,7 +301,7 @@ def test_a_buffer_is_not_used_for_rows_of_another_device(fraction: float) -> Non
     step = torch.zeros((), dtype=torch.int64)
     reader.begin_step(0)
     reader.read(batch(2))  # fewer rows than are added at once
-    reader.read(batch(50))
+    reader.read(batch(30))
     assert reader.use_device_buffer(step) is not None
     step.fill_(1)
     reader.begin_step(1)
@@ -310,7 +319,7 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
         model(x)
         model(x)
         assert all(reader.is_on_device for reader in tracked.unique_readers())
-        with mock.patch.object(replay, "has_device_buffers", lambda *_: False):
+        with mock.patch.object(replay, "has_device_buffers", return_value=False):
             for reader in tracked.unique_readers():
                 reader.leave_device()  # as where a model moves
             model(x)
