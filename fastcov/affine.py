@@ -210,7 +210,7 @@ def accumulate_mapped_(
         False, with the state untouched, where some rows are not finite, where float32 cannot hold
         the result, and where it may lose more than 2e-6 of the largest entry.
     """
-    inputs = Moments(source.weight.shape[1], "cpu")
+    inputs = Moments(source.weight.shape[1])
     inputs.shift.copy_(_spread_mean(source))
     inputs.count[0] = 1  # holds the shift: the first rows, which would choose one, may be unusual
     library.accumulate_(*vars(inputs).values(), source.rows, source.channel_dim)

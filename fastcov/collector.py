@@ -144,16 +144,17 @@ class Collector:
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """A forward of the root module begins; see :meth:`fastcov.steps.Steps.begin`."""
-        can_replay = self._counters is not None and self.every == 1
+        counters = self._counters
+        can_replay = counters is not None and counters.is_warm and self.every == 1
         if not self.step.begin(counts and not self._is_paused, is_nested, can_replay):
             self._is_reading = self._is_reading and self.step.is_running
             if reason := self.step.take_refusal():
                 self._note_left_out(dict.fromkeys(self._unique, reason))
             return
-        if self._counters is not None:
-            self._counters.begin_step()
+        if counters is not None:
+            counters.begin_step()
             if self.step.is_captured:
-                self._counters.begin_capture(self._unique)
+                counters.begin_capture(self._unique)
                 self._seen = [None] * len(self.taps)  # every call is looked at
         self._is_reading = self.step.done % self.every == 0
         if not self._is_reading:
@@ -377,7 +378,7 @@ class Collector:
         return {**self.__dict__, **untied}
 
     def close(self) -> None:
-        """Removes every hook; the statistics stay readable."""
+        """Removes every hook; the statistics stay readable, and captured CUDA graphs add to them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -30,6 +30,8 @@ class DeviceCounters:
     Attributes:
         step: int64, number of the running step, or of the last one. []
         is_captured: Whether a graph holds a step: replays then move ``step`` on their own.
+        is_warm: Whether an eager step has launched all this once: a kernel that is compiled and
+            loaded while a graph is captured may break the capture.
         left_out: Readers that the last capture does not hold, and why.
     """
 
@@ -38,6 +40,7 @@ class DeviceCounters:
         with torch.inference_mode(False):
             self.step = torch.full((), step, dtype=torch.int64, device=device)
         self.is_captured = False
+        self.is_warm = False
         self.left_out: dict[Reader, str] = {}
         moved = [reader.use_device_buffer(self.step) for reader in readers]
         self._buffers = [buffer for buffer in moved if buffer is not None]
@@ -106,6 +109,7 @@ class DeviceCounters:
         """Adds the full buffers of all layers to their states: one launch."""
         if self._table is not None:
             flush_full_(self._table, self.step, decay or 1.0)
+        self.is_warm = True
 
 
 def warn_left_out(reasons: Mapping[Reader, str]) -> None:

@@ -93,7 +93,7 @@ class Steps:
         if self.is_captured and not can_replay:
             self._is_refused = True
             return (
-                "a CUDA graph can replay a tracked step if every=1, a step ran eagerly before, and "
+                "a CUDA graph can replay a tracked step if every=1, two ran eagerly before, and "
                 "all layers are on one GPU that runs Triton kernels (sm_80 or newer)"
             )
         return ""

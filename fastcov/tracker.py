@@ -300,7 +300,8 @@ def track(
 ) -> Tracker:
     """Watches the feature covariance of a model's layers while it trains.
 
-    Nothing else in the training loop changes. Call it before the first compiled forward.
+    Nothing else in the training loop changes. Call it before the first compiled forward. A CUDA
+    graph of whole steps is read where two have run eagerly before; a warning names what cannot be.
 
     Args:
         model: The module whose forward is one step; where gradients accumulate, each micro-batch.
