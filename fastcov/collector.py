@@ -378,7 +378,7 @@ class Collector:
         return {**self.__dict__, **untied}
 
     def close(self) -> None:
-        """Removes every hook; the statistics stay readable, and captured CUDA graphs add to them."""
+        """Removes every hook; the statistics stay readable, and captured graphs add to them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -28,8 +28,8 @@ def test_device_counters_equal_host_counters_in_the_interpreter() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", ["auto", "all"])
-def test_a_cuda_graph_replays_with_right_counts(rows: str) -> None:
+@pytest.mark.parametrize("rows", ["auto", "all", 0.5])
+def test_a_cuda_graph_replays_with_right_counts(rows: str | float) -> None:
     model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 1)).cuda()
     twin = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 1)).cuda()
     twin.load_state_dict(model.state_dict())

@@ -214,7 +214,49 @@ def test_a_captured_training_step_counts_its_replays() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"rows": "all", "where": "both"}, {"weighting": "image"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "image"},
+        {"rows": "all", "weighting": "image"},
+        {"rows": "all", "decay": 0.9},
+        {"rows": 0.3, "every": 2},
+    ],
+)
+def test_a_capture_leaves_out_what_only_the_host_can_do(options: dict[str, Any]) -> None:
+    """The capture itself succeeds, and its replays compute what they would without a tracker."""
+    model = transformer().cuda()
+    tracker = fastcov.track(model, **options)
+    static = images(0, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            model(static)
+    torch.cuda.current_stream().wait_stream(side)
+    # Layers with few rows for their width wait in buffers, which decay on the device.
+    waiting = ("qkv", "fc1", "head") if "decay" in options else ()
+    left_out = {name for name in tracker.names() if not name.endswith(waiting)}
+    before = {name: tracker.count(name) for name in tracker.names()}
+    graph = torch.cuda.CUDAGraph()
+    is_told = pytest.warns(UserWarning, match="captured CUDA graph")
+    with is_told, torch.cuda.graph(graph), torch.no_grad():
+        output = model(static)
+    for _ in range(4):
+        graph.replay()
+    for name in tracker.names():
+        assert ("CUDA graph" in tracker.notes.get(name, "")) == (name in left_out), name
+        assert (tracker.count(name) == before[name]) == (name in left_out), name
+    tracker.close()
+    with torch.no_grad():
+        torch.testing.assert_close(output, model(static))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rows": 0.9}, {"rows": "all", "where": "both"}, {"weighting": "image"}],
+)
 def test_peak_memory_is_the_estimate(options: dict[str, Any]) -> None:
     def model() -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
