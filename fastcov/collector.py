@@ -151,12 +151,12 @@ class Collector:
             if reason := self.step.take_refusal():
                 self._note_left_out(dict.fromkeys(self._unique, reason))
             return
+        self._is_reading = self.step.done % self.every == 0
         if counters is not None:
-            counters.begin_step()
             if self.step.is_captured:
                 counters.begin_capture(self._unique)
                 self._seen = [None] * len(self.taps)  # every call is looked at
-        self._is_reading = self.step.done % self.every == 0
+            counters.begin_step(self.step.done, self._is_reading, self.decay)
         if not self._is_reading:
             return
         self._synced = None

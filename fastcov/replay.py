@@ -41,6 +41,7 @@ class DeviceCounters:
             self.step = torch.full((), step, dtype=torch.int64, device=device)
         self.is_captured = False
         self.is_warm = False
+        self._is_open = False  # a step that is read has begun and not ended
         self.left_out: dict[Reader, str] = {}
         moved = [reader.use_device_buffer(self.step) for reader in readers]
         self._buffers = [buffer for buffer in moved if buffer is not None]
@@ -81,12 +82,24 @@ class DeviceCounters:
             reader.wants_device_buffer for reader in readers
         )
 
-    def begin_step(self) -> None:
-        """Moves to the next step."""
-        self.step += 1
+    def begin_step(self, number: int, is_read: bool, decay: float | None) -> None:
+        """Moves to the next step.
+
+        Args:
+            number: Of that step, as the host counts.
+            is_read: Whether its activations are read.
+            decay: As for :meth:`end_step`.
+        """
+        if self._is_open:  # an exception ended the last one, whose rows need room too
+            self.end_step(decay)
+        self._is_open = is_read
+        if self.is_captured:
+            self.step += 1  # replays, which the host does not see, have moved it
+        else:
+            self.step.fill_(number)
 
     def begin_capture(self, readers: Sequence[Reader]) -> None:
-        """A CUDA graph captures the step that has begun."""
+        """A CUDA graph captures the step that is about to begin."""
         self.left_out = {}
         if not self.is_captured:
             self.is_captured = True
@@ -110,6 +123,7 @@ class DeviceCounters:
         if self._table is not None:
             flush_full_(self._table, self.step, decay or 1.0)
         self.is_warm = True
+        self._is_open = False
 
 
 def warn_left_out(reasons: Mapping[Reader, str]) -> None:

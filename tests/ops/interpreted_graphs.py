@@ -10,7 +10,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -339,3 +339,38 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
         assert tracked._counters is not None
         assert int(tracked._counters.step) == 3
     assert_same(tracked, host_twin(model, x, 4, rows=0.3))
+
+
+class Failing(nn.Module):
+    """Raises behind its first layer where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor, fails: bool = False) -> Tensor:
+        hidden = self.first(x)
+        if fails:
+            raise ArithmeticError
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize("decay", [None, 0.8])
+def test_a_forward_that_fails_is_no_step_and_loses_no_row(decay: float | None) -> None:
+    model, x = Failing(), batch(60)
+
+    def run() -> fastcov.Tracker:
+        with fastcov.track(model, rows=0.5, decay=decay) as tracked:
+            for number in range(7):
+                with suppress(ArithmeticError):
+                    model(x, fails=number in (2, 3, 5))
+        return tracked
+
+    with mock.patch.object(DeviceCounters, "serve", return_value=False):
+        expected = run()
+    tracked = run()
+    assert tracked.readers["first"].is_on_device
+    assert tracked._counters is not None
+    assert int(tracked._counters.step) == 3
+    assert [tracked.count(name) for name in tracked.names()] == [7 * 30, 4 * 30]
+    assert_same(tracked, expected)
