@@ -32,6 +32,7 @@ class RowBuffer:
         first_fill: Share of it that fills before it has no more room for the first time.
 
     Attributes:
+        first_fill: As given.
         storage: All of it, None before the first rows. [capacity, C]
         fill: Rows that wait.
         limit: Rows that this fill takes.
@@ -43,7 +44,7 @@ class RowBuffer:
     def __init__(self, cursor: Cursor, is_marked: bool, first_fill: float = 1.0) -> None:
         self.cursor = cursor
         self._is_marked = is_marked
-        self._first_fill = first_fill
+        self.first_fill = first_fill
         self.storage: Tensor | None = None
         self._views: dict[int, Tensor] = {}  # its first rows, by how many: a slice takes 1.6 us
         self._capacity = 0
@@ -135,7 +136,7 @@ class RowBuffer:
 
     def stagger(self) -> None:
         """Makes the next fill the first again: all buffers were emptied at one moment."""
-        self.limit = ceil(self._capacity * self._first_fill)
+        self.limit = ceil(self._capacity * self.first_fill)
 
     def release(self) -> None:
         """Drops the rows and the storage: the next have another dtype or device."""

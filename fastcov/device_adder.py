@@ -7,6 +7,7 @@ every row at once, which counts nothing.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Literal
 
 from torch import Tensor
@@ -113,6 +114,7 @@ class DeviceAdder(Adder):
             state,
             dtype,
             threshold=threshold,
+            first_threshold=ceil(threshold * self._buffer.first_fill),
             most_rows=self._most_rows,
             sampled=self._sampled,
             carry=self._carry,

@@ -43,6 +43,7 @@ class DeviceBuffer:
         state: Where the rows go; its tensors must stay where they are.
         dtype: Of the rows to come.
         threshold: Rows from which the buffer counts as full.
+        first_threshold: Likewise, until it has been full once.
         most_rows: The most that come between two flushes.
         sampled: Number of the next sample.
         carry: Fraction of a row carried so far, in units of 2**-32.
@@ -59,6 +60,7 @@ class DeviceBuffer:
         dtype: torch.dtype,
         *,
         threshold: int,
+        first_threshold: int,
         most_rows: int,
         sampled: int,
         carry: int,
@@ -89,6 +91,7 @@ class DeviceBuffer:
             self._row_step,
             self._cursor,
             threshold,
+            first_threshold=first_threshold,
         )
         self._table = flush.FlushTable([self.layer])
 
