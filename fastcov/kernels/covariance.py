@@ -1,9 +1,9 @@
 """Launches the covariance kernels: the contract of accumulate_ on CUDA tensors.
 
-One update is two launches for up to 256 channels (gram, reduce), three above (a repair that returns
-at once where all rows are finite) and one more for float32 rows (the shift, which returns at once
-on a state that has seen a row). Nothing is read back: CUDA graphs capture it. Partial results live
-in workspace from torch's caching allocator.
+One update is two launches (gram, reduce), three where a configuration has rectangles (a repair
+that returns at once where all rows are finite) and one more for float32 rows (the shift, which
+returns at once on a state that has seen a row). Nothing is read back: CUDA graphs capture it.
+Partial results live in workspace from torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -219,7 +219,9 @@ def _cached_job(
         }
         if case.kind == "matrix":
             matrix_block = (step, config.panel)
-        if plan.triangles > 1:
+        if config.left:
+            # gram_kernel repairs by itself only where no rectangles exist, even if one triangle
+            # happens to cover these channels.
             block_grid = (plan.blocks, plan.chunks)
         block_step, warps, stages = _REPAIR_STEP, 4, 1
     else:

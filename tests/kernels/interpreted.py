@@ -138,6 +138,15 @@ class TestAccumulate:
         state = check(rows, rows[1:70], family=family, multiprocessors=8)
         assert state.count.tolist() == [147 + 69, 3]
 
+    @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "sm_120"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_broken_row_of_80_channels(self, family, dtype):
+        """More than one triangle for some families, one of a kind with rectangles for sm_100."""
+        rows = normal(40, 80, dtype=dtype)
+        rows[17, 70] = float("nan")
+        state = check(rows, family=family)
+        assert state.count.tolist() == [39, 1]
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_no_finite_row_leaves_the_shift_open(self, dtype):
         broken = torch.full((5, 8), float("nan"), dtype=dtype)
