@@ -107,9 +107,10 @@ def flush_kernel(
     block = tl.load(programs + 2 * program + 1)
     cursor = tl.load(layer + CURSOR).to(tl.pointer_type(tl.int64))
     fill = tl.load(cursor + FILL).to(tl.int32)
-    is_apart = tl.load(cursor + IS_APART) != 0
-    threshold = tl.load(layer + tl.where(is_apart, THRESHOLD, FIRST_THRESHOLD)).to(tl.int32)
-    if fill < tl.where(force != 0, 1, threshold):
+    threshold = tl.load(layer + THRESHOLD)
+    if tl.load(cursor + IS_APART) == 0:
+        threshold = tl.load(layer + FIRST_THRESHOLD)
+    if fill < tl.where(force != 0, 1, threshold.to(tl.int32)):
         return
     buffer = tl.load(layer + BUFFER).to(tl.pointer_type(VALUES))
     if VECTOR > 1:
@@ -324,7 +325,7 @@ def _launch(
         "HAS_DECAY": has_decay,
         "STAGES": 2 if vector > 1 else 1,
         "IS_INTERPRETED": IS_INTERPRETED,
-        "num_warps": 8 if edge == 64 or (vector == 1 and not is_direct) else 4,
+        "num_warps": 8 if edge == 64 or vector == 1 else 4,
     }
     return (*_tables(layers, edge), options)
 

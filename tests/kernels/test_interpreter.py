@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process whose triton interprets kernels on the CPU."""
+"""Runs the interpreted cases in a process whose triton interprets kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-CASES = Path(__file__).with_name("interpreted.py")
+FOLDER = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["TestAccumulate", "TestGather or TestFlush or test_runs"])
-def test_kernels_match_the_reference(group):
+@pytest.mark.parametrize(
+    ("file", "group"),
+    [
+        ("interpreted.py", "TestAccumulate"),
+        ("interpreted.py", "TestFlush or test_runs"),
+        ("interpreted_gather.py", "Test or test_runs"),
+    ],
+)
+def test_kernels_match_the_reference(file, group):
+    cases = str(FOLDER / file)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES), "-k", group],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases, "-k", group],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=CASES.parents[2],
+        cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
         timeout=600,
