@@ -8,7 +8,6 @@ every row at once, which counts nothing.
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
 
 from torch import Tensor
 
@@ -28,37 +27,23 @@ _MOST_MOVES = 4  # each waits for the device, and sizes or dtypes may alternate
 
 
 class DeviceAdder(Adder):
-    """An adder whose sampled rows may wait in a :class:`fastcov.ops.buffered.DeviceBuffer`.
-
-    Args:
-        weighting: See :class:`fastcov.adder.Adder`.
-        decay: Likewise.
-        fraction: Likewise.
-        first_fill: Likewise.
-    """
+    """An adder whose sampled rows may wait in a :class:`fastcov.ops.buffered.DeviceBuffer`."""
 
     offered_rows = Counter(OFFERED)
     _carry = Counter(CARRY)
     _sampled = Counter(SAMPLED)
 
-    def __init__(
-        self,
-        *,
-        weighting: Literal["position", "image"],
-        decay: float | None,
-        fraction: float | None,
-        first_fill: float,
-    ) -> None:
-        super().__init__(weighting=weighting, decay=decay, fraction=fraction, first_fill=first_fill)
-        self._again: Seen | None = None  # what one operator reads as the last call was read
-        self._device_buffer: DeviceBuffer | None = None
-        self._device_step: Tensor | None = None
-        self.forget_moves()
+    _again: Seen | None = None  # what one operator reads as the last call was read
+    _device_buffer: DeviceBuffer | None = None
+    _device_step: Tensor | None = None
+    _moves_left = _MOST_MOVES
+    _most_rows = 0  # that a device buffer had room for
+    _why_on_host = ""
 
     def forget_moves(self) -> None:
         """Lets :meth:`use_device_buffer` decide anew: on another device."""
         self._moves_left = _MOST_MOVES
-        self._most_rows = 0  # that a device buffer had room for
+        self._most_rows = 0
         self._why_on_host = ""
 
     @property

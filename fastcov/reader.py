@@ -201,15 +201,12 @@ class Reader(DeviceAdder):
         state, storage, cursor = self.state, self._buffer.storage, self.cursor.tensor
         if state is None or seen.dtype is not self._dtype:
             return False
-        try:
-            if self._adds_again:
-                to = (state.moment, state.sum, state.shift, state.weight, state.count)
-                return library.accumulate_again_(cursor, *to, value) >= 0
-            if storage is None:
-                return False
-            due = library.gather_again_(cursor, storage, value)
-        except NotImplementedError:  # on another device, sparse, nested: no dense tensor on the CPU
+        if self._adds_again:
+            to = (state.moment, state.sum, state.shift, state.weight, state.count)
+            return library.accumulate_again_(cursor, *to, value) >= 0
+        if storage is None:
             return False
+        due = library.gather_again_(cursor, storage, value)
         if due > 0:
             self._buffer.mark_step(due, self._step)
         return due >= 0

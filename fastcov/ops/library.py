@@ -70,6 +70,10 @@ _define(
     " Tensor(e!) weight, Tensor(f!) count, Tensor rows) -> int",
     None,
 )
+# Rows on another device, sparse, nested: never like the last ones, which the CPU's kernel read.
+for _name in ("gather_again_", "accumulate_again_"):
+    for _key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
+        _LIBRARY.impl(_name, lambda *_: -1, _key)
 
 
 def _eigvalsh_fake(matrices: list[Tensor]) -> list[Tensor]:

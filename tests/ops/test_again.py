@@ -29,8 +29,6 @@ from fastcov.rows import Layout, row_order, row_view
 from fastcov.sampling import WHOLE, fixed_point
 from fastcov.seen import Seen
 
-pytestmark = pytest.mark.skipif(not library.has_again, reason="left out: no compiled code")
-
 SIZES = {"few rows": (3, 24, 4, 5), "many rows": (8, 24, 20, 20)}
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels first": lambda maps: maps,
