@@ -75,6 +75,14 @@ def readme(tmp_path: Path) -> Path:
     return page
 
 
+def set_in_every_row(readme: Path, **values: str) -> None:
+    path = readme.parent / "benchmarks/results/cpu-a/training-resnet50.json"
+    content = json.loads(path.read_text())
+    for one in content["rows"]:
+        one.update(values)
+    path.write_text(json.dumps(content))
+
+
 def test_numbers_come_from_the_files(plot: ModuleType, readme: Path) -> None:
     assert plot.main(["--readme", str(readme)]) == 0
     text = readme.read_text()
@@ -91,11 +99,7 @@ def test_numbers_come_from_the_files(plot: ModuleType, readme: Path) -> None:
 
 
 def test_targets_stand_beside_what_was_measured(plot: ModuleType, readme: Path) -> None:
-    path = readme.parent / "benchmarks/results/cpu-a/training-resnet50.json"
-    content = json.loads(path.read_text())
-    for one in content["rows"]:
-        one["work"] = "resnet50 training step"
-    path.write_text(json.dumps(content))
+    set_in_every_row(readme, work="resnet50 training step")
     readme.write_text("<!-- table:cpu-a/targets -->\n<!-- /table -->\n")
     assert plot.main(["--readme", str(readme)]) == 0
     lines = readme.read_text().splitlines()
@@ -178,10 +182,6 @@ def test_links_start_from_the_page_and_nothing_is_said_twice(
 
 
 def test_a_mean_is_called_one(plot: ModuleType, readme: Path) -> None:
-    path = readme.parent / "benchmarks/results/cpu-a/training-resnet50.json"
-    content = json.loads(path.read_text())
-    for one in content["rows"]:
-        one["statistic"] = "mean"
-    path.write_text(json.dumps(content))
+    set_in_every_row(readme, statistic="mean")
     assert plot.main(["--readme", str(readme)]) == 0
     assert "mean ratios; in brackets the mean's 95 % interval" in readme.read_text()
