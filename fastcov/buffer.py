@@ -120,13 +120,7 @@ class RowBuffer:
             return None
         last = self._spans[-1].step
         weights = [span.weight * decay ** (last - span.step) for span in self._spans]
-        rows = [span.rows for span in self._spans]
-        if device.type != "cpu":
-            return _filled(weights, rows, device)
-        return torch.repeat_interleave(
-            torch.tensor(weights, dtype=torch.float64, device="cpu"),
-            torch.tensor(rows, device="cpu"),
-        )
+        return _filled(weights, [span.rows for span in self._spans], device)
 
     def clear(self) -> None:
         """Drops the rows; the storage stays for the next, and all of it is filled."""
@@ -147,8 +141,8 @@ class RowBuffer:
 
 
 def _filled(weights: list[float], rows: list[int], device: torch.device) -> Tensor:
-    # As torch.repeat_interleave. Copied from the host, a GPU would be waited for; a number that
-    # fills a slice is an argument of its kernel.
+    # As torch.repeat_interleave, whose tensors a GPU would be waited for to take from the host; a
+    # number that fills a slice is an argument of its kernel.
     filled = torch.empty(sum(rows), dtype=torch.float64, device=device)
     first = 0
     for weight, spans in itertools.groupby(zip(weights, rows, strict=True), lambda span: span[0]):
