@@ -5,11 +5,14 @@ machine without a GPU never loads it.
 
 ===============  ====================================================================
 covariance.py    launch_accumulate_: one update of one state (gram, block, reduce, shift)
+job.py           what the layout of its rows decides about these launches
 gather.py        launch_gather_, launch_cursor_gather_: sampled rows into a buffer
 flush.py         launch_flush_: all full buffers into their states, one launch
 layout, plan,    pure: strides, grids, tile shapes
 config
-panels, tiles    device code that the kernels share
+device.py        the GPU that a tensor lies on
+chains, panels,  device code that the kernels share
+tiles
 ===============  ====================================================================
 """
 
@@ -20,14 +23,19 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcov.kernels.covariance import launch_accumulate_, workspace_bytes
+    from fastcov.kernels.config import Architecture
+    from fastcov.kernels.covariance import Accumulation, launch_accumulate_, workspace_bytes
+    from fastcov.kernels.device import architecture_of
     from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
     from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
 
 __all__ = [
     "CURSOR_FIELDS",
+    "Accumulation",
+    "Architecture",
     "BufferedLayer",
     "FlushTable",
+    "architecture_of",
     "launch_accumulate_",
     "launch_cursor_gather_",
     "launch_flush_",
@@ -37,9 +45,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Accumulation": "covariance",
+    "Architecture": "config",
     "CURSOR_FIELDS": "gather",
     "BufferedLayer": "flush",
     "FlushTable": "flush",
+    "architecture_of": "device",
     "launch_accumulate_": "covariance",
     "launch_cursor_gather_": "gather",
     "launch_flush_": "flush",

@@ -50,22 +50,35 @@ def mask_rows(
 
 
 @triton.jit
+def rows_noted(notes, chain, flags):
+    """Of all programs that read a chain, the non-finite rows noted: 0 if and only if none is."""
+    number = 0
+    for flag in range(flags):
+        number += tl.load(notes + chain * flags + flag)
+    return number
+
+
+@triton.jit
 def sum_block(
     rows,
     shift,  # float64 [C], read if IS_CENTRED
     row_weight,  # float32 or float64 [N] or None
     is_row_finite,
+    notes,  # int32 [chains, flags], rows skipped; read if ONLY_BROKEN
+    flags,
     partial,  # float32, one chunk's packed triangle
     column_sums,  # float32 [C padded to EDGE], one chunk's
     block,
     first_step,
     last_step,
+    steps_per_chain,
     geometry,
     STEP: tl.constexpr,
     EDGE: tl.constexpr,
     MODE: tl.constexpr,
     IS_CENTRED: tl.constexpr,
     IS_DEEP: tl.constexpr,
+    ONLY_BROKEN: tl.constexpr,  # only chains that hold non-finite rows have a mask
     STAGES: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
@@ -76,38 +89,56 @@ def sum_block(
     left_channel = block_row * EDGE + edge
     right_channel = block_column * EDGE + edge
     row = tl.arange(0, STEP)
-    moments = tl.zeros([EDGE, EDGE], tl.float32)
-    sums = tl.zeros([EDGE], tl.float32)
+    inside = edge[:, None] * EDGE + edge[None, :]
+    partial += block * (EDGE * EDGE)
+    tl.store(partial + inside, tl.zeros([EDGE, EDGE], tl.float32))
+    if block_row == block_column:
+        tl.store(column_sums + left_channel, tl.zeros([EDGE], tl.float32))
+    # Other threads may add to an entry than those that cleared it.
+    tl.debug_barrier()
     if IS_CENTRED:
         left_shift = tl.load(shift + left_channel, mask=left_channel < geometry[1], other=0.0)
         right_shift = tl.load(shift + right_channel, mask=right_channel < geometry[1], other=0.0)
         left_shift = left_shift.to(tl.float32)
         right_shift = right_shift.to(tl.float32)
-    for step in tl.range(first_step, last_step, num_stages=STAGES):
-        origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
-        index = image.to(tl.int64) * geometry[2] + position + row
-        is_inside = position + row < geometry[2]
-        is_read = tl.load(is_row_finite + index, mask=is_inside, other=0) != 0
-        left = load_tile(origin, position, block_row * EDGE, geometry, is_read, STEP, EDGE, True)
-        right = load_tile(
-            origin, position, block_column * EDGE, geometry, is_read, STEP, EDGE, False
-        )
-        if MODE != DIRECT:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        if IS_CENTRED:
-            left = tl.where(is_read[None, :], left - left_shift[:, None], 0.0)
-            right = tl.where(is_read[:, None], right - right_shift[None, :], 0.0)
-        if row_weight is not None:
-            weight = tl.load(row_weight + index, mask=is_read, other=0.0).to(tl.float32)
-            left = left * weight[None, :]
-        moments = multiply_tiles(left, right, moments, MODE, IS_INTERPRETED)
+    for first in tl.range(first_step, last_step, steps_per_chain, num_stages=1):
+        has_mask = 1
+        if ONLY_BROKEN:
+            has_mask = rows_noted(notes, first // steps_per_chain, flags)
+        moments = tl.zeros([EDGE, EDGE], tl.float32)
+        sums = tl.zeros([EDGE], tl.float32)
+        last = tl.minimum(first + steps_per_chain, last_step)
+        for step in tl.range(first, last, num_stages=STAGES):
+            origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
+            index = image.to(tl.int64) * geometry[2] + position + row
+            is_inside = position + row < geometry[2]
+            if ONLY_BROKEN:
+                is_masked = is_inside & (has_mask > 0)
+                is_read = is_inside & (tl.load(is_row_finite + index, mask=is_masked, other=1) != 0)
+            else:
+                is_read = tl.load(is_row_finite + index, mask=is_inside, other=0) != 0
+            left = load_tile(
+                origin, position, block_row * EDGE, geometry, is_read, STEP, EDGE, True
+            )
+            right = load_tile(
+                origin, position, block_column * EDGE, geometry, is_read, STEP, EDGE, False
+            )
+            if MODE != DIRECT:
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
+            if IS_CENTRED:
+                left = tl.where(is_read[None, :], left - left_shift[:, None], 0.0)
+                right = tl.where(is_read[:, None], right - right_shift[None, :], 0.0)
+            if row_weight is not None:
+                weight = tl.load(row_weight + index, mask=is_read, other=0.0).to(tl.float32)
+                left = left * weight[None, :]
+            moments = multiply_tiles(left, right, moments, MODE, IS_INTERPRETED)
+            if block_row == block_column:
+                sums += tl.sum(left.to(tl.float32), axis=1)
+        # Rounded to nearest, and without registers for a second set of sums: see chains.py.
+        tl.atomic_add(partial + inside, moments, sem="relaxed")
         if block_row == block_column:
-            sums += tl.sum(left.to(tl.float32), axis=1)
-    inside = edge[:, None] * EDGE + edge[None, :]
-    tl.store(partial + block * (EDGE * EDGE) + inside, moments)
-    if block_row == block_column:
-        tl.store(column_sums + left_channel, sums)
+            tl.atomic_add(column_sums + left_channel, sums, sem="relaxed")
 
 
 @triton.jit(
@@ -118,11 +149,12 @@ def mask_kernel(
     rows,
     row_weight,
     is_row_finite,
-    notes,  # int32 [chunks + 1], written: rows skipped; whether the state had seen no row
-    chunk_weight,  # float64 [chunks], written where rows are weighted
+    notes,  # int32 [chains + 1], written: rows skipped; whether the state had seen no row
+    chain_weight,  # float64 [chains], written where rows are weighted
     count,
     steps: tl.int32,
-    steps_per_chunk: tl.int32,
+    steps_per_chunk: tl.int32,  # not read: arguments as of block_kernel
+    steps_per_chain: tl.int32,
     steps_per_image: tl.int32,
     channels: tl.int32,
     positions: tl.int32,
@@ -137,7 +169,7 @@ def mask_kernel(
     EDGE: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """Before :func:`block_kernel`: which rows are finite, how many are not, their weight."""
+    """Before :func:`block_kernel`, a chain a program: finite rows, how many are not, weights."""
     geometry = (
         steps_per_image,
         channels,
@@ -150,12 +182,12 @@ def mask_kernel(
         stride_position,
         stride_channel,
     )
-    chunk = tl.program_id(0)
-    first_step = chunk * steps_per_chunk
-    last_step = tl.minimum(first_step + steps_per_chunk, steps)
+    chain = tl.program_id(0)
+    first_step = chain * steps_per_chain
+    last_step = tl.minimum(first_step + steps_per_chain, steps)
     number = mask_rows(rows, is_row_finite, first_step, last_step, geometry, STEP, EDGE, IS_DEEP)
-    tl.store(notes + chunk, number)
-    if chunk == 0:
+    tl.store(notes + chain, number)
+    if chain == 0:
         tl.store(notes + tl.num_programs(0), (tl.load(count) == 0).to(tl.int32))
     if row_weight is not None:
         # The mask is read back by other threads than those that wrote it.
@@ -169,7 +201,7 @@ def mask_kernel(
             is_inside = position + row < positions
             is_read = tl.load(is_row_finite + index, mask=is_inside, other=0) != 0
             total += tl.load(row_weight + index, mask=is_read, other=0.0).to(tl.float64)
-        tl.store(chunk_weight + chunk, tl.sum(total))
+        tl.store(chain_weight + chain, tl.sum(total))
 
 
 @triton.jit(
@@ -182,10 +214,11 @@ def block_kernel(
     row_weight,
     is_row_finite,
     partial,  # float32 [chunks, slot_size], written
-    notes,  # int32 [chunks, flags], rows skipped; read if ONLY_BROKEN
+    notes,  # int32 [chains, flags], rows skipped; read if ONLY_BROKEN
     flags: tl.int32,
     steps: tl.int32,
-    steps_per_chunk: tl.int32,
+    steps_per_chunk: tl.int32,  # a multiple of steps_per_chain
+    steps_per_chain: tl.int32,
     steps_per_image: tl.int32,
     channels: tl.int32,
     positions: tl.int32,
@@ -220,30 +253,35 @@ def block_kernel(
     )
     block = tl.program_id(0)
     chunk = tl.program_id(1)
+    first_step = chunk * steps_per_chunk
+    last_step = tl.minimum(first_step + steps_per_chunk, steps)
     if ONLY_BROKEN:
         number = 0
-        for flag in range(flags):
-            number += tl.load(notes + chunk * flags + flag)
+        for first in range(first_step, last_step, steps_per_chain):
+            number += rows_noted(notes, first // steps_per_chain, flags)
         if number == 0:
             return
-    first_step = chunk * steps_per_chunk
     partial += chunk.to(tl.int64) * slot_size(channels, EDGE)
     sum_block(
         rows,
         shift,
         row_weight,
         is_row_finite,
+        notes,
+        flags,
         partial,
         partial + triangle_size(channels, EDGE),
         block,
         first_step,
-        tl.minimum(first_step + steps_per_chunk, steps),
+        last_step,
+        steps_per_chain,
         geometry,
         STEP,
         EDGE,
         MODE,
         IS_CENTRED,
         IS_DEEP,
+        ONLY_BROKEN,
         STAGES,
         IS_INTERPRETED,
     )

@@ -1,13 +1,14 @@
 """Static choices: tile shapes by kind of GPU, rows and channels.
 
 Nothing is tuned at run time: a launch must not measure, allocate or synchronise. The shapes below
-are the largest that compile without spilling registers (tests/resources/triton.json). To try
-others on real hardware, replace entries of :data:`GRAM_CONFIGS`, which every launch looks up.
+are the largest whose loops over the rows compile without spilling registers, and on sm_90 without
+waits between wgmma instructions (tests/resources/triton.json; ``python -m tests.kernels.aot``). To
+try others on real hardware, replace entries of :data:`GRAM_CONFIGS`, which every launch looks up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from fastcov.kernels.layout import RowLayout
 
 MAX_CHAIN_ROWS = 4096
-"""Rows added up in float32 with rounding, between two additions in float64."""
+"""Rows of the longest chain, one that float32 products without tensor cores add with rounding."""
 
 FLUSH_CHAIN_ROWS = 512
 """The shortest of :func:`chain_rows`: a flush is too small for longer ones to gain anything."""
@@ -50,7 +51,9 @@ class Architecture:
 class GramConfig:
     """Shapes of gram_kernel. ``left`` and ``right`` count the panels of a rectangle.
 
-    ``residents`` is how many programs share a multiprocessor, by registers and shared memory.
+    ``residents`` is how many programs share a multiprocessor, by registers and shared memory, eight
+    at most; ``hoists`` whether the compiler may compute ahead of all chains what each one needs:
+    which way takes fewer registers is found by trying.
     """
 
     panel: int
@@ -61,6 +64,7 @@ class GramConfig:
     left: int = 0
     right: int = 0
     residents: int = 1
+    hoists: bool = True
 
     @property
     def width(self) -> int:
@@ -88,6 +92,15 @@ class GramCase:
     def loads_twice(self) -> bool:
         """Whether a panel is loaded as left and as right operand: sm_80 pipelines it only so."""
         return self.family in ("sm_80", "sm_120") and self.mode == "direct"
+
+    @property
+    def adds_vectors(self) -> bool:
+        """Whether one instruction adds four neighbouring entries in memory: not before sm_90.
+
+        There a thread that holds four would add them one by one, and a warp touch four times the
+        sectors that it needs.
+        """
+        return self.family != "sm_80"
 
 
 def chain_rows(architecture: Architecture, mode: Mode, dtype: torch.dtype) -> int:
@@ -127,93 +140,176 @@ def gram_config(case: GramCase, channels: int) -> GramConfig:
     return next((config for config in configs[:-1] if config.width >= channels), configs[-1])
 
 
-def _narrow(*widths: int, step: int = 64, stages: int = 3) -> tuple[GramConfig, ...]:
-    return tuple(
-        GramConfig(width, 1, step, warps=4, stages=stages, residents=4 if width == 64 else 8)
-        for width in widths
-    )
-
-
-_POINTERS_128 = GramConfig(64, 2, 32, warps=8, stages=3, residents=2)
-_POINTERS_REST = GramConfig(64, 2, 32, warps=8, stages=3, left=1, right=2, residents=1)
-_POINTERS_256 = GramConfig(64, 4, 32, warps=8, stages=3)
-_POINTERS_WIDE = GramConfig(64, 4, 32, warps=8, stages=3, left=2, right=2)
-_DESCRIPTORS_128 = GramConfig(128, 1, 64, warps=8, stages=4, residents=2)
-_DESCRIPTORS_256 = GramConfig(128, 2, 64, warps=8, stages=4)
-_DESCRIPTORS_WIDE = GramConfig(128, 2, 64, warps=8, stages=4, left=1, right=2)
-
-_SPLIT_128 = replace(_POINTERS_128, residents=1)
-_SPLIT_REST = GramConfig(64, 2, 32, warps=8, stages=2, left=1, right=2)
-_SPLIT_ANY_128 = GramConfig(64, 2, 16, warps=8, stages=3)
-_SPLIT_ANY_REST = GramConfig(64, 2, 16, warps=8, stages=3, left=1, right=2)
-_UNALIGNED = (*_narrow(32), *_narrow(64, step=32), _POINTERS_128, _POINTERS_REST)
-_SPLIT = (*_narrow(32, 64, step=32), _SPLIT_128, _SPLIT_REST)
-_SPLIT_UNALIGNED = (*_narrow(32, 64, step=32), _SPLIT_ANY_128, _SPLIT_ANY_REST)
-# Triton 3.6 cannot pipeline split products into several accumulators of tcgen05: panels of 32
-# channels take mma.sync instead.
-_SPLIT_100 = (
-    *_narrow(32, step=32),
-    GramConfig(32, 2, 32, warps=4, stages=2, residents=2),
-    GramConfig(32, 3, 16, warps=8, stages=2, left=1, right=3),
-)
-_SPLIT_ANY_100 = (*_narrow(32), *_SPLIT_100[1:])
-_DESCRIPTORS = (*_narrow(32, 64), _DESCRIPTORS_128, _DESCRIPTORS_256, _DESCRIPTORS_WIDE)
-
-
-_SPLIT_120 = (
-    *_narrow(32, step=32),
-    *_narrow(64, step=32, stages=2),
-    _SPLIT_128,
-    _SPLIT_REST,
-)
-_DESCRIPTORS_100 = (
-    *_narrow(32),
-    GramConfig(64, 1, 64, warps=8, stages=3, residents=4),
-    _DESCRIPTORS_128,
-    _DESCRIPTORS_256,
-    _DESCRIPTORS_WIDE,
-)
-_PLANES_100 = (
-    *_narrow(32, 64),
-    replace(_POINTERS_128, step=64),
-    _POINTERS_256,
-    _POINTERS_WIDE,
-)
-_POINTERS_120 = (*_narrow(32, step=32), *_narrow(64), _POINTERS_128, _POINTERS_256, _POINTERS_WIDE)
-_PLANES_120 = (*_narrow(32, 64, step=32), _POINTERS_128, _POINTERS_REST)
-
-
-def _pointers(step: int, stages: int = 3) -> tuple[GramConfig, ...]:
-    wide = (replace(config, stages=stages) for config in (_POINTERS_256, _POINTERS_WIDE))
-    return (*_narrow(32, 64, step=step), _POINTERS_128, *wide)
-
-
+# Panel, panels, step, warps, stages. What differs between kinds was found by trying: the largest
+# tiles, then the longest pipelines, whose loop over the rows keeps all it needs in registers.
+# - Rows that are not aligned, or float32 in three parts, pass through registers: 128 channels at
+#   most in one triangle. wgmma takes one wide panel with fewer registers than two narrow ones; the
+#   part above the diagonal costs a third more products in a triangle, but operands that it reads
+#   once instead of twice.
+# - sm_120 has sm_80's registers and less to load ahead with: 128 channels too.
+# - Triton 3.6 cannot pipeline split products into several accumulators of tcgen05: panels of 32
+#   channels take mma.sync instead.
 GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
-    GramCase("sm_80", "direct", "rows"): _pointers(32),
-    GramCase("sm_80", "direct", "planes"): _pointers(32, stages=2),
-    GramCase("sm_80", "direct", "unaligned"): _UNALIGNED,
-    GramCase("sm_80", "split", "rows"): _SPLIT,
-    GramCase("sm_80", "split", "planes"): _SPLIT,
-    GramCase("sm_80", "split", "unaligned"): _SPLIT_UNALIGNED,
-    GramCase("sm_90", "direct", "matrix"): _DESCRIPTORS,
-    GramCase("sm_90", "direct", "rows"): _pointers(64),
-    GramCase("sm_90", "direct", "planes"): _pointers(64),
-    GramCase("sm_90", "direct", "unaligned"): _UNALIGNED,
-    GramCase("sm_90", "split", "rows"): _SPLIT,
-    GramCase("sm_90", "split", "planes"): _SPLIT_UNALIGNED,
-    GramCase("sm_90", "split", "unaligned"): _SPLIT_UNALIGNED,
-    GramCase("sm_100", "direct", "matrix"): _DESCRIPTORS_100,
-    GramCase("sm_100", "direct", "rows"): _pointers(64),
-    GramCase("sm_100", "direct", "planes"): _PLANES_100,
-    GramCase("sm_100", "direct", "unaligned"): _UNALIGNED,
-    GramCase("sm_100", "split", "rows"): _SPLIT_100,
-    GramCase("sm_100", "split", "planes"): _SPLIT_100,
-    GramCase("sm_100", "split", "unaligned"): _SPLIT_ANY_100,
-    GramCase("sm_120", "direct", "rows"): _POINTERS_120,
-    GramCase("sm_120", "direct", "planes"): _PLANES_120,
-    GramCase("sm_120", "direct", "unaligned"): _UNALIGNED,
-    GramCase("sm_120", "split", "rows"): _SPLIT_120,
-    GramCase("sm_120", "split", "planes"): _SPLIT_120,
-    GramCase("sm_120", "split", "unaligned"): _SPLIT_UNALIGNED,
+    GramCase("sm_80", "direct", "rows"): (
+        GramConfig(32, 1, 64, 4, 3, residents=5, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=3),
+        GramConfig(64, 2, 64, 8, 3),
+        GramConfig(64, 4, 32, 8, 3),
+        GramConfig(64, 4, 32, 8, 3, left=2, right=2),
+    ),
+    GramCase("sm_80", "direct", "planes"): (
+        GramConfig(32, 1, 64, 4, 3, residents=5, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=3),
+        GramConfig(64, 2, 64, 8, 3),
+        GramConfig(64, 4, 32, 8, 2),
+        GramConfig(64, 4, 32, 8, 2, left=2, right=2),
+    ),
+    GramCase("sm_80", "direct", "unaligned"): (
+        GramConfig(32, 1, 64, 4, 3, residents=2, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=2),
+        GramConfig(64, 2, 32, 8, 3),
+        GramConfig(64, 2, 32, 8, 3, left=1, right=2),
+    ),
+    GramCase("sm_80", "split", "rows"): (
+        GramConfig(32, 1, 32, 4, 3, residents=3, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=2, hoists=False),
+        GramConfig(64, 2, 32, 8, 3, hoists=False),
+        GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
+    ),
+    GramCase("sm_80", "split", "planes"): (
+        GramConfig(32, 1, 32, 4, 3, residents=3, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=2, hoists=False),
+        GramConfig(64, 2, 32, 8, 3, hoists=False),
+        GramConfig(64, 2, 32, 8, 2, left=1, right=2, hoists=False),
+    ),
+    GramCase("sm_80", "split", "unaligned"): (
+        GramConfig(32, 1, 32, 4, 3, residents=2, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=2, hoists=False),
+        GramConfig(64, 2, 16, 8, 3, hoists=False),
+        GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
+    ),
+    GramCase("sm_90", "direct", "matrix"): (
+        GramConfig(32, 1, 64, 4, 3, residents=8, hoists=False),
+        GramConfig(64, 1, 64, 4, 3, residents=6),
+        GramConfig(128, 1, 64, 8, 4, residents=2),
+        GramConfig(128, 2, 64, 8, 4),
+        GramConfig(128, 2, 64, 8, 4, left=1, right=2),
+    ),
+    GramCase("sm_90", "direct", "rows"): (
+        GramConfig(32, 1, 64, 4, 3, residents=8),
+        GramConfig(64, 1, 64, 4, 3, residents=4),
+        GramConfig(64, 2, 32, 8, 3, residents=2),
+        GramConfig(64, 4, 32, 8, 3),
+        GramConfig(64, 4, 32, 8, 3, left=2, right=2),
+    ),
+    GramCase("sm_90", "direct", "planes"): (
+        GramConfig(32, 1, 64, 4, 2, residents=7),
+        GramConfig(64, 1, 64, 4, 3, residents=4),
+        GramConfig(64, 2, 32, 8, 3, residents=2),
+        GramConfig(64, 4, 32, 8, 3),
+        GramConfig(64, 4, 32, 8, 3, left=2, right=2),
+    ),
+    GramCase("sm_90", "direct", "unaligned"): (
+        GramConfig(32, 1, 64, 4, 3, residents=4, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=3),
+        GramConfig(64, 2, 32, 8, 3),
+        GramConfig(64, 2, 32, 8, 3, left=1, right=2),
+    ),
+    GramCase("sm_90", "split", "rows"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=3, hoists=False),
+        GramConfig(128, 1, 32, 8, 3, hoists=False),
+        GramConfig(128, 1, 32, 8, 2, left=1, right=1, hoists=False),
+    ),
+    GramCase("sm_90", "split", "planes"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=3, hoists=False),
+        GramConfig(64, 2, 16, 8, 3, hoists=False),
+        GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
+    ),
+    GramCase("sm_90", "split", "unaligned"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=2, hoists=False),
+        GramConfig(128, 1, 16, 8, 2, hoists=False),
+        GramConfig(128, 1, 16, 8, 2, left=1, right=1, hoists=False),
+    ),
+    GramCase("sm_100", "direct", "matrix"): (
+        GramConfig(32, 1, 64, 4, 3, residents=8),
+        GramConfig(64, 1, 64, 8, 3, residents=4),
+        GramConfig(128, 1, 64, 8, 4),
+        GramConfig(128, 2, 64, 8, 4),
+        GramConfig(128, 2, 64, 8, 4, left=1, right=2),
+    ),
+    GramCase("sm_100", "direct", "rows"): (
+        GramConfig(32, 1, 64, 4, 3, residents=8),
+        GramConfig(64, 1, 64, 4, 3, residents=5),
+        GramConfig(64, 2, 32, 8, 3, residents=4),
+        GramConfig(64, 4, 32, 8, 3, residents=3),
+        GramConfig(64, 4, 32, 8, 3, left=2, right=2, residents=3),
+    ),
+    GramCase("sm_100", "direct", "planes"): (
+        GramConfig(32, 1, 128, 4, 3, residents=4),
+        GramConfig(64, 1, 64, 4, 3, residents=4),
+        GramConfig(64, 2, 64, 8, 3, residents=3),
+        GramConfig(64, 4, 32, 8, 3, residents=3),
+        GramConfig(64, 4, 32, 8, 3, left=2, right=2, residents=3, hoists=False),
+    ),
+    GramCase("sm_100", "direct", "unaligned"): (
+        GramConfig(32, 1, 64, 4, 3, residents=4),
+        GramConfig(64, 1, 64, 4, 3, residents=2),
+        GramConfig(64, 2, 32, 8, 3, residents=2),
+        GramConfig(64, 2, 32, 8, 3, left=1, right=2, residents=2),
+    ),
+    GramCase("sm_100", "split", "rows"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
+        GramConfig(32, 2, 32, 4, 2, residents=3),
+        GramConfig(32, 3, 16, 8, 2, left=1, right=3, hoists=False),
+    ),
+    GramCase("sm_100", "split", "planes"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
+        GramConfig(32, 2, 32, 4, 4, residents=3),
+        GramConfig(32, 3, 16, 8, 2, left=1, right=3, hoists=False),
+    ),
+    GramCase("sm_100", "split", "unaligned"): (
+        GramConfig(32, 1, 64, 4, 3, residents=2, hoists=False),
+        GramConfig(32, 2, 32, 4, 3, residents=2, hoists=False),
+        GramConfig(32, 3, 16, 8, 2, left=1, right=3, hoists=False),
+    ),
+    GramCase("sm_120", "direct", "rows"): (
+        GramConfig(32, 1, 64, 4, 3, residents=5),
+        GramConfig(64, 1, 64, 4, 3, residents=3),
+        GramConfig(64, 2, 32, 8, 3),
+        GramConfig(64, 2, 32, 8, 3, left=1, right=2),
+    ),
+    GramCase("sm_120", "direct", "planes"): (
+        GramConfig(32, 1, 64, 4, 3, residents=5, hoists=False),
+        GramConfig(64, 1, 32, 4, 3, residents=3),
+        GramConfig(64, 2, 32, 8, 3, residents=2),
+        GramConfig(64, 2, 32, 8, 3, left=1, right=2, residents=2),
+    ),
+    GramCase("sm_120", "direct", "unaligned"): (
+        GramConfig(32, 1, 64, 4, 3, residents=3, hoists=False),
+        GramConfig(64, 1, 16, 4, 3, residents=3),
+        GramConfig(64, 2, 32, 8, 3),
+        GramConfig(64, 2, 32, 8, 3, left=1, right=2),
+    ),
+    GramCase("sm_120", "split", "rows"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4),
+        GramConfig(64, 1, 32, 4, 2, residents=2, hoists=False),
+        GramConfig(64, 2, 16, 8, 2),
+        GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
+    ),
+    GramCase("sm_120", "split", "planes"): (
+        GramConfig(32, 1, 32, 4, 3, residents=4),
+        GramConfig(64, 1, 32, 4, 2, residents=2, hoists=False),
+        GramConfig(64, 2, 16, 8, 2),
+        GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
+    ),
+    GramCase("sm_120", "split", "unaligned"): (
+        GramConfig(32, 1, 32, 4, 4, residents=3),
+        GramConfig(64, 1, 32, 4, 4, residents=2),
+        GramConfig(64, 2, 16, 8, 3, hoists=False),
+        GramConfig(64, 2, 16, 8, 2, left=1, right=1, hoists=False),
+    ),
 }
 """Configurations by case, from few channels to many; the last serves any number."""

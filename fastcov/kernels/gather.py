@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcov.kernels.device import is_current
 from fastcov.kernels.layout import RowLayout, row_layout
 from fastcov.kernels.tiles import UNSPECIALIZED, is_finite
 
@@ -304,11 +305,19 @@ def launch_cursor_gather_(
     run_length: int = 1,
     phase: int = 0,
 ) -> None:
+    """Copies the rows that are due, with all counters on the device: see :class:`CursorGather`."""
+    gather = CursorGather(buffer, row_step, cursor, step, rows, fraction, run_length, phase)
+    gather.launch_(rows)
+
+
+class CursorGather:
     """Copies the rows that are due, with all counters on the device.
 
     The number due is ``(carry + N * fraction) >> 32``, as in :func:`fastcov.sampling.rows_due`;
     the rest is carried. Rows that find no room are dropped and counted: a buffer must hold its
     flush threshold plus one step's rows.
+
+    From one step to the next nothing changes but where the rows lie: all else is put in order once.
 
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]
@@ -316,19 +325,31 @@ def launch_cursor_gather_(
             finite. [capacity]
         cursor: int64, see CURSOR_FIELDS. [CURSOR_FIELDS]
         step: int64, number of the running step. []
-        rows: Any strides; dim 0 holds the images. [B, ..., C]
+        rows: Laid out as those to come; dim 0 holds the images. [B, ..., C]
         fraction: Share of the rows to read in units of 2**-32; 2**32 reads all, in order.
         run_length: Neighbouring positions read together.
         phase: Start of the sequence, 64 bits as a signed integer.
     """
-    layout = row_layout(rows)
-    most = (layout.rows * fraction + 2**32 - 1) >> 32
-    if most == 0:
-        return
-    with torch.cuda.device_of(rows):
-        cursor_gather_kernel[(triton.cdiv(most, _ROWS),)](
-            buffer,
-            rows,
+
+    __slots__ = ("_buffer", "_grid", "_others")
+
+    def __init__(
+        self,
+        buffer: Tensor,
+        row_step: Tensor,
+        cursor: Tensor,
+        step: Tensor,
+        rows: Tensor,
+        fraction: int,
+        run_length: int = 1,
+        phase: int = 0,
+    ) -> None:
+        layout = row_layout(rows)
+        most = (layout.rows * fraction + 2**32 - 1) >> 32
+        self._grid: tuple[int, ...] = (triton.cdiv(most, _ROWS),)
+        self._buffer = buffer
+        # Constants by their place, as in job.py: by name they would take longer.
+        self._others = (
             row_step,
             cursor,
             step,
@@ -339,12 +360,23 @@ def launch_cursor_gather_(
             layout.rows,
             _image_rows(rows, layout),
             *_geometry(layout),
-            IS_ORDERED=fraction >= 2**32,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            IS_DEEP=layout.kind == "strided",
-            num_warps=4,
+            fraction >= 2**32,  # IS_ORDERED
+            _ROWS,
+            _COLUMNS,
+            layout.kind == "strided",  # IS_DEEP
         )
+
+    def launch_(self, rows: Tensor) -> None:
+        """Copies the rows that are due.
+
+        Args:
+            rows: The row view, or what it is a view of: only its address counts.
+        """
+        if not is_current(rows.get_device()):
+            with torch.cuda.device_of(rows):
+                self.launch_(rows)
+        elif self._grid != (0,):
+            cursor_gather_kernel[self._grid](self._buffer, rows, *self._others, num_warps=4)
 
 
 def _image_rows(rows: Tensor, layout: RowLayout) -> int:

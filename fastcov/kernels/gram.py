@@ -1,21 +1,22 @@
 """Second moments of a chunk of rows, read once: the fast path.
 
 A program holds the whole lower triangle of PANELS x PANEL channels, or a rectangle below such
-triangles, over one chain of rows. It trusts the rows to be finite: a non-finite value is told
-afterwards by its column's sum, which costs nothing per row, and the chunk is then done again
-through a mask. Column sums come from one more product, with a 16-row operand of ones in registers:
-no other way reads the panel without a reduction across warps.
+triangles, over one chunk of rows: several chains. Matrix instructions start at zero with each
+chain, whose end adds their sums, rounded to nearest, to the program's own slot (chains.py): same
+input, same bits. The program trusts the rows to be finite: a non-finite value is told afterwards by
+its column's sum, which costs nothing per row, and the chunk is then done again through a mask.
+Column sums come from one more product, with a 16-row operand of ones in registers: no other way
+reads the panel without a reduction across warps.
 """
 
 import triton
 import triton.language as tl
 
 from fastcov.kernels.block import mask_rows, sum_block
-from fastcov.kernels.panels import store_panels, sum_panels
+from fastcov.kernels.chains import clear_slot, sum_panels
 from fastcov.kernels.tiles import (
     SPLIT,
     UNSPECIALIZED,
-    is_finite,
     slot_size,
     triangle_row,
     triangle_size,
@@ -25,21 +26,22 @@ _REPAIR = tl.constexpr(16)  # rows of one step of the repair
 
 
 @triton.jit(
-    do_not_specialize=[*UNSPECIALIZED, "chunks"],
-    do_not_specialize_on_alignment=["rows", "shift", "count"],
+    do_not_specialize=UNSPECIALIZED,
+    do_not_specialize_on_alignment=["rows", "shift", "partial", "count"],
 )
 def gram_kernel(
     rows,
     aligned_rows,  # the same where VECTOR > 1: its address picks a compilation; else None
     matrix,  # descriptor of the rows with blocks [STEP, PANEL], or None
     shift,  # float64 [C], read where MODE splits
-    is_row_finite,  # uint8 [N], written for chunks that hold non-finite rows
+    is_row_finite,  # uint8 [N], written for chains that hold non-finite rows
     partial,  # float32 [chunks, slot_size], written
-    notes,  # int32 [chunks * triangles + 1], written: rows skipped; whether the state had seen none
+    aligned_partial,  # the same, or None: neighbouring threads take neighbouring entries, not four
+    notes,  # int32 [chains * triangles + 1], written: rows skipped; whether the state had seen none
     count,
-    chunks: tl.int32,
     steps: tl.int32,
-    steps_per_chunk: tl.int32,
+    steps_per_chunk: tl.int32,  # a multiple of steps_per_chain
+    steps_per_chain: tl.int32,
     steps_per_image: tl.int32,
     channels: tl.int32,
     positions: tl.int32,
@@ -56,10 +58,14 @@ def gram_kernel(
     MODE: tl.constexpr,
     IS_PLANES: tl.constexpr,
     LOADS_TWICE: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,  # steps_per_chunk is steps_per_chain
+    HOISTS: tl.constexpr,  # whether what the end of a chain needs is computed ahead of all chains
     STAGES: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
     """One triangle or rectangle and chunk a program; a chunk's triangles come first."""
+    if aligned_partial is not None:
+        partial = aligned_partial
     if aligned_rows is not None:
         rows = aligned_rows
         # Tells the compiler what the launcher has checked.
@@ -100,53 +106,66 @@ def gram_kernel(
     # All programs of one chunk run at the same time: its rows come from memory once, then from L2.
     chunk = tl.program_id(0) // (triangles + tiles)
     triangle = tl.program_id(0) % (triangles + tiles)
+    first_step = chunk * steps_per_chunk
+    last_step = tl.minimum(first_step + steps_per_chunk, steps)
     if triangle < triangles:
-        first_step = chunk * steps_per_chunk
-        last_step = tl.minimum(first_step + steps_per_chunk, steps)
         partial += chunk.to(tl.int64) * slot_size(channels, EDGE)
-        column_sums = partial + triangle_size(channels, EDGE)
-        moments, sums = sum_panels(
+        if not ONE_CHAIN:
+            clear_slot(
+                partial,
+                triangle * WIDTH,
+                triangle * WIDTH,
+                channels,
+                PANELS,
+                PANELS,
+                True,
+                PANEL,
+                EDGE,
+            )
+        if tl.program_id(0) == 0:
+            chains = tl.cdiv(steps, steps_per_chain)
+            tl.store(notes + triangles * chains, (tl.load(count) == 0).to(tl.int32))
+        notes += triangle
+        for first in range(first_step, last_step, steps_per_chain):
+            tl.store(notes + first // steps_per_chain * triangles, 0)
+        # Other threads may add to an entry than those that cleared it.
+        tl.debug_barrier()
+        sum_panels(
             rows,
             matrix,
             shift,
+            partial,
+            notes,
+            triangles,
             triangle * WIDTH,
             triangle * WIDTH,
             first_step,
             last_step,
+            steps_per_chain,
             geometry,
             PANELS,
             PANELS,
             True,
             STEP,
             PANEL,
+            EDGE,
             MODE,
             IS_PLANES,
             LOADS_TWICE,
+            ONE_CHAIN,
+            HOISTS,
             STAGES,
             IS_INTERPRETED,
         )
-        store_panels(
-            partial,
-            moments,
-            triangle * WIDTH,
-            triangle * WIDTH,
-            edges,
-            PANELS,
-            PANELS,
-            True,
-            PANEL,
-            EDGE,
-        )
-        broken_columns = 0
-        for index in tl.static_range(PANELS):
-            # All _ONES rows are the same.
-            total = tl.max(sums[index], axis=0)
-            column = triangle * WIDTH + index * PANEL + tl.arange(0, PANEL)
-            tl.store(column_sums + column, total, mask=column < edges * EDGE)
-            broken_columns += tl.sum(1 - is_finite(total).to(tl.int32))
-        number = 0
-        if broken_columns > 0:
-            # In short steps: the repair must not take registers from the loop above.
+        # Apart, and in short steps: the repair must not take registers from the products.
+        tl.debug_barrier()
+        broken = 0
+        for first in range(first_step, last_step, steps_per_chain):
+            broken += tl.load(notes + first // steps_per_chain * triangles)
+        if broken > 0:
+            first_step *= STEP // _REPAIR
+            last_step *= STEP // _REPAIR
+            steps_per_chain *= STEP // _REPAIR
             geometry = (
                 steps_per_image * (STEP // _REPAIR),
                 channels,
@@ -159,11 +178,15 @@ def gram_kernel(
                 near_position,
                 near_channel,
             )
-            first_step *= STEP // _REPAIR
-            last_step *= STEP // _REPAIR
-            number = mask_rows(
-                rows, is_row_finite, first_step, last_step, geometry, _REPAIR, EDGE, False
-            )
+            for first in tl.range(first_step, last_step, steps_per_chain, num_stages=1):
+                note = notes + first // steps_per_chain * triangles
+                if tl.load(note) > 0:
+                    last = tl.minimum(first + steps_per_chain, last_step)
+                    number = mask_rows(
+                        rows, is_row_finite, first, last, geometry, _REPAIR, EDGE, False
+                    )
+                    tl.debug_barrier()  # all have read the note
+                    tl.store(note, number)
             if LEFT == 0:
                 # All channels are here: repair at once. Wider rows wait for block_kernel.
                 tl.debug_barrier()
@@ -173,23 +196,24 @@ def gram_kernel(
                         shift,
                         None,
                         is_row_finite,
+                        notes,
+                        triangles,
                         partial,
-                        column_sums,
+                        partial + triangle_size(channels, EDGE),
                         block,
                         first_step,
                         last_step,
+                        steps_per_chain,
                         geometry,
                         _REPAIR,
                         EDGE,
                         MODE,
                         MODE == SPLIT,
                         False,
+                        True,
                         1,
                         IS_INTERPRETED,
                     )
-        tl.store(notes + chunk * triangles + triangle, number)
-        if tl.program_id(0) == 0:
-            tl.store(notes + triangles * chunks, (tl.load(count) == 0).to(tl.int32))
     elif LEFT > 0:
         tile = triangle - triangles
         pair = tile // (ROWS_PER_PAIR * COLUMNS_PER_PAIR)
@@ -200,38 +224,44 @@ def gram_kernel(
         left_channel = lower * WIDTH + (inside // COLUMNS_PER_PAIR) * (LEFT * PANEL)
         right_channel = upper * WIDTH + (inside % COLUMNS_PER_PAIR) * (RIGHT * PANEL)
         if left_channel < channels:
-            first_step = chunk * steps_per_chunk
-            last_step = tl.minimum(first_step + steps_per_chunk, steps)
             partial += chunk.to(tl.int64) * slot_size(channels, EDGE)
-            moments, sums = sum_panels(
+            if not ONE_CHAIN:
+                clear_slot(
+                    partial,
+                    left_channel,
+                    right_channel,
+                    channels,
+                    LEFT,
+                    RIGHT,
+                    False,
+                    PANEL,
+                    EDGE,
+                )
+                tl.debug_barrier()
+            sum_panels(
                 rows,
                 matrix,
                 shift,
+                partial,
+                notes,
+                triangles,
                 left_channel,
                 right_channel,
                 first_step,
                 last_step,
+                steps_per_chain,
                 geometry,
                 LEFT,
                 RIGHT,
                 False,
                 STEP,
                 PANEL,
+                EDGE,
                 MODE,
                 IS_PLANES,
                 LOADS_TWICE,
+                ONE_CHAIN,
+                HOISTS,
                 STAGES,
                 IS_INTERPRETED,
-            )
-            store_panels(
-                partial,
-                moments,
-                left_channel,
-                right_channel,
-                edges,
-                LEFT,
-                RIGHT,
-                False,
-                PANEL,
-                EDGE,
             )

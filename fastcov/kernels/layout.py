@@ -54,6 +54,11 @@ class RowLayout:
         )
 
 
+def is_address_aligned(rows: Tensor) -> bool:
+    """Whether the first element lies where vectors can begin."""
+    return rows.data_ptr() % _VECTOR_BYTES == 0
+
+
 def row_layout(rows: Tensor) -> RowLayout:
     """Describes a row view by its strides; reads no element.
 
@@ -66,16 +71,31 @@ def row_layout(rows: Tensor) -> RowLayout:
     Raises:
         ValueError: If more than four leading dimensions remain after joining neighbours.
     """
-    return _row_layout(
-        rows.shape, rows.stride(), rows.element_size(), rows.data_ptr() % _VECTOR_BYTES == 0
-    )
+    return row_layout_of(rows.shape, rows.stride(), rows.element_size(), is_address_aligned(rows))
 
 
 # Activations come with the same strides every step.
 @lru_cache(maxsize=4096)
-def _row_layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], element_bytes: int, is_address_aligned: bool
+def row_layout_of(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    element_bytes: int,
+    is_address_aligned: bool,
+    channel_dim: int = -1,
 ) -> RowLayout:
+    """As :func:`row_layout`, of a tensor that holds its channels anywhere.
+
+    Args:
+        shape: Of the tensor.
+        strides: Likewise, in elements.
+        element_bytes: Of one.
+        is_address_aligned: See :func:`is_address_aligned`.
+        channel_dim: Where the channels are; rows run over the other dimensions, in order.
+    """
+    if channel_dim != -1:
+        shape, strides = (
+            (*of[:channel_dim], *of[channel_dim + 1 :], of[channel_dim]) for of in (shape, strides)
+        )
     channels = shape[-1]
     leading = _joined(shape[:-1], strides[:-1])
     if len(leading) > 4:

@@ -10,11 +10,10 @@ from fastcov.kernels.tiles import (
     locate,
     multiply,
     multiply_parts,
-    packed_offset,
     split,
 )
 
-_ONES = tl.constexpr(16)  # fewest rows of a matrix operand
+ONES = tl.constexpr(16)  # fewest rows of a matrix operand
 
 
 @triton.jit
@@ -149,10 +148,10 @@ def add_sums(
     MODE: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Column sums of each panel, _ONES times over. [_ONES, PANEL]"""
+    """Column sums of each panel, ONES times over. [ONES, PANEL]"""
     result = tl.tuple(())
     for index in tl.static_range(COUNT):
-        ones = tl.full([_ONES, STEP], 1.0, tl.float32).to(right[index].dtype)
+        ones = tl.full([ONES, STEP], 1.0, tl.float32).to(right[index].dtype)
         result += (multiply(ones, right[index], sums[index], MODE, IS_INTERPRETED),)
     return result
 
@@ -171,7 +170,7 @@ def add_split_sums(
     """The same of panels in three parts, the small ones summed apart as in multiply_parts."""
     result = tl.tuple(())
     for index in tl.static_range(COUNT):
-        ones = tl.full([_ONES, STEP], 1.0, tl.float32).to(high[index].dtype)
+        ones = tl.full([ONES, STEP], 1.0, tl.float32).to(high[index].dtype)
         small = tl.zeros(sums[index].shape, tl.float32)
         small = multiply(ones, low[index], small, MODE, IS_INTERPRETED)
         small = multiply(ones, middle[index], small, MODE, IS_INTERPRETED)
@@ -189,14 +188,15 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def sum_panels(
+def add_step(
+    moments,
+    sums,
     rows,
     matrix,
     shift,
     left_channel,
     right_channel,
-    first_step,
-    last_step,
+    step,
     geometry,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -206,35 +206,57 @@ def sum_panels(
     MODE: tl.constexpr,
     IS_PLANES: tl.constexpr,
     LOADS_TWICE: tl.constexpr,
-    STAGES: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Moments of left with right panels, and for a triangle the column sums."""
-    if IS_TRIANGLE:
-        moments = zeros(LEFT * (LEFT + 1) // 2, PANEL, PANEL)
-        sums = zeros(LEFT, _ONES, PANEL)
+    """Adds one step's moments of left with right panels, and for a triangle its column sums."""
+    origin, _image, position = locate(rows, step, geometry, STEP, False)
+    if LOADS_TWICE:
+        # Where one buffer cannot serve as left and right operand (sm_80's pipeline), the
+        # second read comes from L2.
+        right = load_panels(
+            matrix,
+            origin,
+            position,
+            right_channel,
+            shift,
+            geometry,
+            RIGHT,
+            STEP,
+            PANEL,
+            MODE,
+            False,
+        )
+        left = load_panels(
+            matrix,
+            origin,
+            position,
+            left_channel,
+            shift,
+            geometry,
+            LEFT,
+            STEP,
+            PANEL,
+            MODE,
+            True,
+        )
     else:
-        moments = zeros(LEFT * RIGHT, PANEL, PANEL)
-        sums = ()
-    for step in tl.range(first_step, last_step, num_stages=STAGES):
-        origin, _image, position = locate(rows, step, geometry, STEP, False)
-        if LOADS_TWICE:
-            # Where one buffer cannot serve as left and right operand (sm_80's pipeline), the
-            # second read comes from L2.
-            right = load_panels(
-                matrix,
-                origin,
-                position,
-                right_channel,
-                shift,
-                geometry,
-                RIGHT,
-                STEP,
-                PANEL,
-                MODE,
-                False,
-            )
-            left = load_panels(
+        panels = load_panels(
+            matrix,
+            origin,
+            position,
+            right_channel,
+            shift,
+            geometry,
+            RIGHT,
+            STEP,
+            PANEL,
+            MODE,
+            IS_PLANES,
+        )
+        if IS_TRIANGLE:
+            others = panels
+        else:
+            others = load_panels(
                 matrix,
                 origin,
                 position,
@@ -245,106 +267,46 @@ def sum_panels(
                 STEP,
                 PANEL,
                 MODE,
-                True,
-            )
-        else:
-            panels = load_panels(
-                matrix,
-                origin,
-                position,
-                right_channel,
-                shift,
-                geometry,
-                RIGHT,
-                STEP,
-                PANEL,
-                MODE,
                 IS_PLANES,
             )
-            if IS_TRIANGLE:
-                others = panels
-            else:
-                others = load_panels(
-                    matrix,
-                    origin,
-                    position,
-                    left_channel,
-                    shift,
-                    geometry,
-                    LEFT,
-                    STEP,
-                    PANEL,
-                    MODE,
-                    IS_PLANES,
-                )
-            if MODE == DIRECT:
-                if IS_PLANES:
-                    left = others
-                    right = transposed(panels, RIGHT)
-                else:
-                    left = transposed(others, LEFT)
-                    right = panels
         if MODE == DIRECT:
-            moments = add_products(
-                moments, left, right, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED
-            )
-            if IS_TRIANGLE:
-                sums = add_sums(sums, right, LEFT, STEP, MODE, IS_INTERPRETED)
-        else:
-            right_high, right_middle, right_low = parts(panels, RIGHT, IS_INTERPRETED)
-            left_high, left_middle, left_low = parts(others, LEFT, IS_INTERPRETED)
             if IS_PLANES:
-                right_high = transposed(right_high, RIGHT)
-                right_middle = transposed(right_middle, RIGHT)
-                right_low = transposed(right_low, RIGHT)
+                left = others
+                right = transposed(panels, RIGHT)
             else:
-                left_high = transposed(left_high, LEFT)
-                left_middle = transposed(left_middle, LEFT)
-                left_low = transposed(left_low, LEFT)
-            moments = add_split_products(
-                moments,
-                left_high,
-                left_middle,
-                left_low,
-                right_high,
-                right_middle,
-                right_low,
-                LEFT,
-                RIGHT,
-                IS_TRIANGLE,
-                MODE,
-                IS_INTERPRETED,
+                left = transposed(others, LEFT)
+                right = panels
+    if MODE == DIRECT:
+        moments = add_products(moments, left, right, LEFT, RIGHT, IS_TRIANGLE, MODE, IS_INTERPRETED)
+        if IS_TRIANGLE:
+            sums = add_sums(sums, right, LEFT, STEP, MODE, IS_INTERPRETED)
+    else:
+        right_high, right_middle, right_low = parts(panels, RIGHT, IS_INTERPRETED)
+        left_high, left_middle, left_low = parts(others, LEFT, IS_INTERPRETED)
+        if IS_PLANES:
+            right_high = transposed(right_high, RIGHT)
+            right_middle = transposed(right_middle, RIGHT)
+            right_low = transposed(right_low, RIGHT)
+        else:
+            left_high = transposed(left_high, LEFT)
+            left_middle = transposed(left_middle, LEFT)
+            left_low = transposed(left_low, LEFT)
+        moments = add_split_products(
+            moments,
+            left_high,
+            left_middle,
+            left_low,
+            right_high,
+            right_middle,
+            right_low,
+            LEFT,
+            RIGHT,
+            IS_TRIANGLE,
+            MODE,
+            IS_INTERPRETED,
+        )
+        if IS_TRIANGLE:
+            sums = add_split_sums(
+                sums, right_high, right_middle, right_low, LEFT, STEP, MODE, IS_INTERPRETED
             )
-            if IS_TRIANGLE:
-                sums = add_split_sums(
-                    sums, right_high, right_middle, right_low, LEFT, STEP, MODE, IS_INTERPRETED
-                )
     return moments, sums
-
-
-@triton.jit
-def store_panels(
-    partial,
-    moments,
-    left_channel,
-    right_channel,
-    edges,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    IS_TRIANGLE: tl.constexpr,
-    PANEL: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Writes accumulators into one chunk's packed triangle of blocks."""
-    panel = tl.arange(0, PANEL)
-    for i in tl.static_range(LEFT):
-        for j in tl.static_range(RIGHT):
-            row = left_channel + i * PANEL + panel[:, None]
-            column = right_channel + j * PANEL + panel[None, :]
-            is_kept = (row // EDGE >= column // EDGE) & (row // EDGE < edges)
-            offset = packed_offset(row, column, EDGE)
-            if IS_TRIANGLE:
-                if j <= i:
-                    tl.store(partial + offset, moments[i * (i + 1) // 2 + j], mask=is_kept)
-            else:
-                tl.store(partial + offset, moments[i * RIGHT + j], mask=is_kept)

@@ -12,7 +12,20 @@ from fastcov.kernels.layout import RowLayout
 _MACS_PER_CLOCK = 2048  # bfloat16 with float32 sums
 _LOAD_BYTES_PER_CLOCK = 14  # its share of 3.35 TB/s
 _CACHE_BYTES_PER_CLOCK = 24  # its share of what L2 delivers
-_START_CLOCKS = 3000  # launch, filling the pipeline, first address
+_CACHE_BYTES = 32 << 20  # of L2's 50 MB, what rows that pass through leave
+_START_CLOCKS = 2000  # launch, first address
+_CHAIN_CLOCKS = 1000  # emptying and filling the pipeline
+
+MAX_CHAINS = 64
+"""Chains that one slot takes in float32, each addition rounded to nearest.
+
+Every one of the k - 1 additions is off by at most 2**-24 of the running sum, which nowhere exceeds
+the largest entry of S (rows' products of one sign grow; others are bounded by the diagonal, after
+Cauchy and Schwarz): all of them by 63 * 2**-24 = 3.8e-6 at the worst, and about 0.3e-6 where
+roundings go either way. With the 5.1e-6 of a chain (config.chain_rows) that is below 1e-5 for any
+rows. Slots are added in float64. A slot overflows where rows above 5e16 fill all its chains, and
+what is below 1.2e-38 counts as 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,9 @@ class Plan:
         triangles: Programs that cover the diagonal, per chunk.
         tiles: Programs below the diagonal, per chunk.
         steps: Steps of all rows; an image's last step may be shorter.
-        steps_per_chunk: At most one chain of rows.
-        chunks: Parts that are summed apart.
+        steps_per_chunk: A multiple of steps_per_chain, at most :data:`MAX_CHAINS` chains.
+        steps_per_chain: Steps that matrix instructions add up, before an addition with rounding.
+        chunks: Parts that are summed apart, each in a slot of its own.
     """
 
     edge: int
@@ -35,12 +49,18 @@ class Plan:
     tiles: int
     steps: int
     steps_per_chunk: int
+    steps_per_chain: int
     chunks: int
 
     @property
     def blocks(self) -> int:
         """Blocks of the packed triangle."""
         return self.edges * (self.edges + 1) // 2
+
+    @property
+    def chains(self) -> int:
+        """Chains of all chunks."""
+        return -(-self.steps // self.steps_per_chain)
 
     @property
     def programs(self) -> int:
@@ -78,10 +98,19 @@ def block_plan(
     edges = -(-layout.channels // edge)
     blocks = edges * (edges + 1) // 2
     steps = layout.images * -(-layout.positions // step)
-    least = -(-steps // (chain_rows // step))
+    most_steps = chain_rows // step
+    least = -(-steps // (most_steps * MAX_CHAINS))
     wanted = -(-8 * architecture.multiprocessors // blocks)
-    per_chunk = -(-steps // max(1, least, min(wanted, steps)))
-    return Plan(edge, edges, 1, 0, steps, per_chunk, -(-steps // per_chunk))
+    per_chain, per_chunk = _split(steps, max(1, least, min(wanted, steps)), most_steps)
+    return Plan(edge, edges, 1, 0, steps, per_chunk, per_chain, -(-steps // per_chunk))
+
+
+def _split(steps: int, chunks: int, most_steps: int) -> tuple[int, int]:
+    """Steps of a chain and of a chunk, for about so many chunks: chains of one length."""
+    per_chunk = -(-steps // chunks)
+    chains = -(-per_chunk // most_steps)
+    per_chain = -(-per_chunk // chains)
+    return per_chain, per_chain * chains
 
 
 @lru_cache(maxsize=4096)
@@ -99,30 +128,29 @@ def _gram_plan(
         tiles = triangles * (triangles - 1) // 2
         tiles *= (config.panels // config.left) * (config.panels // config.right)
     most_steps = chain_rows // config.step
-    least = -(-steps // most_steps)
+    least = -(-steps // (most_steps * MAX_CHAINS))
     slots = multiprocessors * config.residents
     # Chunks so short that a program's start outweighs its work are never tried.
     most = max(least, min(steps, least + 4 * -(-slots // triangles)))
-    best: tuple[float, int] | None = None
-    for chunks in range(least, most + 1):
-        per_chunk = -(-steps // chunks)
-        if -(-steps // per_chunk) != chunks:
-            continue
+    best: tuple[float, int, int, int] | None = None
+    for wanted in range(least, most + 1):
+        per_chain, per_chunk = _split(steps, wanted, most_steps)
+        chunks = -(-steps // per_chunk)
         clocks = _clocks(
-            config, channels, element_bytes, triangles, tiles, per_chunk, chunks, slots
+            config,
+            channels,
+            element_bytes,
+            triangles,
+            tiles,
+            per_chunk,
+            per_chunk // per_chain,
+            chunks,
+            slots,
         )
         if best is None or clocks < best[0]:
-            best = (clocks, per_chunk)
-    per_chunk = best[1] if best else -(-steps // least)
-    return Plan(
-        config.edge,
-        -(-channels // config.edge),
-        triangles,
-        tiles,
-        steps,
-        per_chunk,
-        -(-steps // per_chunk),
-    )
+            best = (clocks, per_chunk, per_chain, chunks)
+    assert best is not None
+    return Plan(config.edge, -(-channels // config.edge), triangles, tiles, steps, *best[1:])
 
 
 def _clocks(
@@ -132,6 +160,7 @@ def _clocks(
     triangles: int,
     tiles: int,
     per_chunk: int,
+    chains: int,
     chunks: int,
     slots: int,
 ) -> float:
@@ -148,10 +177,13 @@ def _clocks(
         row_bytes * config.panel * (config.left + config.right) / _CACHE_BYTES_PER_CLOCK,
     )
     entries = config.width * (config.width + config.edge) // 2
-    fixed = _START_CLOCKS + 4 * entries * config.residents / _CACHE_BYTES_PER_CLOCK
+    added = _CHAIN_CLOCKS + 4 * entries * config.residents / _CACHE_BYTES_PER_CLOCK
+    fixed = _START_CLOCKS + chains * added
     longest = fixed + rows * max(triangle_row, tile_row)
     mean = fixed + rows * (triangles * triangle_row + tiles * tile_row) / (triangles + tiles)
     rounds, rest = divmod((triangles + tiles) * chunks, slots)
-    entries = channels * (channels + config.edge) // 2
-    reduction = 4 * entries * chunks * config.residents
-    return rounds * mean + (longest if rest else 0.0) + reduction / (slots * _CACHE_BYTES_PER_CLOCK)
+    partial_bytes = 4 * (channels * (channels + config.edge) // 2) * chunks
+    # Read once from L2, or written to and read from memory where L2 is too small.
+    pace = _LOAD_BYTES_PER_CLOCK / 2 if partial_bytes > _CACHE_BYTES else _CACHE_BYTES_PER_CLOCK
+    reduction = partial_bytes * config.residents / (slots * pace)
+    return rounds * mean + (longest if rest else 0.0) + reduction

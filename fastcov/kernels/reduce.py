@@ -10,6 +10,7 @@ from fastcov.kernels.tiles import slot_size, triangle_row, triangle_size
 def fold(values, stride, offset, chunks, FOLD: tl.constexpr, SEGMENT: tl.constexpr):
     """Sum over chunks of values[chunk * stride + offset]. [SEGMENT] float64"""
     total = tl.zeros([SEGMENT], tl.float64)
+    # FOLD loads of each entry are on their way at a time; a pipeline of them compiles for seconds.
     for first in range(0, chunks, FOLD):
         chunk = first + tl.arange(0, FOLD)
         address = chunk[:, None].to(tl.int64) * stride + offset[None, :]
@@ -19,24 +20,24 @@ def fold(values, stride, offset, chunks, FOLD: tl.constexpr, SEGMENT: tl.constex
 
 
 @triton.jit
-def fold_weights(chunk_weight, chunks, FOLD: tl.constexpr):
-    """Sum of all chunks' weights."""
+def fold_weights(chain_weight, chains, FOLD: tl.constexpr):
+    """Sum of all chains' weights."""
     total = tl.zeros([FOLD], tl.float64)
-    for first in range(0, chunks, FOLD):
-        chunk = first + tl.arange(0, FOLD)
-        total += tl.load(chunk_weight + chunk, mask=chunk < chunks, other=0.0)
+    for first in range(0, chains, FOLD):
+        chain = first + tl.arange(0, FOLD)
+        total += tl.load(chain_weight + chain, mask=chain < chains, other=0.0)
     return tl.sum(total)
 
 
 @triton.jit
-def rows_skipped(notes, chunks, flags, FOLD: tl.constexpr):
+def rows_skipped(notes, chains, flags, FOLD: tl.constexpr):
     """Non-finite rows. Programs that saw none among their channels noted 0: take the largest."""
     total = tl.zeros([FOLD], tl.int64)
-    for first in range(0, chunks, FOLD):
-        chunk = first + tl.arange(0, FOLD)
+    for first in range(0, chains, FOLD):
+        chain = first + tl.arange(0, FOLD)
         number = tl.zeros([FOLD], tl.int32)
         for flag in range(flags):
-            noted = tl.load(notes + chunk * flags + flag, mask=chunk < chunks, other=0)
+            noted = tl.load(notes + chain * flags + flag, mask=chain < chains, other=0)
             number = tl.maximum(number, noted)
         total += number.to(tl.int64)
     return tl.sum(total)
@@ -58,13 +59,13 @@ def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["row_count", "chunks", "flags", "channels", "row_scale", "decay"],
-    do_not_specialize_on_alignment=["moment", "sum", "shift", "weight", "count", "chunk_weight"],
+    do_not_specialize=["row_count", "chunks", "chains", "flags", "channels", "row_scale", "decay"],
+    do_not_specialize_on_alignment=["moment", "sum", "shift", "weight", "count", "chain_weight"],
 )
 def reduce_kernel(
     partial,  # float32 [chunks, slot_size]
-    notes,  # int32 [chunks * flags + 1]
-    chunk_weight,  # float64 [chunks] where rows are weighted, else None
+    notes,  # int32 [chains * flags + 1]
+    chain_weight,  # float64 [chains] where rows are weighted, else None
     moment,
     sum,
     shift,
@@ -72,6 +73,7 @@ def reduce_kernel(
     count,
     row_count: tl.int64,
     chunks: tl.int32,
+    chains: tl.int32,
     flags: tl.int32,
     channels: tl.int32,
     row_scale: tl.float64,
@@ -86,7 +88,7 @@ def reduce_kernel(
     columns = tl.cdiv(channels, SEGMENT)
     stride = slot_size(channels, EDGE)
     column_sums = partial + triangle_size(channels, EDGE)
-    is_first = tl.load(notes + chunks * flags)
+    is_first = tl.load(notes + chains * flags)
     program = tl.program_id(0)
     if program < segments:
         entry = program * SEGMENT + tl.arange(0, SEGMENT)
@@ -101,10 +103,10 @@ def reduce_kernel(
         if tl.max(tl.abs(row_shift)) + tl.max(tl.abs(column_shift)) > 0:
             row_sum = fold(column_sums, stride, row, chunks, FOLD, SEGMENT)
             column_sum = fold(column_sums, stride, column, chunks, FOLD, SEGMENT)
-            if chunk_weight is not None:
-                rows_weight = fold_weights(chunk_weight, chunks, FOLD)
+            if chain_weight is not None:
+                rows_weight = fold_weights(chain_weight, chains, FOLD)
             else:
-                skipped = rows_skipped(notes, chunks, flags, FOLD)
+                skipped = rows_skipped(notes, chains, flags, FOLD)
                 rows_weight = (row_count - skipped).to(tl.float64)
             total += row_shift * column_shift * rows_weight
             total -= row_shift * column_sum + row_sum * column_shift
@@ -113,9 +115,9 @@ def reduce_kernel(
         before = tl.load(moment + entry, mask=is_kept, other=0.0)
         tl.store(moment + entry, before * decay + total * row_scale, mask=is_kept)
         return
-    skipped = rows_skipped(notes, chunks, flags, FOLD)
-    if chunk_weight is not None:
-        rows_weight = fold_weights(chunk_weight, chunks, FOLD)
+    skipped = rows_skipped(notes, chains, flags, FOLD)
+    if chain_weight is not None:
+        rows_weight = fold_weights(chain_weight, chains, FOLD)
     else:
         rows_weight = (row_count - skipped).to(tl.float64)
     if program < segments + columns:

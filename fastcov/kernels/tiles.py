@@ -29,6 +29,7 @@ UNSPECIALIZED = [
     "steps",
     "steps_per_image",
     "steps_per_chunk",
+    "steps_per_chain",
     "channels",
     "positions",
     "size_1",
@@ -178,11 +179,16 @@ def is_finite(values):
 
 
 @triton.jit
-def packed_offset(row, column, EDGE: tl.constexpr):
-    """Where entry (row, column) of a lower triangle of EDGE x EDGE blocks lies. Any shapes."""
-    block_row = row // EDGE
-    block = block_row * (block_row + 1) // 2 + column // EDGE
-    return block * (EDGE * EDGE) + (row % EDGE) * EDGE + column % EDGE
+def keep(address, values, mask, ADDS: tl.constexpr):
+    """Stores into entries that no other program touches, or adds to what they hold.
+
+    The addition is L2's, rounded to nearest, and in the order of the calls. What several threads
+    hold alike is added once.
+    """
+    if ADDS:
+        tl.atomic_add(address, values, mask=mask, sem="relaxed")
+    else:
+        tl.store(address, values, mask=mask)
 
 
 @triton.jit

@@ -40,6 +40,10 @@ FAMILIES: dict[int, Family] = {80: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes one program may take; sm_80 shapes also serve 8.6 and 8.9, which have less than 8.0."""
 
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MULTIPROCESSORS = {80: (164, 2048), 90: (228, 2048), 100: (228, 2048), 120: (100, 1536)}
+"""KiB of shared memory and threads of one, from the CUDA programming guide's table."""
+
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -69,7 +73,7 @@ class Specialization:
         values = dict(self.signature)
         constants = dict(self.constants)
         words = [self.kernel.fn.__name__]
-        for argument in ("matrix", "rows", "buffer", "row_weight", "chunk_weight"):
+        for argument in ("matrix", "rows", "buffer", "row_weight", "chain_weight"):
             kind = values.get(argument, "constexpr")
             if kind != "constexpr":
                 words.append(f"{argument}={kind}")
@@ -132,20 +136,21 @@ def empty_state(channels: int) -> list[Tensor]:
     return [double(channels, channels), double(channels), double(channels), double(()), count]
 
 
-def rows_of(layout: str, dtype: torch.dtype, channels: int) -> Tensor:
-    """Rows in one of the layouts that pick a specialisation."""
+def rows_of(layout: str, dtype: torch.dtype, channels: int, count: int = 64) -> Tensor:
+    """About so many rows in one of the layouts that pick a specialisation."""
+    half = count // 2
     if layout == "rows":
-        return torch.empty(64, channels, dtype=dtype)
+        return torch.empty(count, channels, dtype=dtype)
     if layout == "images":
-        return torch.empty(2, 40, channels, dtype=dtype)[:, 8:]
+        return torch.empty(2, half + 8, channels, dtype=dtype)[:, 8:]
     if layout == "planes":
-        return torch.empty(2, channels, 8, 8, dtype=dtype).permute(0, 2, 3, 1)
+        return torch.empty(2, channels, half // 8, 8, dtype=dtype).permute(0, 2, 3, 1)
     if layout == "unaligned":
-        return torch.empty(64, channels + 1, dtype=dtype)[:, :channels]
+        return torch.empty(count, channels + 1, dtype=dtype)[:, :channels]
     if layout == "unaligned planes":
-        return torch.empty(2, channels, 7, 7, dtype=dtype).permute(0, 2, 3, 1)
+        return torch.empty(2, channels, half // 7 | 1, 7, dtype=dtype).permute(0, 2, 3, 1)
     assert layout == "strided"
-    return torch.empty(2, 3, 4, 2 * channels, dtype=dtype)[:, :, ::2, ::2]
+    return torch.empty(2, 3, half // 2, 2 * channels, dtype=dtype)[:, :, ::2, ::2]
 
 
 LAYOUTS = ("rows", "images", "planes", "unaligned", "unaligned planes", "strided")
@@ -161,8 +166,10 @@ def all_launches(family: Family) -> Iterator[Callable[[], object]]:
             state = empty_state(channels)
             update = partial(launch_accumulate_, *state, architecture=architecture)
             for layout in LAYOUTS:
-                rows = rows_of(layout, dtype, channels)
-                yield partial(update, rows)
+                yield partial(update, rows_of(layout, dtype, channels))
+                # So many rows for so few programs that each takes several chains.
+                many = rows_of(layout, dtype, channels, count=1 << 16)
+                yield partial(update, many, architecture=Architecture(family, 1))
             weight = torch.empty(64, dtype=torch.float64)
             yield partial(update, rows_of("rows", dtype, channels), weight)
             if dtype == torch.float32:
@@ -202,7 +209,7 @@ def all_specializations(family: Family) -> dict[str, Specialization]:
 
 
 def compile_resources(item: Specialization, target: int) -> dict[str, int]:
-    """Registers, spilled bytes and shared memory on an architecture, from Triton and ptxas."""
+    """Registers, spills, shared memory and so on: from Triton, ptxas and nvdisasm."""
     source = ASTSource(
         item.kernel,
         dict(item.signature),
@@ -214,20 +221,15 @@ def compile_resources(item: Specialization, target: int) -> dict[str, int]:
         target=GPUTarget("cuda", target, 32),
         options={"num_warps": item.warps, "num_stages": item.stages},
     )
-    binary = "ptxas-blackwell" if target >= 100 else "ptxas"
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / binary
+    ptxas = _TOOLS / ("ptxas-blackwell" if target >= 100 else "ptxas")
     ptx = compiled.asm["ptx"]
     found = re.search(r"\.target (\w+)", ptx)
     assert found is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        report = subprocess.run(
-            [ptxas, "-v", f"--gpu-name={found[1]}", file.name, "-o", "/dev/null"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+    with tempfile.TemporaryDirectory() as folder:
+        source_file, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source_file.write_text(ptx)
+        report = _output(ptxas, "-v", f"--gpu-name={found[1]}", source_file, "-o", binary).stderr
+        listing = _output(_TOOLS / "nvdisasm", "-c", binary).stdout
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert registers is not None, report
@@ -235,9 +237,57 @@ def compile_resources(item: Specialization, target: int) -> dict[str, int]:
     return {
         "registers": int(registers[1]),
         "spills": int(spills[1]) + int(spills[2]),
+        "loop_spills": loop_spills(listing),
         "shared": compiled.metadata.shared,
         "matrix_instructions": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma\.|mma\.sync", ptx)),
+        "serialized": report.count("wgmma.mma_async instructions are serialized"),
     }
+
+
+def _output(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+
+
+def loop_spills(listing: str) -> int:
+    """Accesses to local memory in the innermost loops around matrix instructions, of a listing.
+
+    Values put away before such a loop and fetched after it cost nothing; these would cost every
+    step. A loop ends with a branch under a condition back to its label; branches without one lead
+    back from waits that the assembler has moved to the end.
+    """
+    lines = listing.splitlines()
+    labels = {line.strip(" :"): n for n, line in enumerate(lines) if line.startswith(".L_")}
+    loops = []
+    for last, line in enumerate(lines):
+        branch = re.search(r"(@!?U?P\d\s+BRA|BRA\.U).*`\((\.L_\w+)\)", line)
+        if branch is not None and labels[branch[2]] < last:
+            loops.append(range(labels[branch[2]], last))
+    multiplying = [
+        loop
+        for loop in loops
+        if any(re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", lines[n]) for n in loop)
+    ]
+    innermost = [
+        loop
+        for loop in multiplying
+        if not any(
+            other != loop and other.start >= loop.start and other.stop <= loop.stop
+            for other in multiplying
+        )
+    ]
+    lines_inside = {n for loop in innermost for n in loop}
+    return sum(re.search(r"\b(LDL|STL)\b", lines[n]) is not None for n in lines_inside)
+
+
+def residents(resources: dict[str, int], warps: int, target: int) -> int:
+    """Programs that a multiprocessor holds at the same time."""
+    shared, threads = _MULTIPROCESSORS[target]
+    registers = -(-resources["registers"] // 8) * 8  # are given out so
+    return min(
+        65536 // (registers * 32 * warps),
+        shared * 1024 // (resources["shared"] + 1024),
+        threads // (32 * warps),
+    )
 
 
 def _compile_named(key: tuple[int, str]) -> dict[str, int]:

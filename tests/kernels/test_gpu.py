@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -59,8 +60,8 @@ def check(*updates: Tensor, tolerance: float | None = None, **options: object) -
     state, expected = empty_state(channels), empty_state(channels)
     for rows in updates:
         launch(state, rows, **options)
-        options.pop("precision", None)
-        accumulate_reference_(*expected, rows, **options)
+        definition = {k: v for k, v in options.items() if k not in ("precision", "architecture")}
+        accumulate_reference_(*expected, rows, **definition)
     assert_same(state, expected, tolerance or 1e-5)
     return state
 
@@ -81,13 +82,11 @@ def test_grid(dtype, channels, rows):
     check(normal(rows, channels, dtype=dtype), normal(64, channels, dtype=dtype, seed=1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [40, 64, 192, 512])
-def test_layouts(dtype, channels):
+def layouts(channels: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     maps = normal(3, channels, 14, 16, dtype=dtype)
     odd = normal(5, channels, 7, 7, dtype=dtype)
     tokens = normal(4, 65, channels, dtype=dtype)
-    for rows in (
+    return (
         maps.permute(0, 2, 3, 1),
         maps.to(memory_format=torch.channels_last).permute(0, 2, 3, 1),
         odd.permute(0, 2, 3, 1),
@@ -96,8 +95,37 @@ def test_layouts(dtype, channels):
         tokens[..., ::2],
         tokens[..., 1:],
         normal(1, channels, dtype=dtype).expand(300, channels),
-    ):
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [40, 64, 192, 512])
+def test_layouts(dtype, channels):
+    for rows in layouts(channels, dtype):
         check(rows)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [40, 512])
+def test_an_update_takes_its_workspace_and_no_copy_of_the_rows(dtype, channels, is_weighted):
+    from fastcov.kernels import workspace_bytes
+    from fastcov.ops import library
+
+    def requested(point: str) -> int:  # before the allocator rounds up
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{point}"]
+
+    state = empty_state(channels)
+    for rows in layouts(channels, dtype):
+        number = rows.shape[:-1].numel()
+        weight = torch.ones(number, dtype=torch.float64, device="cuda") if is_weighted else None
+        library.accumulate_(*state, rows, -1, weight)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = requested("current")
+        library.accumulate_(*state, rows, -1, weight)
+        taken = requested("peak") - before
+        assert 0 < taken <= workspace_bytes(rows, is_weighted=is_weighted), rows.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,6 +139,26 @@ def test_non_finite_rows(dtype, channels):
     state = check(rows)
     assert state[4].tolist() == [8997, 3]
     check(torch.full_like(rows, float("nan")), rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [24, 256, 600])
+def test_several_chains_in_a_slot(dtype, channels):
+    """Planned for one multiprocessor: so few slots that each takes several chains."""
+    from fastcov.kernels import device, job
+
+    architecture = replace(device.architecture_of(torch.device("cuda")), multiprocessors=1)
+    rows = normal(60_000, channels, dtype=dtype)
+    plan = job.job_of(rows, False, "split", architecture).plan
+    assert plan.chains > plan.chunks
+    states = [check(rows, rows, architecture=architecture) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+    for row in (0, 30_001, 59_999):
+        rows[row, row % channels] = float("nan")
+    state = check(rows, architecture=architecture)
+    assert state[4].tolist() == [59_997, 3]
+    weight = torch.rand(60_000, device="cuda", dtype=torch.float64)
+    check(rows, row_weight=weight, architecture=architecture)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,6 +209,29 @@ def test_a_million_rows_of_one_sign(channels, kind, dtype):
         total += shifted.sum(0)
     assert (state[0] - exact).tril().abs().max() <= 1e-5 * exact.max()
     assert (state[1] - total).abs().max() <= 1e-5 * (exact.max() * len(rows)).sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("channels", [63, 256])
+def test_a_flush_of_many_rows_of_one_sign(channels, decay, dtype):
+    from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
+    from fastcov.kernels.gather import CURSOR_FIELDS, FILL
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = (torch.rand(4096, channels, generator=generator, device="cuda") + 0.5).to(dtype)
+    state, excess = empty_state(channels), torch.zeros((), dtype=torch.float64, device="cuda")
+    row_step = torch.zeros(4096, dtype=torch.int32, device="cuda")
+    cursor = torch.zeros(CURSOR_FIELDS, dtype=torch.int64, device="cuda")
+    cursor[FILL.value] = 4096
+    table = FlushTable([BufferedLayer(*state, excess, rows, row_step, cursor, 4096)])
+    launch_flush_(table, torch.ones((), dtype=torch.int64, device="cuda"), decay=decay)
+    assert state[4].tolist() == [4096, 0]
+    shifted = rows.double() - state[2]
+    exact = decay * shifted.T @ shifted
+    assert (state[0] - exact).tril().abs().max() <= 1e-5 * exact.max()
+    total = decay * shifted.sum(0)
+    assert (state[1] - total).abs().max() <= 1e-5 * (exact.max() * 4096).sqrt()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

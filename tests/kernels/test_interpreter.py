@@ -20,7 +20,9 @@ FOLDER = Path(__file__).parent
     [
         ("interpreted.py", "TestAccumulate"),
         ("interpreted.py", "TestFlush or test_runs"),
+        ("interpreted_flush.py", "test"),
         ("interpreted_gather.py", "Test or test_runs"),
+        ("interpreted_chains.py", "test"),
     ],
 )
 def test_kernels_match_the_reference(file, group):

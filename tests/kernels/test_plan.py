@@ -18,7 +18,7 @@ from fastcov.kernels.config import (
     gram_config,
 )
 from fastcov.kernels.layout import RowLayout, row_layout
-from fastcov.kernels.plan import block_plan, gram_plan
+from fastcov.kernels.plan import MAX_CHAINS, block_plan, gram_plan
 
 
 def addresses(layout: RowLayout) -> list[int]:
@@ -126,24 +126,64 @@ def test_chunks_cover_all_rows_in_short_chains(family, dtype, shape):
         assert FLUSH_CHAIN_ROWS <= chain <= MAX_CHAIN_ROWS
         plan = gram_plan(config, layout, element_bytes, architecture, chain)
         assert plan.steps * config.step >= layout.rows
-        assert plan.steps_per_chunk * config.step <= chain
+        assert plan.steps_per_chain * config.step <= chain
+        assert plan.steps_per_chunk % plan.steps_per_chain == 0
+        assert plan.steps_per_chunk // plan.steps_per_chain <= MAX_CHAINS
         assert (plan.chunks - 1) * plan.steps_per_chunk < plan.steps
         assert plan.chunks * plan.steps_per_chunk >= plan.steps
         edges = -(-channels // config.edge)
         assert plan.slot == edges * (edges + 1) // 2 * config.edge**2 + edges * config.edge
         plan = block_plan(64, 32, layout, architecture, chain)
-        assert plan.steps_per_chunk * 32 <= chain
+        assert plan.steps_per_chain * 32 <= chain
+        assert plan.steps_per_chunk // plan.steps_per_chain <= MAX_CHAINS
         assert plan.chunks * plan.steps_per_chunk >= plan.steps
 
 
-def test_one_triangle_up_to_256_channels_of_half_precision():
-    layout = row_layout(torch.empty(512, 256, dtype=torch.bfloat16))
-    for family in ("sm_80", "sm_90", "sm_100", "sm_120"):
-        case = gram_case(Architecture(family, 132), layout, "direct")
-        assert case is not None
-        config = gram_config(case, 256)
-        assert config.width == 256
-        assert config.left == 0
+def plan_of(rows: int, channels: int, dtype: torch.dtype):
+    layout = row_layout(torch.empty(rows, channels, dtype=dtype, device="meta"))
+    architecture = Architecture("sm_90", 132)
+    mode = "split" if dtype == torch.float32 else "direct"
+    case = gram_case(architecture, layout, mode)
+    assert case is not None
+    config = gram_config(case, channels)
+    chain = chain_rows(architecture, mode, dtype)
+    return config, gram_plan(config, layout, dtype.itemsize, architecture, chain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("channels", [64, 128, 256, 512, 1024, 2048, 4096])
+def test_slots_follow_programs_not_rows(dtype, channels):
+    """More rows make fuller slots; a slot more only where all are full."""
+    chain = chain_rows(
+        Architecture("sm_90", 132), "split" if dtype == torch.float32 else "direct", dtype
+    )
+    for rows in (1 << 16, 1 << 18, 1 << 20, 1 << 22):
+        config, plan = plan_of(rows, channels, dtype)
+        resident = 132 * config.residents
+        full = -(-rows // (chain * MAX_CHAINS))
+        assert plan.chunks <= full + 4 * -(-resident // plan.triangles)
+        assert plan.programs >= 0.9 * min(132, rows // chain)
+    _, plan = plan_of(1 << 18, 4096, dtype)
+    assert 4 * plan.slot * plan.chunks < 0.5e9
+
+
+@pytest.mark.parametrize("channels", [32, 64, 128])
+def test_few_channels_of_many_rows_fill_the_machine(channels):
+    _, plan = plan_of(1 << 18, channels, torch.bfloat16)
+    assert plan.programs >= 132
+
+
+def test_how_many_channels_one_triangle_holds():
+    """256 of half precision; less where registers must hold three parts or pass rows on."""
+    for case, configs in GRAM_CONFIGS.items():
+        expected = 128
+        if case.mode == "direct" and case.kind != "unaligned" and case.family != "sm_120":
+            expected = 256
+        if case.mode == "split" and case.family == "sm_100":
+            expected = 64
+        assert max(config.width for config in configs if config.left == 0) == expected, case
+        assert gram_config(case, expected).left == 0
+        assert gram_config(case, expected + 1).left > 0
 
 
 def test_shapes_fit_together():

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import pytest
 
+from fastcov.kernels.config import GRAM_CONFIGS, GramCase, GramConfig
+
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 HERE = Path(__file__).parent
@@ -44,11 +46,46 @@ def test_table_lists_what_is_launched(aot, table, target):
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120])
-def test_nothing_spills_and_everything_fits(aot, table, target):
+def test_loops_keep_to_their_registers_and_everything_fits(aot, table, target):
+    """What a whole loop needs may be put away before it, a few values of each thread."""
     for name, resources in table[f"sm_{target}"].items():
-        assert resources["spills"] == 0, name
+        assert resources["loop_spills"] == 0, name
+        assert resources["spills"] <= 128, name
+        assert resources["serialized"] == 0, name
         assert resources["registers"] <= 255, name
         assert resources["shared"] <= aot.SHARED_LIMITS[target], name
+
+
+def is_shape(name: str, case: GramCase, config: GramConfig) -> bool:
+    """Whether a row of the table is this shape of gram_kernel, for any dtype and layout."""
+    words = (
+        f"PANEL={config.panel} PANELS={config.panels} LEFT={config.left} RIGHT={config.right} ",
+        f" STEP={config.step} ",
+        f" MODE={case.mode} ",
+        f" HOISTS={config.hoists} ",
+        f" warps={config.warps} stages={config.stages}",
+    )
+    return (
+        all(word in name for word in words)
+        and ("matrix=" in name) == (case.kind == "matrix")
+        and ("VECTOR=1 " in name) == (case.kind == "unaligned")
+        and (case.kind == "unaligned" or ("IS_PLANES=True" in name) == (case.kind == "planes"))
+    )
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120])
+def test_plans_count_on_the_programs_that_fit(aot, table, target):
+    for case, configs in GRAM_CONFIGS.items():
+        if case.family != f"sm_{target}":
+            continue
+        for config in configs:
+            fitting = {
+                name: aot.residents(resources, config.warps, target)
+                for name, resources in table[f"sm_{target}"].items()
+                if is_shape(name, case, config)
+            }
+            assert fitting, (case, config)
+            assert config.residents == min(8, *fitting.values()), (case, config, fitting)
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120])

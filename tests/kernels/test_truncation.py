@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcov.kernels.config import FLUSH_CHAIN_ROWS, Architecture, chain_rows
+from fastcov.kernels.plan import MAX_CHAINS
 
 STEP = 32  # rows of one step of the kernels
 BAR = 1e-5
@@ -58,17 +59,28 @@ def parts_of(values: Tensor, count: int) -> list[Tensor]:
     return parts
 
 
+def slots_sum(chains: Tensor) -> float:
+    """MAX_CHAINS chains after each other in float32, rounded to nearest; then float64. [chains]"""
+    total = 0.0
+    for slot in chains.float().split(MAX_CHAINS):
+        running = torch.zeros(())
+        for chain in slot:
+            running = running + chain
+        total += float(running)
+    return total
+
+
 def moment(
     x: Tensor, y: Tensor, chain: int, instruction: Instruction, parts: int = 3
 ) -> tuple[float, float]:
-    """Sum of x * y as gram_kernel computes it, and exactly. [N]"""
+    """Sum of x * y as gram_kernel computes it, the fullest slots it takes, and exactly. [N]"""
     exact = math.fsum((x.double() * y.double()).tolist())
     x, y = (values.double().view(-1, chain // STEP, STEP) for values in (x, y))
     sums = torch.zeros(len(x), dtype=torch.float64)
     if parts == 1:
         for step in range(x.shape[1]):
             sums = add(sums, x[:, step], y[:, step], instruction)
-        return float(sums.sum()), exact
+        return slots_sum(sums), exact
     left, right = parts_of(x, parts), parts_of(y, parts)
     small_products = [(i, j) for i in range(parts) for j in range(parts) if 0 < i + j < parts]
     for step in range(x.shape[1]):
@@ -77,7 +89,7 @@ def moment(
             small = add(small, left[i][:, step], right[j][:, step], instruction)
         sums = add(sums, left[0][:, step], right[0][:, step], instruction)
         sums = (sums + small).float().double()
-    return float(sums.sum()), exact
+    return slots_sum(sums), exact
 
 
 def normal(rows: int, seed: int = 0) -> Tensor:
@@ -123,6 +135,16 @@ def test_a_million_rows_of_one_sign(family: str) -> None:
     for right in (rows, other):
         found, exact = moment(rows, right, chain, INSTRUCTIONS[family], parts=1)
         assert abs(found - exact) <= BAR * exact
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_full_slot_stays_within_its_bound(seed: int) -> None:
+    """Chains of one sign: at most MAX_CHAINS - 1 roundings of the running sum."""
+    chains = normal(MAX_CHAINS, seed).abs() * 10.0 ** (normal(MAX_CHAINS, seed + 9) * seed)
+    exact = math.fsum(chains.tolist())
+    bound = (MAX_CHAINS - 1) * 2.0**-24
+    assert bound <= 0.4 * BAR
+    assert abs(slots_sum(chains.double()) - exact) <= bound * exact
 
 
 def test_one_chain_of_a_million_rows_would_break_the_bar() -> None:

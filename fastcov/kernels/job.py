@@ -1,0 +1,317 @@
+"""What the layout of an update's rows decides about its launches: made once a layout.
+
+Preparing a launch is Python that runs in every hook: whatever depends on sizes, strides, dtype,
+alignment and device alone is here, in tuples in the order of a kernel's arguments. Passed by name,
+the constants of a kernel would take 0.8 us in every launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastcov.kernels.block import block_kernel, mask_kernel
+from fastcov.kernels.config import (
+    SHIFT_ROWS,
+    Architecture,
+    Mode,
+    chain_rows,
+    gram_case,
+    gram_config,
+)
+from fastcov.kernels.device import architecture_of
+from fastcov.kernels.gram import gram_kernel
+from fastcov.kernels.layout import RowLayout, is_address_aligned, row_layout_of
+from fastcov.kernels.plan import Plan, block_plan, gram_plan
+from fastcov.kernels.reduce import reduce_kernel
+from fastcov.kernels.shift import shift_kernel
+from fastcov.kernels.tiles import IS_INTERPRETED, MODES
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_BLOCK_EDGE = 64
+_REPAIR_STEP = 16
+# Entries that a program of reduce_kernel adds up, and slots that it reads at once. Few entries have
+# many slots: shorter segments make enough programs of them. The interpreter's time goes with the
+# number of programs.
+_SEGMENT, _FOLD = (4096 if IS_INTERPRETED else 128), 16
+_NARROW_SEGMENT, _NARROW_FOLD = (4096 if IS_INTERPRETED else 32), 32
+_NARROW_ENTRIES = 3 * 64**2  # 128 channels
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, but for its tensors.
+
+    Attributes:
+        grid: Programs.
+        arguments: Behind the tensors, in the kernel's order: numbers, then constants.
+        options: Triton's own.
+    """
+
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The launches of one update; those that it does not need are None.
+
+    Attributes:
+        matrix: Fields of a descriptor of the rows, but for the rows.
+        is_aligned: Whether the gram's loads rely on the alignment of the rows' address.
+        adds_vectors: Likewise its additions, of the partial results'.
+        reduce_numbers: Arguments of the last launch ahead of scale and decay, which calls bring.
+    """
+
+    plan: Plan
+    rows: int
+    partial_entries: int
+    notes_entries: int
+    matrix: dict[str, Any] | None
+    is_aligned: bool
+    adds_vectors: bool
+    shift: Launch | None
+    gram: Launch | None
+    block: Launch | None
+    mask: Launch | None
+    reduce: Launch
+    reduce_numbers: tuple[int, ...]
+
+    def descriptor(self, rows: Tensor) -> TensorDescriptor:
+        """What bulk copies read, of rows that are a matrix."""
+        assert self.matrix is not None
+        # Its constructor checks, in 1 us of every hook, what is the same for all of the layout:
+        # the alignment of the address is part of what a job is looked up by.
+        descriptor = TensorDescriptor.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self.matrix, base=rows)
+        return descriptor
+
+
+def mode_of(dtype: torch.dtype, is_weighted: bool, precision: Mode = "split") -> Mode:
+    """How rows are multiplied: exactly where they are low precision and unweighted."""
+    if dtype in _LOW_PRECISION:
+        return "split" if is_weighted else "direct"
+    return precision
+
+
+def job_of(
+    rows: Tensor,
+    is_weighted: bool,
+    precision: Mode,
+    architecture: Architecture | None = None,
+    channel_dim: int = -1,
+) -> Job | None:
+    """The launches that add rows: None where there is no row.
+
+    Args:
+        rows: Up to four dimensions beside the channels, any strides.
+        is_weighted: Whether each row has a weight.
+        precision: Of float32 rows.
+        architecture: None asks the device.
+        channel_dim: Where the channels are.
+    """
+    return cached_job(
+        rows.shape,
+        rows.stride(),
+        rows.dtype,
+        is_address_aligned(rows),
+        channel_dim,
+        is_weighted,
+        precision,
+        rows.device,
+        architecture,
+    )
+
+
+@lru_cache(maxsize=4096)
+def cached_job(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    is_aligned: bool,
+    channel_dim: int,
+    is_weighted: bool,
+    precision: Mode,
+    device: torch.device,
+    architecture: Architecture | None,
+) -> Job | None:
+    """What :func:`job_of` finds again: activations come with the same strides every step."""
+    layout = row_layout_of(shape, strides, dtype.itemsize, is_aligned, channel_dim)
+    if layout.rows == 0 or layout.channels == 0:
+        return None
+    architecture = architecture or architecture_of(device)
+    mode = mode_of(dtype, is_weighted, precision)
+    is_centred = dtype not in _LOW_PRECISION
+    is_deep = layout.kind == "strided"
+    case = None if is_weighted else gram_case(architecture, layout, mode)
+    most_rows = chain_rows(architecture, mode, dtype)
+    gram = matrix = None
+    has_blocks = True
+    if case is not None:
+        config = gram_config(case, layout.channels)
+        plan = gram_plan(config, layout, dtype.itemsize, architecture, most_rows)
+        step = config.step
+        gram = Launch(
+            (plan.programs,),
+            (
+                plan.steps,
+                plan.steps_per_chunk,
+                plan.steps_per_chain,
+                triton.cdiv(layout.positions, step),
+                layout.channels,
+                layout.positions,
+                layout.stride_2,
+                layout.stride_position,
+                layout.stride_channel,
+                *_in_order(
+                    gram_kernel,
+                    STEP=step,
+                    PANEL=config.panel,
+                    PANELS=config.panels,
+                    LEFT=config.left,
+                    RIGHT=config.right,
+                    EDGE=config.edge,
+                    VECTOR=1 if case.kind == "unaligned" else 16 // dtype.itemsize,
+                    MODE=MODES[mode],
+                    IS_PLANES=layout.kind == "planes",
+                    LOADS_TWICE=case.loads_twice,
+                    ONE_CHAIN=plan.steps_per_chunk == plan.steps_per_chain,
+                    HOISTS=config.hoists,
+                    STAGES=config.stages,
+                    IS_INTERPRETED=IS_INTERPRETED,
+                ),
+            ),
+            {"num_warps": config.warps, "num_stages": config.stages},
+        )
+        if case.kind == "matrix":
+            matrix = _matrix(layout, dtype, [step, config.panel])
+        # gram_kernel repairs by itself only where no rectangles exist, even if one triangle happens
+        # to cover these channels.
+        has_blocks = bool(config.left)
+        block_step, warps, stages = _REPAIR_STEP, 4, 1
+    else:
+        # Rows of one step: what fits into registers beside the two parts of float32 operands.
+        step = block_step = 16 if mode in ("split", "ieee") else 32
+        # Triton 3.6 rounds exact products of 64 rows to TF32 on sm_100 without a word.
+        edge = 32 if mode == "ieee" else _BLOCK_EDGE
+        plan = block_plan(edge, step, layout, architecture, most_rows)
+        # Element-wise loads cannot be pipelined.
+        warps, stages = (4, 1) if mode == "ieee" else (8, 1 if is_deep else 2)
+    shorter = step // block_step
+    is_narrow = plan.blocks * plan.edge**2 <= _NARROW_ENTRIES
+    segment = min(_NARROW_SEGMENT if is_narrow else _SEGMENT, plan.edge**2)
+    segments = plan.blocks * plan.edge**2 // segment
+    block_numbers = (
+        plan.steps * shorter,
+        plan.steps_per_chunk * shorter,
+        plan.steps_per_chain * shorter,
+        triton.cdiv(layout.positions, step) * shorter,
+        *_geometry(layout),
+    )
+    block_constants = _in_order(
+        block_kernel,
+        STEP=block_step,
+        EDGE=plan.edge,
+        MODE=MODES[mode],
+        IS_CENTRED=is_centred,
+        IS_DEEP=is_deep,
+        ONLY_BROKEN=gram is not None,
+        STAGES=stages,
+        IS_INTERPRETED=IS_INTERPRETED,
+    )
+    mask_constants = _in_order(mask_kernel, STEP=step, EDGE=_BLOCK_EDGE, IS_DEEP=is_deep)
+    reduce_constants = _in_order(
+        reduce_kernel,
+        EDGE=plan.edge,
+        SEGMENT=segment,
+        FOLD=_NARROW_FOLD if is_narrow and not is_weighted else _FOLD,
+        IS_CENTRED=is_centred,
+    )
+    block_grid = (plan.blocks, plan.chunks)
+    return Job(
+        plan=plan,
+        rows=layout.rows,
+        partial_entries=plan.chunks * plan.slot,
+        notes_entries=plan.chains * plan.triangles + 1,
+        matrix=matrix,
+        is_aligned=case is not None and case.kind != "unaligned",
+        adds_vectors=case is not None and case.adds_vectors,
+        shift=_shift(layout) if is_centred else None,
+        gram=gram,
+        block=(
+            Launch(
+                block_grid,
+                (plan.triangles, *block_numbers, *block_constants),
+                {"num_warps": warps},
+            )
+            if has_blocks
+            else None
+        ),
+        mask=(
+            Launch((plan.chains,), (*block_numbers, *mask_constants), {"num_warps": 4})
+            if gram is None
+            else None
+        ),
+        reduce=Launch(
+            (segments + triton.cdiv(layout.channels, segment) + 1,),
+            reduce_constants,
+            {"num_warps": 4},
+        ),
+        reduce_numbers=(layout.rows, plan.chunks, plan.chains, plan.triangles, layout.channels),
+    )
+
+
+def _shift(layout: RowLayout) -> Launch:
+    steps_per_image = triton.cdiv(layout.positions, SHIFT_ROWS)
+    return Launch(
+        (triton.cdiv(layout.channels, _BLOCK_EDGE),),
+        (
+            layout.images * steps_per_image,
+            steps_per_image,
+            *_geometry(layout),
+            *_in_order(
+                shift_kernel,
+                SHIFT_ROWS=SHIFT_ROWS,
+                STEP=SHIFT_ROWS,
+                EDGE=_BLOCK_EDGE,
+                IS_DEEP=layout.kind == "strided",
+            ),
+        ),
+        {"num_warps": 8},
+    )
+
+
+def _in_order(kernel: Any, **constants: Any) -> tuple[Any, ...]:
+    # In the kernel's order, whose compile-time arguments are in capitals and come last.
+    names: list[str] = [name for name in kernel.arg_names if name.isupper()]
+    if set(names) != constants.keys():
+        raise TypeError(f"{kernel.__name__} takes {names}, not {list(constants)}")
+    return tuple(constants[name] for name in names)
+
+
+def _matrix(layout: RowLayout, dtype: torch.dtype, block: list[int]) -> dict[str, Any]:
+    sizes, strides = [layout.positions, layout.channels], [layout.stride_position, 1]
+    # The constructor checks what is no address.
+    made = TensorDescriptor(torch.empty(0, dtype=dtype), sizes, strides, block)
+    return {name: value for name, value in vars(made).items() if name != "base"}
+
+
+def _geometry(layout: RowLayout) -> tuple[int, ...]:
+    return (
+        layout.channels,
+        layout.positions,
+        layout.size_1,
+        layout.size_2,
+        layout.stride_0,
+        layout.stride_1,
+        layout.stride_2,
+        layout.stride_position,
+        layout.stride_channel,
+    )

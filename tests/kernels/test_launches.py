@@ -1,0 +1,147 @@
+"""What launches are made of: the same for a permuted view and for what it is a view of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need triton")
+from triton.runtime.jit import KernelInterface
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastcov.kernels import covariance, gather, job
+from fastcov.kernels.config import Architecture
+from fastcov.kernels.layout import row_layout, row_layout_of
+
+H100 = Architecture("sm_90", 132)
+Launches = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Kernel, grid, arguments and options of each, with tensors by what a kernel sees of them."""
+    found: Launches = []
+
+    def described(value: Any) -> Any:
+        if isinstance(value, TensorDescriptor):
+            return [described(value.base), value.shape, value.strides, value.block_shape]
+        if isinstance(value, Tensor):
+            # Workspace lies anywhere.
+            return (value.dtype, value.numel(), value.data_ptr() if value is not None else 0)
+        return value
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            found.append((kernel.__name__, grid, *map(described, arguments), options))
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
+    monkeypatch.setattr(job, "architecture_of", lambda _device: H100)
+    job.cached_job.cache_clear()
+    yield found
+    job.cached_job.cache_clear()
+
+
+def state_of(channels: int) -> list[Tensor]:
+    moment = torch.zeros(channels, channels, dtype=torch.float64)
+    vectors = torch.zeros(2, channels, dtype=torch.float64)
+    return [moment, *vectors, torch.zeros((), dtype=torch.float64), torch.zeros(2).long()]
+
+
+def without_workspace(launches: Launches) -> Launches:
+    """Tensors that each update takes anew may lie elsewhere."""
+    fresh = (torch.float32, torch.int32, torch.uint8)
+
+    def strip(value: Any) -> Any:
+        return value[:2] if isinstance(value, tuple) and value[0] in fresh else value
+
+    return [tuple(map(strip, launch)) for launch in launches]
+
+
+ACTIVATIONS = [
+    (torch.empty(2, 64, 8, 8).to(memory_format=torch.channels_last), 1),
+    (torch.empty(2, 300, 16, 16).to(memory_format=torch.channels_last), 1),
+    (torch.empty(2, 64, 8, 8), 1),
+    (torch.empty(2, 64, 7, 7), 1),
+    (torch.empty(2, 8, 9, 64)[:, ::2, ::2], 3),
+    (torch.empty(40, 3, 24), 2),
+    (torch.empty(3, 24, 5).transpose(0, 1), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("activation", "channel_dim"), ACTIVATIONS)
+def test_channels_may_be_anywhere(
+    launches: Launches, activation: Tensor, channel_dim: int, dtype: torch.dtype
+) -> None:
+    activation = torch.empty_strided(activation.shape, activation.stride(), dtype=dtype)
+    rows = activation.movedim(channel_dim, -1)
+    state = state_of(rows.shape[-1])
+    covariance.launch_accumulate_(*state, rows)
+    view, launches[:] = without_workspace(launches), []
+    assert {name for name, *_ in view} >= {"reduce_kernel"}
+    covariance.launch_accumulate_(*state, activation, channel_dim=channel_dim)
+    assert without_workspace(launches) == view
+    accumulate = covariance.Accumulation(channel_dim)
+    for _ in range(2):
+        launches.clear()
+        accumulate(*state, activation)
+        assert without_workspace(launches) == view
+
+
+def test_an_accumulation_looks_at_every_address(launches: Launches) -> None:
+    """A bulk copy from an address that is not aligned is an error on the device."""
+    memory = torch.empty(64 * 64 + 1, dtype=torch.bfloat16)
+    accumulate = covariance.Accumulation()
+    for first in (0, 1, 0, 1):
+        launches.clear()
+        accumulate(*state_of(64), memory[first : first + 64 * 64].view(64, 64))
+        name, _, _rows, aligned_rows, matrix, *_ = launches[0]
+        assert name == "gram_kernel"
+        assert (aligned_rows is None, matrix is None) == (first == 1, first == 1)
+
+
+def test_a_descriptor_is_what_its_constructor_makes() -> None:
+    rows = torch.empty(512, 64, dtype=torch.bfloat16)
+    found = job.job_of(rows, False, "split", H100)
+    assert found is not None
+    made = found.descriptor(rows)
+    expected = TensorDescriptor(rows, [512, 64], [64, 1], made.block_shape)
+    assert vars(made).keys() == vars(expected).keys()
+    assert made.base is rows
+    for name in ("shape", "strides", "block_shape", "padding"):
+        assert getattr(made, name) == getattr(expected, name)
+
+
+def test_constants_are_those_of_the_kernel() -> None:
+    constants = {"STEP": 1, "EDGE": 2, "IS_DEEP": False}
+    assert job._in_order(job.mask_kernel, **constants) == (1, 2, False)
+    with pytest.raises(TypeError, match="mask_kernel takes"):
+        job._in_order(job.mask_kernel, **constants, MODE=0)
+    with pytest.raises(TypeError, match="mask_kernel takes"):
+        job._in_order(job.mask_kernel, STEP=1, EDGE=2)
+
+
+def test_a_gather_names_no_constant_and_has_them_in_order(launches: Launches) -> None:
+    rows = torch.empty(2, 3, 8, dtype=torch.bfloat16)
+    tensors = torch.zeros(8).int(), torch.zeros(8).long(), torch.zeros(()).long()
+    prepared = gather.CursorGather(rows[0], *tensors, rows, 1 << 32, 1, 7)
+    prepared.launch_(rows)
+    (launch,) = launches
+    values = dict(zip(gather.cursor_gather_kernel.arg_names, launch[2:-1], strict=True))
+    constants = {name: value for name, value in values.items() if name.isupper()}
+    assert constants == {"IS_ORDERED": True, "ROWS": 16, "COLUMNS": 128, "IS_DEEP": False}
+    assert (values["channels"], values["positions"], values["row_count"]) == (8, 6, 6)
+    assert values["image_rows"] == 3
+    assert values["phase"] == 7
+
+
+def test_a_layout_of_channels_anywhere_is_that_of_the_view() -> None:
+    for activation, channel_dim in ACTIVATIONS:
+        view = activation.movedim(channel_dim, -1)
+        sizes = (activation.shape, activation.stride(), 4, True)
+        assert row_layout_of(*sizes, channel_dim) == row_layout(view)
