@@ -91,7 +91,9 @@ class Adder:
                 self._flush_full()
             if self.weighting == "position":
                 rows = activation if seen.channel_dim > 0 else seen.view(activation)
-                self._accumulate(rows, self._step, None, 1.0, seen.channel_dim, source)
+                self._accumulate(
+                    rows, self._step, None, 1.0, seen.channel_dim, source, seen.accumulation
+                )
             else:
                 self._add_image_weighted(seen.view(activation), source)
         elif count:
@@ -122,13 +124,18 @@ class Adder:
         row_scale: float = 1.0,
         channel_dim: int = -1,
         source: RowSource | None = None,
+        accumulation: Callable[..., None] | None = None,
     ) -> None:
         state = self.state
         assert state is not None
         decay = 1.0 if self.decay is None else self._decay_until(step)
         to = (state.moment, state.sum, state.shift, state.weight, state.count)
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
-            if source is None or not source(state):
+            if source is not None and source(state):
+                return
+            if accumulation is not None:
+                accumulation(*to, rows)
+            else:
                 library.accumulate_(*to, rows, channel_dim)
             return
         with state.weighing(rows, row_weight, row_scale, decay):

@@ -12,7 +12,7 @@ from math import ceil
 from torch import Tensor
 
 from fastcov.adder import Adder
-from fastcov.cursor import CARRY, OFFERED, SAMPLED, Counter
+from fastcov.cursor import CALLS, CARRY, FRACTION, OFFERED, SAMPLED, Counter
 from fastcov.ops.buffered import DeviceBuffer, has_device_buffers
 from fastcov.sampling import (
     BUFFER_ROWS_PER_CHANNEL,
@@ -130,7 +130,7 @@ class DeviceAdder(Adder):
     def _adds_at_once(self, seen: Seen) -> bool:
         # Whether nothing that changes from step to step is a number of the host's.
         return (
-            self._fixed_fraction == WHOLE
+            self.cursor.numbers[FRACTION] == WHOLE
             and seen.rows >= seen.direct_rows
             and self.weighting == "position"
             and self.decay is None
@@ -138,11 +138,12 @@ class DeviceAdder(Adder):
 
     def _fits(self, buffer: DeviceBuffer, seen: Seen) -> bool:
         # A call of the running step, counted already.
-        if self.calls == 1:
+        calls = self.cursor.numbers[CALLS]
+        if calls == 1:
             buffer.step_rows = 0
         if self._adds_at_once(seen):
             return False
-        if self._has_room(buffer, seen, self.calls):
+        if self._has_room(buffer, seen, calls):
             buffer.step_rows += seen.rows
             return True
         if buffer.is_captured:
@@ -156,9 +157,9 @@ class DeviceAdder(Adder):
         return False
 
     def _has_room(self, buffer: DeviceBuffer, seen: Seen, calls: int) -> bool:
-        due = (buffer.step_rows + seen.rows) * self._fixed_fraction >> 32
+        due = (buffer.step_rows + seen.rows) * self.cursor.numbers[FRACTION] >> 32
         return (
-            buffer.dtype == seen.dtype
+            buffer.dtype is seen.dtype
             and buffer.device == seen.device
             and due + calls <= buffer.most_rows
         )

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastcov.arguments import check_model, check_reading
 from fastcov.ops.buffered import has_device_buffers
+from fastcov.ops.workspace import update_workspace_bytes
 from fastcov.rows import plain_tensor, row_view
 from fastcov.sampling import (
     BUFFER_ROWS_PER_CHANNEL,
@@ -26,10 +27,23 @@ from fastcov.sampling import (
 from fastcov.sharing import SharedInputs
 from fastcov.taps import Selector, Tap, find_taps, first_tensor
 
+_FILLS = 32  # of a buffer, whose workspaces are compared
+
 
 @dataclass(frozen=True)
 class LayerEstimate:
-    """One layer's part. Bytes are of its state and its buffer; rows and flops are per step."""
+    """One layer's part. Rows and flops are per step.
+
+    Attributes:
+        name: Canonical name of the tap.
+        channels: Of a row, C.
+        rows_offered: That a step brings.
+        rows_read: Of those.
+        state_bytes: Of its sums, which stay.
+        buffer_bytes: Of rows that wait to be added; stays.
+        flops: Of its second moment.
+        workspace_bytes: On a GPU, the most that one update of the state takes and gives back.
+    """
 
     name: str
     channels: int
@@ -38,6 +52,7 @@ class LayerEstimate:
     state_bytes: int
     buffer_bytes: int
     flops: float
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,8 +71,17 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """States and buffers together, in bytes."""
-        return sum(layer.state_bytes + layer.buffer_bytes for layer in self.layers)
+        """The most that is added at the peak, in bytes: states, buffers, one update's workspace."""
+        stay = sum(layer.state_bytes + layer.buffer_bytes for layer in self.layers)
+        return stay + self.workspace_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of that, what only one update at a time takes and gives back: the largest layer's.
+
+        0 on a CPU, whose operators work outside torch's allocator: see :func:`estimate`.
+        """
+        return max((layer.workspace_bytes for layer in self.layers), default=0)
 
     @property
     def flops(self) -> float:
@@ -74,6 +98,12 @@ class Estimate:
             f"{len(self.layers)} layers, {self.memory_bytes / 2**20:.1f} MiB, "
             f"{self.flops / 1e9:.3g} GFLOP a step ({self.flops_share:.2%} of a training step)"
         ]
+        if self.workspace_bytes:
+            largest = max(self.layers, key=lambda layer: layer.workspace_bytes)
+            lines.append(
+                f"  workspace: {self.workspace_bytes / 2**20:.2f} MiB of it, given back after each "
+                f"update; the most for {largest.name}"
+            )
         lines += [
             f"  {layer.name}: C={layer.channels}, {layer.rows_read:.3g} of {layer.rows_offered} "
             f"rows a step, {(layer.state_bytes + layer.buffer_bytes) / 2**20:.2f} MiB"
@@ -98,10 +128,23 @@ def estimate(
     """Memory and flops that :func:`fastcov.track` would add, before it allocates anything.
 
     One forward runs with the example, without gradients. A model on the meta device is estimated
-    without memory or arithmetic of its own, as if it trained on a GPU.
+    without memory or arithmetic of its own, as if it trained on an H100 (whose workspace is counted
+    where triton is installed).
 
-    Memory is what stays. Left out is what the CPU's operators work in, one call after another: a
-    few MiB, and up to a layer's weights and inputs' second moment twice with ``rows="all"``.
+    Memory is what stays, and on a GPU the workspace of one update, the largest: updates follow one
+    another on a stream. The peak is above what stays by that much only where the update meets the
+    rest of the step at its peak. Left out, as it comes and goes within one call:
+
+    - On a CPU, the scratch memory of the compiled operators. The thread that runs the forward keeps
+      it, outside torch's allocator and its profiler: about 16 MiB at most, or 0.8 MiB for each of
+      torch's threads where that is more (4 KiB a channel above 4096). A layer that is read through
+      its inputs (``rows="all"``) needs 8 bytes there for each of its weights and 4 for each entry
+      of its inputs' second moment, and takes 8 for each entry from torch.
+    - On a CPU, the copy of a call's sampled rows, where they are more than 2 C.
+    - Temporaries of plain torch, where it takes the place of a compiled operator or of Triton
+      (:func:`fastcov.backends`), or of float64 rows on a GPU.
+    - With ``weighting="image"``, those of a module called several times a step, whose states are
+      merged: up to four times its 8 C^2 bytes.
 
     Args:
         model: As for :func:`fastcov.track`.
@@ -167,6 +210,7 @@ class _Seen:
     dtype: torch.dtype
     device: torch.device
     calls: list[int] = field(default_factory=list)  # rows of each
+    views: list[Tensor] = field(default_factory=list)  # likewise, on a GPU: their layout alone
 
 
 def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) -> LayerEstimate:
@@ -184,12 +228,14 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
             capacity, ceil(sum(d for d, waits in zip(due, buffered, strict=True) if waits))
         )
         state_bytes *= 1 if all(buffered) else 2
+    most_waiting, has_device_buffer = capacity, False
     row_bytes = size * seen.dtype.itemsize
     is_on_gpu = seen.device.type == "meta" or has_device_buffers(seen.dtype, seen.device)
     if is_on_gpu and not is_by_image and (fraction < 1 or any(buffered)):
         waiting = fraction * offered if fraction < 1 else min(offered, len(due) * (direct - 1))
         if sizes := device_buffer_rows(size, waiting, len(due)):
             capacity, row_bytes = sum(sizes), row_bytes + 4  # and the step of each row
+            has_device_buffer = True
     return LayerEstimate(
         name=name,
         channels=size,
@@ -198,7 +244,43 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
         state_bytes=state_bytes,
         buffer_bytes=capacity * row_bytes,
         flops=fraction * offered * size * (size + 1),
+        workspace_bytes=_workspace_bytes(
+            seen, fraction, buffered, most_waiting, is_by_image, has_device_buffer
+        ),
     )
+
+
+def _workspace_bytes(
+    seen: _Seen,
+    fraction: float,
+    buffered: list[bool],
+    most_waiting: int,
+    is_by_image: bool,
+    has_device_buffer: bool,
+) -> int:
+    """Of the largest update: of a call's rows at once, or of those that have waited.
+
+    Rows wait on the host's counters for the first steps, and are added by the same kernels; a
+    buffer on the device is made later, and emptied without workspace.
+    """
+    if not seen.views:
+        return 0
+
+    def rows(count: int) -> Tensor:
+        return torch.empty(count, seen.channels, dtype=seen.dtype, device="meta")
+
+    sizes = [0]
+    for view, count, waits in zip(seen.views, seen.calls, buffered, strict=True):
+        if not waits and fraction < 1:
+            sample = rows(ceil(fraction * count))
+            gathered = 0 if has_device_buffer else sample.nbytes  # into memory of its own
+            sizes.append(gathered + update_workspace_bytes(sample, seen.device))
+        elif not waits:
+            sizes.append(update_workspace_bytes(view, seen.device))
+    for part in range(1, _FILLS + 1):  # a few rows less may be shared out among more programs
+        waiting = rows(ceil(most_waiting * part / _FILLS))
+        sizes.append(update_workspace_bytes(waiting, seen.device, is_weighted=is_by_image))
+    return max(sizes)
 
 
 class _Survey:
@@ -274,6 +356,9 @@ class _Survey:
             self._shared.see(number, activation, tap.name in self.seen)
         seen = self.seen.setdefault(tap.name, _Seen(channels, rows.dtype, rows.device))
         seen.calls.append(count)
+        if seen.device.type != "cpu":
+            layout = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device="meta")
+            seen.views.append(layout)
 
 
 def _sized(activation: Tensor) -> Tensor | None:

@@ -110,9 +110,8 @@ class Reader(DeviceAdder):
         numbers[POSITIONS] += seen.positions
         if self._device_buffer is not None and self._fits(self._device_buffer, seen):
             assert self._device_step is not None
-            rows, fraction = seen.view(activation), numbers[FRACTION]
             self._device_buffer.gather(
-                rows, self._device_step, fraction, seen.run_length, self.phase
+                activation, seen, self._device_step, numbers[FRACTION], numbers[PHASE]
             )
             return
         if self._device is not seen.device:
@@ -174,7 +173,9 @@ class Reader(DeviceAdder):
             self._remember(seen, adds=False)
 
     def _remember(self, seen: Seen, adds: bool) -> None:
-        if library.has_again and seen.layout is not None:
+        if adds and seen.accumulation is not None:
+            self._again, self._adds_again = seen, adds
+        elif library.has_again and seen.layout is not None:
             self.cursor.remember(seen.layout)
             self._again, self._adds_again = seen, adds
 
@@ -203,6 +204,17 @@ class Reader(DeviceAdder):
             return False
         if self._adds_again:
             to = (state.moment, state.sum, state.shift, state.weight, state.count)
+            if seen.accumulation is not None:
+                if self._device_buffer is not None:
+                    return False  # which counts calls too
+                numbers = self.cursor.numbers
+                if numbers[FRACTION] != WHOLE or not seen.fits(value):
+                    return False
+                numbers[CALLS] += 1
+                numbers[OFFERED] += seen.rows
+                numbers[POSITIONS] += seen.positions
+                seen.accumulation(*to, seen.source(value))
+                return True
             return library.accumulate_again_(cursor, *to, value) >= 0
         if storage is None:
             return False

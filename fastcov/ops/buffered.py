@@ -18,6 +18,8 @@ from fastcov.ops.library import backends
 
 if TYPE_CHECKING:
     from fastcov.kernels.flush import FlushTable
+    from fastcov.kernels.gather import CursorGather
+    from fastcov.seen import Seen
 
 
 def has_device_buffers(dtype: torch.dtype, device: torch.device) -> bool:
@@ -50,6 +52,8 @@ class DeviceBuffer:
         state_step: Step up to which decay has been applied to the state.
 
     Attributes:
+        dtype: Of the rows that it takes.
+        device: Likewise.
         step_rows: That the calls of the running step have offered it.
         is_captured: Whether a CUDA graph may hold its addresses.
     """
@@ -70,6 +74,8 @@ class DeviceBuffer:
 
         device, channels = state.moment.device, len(state.sum)
         self.most_rows = most_rows
+        self.dtype = dtype
+        self.device = device
         self.step_rows = 0
         self.is_captured = False
         with torch.inference_mode(False):
@@ -94,32 +100,40 @@ class DeviceBuffer:
             first_threshold=first_threshold,
         )
         self._table = flush.FlushTable([self.layer])
+        self._prepared: CursorGather | None = None  # for calls like the last one
+        self._seen: Seen | None = None
+        self._step: Tensor | None = None
+        self._fraction = 0
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows that it takes."""
-        return self._buffer.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the rows that it takes."""
-        return self._buffer.device
-
-    def gather(self, rows: Tensor, step: Tensor, fraction: int, run: int, phase: int) -> None:
-        """Copies the rows that are due; see :func:`fastcov.kernels.gather.launch_cursor_gather_`.
+    def gather(
+        self, activation: Tensor, seen: Seen, step: Tensor, fraction: int, phase: int
+    ) -> None:
+        """Copies the rows that are due; see :class:`fastcov.kernels.gather.CursorGather`.
 
         Args:
-            rows: A row view. [B, ..., C]
+            activation: One that ``seen`` fits.
+            seen: Its sizes.
             step: int64, number of the running step. []
             fraction: In units of 2**-32.
-            run: Neighbouring positions read together.
-            phase: Start of the sampling sequence.
+            phase: Start of the sampling sequence, the same in all calls.
         """
-        from fastcov.kernels.gather import launch_cursor_gather_
+        prepared = self._prepared
+        if prepared is None or not (
+            self._seen is seen and self._step is step and self._fraction == fraction
+        ):
+            prepared = self._prepare(seen.view(activation), seen, step, fraction, phase)
+        prepared.launch_(activation)
 
-        launch_cursor_gather_(
-            self._buffer, self._row_step, self._cursor, step, rows, fraction, run, phase
+    def _prepare(
+        self, rows: Tensor, seen: Seen, step: Tensor, fraction: int, phase: int
+    ) -> CursorGather:
+        from fastcov.kernels.gather import CursorGather
+
+        self._prepared = CursorGather(
+            self._buffer, self._row_step, self._cursor, step, rows, fraction, seen.run_length, phase
         )
+        self._seen, self._step, self._fraction = seen, step, fraction
+        return self._prepared
 
     def flush(self, step: Tensor, decay: float) -> None:
         """Adds all its rows to the state, full or not."""

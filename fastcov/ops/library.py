@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastcov.ops import aten, aten_eigen, native
 from fastcov.ops.native import Backend
+
+if TYPE_CHECKING:
+    from fastcov.ops.covariance import Precision
 
 _LIBRARY = torch.library.Library("fastcov", "DEF")
 
@@ -41,6 +44,14 @@ _define(
     "accumulate_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift, Tensor(d!) weight,"
     " Tensor(e!) count, Tensor rows, int channel_dim=-1, Tensor? row_weight=None,"
     " float row_scale=1, float decay=1) -> ()",
+    _no_result,
+)
+# The same, with float32 products of the caller's choice. An operator of its own: one more argument
+# would be converted at every hook's call, and compiled kernels take as many as they are built for.
+_define(
+    "accumulate_at_precision_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift,"
+    " Tensor(d!) weight, Tensor(e!) count, Tensor rows, str precision, int channel_dim=-1,"
+    " Tensor? row_weight=None, float row_scale=1, float decay=1) -> ()",
     _no_result,
 )
 
@@ -200,15 +211,79 @@ def _accumulate_cuda(
     row_weight: Tensor | None = None,
     row_scale: float = 1.0,
     decay: float = 1.0,
+    precision: Precision = "split",
 ) -> None:
-    rows = aten.channels_to_end(rows, channel_dim)
     state = (moment, sum, shift, weight, count)
     if _use_triton(rows):
         from fastcov import kernels
 
-        kernels.launch_accumulate_(*state, rows, row_weight, row_scale, decay)
+        launch_ = kernels.launch_accumulate_
+        launch_(
+            *state,
+            rows,
+            row_weight,
+            row_scale,
+            decay,
+            channel_dim=channel_dim,
+            precision=precision,
+        )
     else:
-        aten.accumulate_(*state, rows, -1, row_weight, row_scale, decay)
+        aten.accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
+
+
+def accumulation_of(rows: Tensor, channel_dim: int = -1) -> Callable[..., None] | None:
+    """What ``accumulate_`` comes to for rows on a GPU, to be called outside of all modes.
+
+    Torch's dispatcher would only look for it, in 4 us of every hook.
+
+    Args:
+        rows: Laid out as those to come.
+        channel_dim: Where they hold their channels.
+
+    Returns:
+        Takes a state's tensors and such rows (:class:`fastcov.kernels.covariance.Accumulation`);
+        None where the operator is to be called.
+    """
+    if not (rows.is_cuda and _use_triton(rows)):
+        return None
+    from fastcov import kernels
+
+    return kernels.Accumulation(channel_dim)
+
+
+def _accumulate_at_precision_cuda(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    precision: Precision,
+    channel_dim: int = -1,
+    row_weight: Tensor | None = None,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
+) -> None:
+    state = (moment, sum, shift, weight, count)
+    _accumulate_cuda(*state, rows, channel_dim, row_weight, row_scale, decay, precision)
+
+
+def _accumulate_at_precision_cpu(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    precision: Precision,
+    channel_dim: int = -1,
+    row_weight: Tensor | None = None,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
+) -> None:
+    # Compiled or not, a CPU's products are those of float32 itself, or of more digits.
+    state = (moment, sum, shift, weight, count)
+    accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
 
 
 def _gather_cuda(
@@ -235,6 +310,8 @@ _FALLBACKS: dict[tuple[str, str], Callable[..., Any]] = {
     ("accumulate_", "CPU"): aten.accumulate_,
     ("gather_", "CPU"): aten.gather_,
     ("accumulate_", "CUDA"): _accumulate_cuda,
+    ("accumulate_at_precision_", "CPU"): _accumulate_at_precision_cpu,
+    ("accumulate_at_precision_", "CUDA"): _accumulate_at_precision_cuda,
     ("accumulate_affine_", "CPU"): aten.accumulate_affine_,
     ("gather_", "CUDA"): _gather_cuda,
     **{

@@ -68,6 +68,21 @@ def test_grid_of_affine_maps(affine: Callable[..., Tensor], channels: int, input
             torch.testing.assert_close(seen.weight, oracle.weight, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("channels", [41, 200])
+def test_an_affine_map_leaves_the_upper_triangle(channels: int) -> None:
+    given, seen = Moments(37), Moments(channels)
+    accumulate_reference_(**vars(given), rows=rows_of(37))
+    tiles = torch.arange(channels) // 16
+    is_above = tiles[:, None] < tiles
+    seen.moment[is_above] = 7.0
+    matrix = maps_of(channels, 37)["by rows"]
+    assert torch.ops.fastcov.accumulate_affine_(
+        *(seen.moment, seen.sum, seen.shift, seen.weight, seen.count),
+        *(given.moment, given.sum, given.shift, 400, matrix, None, 1.0, 0.5),
+    )
+    assert bool((seen.moment[is_above] == 7).all())
+
+
 def test_an_affine_map_has_the_same_bits_on_any_number_of_threads() -> None:
     rows, matrix = rows_of(100), maps_of(200, 100)["by rows"]
     given = Moments(100)

@@ -113,6 +113,21 @@ def test_grid_of_row_counts(channels: int, rows: int, threads: int) -> None:
     check(images(rows, channels, 1, 1, torch.float32).flatten(1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [41, 200, 520])
+def test_grid_of_untouched_upper_triangles(channels: int, dtype: torch.dtype, threads: int) -> None:
+    # Beyond the tiles of the diagonal, at most 32 channels wide, nothing is added, nor aged.
+    # Not NaN, which would stay what it is.
+    tiles = torch.arange(channels) // 32
+    is_above = tiles[:, None] < tiles
+    moments = Moments(channels)
+    moments.moment[is_above] = 7.0
+    for rows in (3000, 1, 0):
+        maps = images(rows, channels, 1, 1, dtype).flatten(1)
+        torch.ops.fastcov.accumulate_(*vars(moments).values(), maps, decay=0.5)
+        assert bool((moments.moment[is_above] == 7).all())
+
+
 NEEDS = {
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},

@@ -1,4 +1,4 @@
-"""Runs interpreted_graphs.py in a process whose triton interprets kernels on the CPU."""
+"""Runs interpreted cases in a process whose triton interprets kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("interpreted_graphs.py")
+FOLDER = Path(__file__).parent
 
 
-def test_emulated_cuda_graphs_read_what_eager_steps_read() -> None:
+def run_interpreted(file: str) -> None:
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=CASES.parents[2],
+        cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_emulated_cuda_graphs_read_what_eager_steps_read() -> None:
+    run_interpreted("interpreted_graphs.py")
+
+
+def test_one_launch_adds_the_full_buffers_of_all_layers() -> None:
+    run_interpreted("interpreted_flushes.py")

@@ -276,13 +276,18 @@ def test_peak_memory_is_the_estimate(options: dict[str, Any]) -> None:
             network.zero_grad()
         torch.cuda.synchronize()
         assert tracker is None or tracker.steps == 4
-        return torch.cuda.max_memory_allocated()
+        # What was asked for: the allocator rounds up, to 512 bytes, or by as much as 1 MiB a tensor
+        # of more than that.
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"]
 
     example = torch.zeros(16, 3, 64, 64, device="cuda")
-    estimated = fastcov.estimate(model(), example, **options).memory_bytes
+    report = fastcov.estimate(model(), example, **options)
     plain = peak(track=False)
     added = peak(track=True) - plain
-    assert added == pytest.approx(estimated, abs=0.02 * (estimated + plain))
+    slack = 0.02 * report.memory_bytes
+    # The workspace counts where the update that takes it comes at the step's own peak.
+    assert added <= report.memory_bytes + slack
+    assert added >= report.memory_bytes - report.workspace_bytes - slack
 
 
 @pytest.mark.gpu
