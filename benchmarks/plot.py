@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 from fastcov.bench.contest import Row
+from fastcov.bench.hooks import CPU_PATH, GPU_PATH
 from fastcov.bench.results import Result, load_results
 from fastcov.bench.table import TARGET_HEADERS, seconds, target_cells
 from fastcov.bench.targets import judge
@@ -105,7 +106,8 @@ def versus_table(case: str, results: Results) -> str:
 
 def kernels_table(results: Results) -> str:
     """The three tables of kernels in a line each: ours, and how much longer others take."""
-    hooks = {row.contender: row for row in results["hooks"].rows}
+    table = by_contender(results["hooks"])
+    hooks = table.get(CPU_PATH) or table[GPU_PATH]  # a GPU has the second only
     ours, empty = (
         max(0.0, hooks[name].notes["per_hook_s"]) for name in (_TRACKED[0], "torch, an empty hook")
     )
@@ -130,11 +132,13 @@ def snapshot_table(results: Results) -> str:
 
 
 def hooks_table(results: Results) -> str:
-    """Host time of one hook."""
-    lines = [
-        [row.contender, seconds(row.p50_s), seconds(max(0.0, row.notes["per_hook_s"]))]
-        for row in results["hooks"].rows
-    ]
+    """Host time of one hook, by the path that its rows take."""
+    lines = []
+    for row in results["hooks"].rows:
+        name = row.contender
+        if row.work == GPU_PATH:
+            name += " (GPU path, kernels stubbed)"
+        lines.append([name, seconds(row.p50_s), seconds(max(0.0, row.notes["per_hook_s"]))])
     return markdown(("53 hooks", "all", "one hook"), lines)
 
 

@@ -8,9 +8,21 @@ import pytest
 import torch
 
 from fastcov import bench
-from fastcov.bench import covariance, eigen, machine, results, table, targets
+from fastcov.bench import (
+    covariance,
+    eigen,
+    hooks,
+    machine,
+    models,
+    peers,
+    results,
+    table,
+    targets,
+    training,
+)
 from fastcov.bench.contest import Row, Setting
 
+CPU = torch.device("cpu")
 H100 = "NVIDIA H100 80GB HBM3"
 GPU_RATES = machine.Rates(torch.device("cuda"), 1e12, {"float32": 1e13, "float64": 1e13})
 
@@ -76,6 +88,25 @@ def test_times_untracked_are_judged_by_the_ratio(monkeypatch: pytest.MonkeyPatch
     assert verdict.floor_s == 1.0
 
 
+@pytest.mark.parametrize(("bound", "outcome"), [(11e-6, "met"), (9e-6, "missed")])
+def test_seconds_per_hook_are_what_a_hook_adds(
+    bound: float, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = replace(row("work", "no hook", 100e-6), versus="no hook")
+    ours = replace(row("work", "fastcov, default", 600e-6), versus="no hook")
+    ours.notes["per_hook_s"] = 10e-6  # of 50
+    one = target("seconds per hook", bound, "fastcov, default")
+    verdict = judged(one, [bare, ours], monkeypatch)
+    assert (verdict.outcome, verdict.value, verdict.measured_s) == (outcome, 10e-6, 10e-6)
+    assert verdict.low == pytest.approx((540e-6 - 100e-6) / 50)
+    assert verdict.high == pytest.approx((660e-6 - 100e-6) / 50)
+    cells = table.target_cells(verdict)
+    assert "10 us" in cells
+    assert cells[-1] == outcome
+    for incomplete in ([ours], [bare, replace(ours, notes={})]):
+        assert judged(one, incomplete, monkeypatch).outcome == "not measured"
+
+
 def test_absent_row_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = judged(target("seconds", 1.0), [row("other", "fastcov", 0.1)], monkeypatch)
     assert (verdict.outcome, verdict.value) == ("not measured", None)
@@ -90,6 +121,36 @@ def test_every_target_names_a_row_that_a_case_measures() -> None:
     for one in targets.TARGETS:
         kind = setting if one.kind == "cuda" else Setting(torch.device("cpu"))
         assert one.work in {work.name for work in bench.works(one.case, kind)}, one
+
+
+@pytest.mark.parametrize(("kind", "bounds"), [("cpu", (1.02, 1.15)), ("cuda", (1.01, 1.05))])
+@pytest.mark.parametrize("network", ["resnet50", "vit", "faster_rcnn"])
+def test_steps_of_every_network_are_judged(
+    network: str, kind: str, bounds: tuple[float, float]
+) -> None:
+    def verdicts(excess: float) -> list[targets.Verdict]:
+        names = ("fastcov, default", "fastcov, every row")
+        rows = [
+            row(f"{network} training step", name, 1.0, bound + excess)
+            for name, bound in zip(names, bounds, strict=True)
+        ]
+        return targets.judge(kind, {f"training-{network}": rows}, H100)
+
+    met, missed = verdicts(-0.001), verdicts(0.001)
+    assert sum(one.outcome == "met" for one in met) == 2
+    assert sum(one.outcome == "missed" for one in missed) == 2
+
+
+def test_every_target_names_a_contender_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As would a renamed contender. Those of a case are the same at every size; peers need not run.
+    monkeypatch.setattr(peers, "find", lambda _setting, _name, _make: lambda _index: None)
+    setting = Setting(CPU, "tiny", _rates=replace(GPU_RATES, device=CPU))
+    found = {"training": {*training.contest(models.small_convnet(CPU), setting).contenders}}
+    for case, module in (("covariance", covariance), ("eigen", eigen), ("hooks", hooks)):
+        contests = [work.build(setting) for work in module.works(setting)]
+        found[case] = {name for contest in contests for name in contest.contenders}
+    for one in targets.TARGETS:
+        assert one.contender in found[one.case.partition("-")[0]], one
 
 
 def test_targets_of_kernels_come_first_on_a_gpu() -> None:

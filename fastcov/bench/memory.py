@@ -14,15 +14,20 @@ def peak_bytes(device: torch.device, call: Callable[[], object]) -> int:
     """Highest number of tensor bytes alive at once while ``call`` runs, above the start.
 
     On a CPU from the allocator's own events, so that neither fragmentation nor other processes
-    count; on a GPU from torch's caching allocator.
+    count; on a GPU from torch's caching allocator, by what was asked of it: what it hands out is up
+    to 511 bytes more for a small tensor, and up to 1 MiB for one above 1 MiB.
     """
     if device.type == "cuda":
+        # Of torch's other allocator only what is handed out is known.
+        is_native = torch.cuda.get_allocator_backend() == "native"
+        bytes_of = "requested_bytes.all" if is_native else "allocated_bytes.all"
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before: int = torch.cuda.memory_stats(device)[f"{bytes_of}.current"]
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        peak: int = torch.cuda.memory_stats(device)[f"{bytes_of}.peak"]
+        return peak - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports a missing GPU as an error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

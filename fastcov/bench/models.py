@@ -167,7 +167,8 @@ def resnet(name: str, batch: int, size: int, device: torch.device) -> Training:
 def vit(device: torch.device, is_tiny: bool) -> Training:
     """Vision transformer at 224: ViT-B with batch 128 in bf16 on a GPU, else ViT-S with batch 8.
 
-    Trained by AdamW, as these networks are.
+    Trained by AdamW, as these networks are. From five images on its hidden layers are read through
+    their inputs on a CPU (:mod:`fastcov.affine`): with fewer, every row costs more.
     """
     models = _torchvision("models")
     is_cuda = device.type == "cuda"

@@ -113,7 +113,7 @@ def target_cells(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _in_unit(measure: Measure, value: float) -> str:
-    if measure == "seconds":
+    if measure.startswith("seconds"):
         return seconds(value)
     if measure == "share of floor":
         return f"{value:.0%} of the floor's rate"

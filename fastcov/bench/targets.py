@@ -9,7 +9,9 @@ from typing import Any, Literal
 from fastcov.bench.contest import OURS, Row
 
 Kind = Literal["cpu", "cuda"]
-Measure = Literal["share of floor", "times faster", "seconds", "times untracked"]
+Measure = Literal[
+    "share of floor", "times faster", "seconds", "seconds per hook", "times untracked"
+]
 Outcome = Literal["met", "missed", "not measured", "another device"]
 AT_LEAST: frozenset[Measure] = frozenset({"share of floor", "times faster"})
 
@@ -17,6 +19,9 @@ _GRAM = "channels_last bfloat16 C={} K=262144"
 _NETWORK = "ResNet-50 convs, batch {}, bfloat16"
 _SPECTRUM = "ResNet-50: 53 matrices of 64 to 2048, float32"
 _NETWORKS = ("resnet50", "vit", "faster_rcnn")
+_HOOKS = "53 hooks of ResNet-50, launch stubbed"
+_GPU_HOOKS = "53 hooks of ResNet-50, GPU path, kernels stubbed"
+_PER_HOOK_S = 10e-6
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ def _steps(kind: Kind, cases: Iterable[str], default: float, every_row: float) -
     ]
 
 
+def _hooks(kind: Kind, work: str) -> list[Target]:
+    names = ("fastcov, default", "fastcov, every row", "fastcov, default, inputs")
+    return [Target(kind, "hooks", work, name, "seconds per hook", _PER_HOOK_S) for name in names]
+
+
 def _gpu(case: str, work: str, contender: str, measure: Measure, bound: float) -> Target:
     return Target("cuda", case, work, contender, measure, bound)
 
@@ -70,7 +80,10 @@ TARGETS: tuple[Target, ...] = (
     _gpu("eigen", _SPECTRUM, OURS, "seconds", 20e-3),
     _gpu("eigen", _SPECTRUM, "torch.linalg", "times faster", 20.0),
     *_steps("cuda", [*_NETWORKS, *(f"{name}-compiled" for name in _NETWORKS)], 1.01, 1.05),
-    *_steps("cpu", ["resnet50"], 1.02, 1.15),
+    *_hooks("cuda", _GPU_HOOKS),
+    *_steps("cpu", _NETWORKS, 1.02, 1.15),
+    *_hooks("cpu", _HOOKS),
+    *_hooks("cpu", _GPU_HOOKS),
 )
 """Every promise, in the order of its table."""
 
@@ -141,6 +154,8 @@ def _judged(target: Target, rows: Sequence[Row]) -> Verdict:
     row = find(target.contender)
     if row is None:
         return Verdict(target)
+    if target.measure == "seconds per hook":
+        return _per_hook(target, row, find(row.versus))
     value, low, high = _values(target.measure, row)
     floor_s = row.floor_s
     if target.measure == "times untracked":
@@ -151,6 +166,15 @@ def _judged(target: Target, rows: Sequence[Row]) -> Verdict:
     ours = find(OURS) if target.measure == "times faster" else row
     measured_s = (ours or row).p50_s
     return Verdict(target, value, low, high, measured_s, floor_s)
+
+
+def _per_hook(target: Target, row: Row, bare: Row | None) -> Verdict:
+    value = row.notes.get("per_hook_s")
+    if not value or bare is None:
+        return Verdict(target)
+    hooks = round((row.p50_s - bare.p50_s) / value)
+    low, high = ((bound_s - bare.p50_s) / hooks for bound_s in (row.low_s, row.high_s))
+    return Verdict(target, value, low, high, measured_s=value)
 
 
 def _values(measure: Measure, row: Row) -> tuple[float | None, float | None, float | None]:

@@ -247,8 +247,11 @@ def _finish(
         held.add_to(by_name[name], by_name[UNTRACKED], training.dtype, setting)
     if training.example is None:
         return
-    every_row = estimate(training.model, training.example, rows="all", training=True)
-    default = estimate(training.model, training.example, training=True)
+    # In the dtype of the steps: rows wait, and are multiplied, in it.
+    autocast = None if training.dtype == torch.float32 else training.dtype
+    with torch.autocast(setting.device.type, dtype=autocast, enabled=autocast is not None):
+        every_row = estimate(training.model, training.example, rows="all", training=True)
+        default = estimate(training.model, training.example, training=True)
     by_name[ALL].notes["estimate_bytes"] = every_row.memory_bytes
     by_name[DEFAULT].notes["estimate_bytes"] = default.memory_bytes
     loads = [

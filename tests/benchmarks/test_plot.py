@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -107,6 +108,31 @@ def test_targets_stand_beside_what_was_measured(plot: ModuleType, readme: Path) 
     assert "| 1.012x | 1.007x to 1.017x | at most 1.020x | met |" in default
     every_row = next(line for line in lines if "fastcov, every row" in line)
     assert "| at most 1.150x | met |" in every_row
+
+
+@pytest.mark.parametrize("has_gpu_path", [False, True])
+def test_hooks_of_files_with_and_without_the_path_of_a_gpu(
+    plot: ModuleType, readme: Path, has_gpu_path: bool
+) -> None:
+    names = ("no hook", "torch, an empty hook", "fastcov, default")
+    rows = [replace(row(name, 1.0), work=plot.CPU_PATH) for name in names]
+    if has_gpu_path:
+        rows += [replace(row(name, 1.0), work=plot.GPU_PATH) for name in names]
+    for number, one in enumerate(rows):
+        one.notes = {"per_hook_s": number * 1e-6}
+    folder = readme.parent / "benchmarks/results/cpu-a"
+    for case, peer in (("covariance", "torch.mm"), ("eigen", "torch.linalg")):
+        alone = replace(row(peer, 1.0), versus=peer)
+        Result(case, "default", MACHINE, RATES, {}, {}, [alone]).save(folder)
+    Result("hooks", "default", MACHINE, RATES, {}, {}, rows).save(folder)
+    tables = ("hooks", "kernels")
+    readme.write_text("".join(f"<!-- table:cpu-a/{t} -->\n<!-- /table -->\n" for t in tables))
+    assert plot.main(["--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| fastcov, default | 1.00 s | 2 us |" in text
+    on_gpu = "| fastcov, default (GPU path, kernels stubbed) | 1.00 s | 5 us |"
+    assert (on_gpu in text) == has_gpu_path
+    assert "| one hook, nothing launched | 2 us | torch's empty hook: 1 us |" in text
 
 
 def test_a_difference_is_noticed(

@@ -1,0 +1,175 @@
+"""What a hook would start, replaced by nothing: what is left is the host time of the hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcov import kernels
+from fastcov.bench.peers import MissingPeerError
+from fastcov.ops import library
+from fastcov.sampling import direct_rows
+from fastcov.state import CovarianceState
+
+
+class Stubs:
+    """Attributes that are others inside a ``with`` block.
+
+    Args:
+        replaced: Owner, name and value of each.
+    """
+
+    def __init__(self, *replaced: tuple[Any, str, Any]) -> None:
+        self._replaced = replaced
+        self._saved: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> None:
+        for owner, name, value in self._replaced:
+            self._saved.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
+
+    def __exit__(self, *_error: object) -> None:
+        while self._saved:
+            setattr(*self._saved.pop())
+
+    @contextmanager
+    def counted(self) -> Iterator[list[str]]:
+        """Likewise, and lists what hooks call: that takes time of its own."""
+        raise NotImplementedError
+
+
+class OperatorStubs(Stubs):
+    """A CPU's operators, still called, with no row to read.
+
+    Attributes:
+        has_again: Whether they include those that read a call like the last one. These are no
+            stubs: what they do beside copying and adding rows stays.
+    """
+
+    def __init__(self) -> None:
+        self.has_again = library.has_again
+        again: list[tuple[Any, str, Any]] = []
+        if self.has_again:
+            again = [
+                (library, "gather_again_", library.gather_again_),
+                (library, "accumulate_again_", _accumulate_again()),
+            ]
+        super().__init__(
+            *again,
+            (library, "gather_", _dispatched_gather()),
+            (library, "accumulate_", _dispatched_accumulate()),
+        )
+
+    @contextmanager
+    def counted(self) -> Iterator[list[str]]:
+        """Likewise, and lists the operators."""
+        calls: list[str] = []
+
+        def counting(name: str, stub: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                calls.append(name)
+                return stub(*arguments, **options)
+
+            return call
+
+        with self:
+            for owner, name, stub in self._replaced:
+                setattr(owner, name, counting(name, stub))
+            yield calls
+
+
+class KernelStubs(Stubs):
+    """All that prepares the launch of a Triton kernel runs, and Triton's launch does not.
+
+    On a CPU its tensors stand for those of an H100: as no kernel runs, nothing reads them.
+
+    Args:
+        device: A GPU, or a CPU.
+
+    Raises:
+        MissingPeerError: If Triton cannot be used there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if reason := kernels.unavailable_reason():
+            raise MissingPeerError(f"needs Triton: {reason}")
+        from fastcov.kernels.gather import cursor_gather_kernel
+
+        kind = type(cursor_gather_kernel)  # that of all kernels
+        simulated: list[tuple[Any, str, Any]] = []
+        if device.type == "cpu":
+            simulated = _simulated_gpu()
+        elif not (backend := library.backends()["triton"]).active:
+            raise MissingPeerError(f"needs Triton: {backend.reason}")
+        super().__init__(*simulated, (kind, "__getitem__", lambda _kernel, _grid: _ignore))
+        self._kind = kind
+
+    @contextmanager
+    def counted(self) -> Iterator[list[str]]:
+        """Likewise, and lists the kernels."""
+        calls: list[str] = []
+
+        def launch(kernel: Any, _grid: object) -> Callable[..., None]:
+            calls.append(kernel.__name__)
+            return _ignore
+
+        with self, Stubs((self._kind, "__getitem__", launch)):
+            yield calls
+
+
+def _simulated_gpu() -> list[tuple[Any, str, Any]]:
+    # Wherever hooks ask whether rows lie on a GPU, they do.
+    from fastcov import device_adder, replay, seen
+    from fastcov.kernels import covariance, job
+    from fastcov.kernels.config import Architecture
+
+    architecture = Architecture("sm_90", 132)  # an H100
+    return [
+        (job, "architecture_of", lambda _device: architecture),
+        (library, "has_again", False),
+        (library, "accumulation_of", lambda _rows, dim: covariance.Accumulation(dim)),
+        (library, "_use_triton", lambda _rows: True),
+        (library, "accumulate_", library._accumulate_cuda),
+        (library, "gather_", library._gather_cuda),
+        (device_adder, "has_device_buffers", lambda _dtype, _device: True),
+        (replay, "has_device_buffers", lambda _dtype, _device: True),
+        (device_adder, "direct_rows", _gpu_direct_rows),
+        (seen, "direct_rows", _gpu_direct_rows),
+    ]
+
+
+def _gpu_direct_rows(channels: int, is_cpu: bool) -> int:
+    del is_cpu
+    return direct_rows(channels, is_cpu=False)
+
+
+def _ignore(*_arguments: Any, **_options: Any) -> None:
+    return None
+
+
+def _accumulate_again() -> Callable[..., int]:
+    # Asked for a part of the rows it compares the call with the last one, and declines.
+    real = library.accumulate_again_
+    return lambda *arguments: real(*arguments) and 0
+
+
+def _dispatched_gather() -> Callable[..., None]:
+    real = library.gather_
+
+    def stub(
+        buffer: Tensor, rows: Tensor, row: int, first: int, _due: int, run: int, phase: int, c: int
+    ) -> None:
+        real(buffer, rows, row, first, 0, run, phase, c)
+
+    return stub
+
+
+def _dispatched_accumulate() -> Callable[..., None]:
+    real = library.accumulate_
+    state, none = CovarianceState(1), torch.zeros(0, 1)
+    moments = (state.moment, state.sum, state.shift, state.weight, state.count)
+    return lambda *_arguments: real(*moments, none, -1)
