@@ -15,6 +15,7 @@ import fastcov
 from fastcov.ops import library
 from fastcov.ops.reference import sample_index_reference
 from fastcov.reader import Reader
+from fastcov.rows import Layout, row_view
 from fastcov.sampling import (
     LayerLoad,
     fixed_point,
@@ -96,6 +97,14 @@ LAYOUTS = {
     "nchw": lambda x: x.permute(0, 2, 3, 1),
     "tokens": lambda x: x.flatten(2).mT.contiguous(),
     "vectors": lambda x: x.flatten(2).mT.reshape(-1, x.shape[1]),
+    # [T, B, C], as attention and recurrent modules have it unless batch_first
+    "sequence_first": lambda x: row_view(
+        x.flatten(2).permute(2, 0, 1).contiguous(), Layout.SEQUENCE_FIRST
+    ),
+    "sliced_tokens": lambda x: torch.cat(2 * [x.flatten(2).mT], 2)[..., 1 : x.shape[1] + 1],
+    "strided_maps": lambda x: (
+        x.repeat_interleave(2, 2).repeat_interleave(3, 3)[:, :, ::2, ::3].permute(0, 2, 3, 1)
+    ),
 }
 
 

@@ -155,6 +155,14 @@ def checked_crew(folder: Path) -> Check:
 
 
 @pytest.fixture(scope="session")
+def tiles(folder: Path) -> Run:
+    """covariance_tiles.cpp: what the driver of accumulate_ multiplies, and on how many threads."""
+    headers = Path(torch.__file__).parent / "include"
+    options = ("-O2", "-isystem", str(headers), "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    return _runner(_compile(folder, "tiles", HERE / "covariance_tiles.cpp", *options))
+
+
+@pytest.fixture(scope="session")
 def emulated(folder: Path) -> Run:
     """emulated_eigen.cpp: the GPU's kernels on the host."""
     return _runner(_compile_emulation(folder / "emulated", KERNELS, "-O1", *_fused_options()))
