@@ -299,7 +299,7 @@ def _in_order(kernel: Any, **constants: Any) -> tuple[Any, ...]:
 def _matrix(layout: RowLayout, dtype: torch.dtype, block: list[int]) -> dict[str, Any]:
     sizes, strides = [layout.positions, layout.channels], [layout.stride_position, 1]
     # The constructor checks what is no address.
-    made = TensorDescriptor(torch.empty(0, dtype=dtype), sizes, strides, block)
+    made = TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), sizes, strides, block)
     return {name: value for name, value in vars(made).items() if name != "base"}
 
 
