@@ -256,7 +256,6 @@ def test_hooks_case(tmp_path: Path) -> None:
             assert 0 < row.notes["per_hook_s"] < 1e-2
 
 
-@pytest.mark.skipif(not library.has_again, reason="times the compiled library's operators")
 def test_a_step_of_hooks_takes_a_few_times_as_long_as_empty_hooks() -> None:
     """The least of many interleaved times: that of a machine that has nothing else to do."""
     work = hooks.works(Setting(CPU, "tiny"))[0]
@@ -272,9 +271,10 @@ def test_a_step_of_hooks_takes_a_few_times_as_long_as_empty_hooks() -> None:
     )
     least = {name: min(seconds) for name, seconds in samples.items()}
     # Two cores of a Xeon, idle or with five processes on them: 2.5 to 3.2 times; 15 with a sum of
-    # 2000 terms in Python in each hook.
+    # 2000 terms in Python in each hook. Without the compiled library 8 to 27.
+    most = 5 if library.has_again else 50
     for name in (hooks.DEFAULT, hooks.ALL, hooks.INPUTS):
-        assert least[hooks.EMPTY] < least[name] < 5 * least[hooks.EMPTY], (name, least)
+        assert least[hooks.EMPTY] < least[name] < most * least[hooks.EMPTY], (name, least)
 
 
 def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -61,11 +61,18 @@ def test_hooks_that_launch_nothing_are_noticed(monkeypatch: pytest.MonkeyPatch) 
         hooks._gpu_path(TINY)
 
 
-def test_a_gpu_without_triton_is_missing_it() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU has Triton")
+def test_a_gpu_without_triton_is_missing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingPeerError, match="no CUDA device"):
         KernelStubs(torch.device("cuda"))
+
+
+def test_stubs_leave_a_class_as_it_was() -> None:
+    stubs = KernelStubs(CPU)
+    before = dict(vars(stubs._kind))
+    with stubs.counted():
+        assert vars(stubs._kind) != before
+    assert vars(stubs._kind) == before
 
 
 def test_maps_are_laid_out_as_those_of_a_network() -> None:

@@ -15,6 +15,8 @@ from fastcov.ops import library
 from fastcov.sampling import direct_rows
 from fastcov.state import CovarianceState
 
+_INHERITED = object()
+
 
 class Stubs:
     """Attributes that are others inside a ``with`` block.
@@ -29,17 +31,17 @@ class Stubs:
 
     def __enter__(self) -> None:
         for owner, name, value in self._replaced:
-            self._saved.append((owner, name, getattr(owner, name)))
+            # What a class inherits is not its own to give back.
+            self._saved.append((owner, name, vars(owner).get(name, _INHERITED)))
             setattr(owner, name, value)
 
     def __exit__(self, *_error: object) -> None:
         while self._saved:
-            setattr(*self._saved.pop())
-
-    @contextmanager
-    def counted(self) -> Iterator[list[str]]:
-        """Likewise, and lists what hooks call: that takes time of its own."""
-        raise NotImplementedError
+            owner, name, value = self._saved.pop()
+            if value is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 class OperatorStubs(Stubs):
@@ -66,7 +68,7 @@ class OperatorStubs(Stubs):
 
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
-        """Likewise, and lists the operators."""
+        """Inside, likewise, and lists the operators that hooks call: takes time of its own."""
         calls: list[str] = []
 
         def counting(name: str, stub: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +112,7 @@ class KernelStubs(Stubs):
 
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
-        """Likewise, and lists the kernels."""
+        """Inside, likewise, and lists the kernels that hooks launch: takes time of its own."""
         calls: list[str] = []
 
         def launch(kernel: Any, _grid: object) -> Callable[..., None]:

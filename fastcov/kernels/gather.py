@@ -287,7 +287,8 @@ def launch_gather_(
             phase,
             layout.rows,
             _image_rows(rows, layout),
-            *_geometry(layout),
+            0,
+            *layout.geometry,
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
             IS_DEEP=layout.kind == "strided",
@@ -359,7 +360,8 @@ class CursorGather:
             phase,
             layout.rows,
             _image_rows(rows, layout),
-            *_geometry(layout),
+            0,
+            *layout.geometry,
             fraction >= 2**32,  # IS_ORDERED
             _ROWS,
             _COLUMNS,
@@ -381,18 +383,3 @@ class CursorGather:
 
 def _image_rows(rows: Tensor, layout: RowLayout) -> int:
     return layout.rows // rows.shape[0] if rows.dim() > 1 else layout.rows
-
-
-def _geometry(layout: RowLayout) -> tuple[int, ...]:
-    return (
-        0,
-        layout.channels,
-        layout.positions,
-        layout.size_1,
-        layout.size_2,
-        layout.stride_0,
-        layout.stride_1,
-        layout.stride_2,
-        layout.stride_position,
-        layout.stride_channel,
-    )

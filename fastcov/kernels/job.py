@@ -125,8 +125,7 @@ def job_of(
         channel_dim,
         is_weighted,
         precision,
-        rows.device,
-        architecture,
+        architecture or architecture_of(rows.device),
     )
 
 
@@ -139,14 +138,12 @@ def cached_job(
     channel_dim: int,
     is_weighted: bool,
     precision: Mode,
-    device: torch.device,
-    architecture: Architecture | None,
+    architecture: Architecture,
 ) -> Job | None:
     """What :func:`job_of` finds again: activations come with the same strides every step."""
     layout = row_layout_of(shape, strides, dtype.itemsize, is_aligned, channel_dim)
     if layout.rows == 0 or layout.channels == 0:
         return None
-    architecture = architecture or architecture_of(device)
     mode = mode_of(dtype, is_weighted, precision)
     is_centred = dtype not in _LOW_PRECISION
     is_deep = layout.kind == "strided"
@@ -213,7 +210,7 @@ def cached_job(
         plan.steps_per_chunk * shorter,
         plan.steps_per_chain * shorter,
         triton.cdiv(layout.positions, step) * shorter,
-        *_geometry(layout),
+        *layout.geometry,
     )
     block_constants = _in_order(
         block_kernel,
@@ -275,7 +272,7 @@ def _shift(layout: RowLayout) -> Launch:
         (
             layout.images * steps_per_image,
             steps_per_image,
-            *_geometry(layout),
+            *layout.geometry,
             *_in_order(
                 shift_kernel,
                 SHIFT_ROWS=SHIFT_ROWS,
@@ -301,17 +298,3 @@ def _matrix(layout: RowLayout, dtype: torch.dtype, block: list[int]) -> dict[str
     # The constructor checks what is no address.
     made = TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), sizes, strides, block)
     return {name: value for name, value in vars(made).items() if name != "base"}
-
-
-def _geometry(layout: RowLayout) -> tuple[int, ...]:
-    return (
-        layout.channels,
-        layout.positions,
-        layout.size_1,
-        layout.size_2,
-        layout.stride_0,
-        layout.stride_1,
-        layout.stride_2,
-        layout.stride_position,
-        layout.stride_channel,
-    )

@@ -44,6 +44,21 @@ class RowLayout:
         return self.images * self.positions
 
     @property
+    def geometry(self) -> tuple[int, ...]:
+        """What kernels take to find rows, behind the number of steps of an image (tiles.py)."""
+        return (
+            self.channels,
+            self.positions,
+            self.size_1,
+            self.size_2,
+            self.stride_0,
+            self.stride_1,
+            self.stride_2,
+            self.stride_position,
+            self.stride_channel,
+        )
+
+    @property
     def is_matrix(self) -> bool:
         """Whether a two-dimensional tensor descriptor can describe it."""
         return (

@@ -157,16 +157,15 @@ def test_one_graph_with_a_choice() -> None:
 
 @pytest.mark.gpu
 def test_precisions_differ_on_a_gpu_by_what_they_cost() -> None:
-    """Values that TF32 has no bits for: it is off by that, the others are not."""
-    pytest.importorskip("triton", reason="the kernels need triton")
-    if not library._use_triton(torch.zeros(1, device="cuda")):
-        pytest.skip(f"Triton does not serve: {library.backends()['triton'].reason}")
+    """Values that TF32 has no bits for: it is off by that, the others and plain torch are not."""
+    is_triton = library._use_triton(torch.zeros(1, device="cuda"))
     channel = torch.arange(192, device="cuda")
     # The mean of the first rows, the shift, is 0: the products are of these values themselves.
     sign = torch.tensor([1.0, -1.0], device="cuda").repeat(4096)[:, None]
     rows = sign * (1 + (channel % 3 + 1) * 2.0**-13)
     errors = {p: error_of(covariance(rows, precision=p), oracle_of(rows)) for p in PRECISIONS}
-    assert 2e-4 < errors["tf32"] < 2e-3, errors
+    assert errors["tf32"] < 2e-3, errors
+    assert (errors["tf32"] > 2e-4) == is_triton, errors
     assert errors["split"] < 1e-5, errors
     assert errors["ieee"] < 2e-6, errors
     rows = torch.randn(20_000, 192, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
