@@ -91,9 +91,7 @@ class Adder:
                 self._flush_full()
             if self.weighting == "position":
                 rows = activation if seen.channel_dim > 0 else seen.view(activation)
-                self._accumulate(
-                    rows, self._step, None, 1.0, seen.channel_dim, source, seen.accumulation
-                )
+                self._accumulate(rows, self._step, None, 1.0, seen.channel_dim, source)
             else:
                 self._add_image_weighted(seen.view(activation), source)
         elif count:
@@ -124,7 +122,6 @@ class Adder:
         row_scale: float = 1.0,
         channel_dim: int = -1,
         source: RowSource | None = None,
-        accumulation: Callable[..., None] | None = None,
     ) -> None:
         state = self.state
         assert state is not None
@@ -133,10 +130,7 @@ class Adder:
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
             if source is not None and source(state):
                 return
-            if accumulation is not None:
-                accumulation(*to, rows)
-            else:
-                library.accumulate_(*to, rows, channel_dim)
+            library.accumulate_(*to, rows, channel_dim)
             return
         with state.weighing(rows, row_weight, row_scale, decay):
             if source is None or not source(state, row_scale=row_scale, decay=decay):

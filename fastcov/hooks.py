@@ -133,7 +133,10 @@ class AffineHook(Hook):
             self.read(module, output)
 
     def _source(self, module: nn.Module, args: Any, output: Any) -> RowSource | None:
-        return partial(self.map.add_to, module, args, output) if self._is_first(module) else None
+        # On a GPU the rows themselves are read: no time is spent on more questions.
+        if type(output) is Tensor and output.is_cpu and self._is_first(module):
+            return partial(self.map.add_to, module, args, output)
+        return None
 
     def _is_first(self, module: nn.Module) -> bool:
         # Another hook may have changed the output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class Reader(DeviceAdder):
         self.name = name
         self.phase = phase
         self._adds_again = False  # whether that is every row
+        self._accumulation: Callable[[Tensor], None] | None = None  # which adds it, on a GPU
         self._waiting: list[_Waiting] = []
         self._device: torch.device | None = None  # of the state
 
@@ -120,7 +122,7 @@ class Reader(DeviceAdder):
         if fraction == WHOLE:
             self._add(activation, seen, source)
             if offered >= seen.direct_rows and self.weighting == "position" and self.decay is None:
-                self._remember(seen, adds=True)
+                self._remember(activation, seen, adds=True)
         elif fraction:
             due, self._carry = rows_due(offered, fraction, self._carry)
             if due:
@@ -170,11 +172,16 @@ class Reader(DeviceAdder):
             storage = self._room(seen, due)
             self._gather(storage, self._buffer.fill, activation, seen, due)
             self._buffer.mark(due, self._step)
-            self._remember(seen, adds=False)
+            self._remember(activation, seen, adds=False)
 
-    def _remember(self, seen: Seen, adds: bool) -> None:
-        if adds and seen.accumulation is not None:
-            self._again, self._adds_again = seen, adds
+    def _remember(self, activation: Tensor, seen: Seen, adds: bool) -> None:
+        self._accumulation = None
+        if adds and self._device_buffer is None and seen.is_repeatable:
+            assert self.state is not None
+            rows = seen.source(activation)
+            self._accumulation = library.accumulation_of(self.state, rows, seen.channel_dim)
+        if self._accumulation is not None:
+            self._again = seen
         elif library.has_again and seen.layout is not None:
             self.cursor.remember(seen.layout)
             self._again, self._adds_again = seen, adds
@@ -190,8 +197,18 @@ class Reader(DeviceAdder):
         Returns:
             False, with nothing done, where ``seen`` does not fit.
         """
-        if seen is self._again and source is None and self._repeat(value, seen):
-            return True
+        if seen is self._again and source is None:
+            if (accumulation := self._accumulation) is None:
+                if self._repeat(value, seen):
+                    return True
+            elif seen.dtype is self._dtype and seen.fits(value):
+                numbers = self.cursor.numbers
+                if numbers[FRACTION] == WHOLE:
+                    numbers[CALLS] += 1
+                    numbers[OFFERED] += seen.rows
+                    numbers[POSITIONS] += seen.positions
+                    accumulation(value if seen.channel_dim > 0 else seen.view(value))
+                    return True
         if not seen.fits(value):
             return False
         self.read(value, seen, source)
@@ -204,17 +221,6 @@ class Reader(DeviceAdder):
             return False
         if self._adds_again:
             to = (state.moment, state.sum, state.shift, state.weight, state.count)
-            if seen.accumulation is not None:
-                if self._device_buffer is not None:
-                    return False  # which counts calls too
-                numbers = self.cursor.numbers
-                if numbers[FRACTION] != WHOLE or not seen.fits(value):
-                    return False
-                numbers[CALLS] += 1
-                numbers[OFFERED] += seen.rows
-                numbers[POSITIONS] += seen.positions
-                seen.accumulation(*to, seen.source(value))
-                return True
             return library.accumulate_again_(cursor, *to, value) >= 0
         if storage is None:
             return False

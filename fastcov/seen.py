@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastcov.cursor import layout_numbers
-from fastcov.ops import library
 from fastcov.rows import run_length
 from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
@@ -34,8 +33,6 @@ class Seen:
         dtype: Of the rows.
         device: Of the rows.
         channel_dim: Of what :meth:`source` gives.
-        accumulation: Adds what :meth:`source` gives, where that is less than calling the operator:
-            :func:`fastcov.ops.library.accumulation_of`.
         layout: Of :func:`fastcov.cursor.layout_numbers`, where operators can compare with it.
     """
 
@@ -44,7 +41,6 @@ class Seen:
         "_order",
         "_shape",
         "_stride",
-        "accumulation",
         "buffer_rows",
         "channel_dim",
         "channels",
@@ -84,7 +80,6 @@ class Seen:
                 self.channel_dim = order[-1]
                 if self._is_cpu:
                     self.layout = layout_numbers(activation, self.run_length, self.channel_dim)
-        self.accumulation = library.accumulation_of(rows, self.channel_dim)
 
     @property
     def is_repeatable(self) -> bool:

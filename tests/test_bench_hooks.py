@@ -38,14 +38,14 @@ def test_preparing_a_launch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub in place of a launcher would hide the Python that prepares launches."""
     from fastcov.kernels import covariance, gather
 
-    contest = hooks._gpu_path(TINY)
     prepared: Counter[str] = Counter()
-    for owner, name in ((covariance, "_launch_"), (gather.CursorGather, "launch_")):
+    for owner, name in ((covariance.Accumulation, "add"), (gather.CursorGather, "launch_")):
         monkeypatch.setattr(owner, name, counted(prepared, name, getattr(owner, name)))
+    contest = hooks._gpu_path(TINY)
     for contender, expected in (
         (hooks.NO_HOOK, {}),
         (hooks.DEFAULT, {"launch_": 53}),
-        (hooks.ALL, {"_launch_": 53}),
+        (hooks.ALL, {"add": 53}),
         (hooks.INPUTS, {"launch_": 53}),
     ):
         prepared.clear()

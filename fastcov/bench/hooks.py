@@ -37,11 +37,10 @@ GPU_PATH = "53 hooks of ResNet-50, GPU path, kernels stubbed"
 
 
 class Replayed(nn.Conv2d):
-    """A convolution that computes nothing: its output is given."""
+    """A 1 x 1 convolution that computes nothing: its output is given."""
 
-    def __init__(self, before: int, output: Tensor) -> None:
-        width = output.shape[1]
-        super().__init__(before, width, 1, groups=gcd(before, width), device="meta")
+    def __init__(self, before: int, output: Tensor, groups: int) -> None:
+        super().__init__(before, output.shape[1], 1, groups=groups, device="meta")
         self.given = output
 
     def forward(self, _input: Tensor) -> Tensor:
@@ -50,37 +49,43 @@ class Replayed(nn.Conv2d):
 
 
 class Replay(nn.Sequential):
-    """ResNet-50's 53 convolution outputs, one after the other.
-
-    They are counted as grouped 1 x 1 convolutions, so that the default reads few rows a step, as it
-    does with small batches: a hook copies rows into its buffer, which is hardly ever full.
-    """
+    """ResNet-50's 53 convolution outputs, one after the other."""
 
     @classmethod
     def of(cls, maps: Sequence[tuple[int, int, int, int]], like: Tensor) -> Replay:
-        """Convolutions whose outputs have the shapes ``maps``, on the device of ``like``."""
+        """Convolutions whose outputs have the shapes ``maps``, on the device of ``like``.
+
+        They count as grouped ones, so that the default reads few rows a step, as it does with small
+        batches: a hook copies rows into its buffer, which is hardly ever full. Nor is every row's
+        hook told of a map from inputs, which would be computed.
+        """
         # Nothing reads these maps: one position stands for all, channels adjacent as in
         # channels_last.
-        return cls._giving([like.new_zeros(1, c, 1, 1).expand(b, c, h, w) for b, c, h, w in maps])
+        outputs = [like.new_zeros(1, c, 1, 1).expand(b, c, h, w) for b, c, h, w in maps]
+        befores = cls._befores(outputs)
+        groups = [
+            gcd(before, output.shape[1]) for before, output in zip(befores, outputs, strict=True)
+        ]
+        return cls(*map(Replayed, befores, outputs, groups)).train()
 
     @classmethod
     def laid_out(cls, maps: Sequence[tuple[int, int, int, int]], like: Tensor) -> Replay:
-        """Likewise, with the strides of channels_last: what is launched depends on them."""
+        """Likewise, with the strides of channels_last: what is launched depends on them.
+
+        They count as what most of them are, 1 x 1 convolutions without groups.
+        """
         # One memory, never written, for all; maps begin at places of their own, as aligned as any.
         most = max(b * c * h * w for b, c, h, w in maps)
         memory = like.new_empty(most + _APART * len(maps))
-        return cls._giving(
-            [
-                memory.as_strided((b, c, h, w), (c * h * w, 1, w * c, c), _APART * number)
-                for number, (b, c, h, w) in enumerate(maps)
-            ]
-        )
+        outputs = [
+            memory.as_strided((b, c, h, w), (c * h * w, 1, w * c, c), _APART * number)
+            for number, (b, c, h, w) in enumerate(maps)
+        ]
+        return cls(*map(Replayed, cls._befores(outputs), outputs, [1] * len(outputs))).train()
 
-    @classmethod
-    def _giving(cls, outputs: Sequence[Tensor]) -> Replay:
-        befores = [3, *(output.shape[1] for output in outputs)]
-        pairs = zip(befores, outputs, strict=False)
-        return cls(*(Replayed(before, output) for before, output in pairs)).train()
+    @staticmethod
+    def _befores(outputs: Sequence[Tensor]) -> list[int]:
+        return [3, *(output.shape[1] for output in outputs[:-1])]
 
 
 def works(setting: Setting) -> list[Work]:

@@ -18,6 +18,7 @@ from fastcov.kernels.tiles import (
     slot_size,
     triangle_row,
     triangle_size,
+    workspace,
 )
 
 
@@ -148,10 +149,13 @@ def sum_block(
 def mask_kernel(
     rows,
     row_weight,
-    is_row_finite,
-    notes,  # int32 [chains + 1], written: rows skipped; whether the state had seen no row
+    partial,  # float32; written is what lies behind:
+    #   notes, int32 [chains + 1]: rows skipped; whether the state had seen no row
+    #   is_row_finite, uint8 [N]
     chain_weight,  # float64 [chains], written where rows are weighted
     count,
+    partial_entries: tl.int64,
+    notes_entries: tl.int32,
     steps: tl.int32,
     steps_per_chunk: tl.int32,  # not read: arguments as of block_kernel
     steps_per_chain: tl.int32,
@@ -182,6 +186,7 @@ def mask_kernel(
         stride_position,
         stride_channel,
     )
+    notes, is_row_finite = workspace(partial, partial_entries, notes_entries)
     chain = tl.program_id(0)
     first_step = chain * steps_per_chain
     last_step = tl.minimum(first_step + steps_per_chain, steps)
@@ -212,10 +217,12 @@ def block_kernel(
     rows,
     shift,
     row_weight,
-    is_row_finite,
-    partial,  # float32 [chunks, slot_size], written
-    notes,  # int32 [chains, flags], rows skipped; read if ONLY_BROKEN
+    partial,  # float32 [chunks, slot_size], written; behind lie
+    #   notes, int32 [chains, flags], rows skipped; read if ONLY_BROKEN
+    #   is_row_finite, uint8 [N]
     flags: tl.int32,
+    partial_entries: tl.int64,
+    notes_entries: tl.int32,
     steps: tl.int32,
     steps_per_chunk: tl.int32,  # a multiple of steps_per_chain
     steps_per_chain: tl.int32,
@@ -251,6 +258,7 @@ def block_kernel(
         stride_position,
         stride_channel,
     )
+    notes, is_row_finite = workspace(partial, partial_entries, notes_entries)
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     first_step = chunk * steps_per_chunk

@@ -158,7 +158,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
         GramConfig(64, 4, 32, 8, 3, left=2, right=2),
     ),
     GramCase("sm_80", "direct", "planes"): (
-        GramConfig(32, 1, 64, 4, 3, residents=5, hoists=False),
+        GramConfig(32, 1, 64, 4, 3, residents=7, hoists=False),
         GramConfig(64, 1, 32, 4, 3, residents=3),
         GramConfig(64, 2, 64, 8, 3),
         GramConfig(64, 4, 32, 8, 2),
@@ -177,7 +177,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
         GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
     ),
     GramCase("sm_80", "split", "planes"): (
-        GramConfig(32, 1, 32, 4, 3, residents=3, hoists=False),
+        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
         GramConfig(64, 1, 32, 4, 3, residents=2, hoists=False),
         GramConfig(64, 2, 32, 8, 3, hoists=False),
         GramConfig(64, 2, 32, 8, 2, left=1, right=2, hoists=False),
@@ -197,14 +197,14 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     ),
     GramCase("sm_90", "direct", "rows"): (
         GramConfig(32, 1, 64, 4, 3, residents=8),
-        GramConfig(64, 1, 64, 4, 3, residents=4),
+        GramConfig(64, 1, 64, 4, 3, residents=5),
         GramConfig(64, 2, 32, 8, 3, residents=2),
         GramConfig(64, 4, 32, 8, 3),
         GramConfig(64, 4, 32, 8, 3, left=2, right=2),
     ),
     GramCase("sm_90", "direct", "planes"): (
         GramConfig(32, 1, 64, 4, 2, residents=7),
-        GramConfig(64, 1, 64, 4, 3, residents=4),
+        GramConfig(64, 1, 64, 4, 3, residents=3),
         GramConfig(64, 2, 32, 8, 3, residents=2),
         GramConfig(64, 4, 32, 8, 3),
         GramConfig(64, 4, 32, 8, 3, left=2, right=2),
@@ -248,9 +248,9 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
         GramConfig(64, 4, 32, 8, 3, left=2, right=2, residents=3),
     ),
     GramCase("sm_100", "direct", "planes"): (
-        GramConfig(32, 1, 128, 4, 3, residents=4),
+        GramConfig(32, 1, 64, 4, 3, residents=7),
         GramConfig(64, 1, 64, 4, 3, residents=4),
-        GramConfig(64, 2, 64, 8, 3, residents=3),
+        GramConfig(64, 2, 64, 8, 3, residents=4),
         GramConfig(64, 4, 32, 8, 3, residents=3),
         GramConfig(64, 4, 32, 8, 3, left=2, right=2, residents=3, hoists=False),
     ),
@@ -284,7 +284,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     GramCase("sm_120", "direct", "planes"): (
         GramConfig(32, 1, 64, 4, 3, residents=5, hoists=False),
         GramConfig(64, 1, 32, 4, 3, residents=3),
-        GramConfig(64, 2, 32, 8, 3, residents=2),
+        GramConfig(64, 2, 32, 8, 3),
         GramConfig(64, 2, 32, 8, 3, left=1, right=2, residents=2),
     ),
     GramCase("sm_120", "direct", "unaligned"): (

@@ -8,6 +8,8 @@ Partial results live in workspace from torch's caching allocator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from fastcov.kernels.config import Architecture, Mode
 from fastcov.kernels.device import is_current
 from fastcov.kernels.gram import gram_kernel
 from fastcov.kernels.job import Job, job_of
-from fastcov.kernels.layout import is_address_aligned
+from fastcov.kernels.layout import VECTOR_BYTES, is_address_aligned
 from fastcov.kernels.reduce import reduce_kernel
 from fastcov.kernels.shift import shift_kernel
 
@@ -54,44 +56,112 @@ def launch_accumulate_(
             cores. Others are multiplied exactly.
         architecture: Overrides what is known of the device; for tests.
     """
-    job = job_of(rows, row_weight is not None, precision, architecture, channel_dim)
-    if job is None:
+    state = (moment, sum, shift, weight, count)
+    if rows.numel() > 0:
+        accumulation = Accumulation(
+            *state, channel_dim, row_scale, decay, precision=precision, architecture=architecture
+        )
+        accumulation.add(rows, row_weight)
+    else:
         for tensor in (moment, sum, weight):
             tensor.mul_(decay)
-    else:
-        _launch_(job, moment, sum, shift, weight, count, rows, row_weight, row_scale, decay)
 
 
 class Accumulation:
-    """Adds rows of weight 1 that are always laid out the same: all is decided at the first call.
+    """Adds rows to one state, always laid out the same: all is decided at the first call.
 
     Args:
-        channel_dim: Dimension of the rows that holds the channels.
+        moment: Of the state, as its other tensors: see :func:`launch_accumulate_`.
+        sum: Likewise.
+        shift: Likewise.
+        weight: Likewise.
+        count: Likewise.
+        channel_dim: See there, as for all that follow.
+        row_scale: Likewise.
+        decay: Likewise.
+        precision: Likewise.
+        architecture: Likewise.
     """
 
-    __slots__ = ("_channel_dim", "_jobs")
+    __slots__ = ("_count", "_decided_by", "_prepared", "_shift", "_state")
 
-    def __init__(self, channel_dim: int = -1) -> None:
-        self._channel_dim = channel_dim
-        self._jobs: list[Job | None] = [None, None]  # where rows begin anywhere, and at a vector
-
-    def __call__(
+    def __init__(
         self,
         moment: Tensor,
         sum: Tensor,
         shift: Tensor,
         weight: Tensor,
         count: Tensor,
-        rows: Tensor,
+        channel_dim: int = -1,
+        row_scale: float = 1.0,
+        decay: float = 1.0,
+        *,
+        precision: Mode = "split",
+        architecture: Architecture | None = None,
     ) -> None:
-        """As :func:`launch_accumulate_`, of at least one row."""
-        is_aligned = is_address_aligned(rows)
-        job = self._jobs[is_aligned]
-        if job is None:
-            job = job_of(rows, False, "split", channel_dim=self._channel_dim)
-            assert job is not None
-            self._jobs[is_aligned] = job
-        _launch_(job, moment, sum, shift, weight, count, rows)
+        self._state = (moment, sum, shift, weight, count, row_scale, decay)
+        self._shift = shift
+        self._count = count
+        self._decided_by = (precision, architecture, channel_dim)
+        # Where rows begin anywhere, and at a vector: launches, what makes their workspace, and what
+        # the last of them takes behind it.
+        self._prepared: list[tuple[Job, Tensor, tuple[Any, ...]] | None] = [None, None]
+
+    def _prepare(self, rows: Tensor, is_weighted: bool) -> tuple[Job, Tensor, tuple[Any, ...]]:
+        job = job_of(rows, is_weighted, *self._decided_by)
+        assert job is not None
+        *tensors, row_scale, decay = self._state
+        numbers = (*job.reduce_numbers, row_scale, decay)
+        like = self._shift.new_empty(0, dtype=torch.float32)
+        prepared = (job, like, (*tensors, *numbers, *job.reduce.arguments))
+        self._prepared[is_address_aligned(rows)] = prepared
+        return prepared
+
+    def add(self, rows: Tensor, row_weight: Tensor | None = None) -> None:
+        """Launches what adds rows: at least one, with weights in all calls or in none."""
+        index = rows.get_device()
+        if not is_current(index):
+            with torch.cuda.device(index):
+                self.add(rows, row_weight)
+            return
+        prepared = self._prepared[rows.data_ptr() % VECTOR_BYTES == 0]
+        job, like, reduce_arguments = prepared or self._prepare(rows, row_weight is not None)
+        shift, count = self._shift, self._count
+        partial = like.new_empty(job.workspace_entries)
+        chain_weight = None
+        if row_weight is not None:
+            row_weight = row_weight.double()
+            chain_weight = shift.new_empty(job.plan.chains, dtype=torch.float64)
+        if (launch := job.shift) is not None:
+            shift_kernel.run(rows, shift, count, *launch.arguments, **launch.options)
+        if (launch := job.gram) is not None:
+            gram_kernel.run(
+                rows,
+                rows if job.is_aligned else None,
+                None if job.matrix is None else job.descriptor(rows),
+                shift,
+                partial,
+                partial if job.adds_vectors else None,
+                count,
+                *launch.arguments,
+                **launch.options,
+            )
+        elif (launch := job.mask) is not None:
+            mask_kernel.run(
+                rows,
+                row_weight,
+                partial,
+                chain_weight,
+                count,
+                *launch.arguments,
+                **launch.options,
+            )
+        if (launch := job.block) is not None:
+            block_kernel.run(
+                rows, shift, row_weight, partial, *launch.arguments, **launch.options
+            )
+        launch = job.reduce
+        reduce_kernel.run(partial, chain_weight, *reduce_arguments, **launch.options)
 
 
 def workspace_bytes(
@@ -107,86 +177,4 @@ def workspace_bytes(
     if job is None:
         return 0
     weights = 8 * job.plan.chains if is_weighted else 0
-    return 4 * (job.partial_entries + job.notes_entries) + job.rows + weights
-
-
-def _launch_(
-    job: Job,
-    moment: Tensor,
-    sum: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    count: Tensor,
-    rows: Tensor,
-    row_weight: Tensor | None = None,
-    row_scale: float = 1.0,
-    decay: float = 1.0,
-) -> None:
-    index = rows.get_device()
-    if not is_current(index):
-        with torch.cuda.device(index):
-            state = (moment, sum, shift, weight, count)
-            _launch_(job, *state, rows, row_weight, row_scale, decay)
-        return
-    device = rows.device
-    partial = torch.empty(job.partial_entries, dtype=torch.float32, device=device)
-    notes = torch.empty(job.notes_entries, dtype=torch.int32, device=device)
-    is_row_finite = torch.empty(job.rows, dtype=torch.uint8, device=device)
-    chain_weight = None
-    if row_weight is not None:
-        row_weight = row_weight.double()
-        chain_weight = torch.empty(job.plan.chains, dtype=torch.float64, device=device)
-    if (launch := job.shift) is not None:
-        shift_kernel[launch.grid](rows, shift, count, *launch.arguments, **launch.options)
-    if (launch := job.gram) is not None:
-        gram_kernel[launch.grid](
-            rows,
-            rows if job.is_aligned else None,
-            job.descriptor(rows) if job.matrix is not None else None,
-            shift,
-            is_row_finite,
-            partial,
-            partial if job.adds_vectors else None,
-            notes,
-            count,
-            *launch.arguments,
-            **launch.options,
-        )
-    elif (launch := job.mask) is not None:
-        mask_kernel[launch.grid](
-            rows,
-            row_weight,
-            is_row_finite,
-            notes,
-            chain_weight,
-            count,
-            *launch.arguments,
-            **launch.options,
-        )
-    if (launch := job.block) is not None:
-        block_kernel[launch.grid](
-            rows,
-            shift,
-            row_weight,
-            is_row_finite,
-            partial,
-            notes,
-            *launch.arguments,
-            **launch.options,
-        )
-    launch = job.reduce
-    reduce_kernel[launch.grid](
-        partial,
-        notes,
-        chain_weight,
-        moment,
-        sum,
-        shift,
-        weight,
-        count,
-        *job.reduce_numbers,
-        row_scale,
-        decay,
-        *launch.arguments,
-        **launch.options,
-    )
+    return 4 * job.workspace_entries + weights

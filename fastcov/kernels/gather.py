@@ -332,7 +332,7 @@ class CursorGather:
         phase: Start of the sequence, 64 bits as a signed integer.
     """
 
-    __slots__ = ("_buffer", "_grid", "_others")
+    __slots__ = ("_buffer", "_options", "_others", "_programs")
 
     def __init__(
         self,
@@ -347,9 +347,10 @@ class CursorGather:
     ) -> None:
         layout = row_layout(rows)
         most = (layout.rows * fraction + 2**32 - 1) >> 32
-        self._grid: tuple[int, ...] = (triton.cdiv(most, _ROWS),)
+        self._programs = triton.cdiv(most, _ROWS)
+        # As in job.py: constants by their place, and no function made for a launch.
+        self._options = {"grid": (self._programs,), "warmup": False, "num_warps": 4}
         self._buffer = buffer
-        # Constants by their place, as in job.py: by name they would take longer.
         self._others = (
             row_step,
             cursor,
@@ -377,8 +378,8 @@ class CursorGather:
         if not is_current(rows.get_device()):
             with torch.cuda.device_of(rows):
                 self.launch_(rows)
-        elif self._grid != (0,):
-            cursor_gather_kernel[self._grid](self._buffer, rows, *self._others, num_warps=4)
+        elif self._programs > 0:
+            cursor_gather_kernel.run(self._buffer, rows, *self._others, **self._options)
 
 
 def _image_rows(rows: Tensor, layout: RowLayout) -> int:

@@ -20,6 +20,7 @@ from fastcov.kernels.tiles import (
     slot_size,
     triangle_row,
     triangle_size,
+    workspace,
 )
 
 _REPAIR = tl.constexpr(16)  # rows of one step of the repair
@@ -34,11 +35,13 @@ def gram_kernel(
     aligned_rows,  # the same where VECTOR > 1: its address picks a compilation; else None
     matrix,  # descriptor of the rows with blocks [STEP, PANEL], or None
     shift,  # float64 [C], read where MODE splits
-    is_row_finite,  # uint8 [N], written for chains that hold non-finite rows
-    partial,  # float32 [chunks, slot_size], written
+    partial,  # float32 [chunks, slot_size], written; see workspace() for what lies behind:
+    #   notes, int32 [chains * triangles + 1], written: rows skipped; whether the state was empty
+    #   is_row_finite, uint8 [N], written for chains that hold non-finite rows
     aligned_partial,  # the same, or None: neighbouring threads take neighbouring entries, not four
-    notes,  # int32 [chains * triangles + 1], written: rows skipped; whether the state had seen none
     count,
+    partial_entries: tl.int64,
+    notes_entries: tl.int32,
     steps: tl.int32,
     steps_per_chunk: tl.int32,  # a multiple of steps_per_chain
     steps_per_chain: tl.int32,
@@ -66,6 +69,7 @@ def gram_kernel(
     """One triangle or rectangle and chunk a program; a chunk's triangles come first."""
     if aligned_partial is not None:
         partial = aligned_partial
+    notes, is_row_finite = workspace(partial, partial_entries, notes_entries)
     if aligned_rows is not None:
         rows = aligned_rows
         # Tells the compiler what the launcher has checked.

@@ -46,17 +46,28 @@ _NARROW_ENTRIES = 3 * 64**2  # 128 channels
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, but for its tensors.
+    """One launch, but for its tensors: what ``kernel.run`` takes.
+
+    ``kernel[grid](...)`` calls it through a function that it makes and that copies all arguments.
 
     Attributes:
-        grid: Programs.
         arguments: Behind the tensors, in the kernel's order: numbers, then constants.
-        options: Triton's own.
+        options: Grid and what else Triton takes by name.
     """
 
-    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
-    options: dict[str, int]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> Launch:
+        """A launch of so many programs.
+
+        Args:
+            grid: Programs.
+            arguments: See the attributes.
+            options: ``num_warps`` and ``num_stages``.
+        """
+        return cls(arguments, {"grid": grid, "warmup": False, **options})
 
 
 @dataclass(frozen=True)
@@ -64,17 +75,17 @@ class Job:
     """The launches of one update; those that it does not need are None.
 
     Attributes:
-        matrix: Fields of a descriptor of the rows, but for the rows.
+        plan: Of the rows.
+        workspace_entries: float32 numbers: partial results, notes, a byte a row.
+        matrix: Shape, strides and shape of a block, of a descriptor of the rows.
         is_aligned: Whether the gram's loads rely on the alignment of the rows' address.
         adds_vectors: Likewise its additions, of the partial results'.
         reduce_numbers: Arguments of the last launch ahead of scale and decay, which calls bring.
     """
 
     plan: Plan
-    rows: int
-    partial_entries: int
-    notes_entries: int
-    matrix: dict[str, Any] | None
+    workspace_entries: int
+    matrix: tuple[list[int], list[int], list[int]] | None
     is_aligned: bool
     adds_vectors: bool
     shift: Launch | None
@@ -86,11 +97,13 @@ class Job:
 
     def descriptor(self, rows: Tensor) -> TensorDescriptor:
         """What bulk copies read, of rows that are a matrix."""
-        assert self.matrix is not None
         # Its constructor checks, in 1 us of every hook, what is the same for all of the layout:
-        # the alignment of the address is part of what a job is looked up by.
-        descriptor = TensorDescriptor.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self.matrix, base=rows)
+        # the alignment of the address is part of what a job is looked up by. Fields with a default
+        # are attributes of the class.
+        assert self.matrix is not None
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.base = rows
+        descriptor.shape, descriptor.strides, descriptor.block_shape = self.matrix
         return descriptor
 
 
@@ -155,9 +168,11 @@ def cached_job(
         config = gram_config(case, layout.channels)
         plan = gram_plan(config, layout, dtype.itemsize, architecture, most_rows)
         step = config.step
-        gram = Launch(
+        sizes = _sizes(plan)
+        gram = Launch.of(
             (plan.programs,),
             (
+                *sizes,
                 plan.steps,
                 plan.steps_per_chunk,
                 plan.steps_per_chain,
@@ -185,7 +200,8 @@ def cached_job(
                     IS_INTERPRETED=IS_INTERPRETED,
                 ),
             ),
-            {"num_warps": config.warps, "num_stages": config.stages},
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
         if case.kind == "matrix":
             matrix = _matrix(layout, dtype, [step, config.panel])
@@ -199,6 +215,7 @@ def cached_job(
         # Triton 3.6 rounds exact products of 64 rows to TF32 on sm_100 without a word.
         edge = 32 if mode == "ieee" else _BLOCK_EDGE
         plan = block_plan(edge, step, layout, architecture, most_rows)
+        sizes = _sizes(plan)
         # Element-wise loads cannot be pipelined.
         warps, stages = (4, 1) if mode == "ieee" else (8, 1 if is_deep else 2)
     shorter = step // block_step
@@ -234,40 +251,48 @@ def cached_job(
     block_grid = (plan.blocks, plan.chunks)
     return Job(
         plan=plan,
-        rows=layout.rows,
-        partial_entries=plan.chunks * plan.slot,
-        notes_entries=plan.chains * plan.triangles + 1,
+        workspace_entries=sum(sizes) + triton.cdiv(layout.rows, 4),
         matrix=matrix,
         is_aligned=case is not None and case.kind != "unaligned",
         adds_vectors=case is not None and case.adds_vectors,
         shift=_shift(layout) if is_centred else None,
         gram=gram,
         block=(
-            Launch(
+            Launch.of(
                 block_grid,
-                (plan.triangles, *block_numbers, *block_constants),
-                {"num_warps": warps},
+                (plan.triangles, *sizes, *block_numbers, *block_constants),
+                num_warps=warps,
             )
             if has_blocks
             else None
         ),
         mask=(
-            Launch((plan.chains,), (*block_numbers, *mask_constants), {"num_warps": 4})
+            Launch.of((plan.chains,), (*sizes, *block_numbers, *mask_constants), num_warps=4)
             if gram is None
             else None
         ),
-        reduce=Launch(
-            (segments + triton.cdiv(layout.channels, segment) + 1,),
-            reduce_constants,
-            {"num_warps": 4},
+        reduce=Launch.of(
+            (segments + triton.cdiv(layout.channels, segment) + 1,), reduce_constants, num_warps=4
         ),
-        reduce_numbers=(layout.rows, plan.chunks, plan.chains, plan.triangles, layout.channels),
+        reduce_numbers=(
+            sizes[0],
+            layout.rows,
+            plan.chunks,
+            plan.chains,
+            plan.triangles,
+            layout.channels,
+        ),
     )
+
+
+def _sizes(plan: Plan) -> tuple[int, int]:
+    """Entries of the partial results and of the notes behind them."""
+    return plan.chunks * plan.slot, plan.chains * plan.triangles + 1
 
 
 def _shift(layout: RowLayout) -> Launch:
     steps_per_image = triton.cdiv(layout.positions, SHIFT_ROWS)
-    return Launch(
+    return Launch.of(
         (triton.cdiv(layout.channels, _BLOCK_EDGE),),
         (
             layout.images * steps_per_image,
@@ -281,7 +306,7 @@ def _shift(layout: RowLayout) -> Launch:
                 IS_DEEP=layout.kind == "strided",
             ),
         ),
-        {"num_warps": 8},
+        num_warps=8,
     )
 
 
@@ -293,8 +318,10 @@ def _in_order(kernel: Any, **constants: Any) -> tuple[Any, ...]:
     return tuple(constants[name] for name in names)
 
 
-def _matrix(layout: RowLayout, dtype: torch.dtype, block: list[int]) -> dict[str, Any]:
+def _matrix(
+    layout: RowLayout, dtype: torch.dtype, block: list[int]
+) -> tuple[list[int], list[int], list[int]]:
     sizes, strides = [layout.positions, layout.channels], [layout.stride_position, 1]
     # The constructor checks what is no address.
-    made = TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), sizes, strides, block)
-    return {name: value for name, value in vars(made).items() if name != "base"}
+    TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), sizes, strides, block)
+    return sizes, strides, block

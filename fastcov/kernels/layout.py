@@ -12,7 +12,7 @@ LayoutKind = Literal["rows", "planes", "strided"]
 """rows: channels contiguous (channels_last, tokens, [N, C]); planes: positions contiguous (NCHW);
 strided: anything else, read element by element with 64-bit offsets."""
 
-_VECTOR_BYTES = 16
+VECTOR_BYTES = 16
 _INT32_MAX = 2**31 - 1
 _MAX_BLOCK_ROWS = 128  # rows of the longest tile, for the bound on 32-bit offsets
 
@@ -71,7 +71,7 @@ class RowLayout:
 
 def is_address_aligned(rows: Tensor) -> bool:
     """Whether the first element lies where vectors can begin."""
-    return rows.data_ptr() % _VECTOR_BYTES == 0
+    return rows.data_ptr() % VECTOR_BYTES == 0
 
 
 def row_layout(rows: Tensor) -> RowLayout:
@@ -132,7 +132,7 @@ def row_layout_of(
     inner, outer_stride = (
         (positions, stride_channel) if kind == "planes" else (channels, stride_position)
     )
-    vector = _VECTOR_BYTES // element_bytes
+    vector = VECTOR_BYTES // element_bytes
     is_aligned = (
         kind != "strided"
         and is_address_aligned

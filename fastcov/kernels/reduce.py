@@ -59,18 +59,27 @@ def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["row_count", "chunks", "chains", "flags", "channels", "row_scale", "decay"],
+    do_not_specialize=[
+        "partial_entries",
+        "row_count",
+        "chunks",
+        "chains",
+        "flags",
+        "channels",
+        "row_scale",
+        "decay",
+    ],
     do_not_specialize_on_alignment=["moment", "sum", "shift", "weight", "count", "chain_weight"],
 )
 def reduce_kernel(
-    partial,  # float32 [chunks, slot_size]
-    notes,  # int32 [chains * flags + 1]
+    partial,  # float32 [chunks, slot_size], then notes, int32 [chains * flags + 1]
     chain_weight,  # float64 [chains] where rows are weighted, else None
     moment,
     sum,
     shift,
     weight,
     count,
+    partial_entries: tl.int64,
     row_count: tl.int64,
     chunks: tl.int32,
     chains: tl.int32,
@@ -88,6 +97,7 @@ def reduce_kernel(
     columns = tl.cdiv(channels, SEGMENT)
     stride = slot_size(channels, EDGE)
     column_sums = partial + triangle_size(channels, EDGE)
+    notes = (partial + partial_entries).to(tl.pointer_type(tl.int32))
     is_first = tl.load(notes + chains * flags)
     program = tl.program_id(0)
     if program < segments:

@@ -26,6 +26,8 @@ BLOCK = tl.constexpr(64)
 
 
 UNSPECIALIZED = [
+    "partial_entries",
+    "notes_entries",
     "steps",
     "steps_per_image",
     "steps_per_chunk",
@@ -189,6 +191,17 @@ def keep(address, values, mask, ADDS: tl.constexpr):
         tl.atomic_add(address, values, mask=mask, sem="relaxed")
     else:
         tl.store(address, values, mask=mask)
+
+
+@triton.jit
+def workspace(partial, partial_entries, notes_entries):
+    """Notes and the mask of rows, which lie behind the partial results.
+
+    One allocation for all three: each takes the host more than all else that it prepares.
+    """
+    notes = (partial + partial_entries).to(tl.pointer_type(tl.int32))
+    is_row_finite = (notes + notes_entries).to(tl.pointer_type(tl.uint8))
+    return notes, is_row_finite
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from fastcov.ops import aten, aten_eigen, native
 from fastcov.ops.native import Backend
 
 if TYPE_CHECKING:
-    from fastcov.ops.covariance import Precision
+    from fastcov.ops.covariance import MomentState, Precision
 
 _LIBRARY = torch.library.Library("fastcov", "DEF")
 
@@ -231,24 +231,28 @@ def _accumulate_cuda(
         aten.accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
 
 
-def accumulation_of(rows: Tensor, channel_dim: int = -1) -> Callable[..., None] | None:
+def accumulation_of(
+    state: MomentState, rows: Tensor, channel_dim: int = -1
+) -> Callable[[Tensor], None] | None:
     """What ``accumulate_`` comes to for rows on a GPU, to be called outside of all modes.
 
     Torch's dispatcher would only look for it, in 4 us of every hook.
 
     Args:
+        state: Where to add, for as long as its tensors stay the same.
         rows: Laid out as those to come.
         channel_dim: Where they hold their channels.
 
     Returns:
-        Takes a state's tensors and such rows (:class:`fastcov.kernels.covariance.Accumulation`);
-        None where the operator is to be called.
+        Takes such rows (:meth:`fastcov.kernels.covariance.Accumulation.add`); None where the
+        operator is to be called.
     """
     if not (rows.is_cuda and _use_triton(rows)):
         return None
     from fastcov import kernels
 
-    return kernels.Accumulation(channel_dim)
+    to = (state.moment, state.sum, state.shift, state.weight, state.count)
+    return kernels.Accumulation(*to, channel_dim).add
 
 
 def _accumulate_at_precision_cuda(

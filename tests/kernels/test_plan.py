@@ -218,8 +218,8 @@ def test_package_names_its_launchers_and_no_others():
 
 
 class _NoKernel:
-    def __getitem__(self, grid):
-        return lambda *args, **options: None
+    def run(self, *args, **options):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -240,13 +240,13 @@ def test_workspace_is_what_a_launch_takes(monkeypatch, size, dtype, is_weighted)
     for kernel in ("gram_kernel", "block_kernel", "mask_kernel", "reduce_kernel", "shift_kernel"):
         monkeypatch.setattr(covariance, kernel, _NoKernel())
     taken = []
-    empty = torch.empty
+    new_empty = torch.Tensor.new_empty
 
-    def counted(*size, **options):
-        taken.append(empty(*size, **options))
+    def counted(like, *size, **options):
+        taken.append(new_empty(like, *size, **options))
         return taken[-1]
 
-    monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
     architecture = Architecture("sm_90", 132)
     covariance.launch_accumulate_(*state, rows, weight, architecture=architecture)
     expected = covariance.workspace_bytes(rows, is_weighted=is_weighted, architecture=architecture)

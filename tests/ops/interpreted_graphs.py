@@ -65,10 +65,10 @@ class _Recorded:
         self._kernel, self._launches = kernel, launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            self._launches.append(partial(self._kernel[grid], *args, **options))
+        return partial(self.run, grid=grid, warmup=False)
 
-        return launch
+    def run(self, *args: Any, **options: Any) -> None:
+        self._launches.append(partial(self._kernel.run, *args, **options))
 
 
 class Levels(nn.Module):

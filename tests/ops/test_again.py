@@ -28,6 +28,7 @@ from fastcov.reader import Reader
 from fastcov.rows import Layout, row_order, row_view
 from fastcov.sampling import WHOLE, fixed_point
 from fastcov.seen import Seen
+from fastcov.state import CovarianceState
 
 SIZES = {"few rows": (3, 24, 4, 5), "many rows": (8, 24, 20, 20)}
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,6 +61,12 @@ def steps(reader: Reader, sizes: list[str], layout: str) -> dict[str, Any]:
     return {**reader.state_dict(), "counters": counters}
 
 
+def bound(state: CovarianceState, _rows: Tensor, channel_dim: int) -> Callable[[Tensor], None]:
+    """As on a GPU: what adds rows to these tensors, whatever becomes of the state."""
+    to = (state.moment, state.sum, state.shift, state.weight, state.count)
+    return lambda rows: library.accumulate_(*to, rows, channel_dim)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "options",
@@ -80,16 +87,57 @@ def test_layers_read_the_same_with_and_without(
 ) -> None:
     draw = random.Random(1)
     sizes = ["many rows"] * 30 + draw.choices(list(SIZES), [1, 3], k=30)
-    results = []
-    for has_again in (True, False):
-        monkeypatch.setattr(library, "has_again", has_again)
-        arguments = {"weighting": "position", "decay": None, **options}
-        results.append(steps(Reader("layer", phase=77, **arguments), sizes, layout))
-    fast, slow = results
+    arguments = {"weighting": "position", "decay": None, **options}
+    fast = steps(Reader("layer", phase=77, **arguments), sizes, layout)
+    monkeypatch.setattr(library, "has_again", False)
+    slow = steps(Reader("layer", phase=77, **arguments), sizes, layout)
+    monkeypatch.setattr(library, "accumulation_of", bound)
+    as_on_a_gpu = steps(Reader("layer", phase=77, **arguments), sizes, layout)
     for name, value in slow.pop("state").items():
         assert torch.equal(fast["state"][name], value), name
-    fast.pop("state")
-    assert fast == slow
+        assert torch.equal(as_on_a_gpu["state"][name], value), name
+    fast.pop("state"), as_on_a_gpu.pop("state")
+    assert fast == slow == as_on_a_gpu
+
+
+@pytest.mark.parametrize(
+    ("options", "is_bound"),
+    [
+        ({}, True),
+        ({"fraction": 0.5}, False),
+        ({"decay": 0.9}, False),
+        ({"weighting": "image"}, False),
+    ],
+    ids=str,
+)
+def test_rows_of_weight_1_that_are_all_read_are_added_by_one_call_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_bound: bool
+) -> None:
+    calls = []
+    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(library, "accumulation_of", lambda *_: calls.append)
+    arguments = {"weighting": "position", "decay": None, "fraction": 1.0, **options}
+    reader = Reader("layer", phase=77, **arguments)
+    maps = torch.randn(SIZES["many rows"])
+    seen = seen_of(maps)
+    for step in range(4):
+        reader.begin_step(step)
+        assert reader.read_again(maps, seen)
+    assert [call is maps for call in calls] == [True] * 3 * is_bound
+
+
+def test_a_state_is_not_added_to_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(library, "accumulation_of", lambda *_: calls.append)
+    reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+    maps = torch.randn(SIZES["many rows"])
+    seen = seen_of(maps)
+    reader.read(maps, seen)
+    reader.prepare(SIZES["many rows"][1], torch.device("meta"))
+    with pytest.raises(NotImplementedError, match="meta"):  # asked to move back
+        reader.read_again(maps, seen)
+    assert not calls
 
 
 @pytest.mark.parametrize(("fraction", "name"), [(0.001, "gather_again_"), (1, "accumulate_again_")])

@@ -113,7 +113,7 @@ def test_gather_with_a_cursor(given: tuple[Tensor, int]) -> None:
         "fastcov.kernels.gather.cursor_gather_kernel", new_callable=mock.MagicMock
     ) as kernel:
         reader.read(rows)
-    (call,) = kernel.__getitem__.return_value.call_args_list
+    (call,) = kernel.run.call_args_list
     to, launched, *_ = call.args
     assert to is buffer._buffer
     assert to.dtype is rows.dtype

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastcov
 from fastcov import affine
 from fastcov.affine import accumulate_mapped_
+from fastcov.collector import Collector
 
 BAR = 1e-6  # of the largest entry; float32 rows themselves stay below 1e-5
 
@@ -187,3 +188,21 @@ def test_sampled_rows_are_the_outputs_own(outcomes: list[bool]) -> None:
     fastcov.track(model)
     train(model)
     assert outcomes == []
+
+
+@pytest.mark.parametrize(("device", "has_source"), [("cpu", True), ("meta", False)])
+def test_only_outputs_on_a_cpu_come_with_their_inputs(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_source: bool
+) -> None:
+    """A GPU adds the rows themselves: a way through inputs would only take its hooks time."""
+    sources = []
+
+    def spy(_tracker: Collector, _tap: int, _value: Tensor, source: object = None) -> bool:
+        sources.append(source)
+        return True
+
+    monkeypatch.setattr(Collector, "observe_again", spy)
+    model = nn.Linear(4, 8, device=device)
+    with fastcov.track(model, rows="all"):
+        model(torch.randn(2, 3, 4, device=device))
+    assert [source is not None for source in sources] == [has_source]
