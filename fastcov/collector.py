@@ -183,18 +183,26 @@ class Collector:
         reader = self._by_tap[tap]
         try:
             if self._reads_output[tap]:
-                return reader.read_again(value, seen, source)
+                return reader.read_again(value, seen, source) or self._recall(tap, value, source)
             if self._inputs.reads(tap, reader.earlier_calls > 0):
                 if not reader.read_again(value, seen):
-                    return False
+                    return self._recall(tap, value)
                 self._inputs.note(tap, value)
             elif not seen.fits(value):
-                return False
+                return self._recall(tap, value)
             elif (owner := self._owner(tap, value)) is not None:
                 owner.read(value, seen)
         except Exception as error:
             self._fail(self._by_tap[tap], error)  # which a split may have changed
         return True
+
+    def _recall(self, tap: int, value: Tensor, source: RowSource | None = None) -> bool:
+        # Sizes alternate, or come back: what was decided about them holds.
+        last = self._seen[tap]
+        if last is None or (known := last.recall(value)) is None:
+            return False
+        self._seen[tap] = known
+        return self.observe_again(tap, value, source)
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation: called by a module's hook.
@@ -213,12 +221,9 @@ class Collector:
         if is_recomputing():
             return
         try:
-            if has_modes():
-                is_wrapped = is_transformed()
-                with isolated():
-                    self._observe(tap, activation, batch_dims, is_wrapped)
-            else:
-                self._observe(tap, activation, batch_dims, False)
+            is_wrapped = is_transformed()
+            with isolated() if has_modes() else nullcontext():
+                self._observe(tap, activation, batch_dims, is_wrapped)
         except Exception as error:
             self._fail(self._by_tap[tap], error)
 
@@ -248,7 +253,7 @@ class Collector:
         is_again = seen.is_repeatable and plain is activation and not self.step.is_captured
         reader: Reader | None = self._by_tap[tap]
         if spec.position == "input" and (reader := self._owner(tap, activation)) is None:
-            self._seen[tap] = seen if is_again else None
+            self._seen[tap] = seen.join(self._seen[tap]) if is_again else None
             return
         assert reader is not None
         if self.step.is_captured and self._counters and self._counters.leaves_out(reader, seen):
@@ -259,7 +264,7 @@ class Collector:
             self._give_up(reader, reason)
             return
         reader.read(plain if seen.is_repeatable else rows, seen)
-        self._seen[tap] = seen if is_again else None
+        self._seen[tap] = seen.join(self._seen[tap]) if is_again else None
 
     def _owner(self, tap: int, activation: Tensor) -> Reader | None:
         # Who reads a module's input: None where another tap has read this tensor already.
@@ -269,7 +274,7 @@ class Collector:
             return reader
         if role == "splits":
             return self._split(tap)
-        self._share(tap, self._inputs.owner[tap])
+        self._assign(tap, self._by_tap[self._inputs.owner[tap]])
         return None
 
     def refuse(self, tap: int, reason: str) -> None:
@@ -328,11 +333,6 @@ class Collector:
                 self._seen[tap] = None
                 self.refuse(tap, reason)
 
-    def _share(self, tap: int, owner: int) -> None:
-        reader = self._by_tap[owner]
-        if self._by_tap[tap] is not reader:
-            self._assign(tap, reader)
-
     def _split(self, tap: int) -> Reader:
         shared = self._by_tap[tap]
         reader = self._make_reader(self.taps[tap])
@@ -344,8 +344,9 @@ class Collector:
         return reader
 
     def _assign(self, tap: int, reader: Reader) -> None:
-        self._by_tap[tap] = self.readers[self.taps[tap].name] = reader
-        self._unique = list(dict.fromkeys(self._by_tap))
+        if self._by_tap[tap] is not reader:
+            self._by_tap[tap] = self.readers[self.taps[tap].name] = reader
+            self._unique = list(dict.fromkeys(self._by_tap))
 
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""

@@ -33,7 +33,7 @@ class DeviceAdder(Adder):
     _carry = Counter(CARRY)
     _sampled = Counter(SAMPLED)
 
-    _again: Seen | None = None  # what one operator reads as the last call was read
+    _again: Seen | None = None  # what an operator reads as the last call was read, on a CPU
     _device_buffer: DeviceBuffer | None = None
     _device_step: Tensor | None = None
     _moves_left = _MOST_MOVES
@@ -138,12 +138,9 @@ class DeviceAdder(Adder):
 
     def _fits(self, buffer: DeviceBuffer, seen: Seen) -> bool:
         # A call of the running step, counted already.
-        calls = self.cursor.numbers[CALLS]
-        if calls == 1:
-            buffer.step_rows = 0
         if self._adds_at_once(seen):
             return False
-        if self._has_room(buffer, seen, calls):
+        if self._has_room(buffer, seen, self.cursor.numbers[CALLS]):
             buffer.step_rows += seen.rows
             return True
         if buffer.is_captured:
@@ -186,11 +183,8 @@ class DeviceAdder(Adder):
             # A module's smaller calls, if any, wait: all of them are replayed, or none.
             if buffer is not None or self._buffer.storage is None:
                 return ""
-        elif buffer is not None:
-            if self.calls == 0:
-                buffer.step_rows = 0
-            if self._has_room(buffer, seen, self.calls + 1):
-                return ""
+        elif buffer is not None and self._has_room(buffer, seen, self.calls + 1):
+            return ""
         return (
             f"reads {seen.rows} rows of {seen.dtype}, other sizes or another dtype than in the "
             "steps before; run one with these eagerly, then capture"

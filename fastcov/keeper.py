@@ -111,7 +111,7 @@ class Keeper(Collector):
         tap_of = {tap.name: index for index, tap in enumerate(self.taps)}
         for name, owner in state_dict["shared"].items():
             self._inputs.owner[tap_of[name]] = tap_of[owner]
-            self._share(tap_of[name], tap_of[owner])
+            self._assign(tap_of[name], self._by_tap[tap_of[owner]])
         for name, saved in layers.items():
             self.readers[name].load_state_dict(saved, with_rows=not is_elsewhere)
 

@@ -15,7 +15,7 @@ from fastcov.cursor import CALLS, FRACTION, OFFERED, PHASE, POSITIONS, Counter
 from fastcov.device_adder import DeviceAdder
 from fastcov.ops import library
 from fastcov.sampling import WHOLE, rows_due
-from fastcov.seen import Seen
+from fastcov.seen import MOST_LAYOUTS, Seen
 from fastcov.state import CovarianceState
 
 _WAITING_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the budget
@@ -61,7 +61,8 @@ class Reader(DeviceAdder):
         self.name = name
         self.phase = phase
         self._adds_again = False  # whether that is every row
-        self._accumulation: Callable[[Tensor], None] | None = None  # which adds it, on a GPU
+        # What adds every row of calls of a layout, on a GPU.
+        self._accumulations: dict[Seen, Callable[[Tensor], None]] = {}
         self._waiting: list[_Waiting] = []
         self._device: torch.device | None = None  # of the state
 
@@ -72,6 +73,8 @@ class Reader(DeviceAdder):
         self.calls = 0
         self.offered_rows = 0
         self._positions = 0
+        if self._device_buffer is not None:
+            self._device_buffer.step_rows = 0
 
     def prepare(self, channels: int, device: torch.device) -> CovarianceState:
         """The state, made or moved where needed."""
@@ -87,6 +90,7 @@ class Reader(DeviceAdder):
                 part.rows = part.rows.to(device)
             self._buffer.release()
             self._again = None
+            self._accumulations.clear()
             self.forget_moves()
         self._device = device
         return self.state
@@ -175,16 +179,16 @@ class Reader(DeviceAdder):
             self._remember(activation, seen, adds=False)
 
     def _remember(self, activation: Tensor, seen: Seen, adds: bool) -> None:
-        self._accumulation = None
-        if adds and self._device_buffer is None and seen.is_repeatable:
-            assert self.state is not None
-            rows = seen.source(activation)
-            self._accumulation = library.accumulation_of(self.state, rows, seen.channel_dim)
-        if self._accumulation is not None:
-            self._again = seen
-        elif library.has_again and seen.layout is not None:
+        if library.has_again and seen.layout is not None:
             self.cursor.remember(seen.layout)
             self._again, self._adds_again = seen, adds
+        elif adds and seen.is_repeatable:
+            assert self.state is not None
+            accumulation = library.accumulation_of(self.state, activation, seen.channel_dim)
+            if accumulation is not None:
+                if len(self._accumulations) >= MOST_LAYOUTS:
+                    self._accumulations.clear()
+                self._accumulations[seen] = accumulation
 
     def read_again(self, value: Tensor, seen: Seen, source: RowSource | None = None) -> bool:
         """Takes what a call contributes that may be like the last one.
@@ -197,18 +201,19 @@ class Reader(DeviceAdder):
         Returns:
             False, with nothing done, where ``seen`` does not fit.
         """
-        if seen is self._again and source is None:
-            if (accumulation := self._accumulation) is None:
-                if self._repeat(value, seen):
-                    return True
-            elif seen.dtype is self._dtype and seen.fits(value):
-                numbers = self.cursor.numbers
-                if numbers[FRACTION] == WHOLE:
-                    numbers[CALLS] += 1
-                    numbers[OFFERED] += seen.rows
-                    numbers[POSITIONS] += seen.positions
-                    accumulation(value if seen.channel_dim > 0 else seen.view(value))
-                    return True
+        if seen is self._again:
+            if source is None and self._repeat(value, seen):
+                return True
+        elif (accumulation := self._accumulations.get(seen)) is not None:
+            if not seen.fits(value):
+                return False
+            numbers = self.cursor.numbers
+            if numbers[FRACTION] == WHOLE and seen.dtype is self._dtype:
+                numbers[CALLS] += 1
+                numbers[OFFERED] += seen.rows
+                numbers[POSITIONS] += seen.positions
+                accumulation(value if seen.channel_dim > 0 else seen.view(value))
+                return True
         if not seen.fits(value):
             return False
         self.read(value, seen, source)
@@ -245,6 +250,10 @@ class Reader(DeviceAdder):
         self._sampled += samples
 
     # keeping
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What adds a layout's rows names kernels, which need not exist where a copy is read.
+        return {**self.__dict__, "_accumulations": {}}
 
     def merge(self, other: Reader, step: int) -> None:
         """Adds what another reader has seen; decay, if any, is brought to ``step`` first."""

@@ -14,6 +14,9 @@ from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
 _STRIDED = torch.strided
 
+MOST_LAYOUTS = 128
+"""What is kept of one tap: heads see several sizes a step, a detector other ones in each."""
+
 
 class Seen:
     """Sizes and layout of an activation that was read as rows.
@@ -38,6 +41,7 @@ class Seen:
 
     __slots__ = (
         "_is_cpu",
+        "_of_tap",
         "_order",
         "_shape",
         "_stride",
@@ -73,6 +77,7 @@ class Seen:
         self._shape: torch.Size | None = None
         self._is_cpu = rows.is_cpu
         self.layout: array[int] | None = None
+        self._of_tap: dict[tuple[Any, ...], Seen] = {}
         if activation is not None and order is not None:
             self._order = order
             self._shape, self._stride = activation.shape, activation.stride()
@@ -97,6 +102,22 @@ class Seen:
             and value.stride() == self._stride
             and (value.is_cpu if self._is_cpu else value.device == self.device)
         )
+
+    def join(self, others: Seen | None) -> Seen:
+        """Keeps what the same tap saw before, for :meth:`recall`; returns itself."""
+        if others is not None:
+            self._of_tap = others._of_tap
+        if len(self._of_tap) >= MOST_LAYOUTS:
+            del self._of_tap[next(iter(self._of_tap))]
+        self._of_tap[self._shape, self._stride, self.dtype] = self
+        return self
+
+    def recall(self, value: Tensor) -> Seen | None:
+        """What fits a value, of all that the tap saw lately."""
+        if value.layout is not _STRIDED or value.is_nested:
+            return None
+        found = self._of_tap.get((value.shape, value.stride(), value.dtype))
+        return found if found is not None and found.fits(value) else None
 
     def new_rows(self, rows: int) -> Tensor:
         """Memory for rows of this width, dtype and device. [rows, C]"""

@@ -247,12 +247,12 @@ def test_eigen_case_names_missing_peers(tmp_path: Path) -> None:
 
 def test_hooks_case(tmp_path: Path) -> None:
     rows = {(row.work, row.contender): row for row in run("hooks", tmp_path).rows}
-    paths = ["launch stubbed"]
+    works = [hooks.CPU_PATH]
     if importlib.util.find_spec("triton"):
-        paths.append("GPU path, kernels stubbed")
-    for path in paths:
-        for name in ("fastcov, default", "fastcov, every row", "fastcov, default, inputs"):
-            row = rows[f"53 hooks of ResNet-50, {path}", name]
+        works += [hooks.GPU_PATH, hooks.HEADS_PATH]
+    for work in works:
+        for name in (hooks.DEFAULT, hooks.ALL, hooks.INPUTS):
+            row = rows[work, name]
             assert 0 < row.notes["per_hook_s"] < 1e-2
 
 

@@ -57,8 +57,9 @@ def test_preparing_a_launch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hooks_that_launch_nothing_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Collector, "observe_again", lambda *_: True)
-    with pytest.raises(WrongResultError, match="not one"):
-        hooks._gpu_path(TINY)
+    for path in (hooks._gpu_path, hooks._heads_path):
+        with pytest.raises(WrongResultError, match="not one"):
+            path(TINY)
 
 
 def test_a_gpu_without_triton_is_missing_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,13 +134,13 @@ def _simulated_gpu() -> list[tuple[Any, str, Any]]:
     return [
         (job, "architecture_of", lambda _device: architecture),
         (library, "has_again", False),
-        (library, "accumulation_of", _gpu_accumulation_of),
+        (library, "_has_kernels", lambda _rows: True),
         (library, "_use_triton", lambda _rows: True),
         (library, "accumulate_", library._accumulate_cuda),
         (library, "gather_", library._gather_cuda),
         (device_adder, "has_device_buffers", lambda _dtype, _device: True),
         (replay, "has_device_buffers", lambda _dtype, _device: True),
-        (hooks.AffineHook, "_source", lambda _hook, _module, _args, _output: None),
+        (hooks.AffineHook, "_is_first", lambda _hook, _module: False),  # asked on a CPU alone
         (device_adder, "direct_rows", _gpu_direct_rows),
         (seen, "direct_rows", _gpu_direct_rows),
     ]
@@ -149,15 +149,6 @@ def _simulated_gpu() -> list[tuple[Any, str, Any]]:
 def _gpu_direct_rows(channels: int, is_cpu: bool) -> int:
     del is_cpu
     return direct_rows(channels, is_cpu=False)
-
-
-def _gpu_accumulation_of(
-    state: CovarianceState, _rows: Tensor, channel_dim: int
-) -> Callable[[Tensor], None]:
-    from fastcov.kernels.covariance import Accumulation
-
-    to = (state.moment, state.sum, state.shift, state.weight, state.count)
-    return Accumulation(*to, channel_dim).add
 
 
 def _accumulate_again() -> Callable[..., int]:

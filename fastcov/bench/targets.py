@@ -21,6 +21,7 @@ _SPECTRUM = "ResNet-50: 53 matrices of 64 to 2048, float32"
 _NETWORKS = ("resnet50", "vit", "faster_rcnn")
 _HOOKS = "53 hooks of ResNet-50, launch stubbed"
 _GPU_HOOKS = "53 hooks of ResNet-50, GPU path, kernels stubbed"
+_HEADS_HOOKS = "40 hooks of heads on 5 levels, GPU path, kernels stubbed"
 _PER_HOOK_S = 10e-6
 
 
@@ -81,9 +82,11 @@ TARGETS: tuple[Target, ...] = (
     _gpu("eigen", _SPECTRUM, "torch.linalg", "times faster", 20.0),
     *_steps("cuda", [*_NETWORKS, *(f"{name}-compiled" for name in _NETWORKS)], 1.01, 1.05),
     *_hooks("cuda", _GPU_HOOKS),
+    *_hooks("cuda", _HEADS_HOOKS),
     *_steps("cpu", _NETWORKS, 1.02, 1.15),
     *_hooks("cpu", _HOOKS),
     *_hooks("cpu", _GPU_HOOKS),
+    *_hooks("cpu", _HEADS_HOOKS),
 )
 """Every promise, in the order of its table."""
 

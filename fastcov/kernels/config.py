@@ -1,9 +1,10 @@
 """Static choices: tile shapes by kind of GPU, rows and channels.
 
 Nothing is tuned at run time: a launch must not measure, allocate or synchronise. The shapes below
-are the largest whose loops over the rows compile without spilling registers, and on sm_90 without
-waits between wgmma instructions (tests/resources/triton.json; ``python -m tests.kernels.aot``). To
-try others on real hardware, replace entries of :data:`GRAM_CONFIGS`, which every launch looks up.
+are the largest found whose loops over the rows compile without spilling registers, and on sm_90
+without waits between wgmma instructions (tests/resources/triton.json; ``python -m
+tests.kernels.aot``). To try others on real hardware, replace entries of :data:`GRAM_CONFIGS`, which
+every launch looks up.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def launch_accumulate_(
 
 
 class Accumulation:
-    """Adds rows to one state, always laid out the same: all is decided at the first call.
+    """Adds rows to one state, always laid out the same: all is decided at the first calls.
 
     Args:
         moment: Of the state, as its other tensors: see :func:`launch_accumulate_`.
@@ -83,7 +83,7 @@ class Accumulation:
         architecture: Likewise.
     """
 
-    __slots__ = ("_count", "_decided_by", "_prepared", "_shift", "_state")
+    __slots__ = ("_count", "_decided_by", "_prepared", "_reduced_to", "_shift")
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Accumulation:
         precision: Mode = "split",
         architecture: Architecture | None = None,
     ) -> None:
-        self._state = (moment, sum, shift, weight, count, row_scale, decay)
+        self._reduced_to = ((moment, sum, shift, weight, count), (row_scale, decay))
         self._shift = shift
         self._count = count
         self._decided_by = (precision, architecture, channel_dim)
@@ -110,10 +110,9 @@ class Accumulation:
     def _prepare(self, rows: Tensor, is_weighted: bool) -> tuple[Job, Tensor, tuple[Any, ...]]:
         job = job_of(rows, is_weighted, *self._decided_by)
         assert job is not None
-        *tensors, row_scale, decay = self._state
-        numbers = (*job.reduce_numbers, row_scale, decay)
+        state, factors = self._reduced_to
         like = self._shift.new_empty(0, dtype=torch.float32)
-        prepared = (job, like, (*tensors, *numbers, *job.reduce.arguments))
+        prepared = (job, like, (*state, *job.reduce_numbers, *factors, *job.reduce.arguments))
         self._prepared[is_address_aligned(rows)] = prepared
         return prepared
 
@@ -157,9 +156,7 @@ class Accumulation:
                 **launch.options,
             )
         if (launch := job.block) is not None:
-            block_kernel.run(
-                rows, shift, row_weight, partial, *launch.arguments, **launch.options
-            )
+            block_kernel.run(rows, shift, row_weight, partial, *launch.arguments, **launch.options)
         launch = job.reduce
         reduce_kernel.run(partial, chain_weight, *reduce_arguments, **launch.options)
 

@@ -80,7 +80,7 @@ class Job:
         matrix: Shape, strides and shape of a block, of a descriptor of the rows.
         is_aligned: Whether the gram's loads rely on the alignment of the rows' address.
         adds_vectors: Likewise its additions, of the partial results'.
-        reduce_numbers: Arguments of the last launch ahead of scale and decay, which calls bring.
+        reduce_numbers: Arguments of the last launch ahead of scale and decay.
     """
 
     plan: Plan

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcov.ops.covariance import WeightedState
 from fastcov.ops.library import backends
+from fastcov.seen import MOST_LAYOUTS
 
 if TYPE_CHECKING:
     from fastcov.kernels.flush import FlushTable
@@ -100,8 +101,7 @@ class DeviceBuffer:
             first_threshold=first_threshold,
         )
         self._table = flush.FlushTable([self.layer])
-        self._prepared: CursorGather | None = None  # for calls like the last one
-        self._seen: Seen | None = None
+        self._prepared: dict[Seen, CursorGather] = {}  # for calls that are alike
         self._step: Tensor | None = None
         self._fraction = 0
 
@@ -117,10 +117,11 @@ class DeviceBuffer:
             fraction: In units of 2**-32.
             phase: Start of the sampling sequence, the same in all calls.
         """
-        prepared = self._prepared
-        if prepared is None or not (
-            self._seen is seen and self._step is step and self._fraction == fraction
-        ):
+        if self._step is not step or self._fraction != fraction:
+            self._prepared.clear()
+            self._step, self._fraction = step, fraction
+        prepared = self._prepared.get(seen)
+        if prepared is None:
             prepared = self._prepare(seen.view(activation), seen, step, fraction, phase)
         prepared.launch_(activation)
 
@@ -129,11 +130,13 @@ class DeviceBuffer:
     ) -> CursorGather:
         from fastcov.kernels.gather import CursorGather
 
-        self._prepared = CursorGather(
+        prepared = CursorGather(
             self._buffer, self._row_step, self._cursor, step, rows, fraction, seen.run_length, phase
         )
-        self._seen, self._step, self._fraction = seen, step, fraction
-        return self._prepared
+        if len(self._prepared) >= MOST_LAYOUTS:
+            self._prepared.clear()
+        self._prepared[seen] = prepared
+        return prepared
 
     def flush(self, step: Tensor, decay: float) -> None:
         """Adds all its rows to the state, full or not."""

@@ -231,6 +231,10 @@ def _accumulate_cuda(
         aten.accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
 
 
+def _has_kernels(rows: Tensor) -> bool:
+    return rows.is_cuda and _use_triton(rows)
+
+
 def accumulation_of(
     state: MomentState, rows: Tensor, channel_dim: int = -1
 ) -> Callable[[Tensor], None] | None:
@@ -240,14 +244,14 @@ def accumulation_of(
 
     Args:
         state: Where to add, for as long as its tensors stay the same.
-        rows: Laid out as those to come.
+        rows: Of the device and dtype of those to come.
         channel_dim: Where they hold their channels.
 
     Returns:
         Takes such rows (:meth:`fastcov.kernels.covariance.Accumulation.add`); None where the
         operator is to be called.
     """
-    if not (rows.is_cuda and _use_triton(rows)):
+    if not _has_kernels(rows):
         return None
     from fastcov import kernels
 

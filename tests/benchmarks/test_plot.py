@@ -129,8 +129,8 @@ def test_hooks_of_files_with_and_without_the_path_of_a_gpu(
     readme.write_text("".join(f"<!-- table:cpu-a/{t} -->\n<!-- /table -->\n" for t in tables))
     assert plot.main(["--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert "| fastcov, default | 1.00 s | 2 us |" in text
-    on_gpu = "| fastcov, default (GPU path, kernels stubbed) | 1.00 s | 5 us |"
+    assert "| 53 hooks | fastcov, default | 1.00 s | 2 us |" in text
+    on_gpu = "| 53 hooks, GPU path | fastcov, default | 1.00 s | 5 us |"
     assert (on_gpu in text) == has_gpu_path
     assert "| one hook, nothing launched | 2 us | torch's empty hook: 1 us |" in text
 

@@ -6,7 +6,9 @@ triton is imported. Sizes are small: a program takes about 10 ms there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from fastcov.ops.reference import accumulate_reference_
 from fastcov.state import CovarianceState
 
 FAMILIES = ("sm_80", "sm_90")
+_GUARD = 64  # numbers
 
 
 class State(CovarianceState):
@@ -58,6 +61,21 @@ def assert_same(state: State, expected: State) -> None:
     assert not (state.moment.triu(1) != 0).any(), "wrote above the diagonal"
 
 
+@contextmanager
+def guarded_workspace() -> Iterator[list[Tensor]]:
+    """Lists what launches allocate, behind which nothing may be written."""
+    taken: list[Tensor] = []
+    new_empty = Tensor.new_empty
+
+    def guarded(like: Tensor, size: int, **options: torch.dtype) -> Tensor:
+        taken.append(new_empty(like, size + _GUARD, **options).fill_(-7.0))
+        return taken[-1][:size]
+
+    with mock.patch.object(Tensor, "new_empty", guarded):
+        yield taken
+    assert all((whole[-_GUARD:] == -7.0).all() for whole in taken)
+
+
 def check(
     *updates: Tensor,
     family: str = "sm_90",
@@ -70,9 +88,11 @@ def check(
     state, expected = State(channels), State(channels)
     architecture = Architecture(family, multiprocessors)
     for rows in updates:
-        launch_accumulate_(
-            *state.tensors, rows, precision=precision, architecture=architecture, **options
-        )
+        with guarded_workspace() as taken:
+            launch_accumulate_(
+                *state.tensors, rows, precision=precision, architecture=architecture, **options
+            )
+        assert taken or rows.numel() == 0
         accumulate_reference_(*expected.tensors, rows, **options)
         assert_same(state, expected)
     return state

@@ -240,14 +240,19 @@ def test_workspace_is_what_a_launch_takes(monkeypatch, size, dtype, is_weighted)
     for kernel in ("gram_kernel", "block_kernel", "mask_kernel", "reduce_kernel", "shift_kernel"):
         monkeypatch.setattr(covariance, kernel, _NoKernel())
     taken = []
-    new_empty = torch.Tensor.new_empty
 
-    def counted(like, *size, **options):
-        taken.append(new_empty(like, *size, **options))
-        return taken[-1]
+    def counting(real):
+        def count(*arguments, **options):
+            taken.append(real(*arguments, **options))
+            return taken[-1]
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+        return count
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", counting(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", counting(torch.empty))
     architecture = Architecture("sm_90", 132)
     covariance.launch_accumulate_(*state, rows, weight, architecture=architecture)
     expected = covariance.workspace_bytes(rows, is_weighted=is_weighted, architecture=architecture)
-    assert sum(tensor.nbytes for tensor in taken) == expected
+    sizes = [tensor.nbytes for tensor in taken if tensor.nbytes]
+    assert sum(sizes) == expected
+    assert len(sizes) == 1 + is_weighted

@@ -126,6 +126,40 @@ def test_rows_of_weight_1_that_are_all_read_are_added_by_one_call_on_a_gpu(
     assert [call is maps for call in calls] == [True] * 3 * is_bound
 
 
+def test_calls_on_a_gpu_after_the_plan_or_the_dtype_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "has_again", False)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(SIZES["many rows"], generator=generator) + 3 for _ in range(14)]
+    single, half = seen_of(batches[0]), seen_of(batches[0].bfloat16())
+    few = seen_of(torch.randn(SIZES["few rows"]))
+
+    def result() -> dict[str, Any]:
+        reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+        for step, maps in enumerate(batches):
+            reader.begin_step(step)
+            if step == 7:
+                reader.reset()  # float32 rows choose a shift, which 16-bit rows then give up
+            if step == 11:
+                reader.set_fraction(0.4)
+            assert reader.read_again(maps, single)
+            if step % 4 == 1:
+                assert reader.read_again(maps[:3, :, :4, :5].contiguous(), few)
+            if step % 4 == 2:
+                assert reader.read_again(maps.bfloat16(), half)
+        counters = (reader.calls, reader.offered_rows, reader.total_calls)
+        return {**reader.state_dict(), "counters": counters}
+
+    expected = result()
+    monkeypatch.setattr(library, "accumulation_of", bound)
+    found = result()
+    for name, value in expected.pop("state").items():
+        assert torch.equal(found["state"][name], value), name
+    found.pop("state")
+    assert found == expected
+
+
 def test_a_state_is_not_added_to_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(library, "has_again", False)
@@ -138,6 +172,20 @@ def test_a_state_is_not_added_to_where_it_was(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(NotImplementedError, match="meta"):  # asked to move back
         reader.read_again(maps, seen)
     assert not calls
+
+
+def test_copies_hold_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(library, "accumulation_of", bound)  # what it makes cannot be pickled
+    reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+    maps = torch.randn(SIZES["many rows"])
+    seen = seen_of(maps)
+    reader.read(maps, seen)
+    for other in (copy.deepcopy(reader), pickle.loads(pickle.dumps(reader))):
+        assert other.read_again(maps, seen)
+        assert reader.state is not None
+        assert other.state is not None
+        assert (int(reader.state.count[0]), int(other.state.count[0])) == (3200, 6400)
 
 
 @pytest.mark.parametrize(("fraction", "name"), [(0.001, "gather_again_"), (1, "accumulate_again_")])
