@@ -177,14 +177,15 @@ class Collector:
         """
         if not self._is_reading:
             return self.step.is_inside
-        seen = self._seen[tap]
-        if seen is None or type(value) is not Tensor or not is_undisturbed():
+        last = self._seen[tap]
+        if last is None or type(value) is not Tensor or not is_undisturbed():
             return False
-        reader = self._by_tap[tap]
+        reader, seen = self._by_tap[tap], last.follower
         try:
             if self._reads_output[tap]:
-                return reader.read_again(value, seen, source) or self._recall(tap, value, source)
-            if self._inputs.reads(tap, reader.earlier_calls > 0):
+                if not reader.read_again(value, seen, source):
+                    return self._recall(tap, value, source)
+            elif self._inputs.reads(tap, reader.earlier_calls > 0):
                 if not reader.read_again(value, seen):
                     return self._recall(tap, value)
                 self._inputs.note(tap, value)
@@ -192,6 +193,7 @@ class Collector:
                 return self._recall(tap, value)
             elif (owner := self._owner(tap, value)) is not None:
                 owner.read(value, seen)
+            self._seen[tap] = seen
         except Exception as error:
             self._fail(self._by_tap[tap], error)  # which a split may have changed
         return True
@@ -199,10 +201,7 @@ class Collector:
     def _recall(self, tap: int, value: Tensor, source: RowSource | None = None) -> bool:
         # Sizes alternate, or come back: what was decided about them holds.
         last = self._seen[tap]
-        if last is None or (known := last.recall(value)) is None:
-            return False
-        self._seen[tap] = known
-        return self.observe_again(tap, value, source)
+        return last is not None and last.recall(value) and self.observe_again(tap, value, source)
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation: called by a module's hook.
@@ -376,7 +375,7 @@ class Collector:
         if self._counters is not None:
             self.leave_device()
         untied = {"root": _no_model, "_modules": [], "_handles": [], "_inputs": SharedInputs()}
-        return {**self.__dict__, **untied}
+        return {**self.__dict__, **untied, "_seen": [None] * len(self.taps)}
 
     def close(self) -> None:
         """Removes every hook; the statistics stay readable, and captured graphs add to them."""

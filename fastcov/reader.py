@@ -252,8 +252,8 @@ class Reader(DeviceAdder):
     # keeping
 
     def __getstate__(self) -> dict[str, Any]:
-        # What adds a layout's rows names kernels, which need not exist where a copy is read.
-        return {**self.__dict__, "_accumulations": {}}
+        # Of what is known of layouts nothing: it names kernels, which a copy's reader may lack.
+        return {**self.__dict__, "_again": None, "_accumulations": {}}
 
     def merge(self, other: Reader, step: int) -> None:
         """Adds what another reader has seen; decay, if any, is brought to ``step`` first."""

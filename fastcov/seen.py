@@ -36,6 +36,7 @@ class Seen:
         dtype: Of the rows.
         device: Of the rows.
         channel_dim: Of what :meth:`source` gives.
+        follower: What the tap is likely to see next; itself, until it saw something else.
         layout: Of :func:`fastcov.cursor.layout_numbers`, where operators can compare with it.
     """
 
@@ -51,6 +52,7 @@ class Seen:
         "device",
         "direct_rows",
         "dtype",
+        "follower",
         "layout",
         "positions",
         "rows",
@@ -103,21 +105,28 @@ class Seen:
             and (value.is_cpu if self._is_cpu else value.device == self.device)
         )
 
-    def join(self, others: Seen | None) -> Seen:
-        """Keeps what the same tap saw before, for :meth:`recall`; returns itself."""
-        if others is not None:
-            self._of_tap = others._of_tap
+    def join(self, last: Seen | None) -> Seen:
+        """Follows what the same tap saw last; returns itself."""
+        self.follower = self
+        if last is not None:
+            self._of_tap, last.follower = last._of_tap, self
         if len(self._of_tap) >= MOST_LAYOUTS:
             del self._of_tap[next(iter(self._of_tap))]
         self._of_tap[self._shape, self._stride, self.dtype] = self
         return self
 
-    def recall(self, value: Tensor) -> Seen | None:
-        """What fits a value, of all that the tap saw lately."""
+    def recall(self, value: Tensor) -> bool:
+        """Whether the tap saw a value's layout lately: that is its follower then.
+
+        The heads of a detector see the levels of a pyramid in the same order in every step.
+        """
         if value.layout is not _STRIDED or value.is_nested:
-            return None
-        found = self._of_tap.get((value.shape, value.stride(), value.dtype))
-        return found if found is not None and found.fits(value) else None
+            return False
+        known = self._of_tap.get((value.shape, value.stride(), value.dtype))
+        if known is None or known is self.follower:  # which did not fit: on another device
+            return False
+        self.follower = known
+        return True
 
     def new_rows(self, rows: int) -> Tensor:
         """Memory for rows of this width, dtype and device. [rows, C]"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -72,13 +74,37 @@ def test_rows_are_those_of_a_tracker_that_remembers_nothing(
             return {name: reader.state_dict() for name, reader in tracker.readers.items()}
 
     expected_from = states()
-    monkeypatch.setattr(Seen, "recall", lambda *_: None)
+    monkeypatch.setattr(Seen, "recall", lambda *_: False)
     for name, expected in states().items():
         found = expected_from[name]
         for key, value in expected.pop("state").items():
             assert torch.equal(found["state"][key], value), (name, key)
         found.pop("state")
         assert found == expected, name
+
+
+def test_levels_in_the_order_of_the_last_step_are_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    misses: Counter[int] = Counter()
+    recall = Collector._recall
+
+    def spy(tracker: Collector, tap: int, *arguments: Any) -> bool:
+        misses[tap] += 1
+        return recall(tracker, tap, *arguments)
+
+    monkeypatch.setattr(Collector, "_recall", spy)
+    head = Head()
+    with fastcov.track(head, rows="all") as tracker:
+        for _ in range(3):
+            head(levels()[:3])
+        misses.clear()
+        for step in range(4):
+            head(levels(step)[:3])
+        assert not misses
+        head(levels()[2:0:-1])  # another order
+        assert misses
+        assert not tracker.notes
 
 
 def test_a_bounded_number_of_sizes_is_kept() -> None:
@@ -91,6 +117,8 @@ def test_a_bounded_number_of_sizes_is_kept() -> None:
         assert seen is not None
         assert len(seen._of_tap) == MOST_LAYOUTS
         assert list(seen._of_tap.values())[-1] is seen
+        for other in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
+            assert other.steps == tracker.steps
 
 
 def test_a_value_that_only_resembles_a_size_is_looked_at(looked_at: Counter[int]) -> None:
