@@ -90,7 +90,7 @@ class Adder:
                 # The state moves to this step: rows of earlier ones would miss their decay.
                 self._flush_full()
             if self.weighting == "position":
-                rows = activation if seen.channel_dim > 0 else seen.view(activation)
+                rows = seen.source(activation)
                 self._accumulate(rows, self._step, None, 1.0, seen.channel_dim, source)
             else:
                 self._add_image_weighted(seen.view(activation), source)

@@ -212,6 +212,7 @@ class Reader(DeviceAdder):
                 numbers[CALLS] += 1
                 numbers[OFFERED] += seen.rows
                 numbers[POSITIONS] += seen.positions
+                # Seen.source, without a call in every hook.
                 accumulation(value if seen.channel_dim > 0 else seen.view(value))
                 return True
         if not seen.fits(value):
@@ -239,7 +240,7 @@ class Reader(DeviceAdder):
     ) -> None:
         library.gather_(
             buffer,
-            activation if seen.channel_dim > 0 else seen.view(activation),
+            seen.source(activation),
             buffer_row,
             self._sampled,
             samples,

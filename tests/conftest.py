@@ -1,25 +1,49 @@
-"""Shared by all tests: one line about what a missing GPU leaves out."""
+"""Shared by all tests: a browser, and one line about what a missing GPU or browser leaves out."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
 
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def _find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    kept, left_out = [], []
+    has_gpu, has_browser = torch.cuda.is_available(), _find_browser() is not None
+    left_out = {"gpu": 0, "browser": 0}
+    kept = []
     for item in items:
-        (left_out if item.get_closest_marker("gpu") else kept).append(item)
+        if not has_gpu and item.get_closest_marker("gpu"):
+            left_out["gpu"] += 1
+        elif not has_browser and "browser" in getattr(item, "fixturenames", ()):
+            left_out["browser"] += 1
+        else:
+            kept.append(item)
     items[:] = kept
-    config.stash[_LEFT_OUT] = len(left_out)
-
-
-_LEFT_OUT = pytest.StashKey[int]()
+    config.stash[_LEFT_OUT] = left_out
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    count = terminalreporter.config.stash.get(_LEFT_OUT, 0)
-    if count:
-        terminalreporter.write_line(f"{count} gpu tests were left out: this machine has no GPU")
+    left_out = terminalreporter.config.stash.get(_LEFT_OUT, {})
+    reasons = {
+        "gpu": "this machine has no GPU",
+        "browser": f"none of {', '.join(_BROWSERS)} is on PATH",
+    }
+    for kind, count in left_out.items():
+        if count:
+            terminalreporter.write_line(f"{count} {kind} tests were left out: {reasons[kind]}")
+
+
+@pytest.fixture
+def browser() -> str:
+    """Headless Chromium, which .ci/run installs; pages are checked as text without it too."""
+    found = _find_browser()
+    assert found is not None, "tests that ask for it were left out"
+    return found

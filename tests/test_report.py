@@ -2,7 +2,6 @@
 
 import base64
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -137,16 +136,6 @@ def _check_page(path: Path, pictures: set[str]) -> _Page:
     assert set(page.pictures()) == pictures
     assert all(content.startswith(b"\x89PNG") for content in page.pictures().values())
     return page
-
-
-@pytest.fixture
-def browser() -> str:
-    """Headless Chromium, which .ci/run installs; pages are checked as text without it too."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip(f"left out: none of {', '.join(names)} on PATH")
-    return found
 
 
 def _check_in_a_browser(browser: str, path: Path, folder: Path, title: str, pictures: int) -> None:

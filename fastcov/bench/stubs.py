@@ -134,7 +134,6 @@ def _simulated_gpu() -> list[tuple[Any, str, Any]]:
     return [
         (job, "architecture_of", lambda _device: architecture),
         (library, "has_again", False),
-        (library, "_has_kernels", lambda _rows: True),
         (library, "_use_triton", lambda _rows: True),
         (library, "accumulate_", library._accumulate_cuda),
         (library, "gather_", library._gather_cuda),

@@ -194,7 +194,8 @@ def _triton_backend() -> Backend:
 
 def _use_triton(rows: Tensor) -> bool:
     return (
-        _triton_backend().active
+        rows.is_cuda
+        and _triton_backend().active
         and rows.dtype != torch.float64
         and torch.cuda.get_device_capability(rows.device) >= (8, 0)
     )
@@ -231,10 +232,6 @@ def _accumulate_cuda(
         aten.accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
 
 
-def _has_kernels(rows: Tensor) -> bool:
-    return rows.is_cuda and _use_triton(rows)
-
-
 def accumulation_of(
     state: MomentState, rows: Tensor, channel_dim: int = -1
 ) -> Callable[[Tensor], None] | None:
@@ -251,7 +248,7 @@ def accumulation_of(
         Takes such rows (:meth:`fastcov.kernels.covariance.Accumulation.add`); None where the
         operator is to be called.
     """
-    if not _has_kernels(rows):
+    if not _use_triton(rows):
         return None
     from fastcov import kernels
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,7 @@ from fastcov.ops.covariance import Moments
 from fastcov.reader import Reader
 from fastcov.rows import Layout, row_order, row_view
 from fastcov.sampling import WHOLE, fixed_point
-from fastcov.seen import Seen
+from fastcov.seen import MOST_LAYOUTS, Seen
 from fastcov.state import CovarianceState
 
 SIZES = {"few rows": (3, 24, 4, 5), "many rows": (8, 24, 20, 20)}
@@ -161,17 +163,28 @@ def test_calls_on_a_gpu_after_the_plan_or_the_dtype_has_changed(
 
 
 def test_a_state_is_not_added_to_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    """Nothing may hold the tensors of a state that has moved to another device."""
     monkeypatch.setattr(library, "has_again", False)
-    monkeypatch.setattr(library, "accumulation_of", lambda *_: calls.append)
+    monkeypatch.setattr(library, "accumulation_of", bound)
     reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
     maps = torch.randn(SIZES["many rows"])
-    seen = seen_of(maps)
-    reader.read(maps, seen)
-    reader.prepare(SIZES["many rows"][1], torch.device("meta"))
-    with pytest.raises(NotImplementedError, match="meta"):  # asked to move back
-        reader.read_again(maps, seen)
-    assert not calls
+    reader.read(maps, seen_of(maps))
+    assert reader.state is not None
+    before = weakref.ref(reader.state.moment)
+    reader.prepare(maps.shape[1], torch.device("meta"))
+    assert reader.state.moment.is_meta
+    gc.collect()
+    assert before() is None
+
+
+def test_a_bounded_number_of_layouts_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(library, "accumulation_of", bound)
+    reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+    for height in range(1, MOST_LAYOUTS + 20):
+        maps = torch.randn(2, 3, height, 20)
+        reader.read(maps, seen_of(maps))
+        assert 0 < len(reader._accumulations) <= MOST_LAYOUTS
 
 
 def test_copies_hold_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
