@@ -20,7 +20,14 @@ from torch import Tensor
 
 from fastcov.kernels.config import FLUSH_CHAIN_ROWS, SHIFT_ROWS
 from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, IS_APART, STATE_STEP
-from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
+from fastcov.kernels.tiles import (
+    DIRECT,
+    IS_INTERPRETED,
+    MODES,
+    kernel,
+    multiply_tiles,
+    triangle_row,
+)
 
 FIELDS = 14
 """int64 fields of one layer in the table, in this order; addresses are bytes."""
@@ -81,7 +88,7 @@ def first_mean(
     return (total / tl.maximum(found, 1)).to(tl.float32).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["force", "log_decay"])
+@kernel("table", "programs")
 def flush_kernel(
     table,  # int64 [L, FIELDS]
     programs,  # int32 [P, 2]: layer, block of its packed triangle

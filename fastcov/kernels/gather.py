@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcov.kernels.device import is_current
-from fastcov.kernels.layout import RowLayout, row_layout
-from fastcov.kernels.tiles import UNSPECIALIZED, is_finite
+from fastcov.kernels.layout import Geometry, RowLayout, row_layout
+from fastcov.kernels.tiles import is_finite, kernel
 
 CURSOR_FIELDS = 8
 """int64 fields of one layer's cursor; all start at 0."""
@@ -71,21 +71,23 @@ def copy_rows(
     # A run wraps inside its image.
     first_row = start // image_rows * image_rows
     row = first_row + (start - first_row + offset) % image_rows
-    image = row // geometry[2]
-    position = row % geometry[2]
+    image = row // geometry.positions
+    position = row % geometry.positions
     if IS_DEEP:
-        where = image // (geometry[3] * geometry[4]) * geometry[5]
-        where += image // geometry[4] % geometry[3] * geometry[6]
-        where += image % geometry[4] * geometry[7]
+        where = image // (geometry.size_1 * geometry.size_2) * geometry.stride_0
+        where += image // geometry.size_2 % geometry.size_1 * geometry.stride_1
+        where += image % geometry.size_2 * geometry.stride_2
     else:
-        where = image * geometry[7]
-    source = rows + (where + position * geometry[8])
-    target = buffer + buffer_row * geometry[1]
+        where = image * geometry.stride_2
+    source = rows + (where + position * geometry.stride_position)
+    target = buffer + buffer_row * geometry.channels
     broken = tl.zeros([ROWS], tl.int32)
-    for first in range(0, geometry[1], COLUMNS):
+    for first in range(0, geometry.channels, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        is_inside = is_copied[:, None] & (column < geometry[1])[None, :]
-        values = tl.load(source[:, None] + column[None, :] * geometry[9], mask=is_inside, other=0.0)
+        is_inside = is_copied[:, None] & (column < geometry.channels)[None, :]
+        values = tl.load(
+            source[:, None] + column[None, :] * geometry.stride_channel, mask=is_inside, other=0.0
+        )
         tl.store(target[:, None] + column[None, :], values, mask=is_inside)
         if row_step is not None:
             broken = tl.maximum(broken, tl.max(1 - is_finite(values).to(tl.int32), axis=1))
@@ -94,19 +96,7 @@ def copy_rows(
         tl.store(row_step + buffer_row, mark, mask=is_copied)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *UNSPECIALIZED,
-        "buffer_row",
-        "first_sample",
-        "samples",
-        "run_length",
-        "phase",
-        "row_count",
-        "image_rows",
-    ],
-    do_not_specialize_on_alignment=["buffer", "rows"],
-)
+@kernel()
 def gather_kernel(
     buffer,
     rows,
@@ -132,7 +122,7 @@ def gather_kernel(
     IS_DEEP: tl.constexpr,
 ):
     """ROWS samples a program, counters from the host."""
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,
@@ -165,18 +155,7 @@ def gather_kernel(
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        *UNSPECIALIZED,
-        "capacity",
-        "fraction",
-        "run_length",
-        "phase",
-        "row_count",
-        "image_rows",
-    ],
-    do_not_specialize_on_alignment=["buffer", "rows", "row_step", "cursor", "step"],
-)
+@kernel()
 def cursor_gather_kernel(
     buffer,
     rows,
@@ -205,7 +184,7 @@ def cursor_gather_kernel(
     IS_DEEP: tl.constexpr,
 ):
     """ROWS samples a program, counters on the device."""
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,
@@ -287,8 +266,7 @@ def launch_gather_(
             phase,
             layout.rows,
             _image_rows(rows, layout),
-            0,
-            *layout.geometry,
+            *layout.geometry(0),
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
             IS_DEEP=layout.kind == "strided",
@@ -361,8 +339,7 @@ class CursorGather:
             phase,
             layout.rows,
             _image_rows(rows, layout),
-            0,
-            *layout.geometry,
+            *layout.geometry(0),
             fraction >= 2**32,  # IS_ORDERED
             _ROWS,
             _COLUMNS,

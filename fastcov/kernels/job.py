@@ -226,8 +226,7 @@ def cached_job(
         plan.steps * shorter,
         plan.steps_per_chunk * shorter,
         plan.steps_per_chain * shorter,
-        triton.cdiv(layout.positions, step) * shorter,
-        *layout.geometry,
+        *layout.geometry(triton.cdiv(layout.positions, step) * shorter),
     )
     block_constants = _in_order(
         block_kernel,
@@ -296,8 +295,7 @@ def _shift(layout: RowLayout) -> Launch:
         (triton.cdiv(layout.channels, _BLOCK_EDGE),),
         (
             layout.images * steps_per_image,
-            steps_per_image,
-            *layout.geometry,
+            *layout.geometry(steps_per_image),
             *_in_order(
                 shift_kernel,
                 SHIFT_ROWS=SHIFT_ROWS,
