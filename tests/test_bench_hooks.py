@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -69,11 +70,37 @@ def test_a_gpu_without_triton_is_missing_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_stubs_leave_a_class_as_it_was() -> None:
+    from fastcov.kernels.launch import Launch
+
     stubs = KernelStubs(CPU)
-    before = dict(vars(stubs._kind))
+    before = dict(vars(Launch))
     with stubs.counted():
-        assert vars(stubs._kind) != before
-    assert vars(stubs._kind) == before
+        assert vars(Launch) != before
+    assert vars(Launch) == before
+
+
+def test_everything_on_the_host_is_timed_but_the_drivers_call() -> None:
+    """Triton's launcher in C is called at every hook, for no program."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    from fastcov.kernels import job
+
+    contest = hooks._gpu_path(TINY)
+    assert contest.prepare is not None
+    for contender, launches in ((hooks.DEFAULT, 53), (hooks.ALL, 53 * 2)):
+        contest.prepare(contender, 0)
+        called: list[tuple[int, ...]] = []
+        real = CudaLauncher.__call__
+
+        def spied(launcher: Any, *arguments: Any, real: Any = real, called: Any = called) -> None:
+            called.append(arguments[:3])
+            real(launcher, *arguments)
+
+        with mock.patch.object(CudaLauncher, "__call__", spied):
+            contest.contenders[contender](0)
+        assert len(called) >= launches, contender
+        assert {*called} == {(0, 1, 1)}
+    assert job.cached_job.cache_info().currsize == 0  # nobody finds launches of no program
 
 
 def test_maps_are_laid_out_as_those_of_a_network() -> None:
@@ -122,10 +149,13 @@ def test_python_that_prepares_a_launch_takes_its_time(monkeypatch: pytest.Monkey
 
     contest = hooks._gpu_path(TINY)
 
-    def slow(_job: Job, _rows: torch.Tensor) -> None:
+    descriptor = Job.descriptor
+
+    def slow(job: Job, rows: torch.Tensor) -> Any:
         until = time.thread_time() + 2e-3
         while time.thread_time() < until:
             pass
+        return descriptor(job, rows)
 
     monkeypatch.setattr(Job, "descriptor", slow)
     assert contest.prepare is not None

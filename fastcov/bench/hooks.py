@@ -1,8 +1,8 @@
 """Host time of one hook, nothing launched: what Python and dispatch cost.
 
 Two paths, each a contest: that of a CPU, whose operators are called with no row to read, and that
-of a GPU, which prepares launches of Triton kernels that are then not made. The second also runs on
-a CPU, on tensors that stand for a GPU's.
+of a GPU, whose launches run as far as the driver's call: all of Triton's Python and its launcher in
+C are timed. The second also runs on a CPU, on tensors that stand for a GPU's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _APART = 64  # values
 _BATCH = 256
 _MAPS = resnet50_maps(_BATCH, 224, 224)
 CPU_PATH = "53 hooks of ResNet-50, launch stubbed"
-GPU_PATH = "53 hooks of ResNet-50, GPU path, kernels stubbed"
-HEADS_PATH = "40 hooks of heads on 5 levels, GPU path, kernels stubbed"
+GPU_PATH = "53 hooks of ResNet-50, GPU path, driver's call left out"
+HEADS_PATH = "40 hooks of heads on 5 levels, GPU path, driver's call left out"
 _LAYERS, _WIDTH = 8, 256  # of a RetinaNet: four for classes, four for boxes
 _LEVELS = [(2, _WIDTH, -(-800 // s), -(-1344 // s)) for s in (8, 16, 32, 64, 128)]
 

@@ -10,7 +10,7 @@ gather.py        launch_gather_, launch_cursor_gather_: sampled rows into a buff
 flush.py         launch_flush_: all full buffers into their states, one launch
 layout, plan,    pure: strides, grids, tile shapes
 config
-device.py        the GPU that a tensor lies on
+launch.py        starting kernels; the GPU that a tensor lies on
 panels, tiles    device code that the kernels share
 ===============  ====================================================================
 """
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from fastcov.kernels.covariance import Accumulation as Accumulation
     from fastcov.kernels.covariance import launch_accumulate_ as launch_accumulate_
     from fastcov.kernels.covariance import workspace_bytes as workspace_bytes
-    from fastcov.kernels.device import architecture_of as architecture_of
     from fastcov.kernels.flush import BufferedLayer as BufferedLayer
     from fastcov.kernels.flush import FlushTable as FlushTable
     from fastcov.kernels.flush import launch_flush_ as launch_flush_
     from fastcov.kernels.gather import CURSOR_FIELDS as CURSOR_FIELDS
     from fastcov.kernels.gather import launch_cursor_gather_ as launch_cursor_gather_
     from fastcov.kernels.gather import launch_gather_ as launch_gather_
+    from fastcov.kernels.launch import architecture_of as architecture_of
 
 _HOMES = {
     "Accumulation": "covariance",
@@ -40,7 +40,7 @@ _HOMES = {
     "BufferedLayer": "flush",
     "CURSOR_FIELDS": "gather",
     "FlushTable": "flush",
-    "architecture_of": "device",
+    "architecture_of": "launch",
     "launch_accumulate_": "covariance",
     "launch_cursor_gather_": "gather",
     "launch_flush_": "flush",

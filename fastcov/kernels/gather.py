@@ -6,12 +6,14 @@ that changes from step to step is an argument, so a CUDA graph replays the launc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcov.kernels.device import is_current
+from fastcov.kernels.launch import Launch, Starter, is_current, is_watched
 from fastcov.kernels.layout import Geometry, RowLayout, row_layout
 from fastcov.kernels.tiles import is_finite, kernel
 
@@ -255,10 +257,10 @@ def launch_gather_(
     if samples == 0:
         return
     layout = row_layout(rows)
-    with torch.cuda.device_of(rows):
-        gather_kernel[(triton.cdiv(samples, _ROWS),)](
-            buffer,
-            rows,
+    launch = Launch.of(
+        gather_kernel,
+        (triton.cdiv(samples, _ROWS),),
+        (
             buffer_row,
             first_sample,
             samples,
@@ -267,11 +269,12 @@ def launch_gather_(
             layout.rows,
             _image_rows(rows, layout),
             *layout.geometry(0),
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            IS_DEEP=layout.kind == "strided",
-            num_warps=4,
-        )
+        ),
+        _constants(layout),
+        num_warps=4,
+    )
+    with torch.cuda.device_of(rows):
+        launch.start(buffer, rows)
 
 
 def launch_cursor_gather_(
@@ -296,7 +299,8 @@ class CursorGather:
     the rest is carried. Rows that find no room are dropped and counted: a buffer must hold its
     flush threshold plus one step's rows.
 
-    From one step to the next nothing changes but where the rows lie: all else is put in order once.
+    From one step to the next nothing changes but where the rows lie: all else is put in order once,
+    and all tensors but the rows must stay where they are.
 
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]
@@ -310,7 +314,7 @@ class CursorGather:
         phase: Start of the sequence, 64 bits as a signed integer.
     """
 
-    __slots__ = ("_buffer", "_options", "_others", "_programs")
+    __slots__ = ("_addresses", "_starter", "_tensors")
 
     def __init__(
         self,
@@ -325,38 +329,49 @@ class CursorGather:
     ) -> None:
         layout = row_layout(rows)
         most = (layout.rows * fraction + 2**32 - 1) >> 32
-        self._programs = triton.cdiv(most, _ROWS)
-        # As in job.py: constants by their place, and no function made for a launch.
-        self._options = {"grid": (self._programs,), "warmup": False, "num_warps": 4}
-        self._buffer = buffer
-        self._others = (
-            row_step,
-            cursor,
-            step,
-            buffer.shape[0],
-            fraction,
-            run_length,
-            phase,
-            layout.rows,
-            _image_rows(rows, layout),
-            *layout.geometry(0),
-            fraction >= 2**32,  # IS_ORDERED
-            _ROWS,
-            _COLUMNS,
-            layout.kind == "strided",  # IS_DEEP
-        )
+        self._tensors = (buffer, row_step, cursor, step)
+        self._addresses = tuple(tensor.data_ptr() for tensor in self._tensors)
+        self._starter: Starter | None = None
+        if most > 0:
+            launch = Launch.of(
+                cursor_gather_kernel,
+                (triton.cdiv(most, _ROWS),),
+                (
+                    buffer.shape[0],
+                    fraction,
+                    run_length,
+                    phase,
+                    layout.rows,
+                    _image_rows(rows, layout),
+                    *layout.geometry(0),
+                ),
+                {"IS_ORDERED": fraction >= 2**32, **_constants(layout)},
+                num_warps=4,
+            )
+            self._starter = Starter(launch, rows.get_device())
 
     def launch_(self, rows: Tensor) -> None:
         """Copies the rows that are due.
 
         Args:
-            rows: The row view, or what it is a view of: only its address counts.
+            rows: The row view, or the activation that it is a view of: only its address counts.
         """
+        starter = self._starter
+        if starter is None:
+            return
         if not is_current(rows.get_device()):
             with torch.cuda.device_of(rows):
                 self.launch_(rows)
-        elif self._programs > 0:
-            cursor_gather_kernel.run(self._buffer, rows, *self._others, **self._options)
+        elif (start := starter.directly) is not None and not is_watched():
+            buffer, *others = self._addresses
+            start(buffer, rows.data_ptr(), *others)
+        else:
+            tensor, *tensors = self._tensors
+            starter.through_triton(tensor, rows, *tensors)
+
+
+def _constants(layout: RowLayout) -> dict[str, Any]:
+    return {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "IS_DEEP": layout.kind == "strided"}
 
 
 def _image_rows(rows: Tensor, layout: RowLayout) -> int:

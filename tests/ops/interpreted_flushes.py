@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.kernels import flush
+from fastcov.kernels.launch import Launch
 from fastcov.ops import library
 
 
@@ -40,18 +41,16 @@ class Mixed(nn.Module):
 def counted() -> Iterator[list[int]]:
     """Lists the launches of a flush, each by the number of layers that its programs work on."""
     launches: list[int] = []
-    kernel = flush.flush_kernel
+    start = Launch.start
 
-    class Counted:
-        def __getitem__(self, grid: Any) -> Any:
-            def launch(table: Tensor, programs: Tensor, *args: Any, **options: Any) -> None:
-                assert grid == (len(programs),)
-                launches.append(len(programs[:, 0].unique()))
-                kernel[grid](table, programs, *args, **options)
+    def counted_start(launch: Launch, *tensors: Any) -> None:
+        if launch.kernel is flush.flush_kernel:
+            programs = tensors[1]
+            assert launch.grid == (len(programs), 1, 1)
+            launches.append(len(programs[:, 0].unique()))
+        start(launch, *tensors)
 
-            return launch
-
-    with mock.patch.object(flush, "flush_kernel", Counted()):
+    with mock.patch.object(Launch, "start", counted_start):
         yield launches
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov import collector, replay, sampling, steps, tracker
-from fastcov.kernels import flush, gather
+from fastcov.kernels.launch import Launch
 from fastcov.ops import library
 from fastcov.reader import Reader
 from fastcov.replay import DeviceCounters
@@ -40,9 +40,12 @@ class Graph:
         with ExitStack() as patches:
             for module in (steps, collector, tracker):
                 patches.enter_context(mock.patch.object(module, "is_capturing", return_value=True))
-            for module, name in ((gather, "cursor_gather_kernel"), (flush, "flush_kernel")):
-                kernel = _Recorded(getattr(module, name), self.launches)
-                patches.enter_context(mock.patch.object(module, name, kernel))
+            start = Launch.start
+
+            def record(launch: Launch, *tensors: Any) -> None:
+                self.launches.append(partial(start, launch, *tensors))
+
+            patches.enter_context(mock.patch.object(Launch, "start", record))
             for name in ("accumulate_", "gather_"):
                 operator = partial(self._record, getattr(library, name))
                 patches.enter_context(mock.patch.object(library, name, operator))
@@ -58,17 +61,6 @@ class Graph:
     def replay(self) -> None:
         for launch in self.launches:
             launch()
-
-
-class _Recorded:
-    def __init__(self, kernel: Any, launches: list[Callable[[], Any]]) -> None:
-        self._kernel, self._launches = kernel, launches
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return partial(self.run, grid=grid, warmup=False)
-
-    def run(self, *args: Any, **options: Any) -> None:
-        self._launches.append(partial(self._kernel.run, *args, **options))
 
 
 class Levels(nn.Module):
