@@ -1,4 +1,4 @@
-// Counters of a layer and its last call's layout, shared with Python: see fastcov/cursor.py.
+// Counters of a layer and its last call's layout, shared with Python: see fastcov/stats/cursor.py.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace fastcov {
 constexpr int64_t kWhole = int64_t{1} << 32;  // a fraction of 1
 constexpr int kMostDims = 5;
 
-// In the order of fastcov/cursor.py.
+// In the order of fastcov/stats/cursor.py.
 struct Cursor {
   int64_t calls;
   int64_t offered;

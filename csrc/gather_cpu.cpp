@@ -12,7 +12,7 @@ namespace {
 
 // Bytes below which a second thread costs more than it brings.
 constexpr int64_t kSerialBytes = 1 << 18;
-// For each channel; more are added at once (BUFFER_ROWS_PER_CHANNEL in fastcov/sampling.py).
+// For each channel; more are added at once (BUFFER_ROWS_PER_CHANNEL in fastcov/rows/sequence.py).
 constexpr int64_t kBufferRows = 2;
 
 template <typename Item>

@@ -2,12 +2,12 @@
 
 from fastcov import ops
 from fastcov.estimate import estimate
-from fastcov.history import History, load_history
 from fastcov.ops.library import backends
-from fastcov.spectrum import Spectrum
-from fastcov.state import CovarianceState
+from fastcov.spectra.history import History, load_history
+from fastcov.spectra.spectrum import Spectrum
+from fastcov.stats.state import CovarianceState
 from fastcov.tracker import Tracker, track
-from fastcov.widths import WidthGroup, suggest_widths
+from fastcov.widths.plan import WidthGroup, suggest_widths
 
 __version__ = "0.1.0"
 

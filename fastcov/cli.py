@@ -13,14 +13,14 @@ from typing import NoReturn
 import torch
 
 import fastcov
-from fastcov.history import compare_histories, load_history
-from fastcov.report import (
+from fastcov.show.page import (
     comparison_legend,
     comparison_rows,
     text_table,
     write_comparison,
     write_report,
 )
+from fastcov.spectra.history import compare_histories, load_history
 
 _OPTIONAL = (
     *("numpy", "triton", "torchvision", "matplotlib", "rich"),

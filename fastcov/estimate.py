@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastcov.arguments import check_model, check_reading
-from fastcov.ops.buffered import has_device_buffers
-from fastcov.ops.workspace import update_workspace_bytes
-from fastcov.rows import plain_tensor, row_view
-from fastcov.sampling import (
+from fastcov.rows.sequence import (
     BUFFER_ROWS_PER_CHANNEL,
     LayerLoad,
     device_buffer_rows,
@@ -24,8 +21,11 @@ from fastcov.sampling import (
     read_fraction,
     rows_per_channel,
 )
-from fastcov.sharing import SharedInputs
-from fastcov.taps import Selector, Tap, find_taps, first_tensor
+from fastcov.rows.view import plain_tensor, row_view
+from fastcov.stats.device_buffer import has_device_buffers
+from fastcov.stats.workspace import update_workspace_bytes
+from fastcov.watch.select import Selector, Tap, find_taps, first_tensor
+from fastcov.watch.sharing import SharedInputs
 
 _FILLS = 32  # of a buffer, whose workspaces are compared
 
@@ -218,7 +218,7 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
     state_bytes = 8 * (size * size + 2 * size + 4)
     threshold = BUFFER_ROWS_PER_CHANNEL * size
     due = [fraction * count for count in seen.calls]
-    # As fastcov.reader: calls that bring many rows are added at once, the others wait in a buffer.
+    # As fastcov.stats.reader: calls of many rows are added at once, the others wait in a buffer.
     direct = direct_rows(size, seen.device.type == "cpu")
     buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
     capacity = threshold if any(buffered) else 0

@@ -14,19 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcov.arguments import check_decay, check_model, check_reading, check_steps
-from fastcov.history import History, Snapshot
-from fastcov.keeper import Keeper
-from fastcov.notes import note_of, why_empty
-from fastcov.replay import is_capturing
-from fastcov.sampling import ENOUGH_ROWS_PER_CHANNEL
-from fastcov.snapshots import SnapshotQueue
-from fastcov.spectra import PendingSpectra
-from fastcov.spectrum import Spectrum
-from fastcov.state import CovarianceState, sync_named_states
-from fastcov.taps import Selector, Tap, find_taps
+from fastcov.rows.sequence import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.show.notes import note_of, why_empty
+from fastcov.spectra.history import History, Snapshot
+from fastcov.spectra.pending import PendingSpectra
+from fastcov.spectra.snapshots import SnapshotQueue
+from fastcov.spectra.spectrum import Spectrum
+from fastcov.stats.capture import is_capturing
+from fastcov.stats.state import CovarianceState, sync_named_states
+from fastcov.watch.keeper import Keeper
+from fastcov.watch.select import Selector, Tap, find_taps
 
 if TYPE_CHECKING:
-    from fastcov.report import LayerStatus, Summary
+    from fastcov.show.page import LayerStatus, Summary
 
 
 class Tracker(Keeper):
@@ -149,13 +149,13 @@ class Tracker(Keeper):
         Returns:
             A flat dict of floats, for any logger; ``print`` shows it as a table.
         """
-        from fastcov.report import Summary
+        from fastcov.show.page import Summary
 
         return Summary(self.statuses())
 
     def statuses(self) -> list[LayerStatus]:
         """One line a layer: rows, spectrum, and a note where something is missing."""
-        from fastcov.report import LayerStatus
+        from fastcov.show.page import LayerStatus
 
         spectra = self.spectra()
         statuses = []
@@ -203,7 +203,7 @@ class Tracker(Keeper):
         return snapshot
 
     def close(self) -> None:
-        """See :meth:`fastcov.collector.Collector.close`; the history is complete then."""
+        """See :meth:`fastcov.watch.watcher.Collector.close`; the history is complete then."""
         super().close()
         self._snapshots.deliver()
 
@@ -229,7 +229,7 @@ class Tracker(Keeper):
         return self
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`fastcov.keeper.Keeper.load_state_dict`; later snapshots are dropped."""
+        """See :meth:`fastcov.watch.keeper.Keeper.load_state_dict`; later snapshots are dropped."""
         super().load_state_dict(state_dict)
         self.history.truncate(self.steps + 1)
 
@@ -247,7 +247,7 @@ class Tracker(Keeper):
     # showing
 
     def plot(self, layer: str | None = None, ax: Any = None) -> Any:
-        """Draws spectra (of one layer, or all), as :func:`fastcov.plot.plot_spectrum` does.
+        """Draws spectra (of one layer, or all), as :func:`fastcov.show.plot.plot_spectrum` does.
 
         Args:
             layer: One of :meth:`names`; None draws all.
@@ -261,7 +261,7 @@ class Tracker(Keeper):
             KeyError: If no such layer is tracked.
             ValueError: If it has seen no row.
         """
-        from fastcov.plot import plot_spectrum
+        from fastcov.show.plot import plot_spectrum
 
         return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
 
@@ -278,7 +278,7 @@ class Tracker(Keeper):
             ImportError: Without matplotlib (the extra ``plot``).
             OSError: If it cannot be written.
         """
-        from fastcov.report import write_report
+        from fastcov.show.page import write_report
 
         return write_report(path, self.statuses(), history=self.history)
 

@@ -28,7 +28,12 @@ def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     examples = [
         example
-        for name in ("fastcov.tracker", "fastcov.widths", "fastcov.spectrum", "fastcov.ops.eigen")
+        for name in (
+            "fastcov.tracker",
+            "fastcov.widths.plan",
+            "fastcov.spectra.spectrum",
+            "fastcov.ops.eigen",
+        )
         for found in finder.find(importlib.import_module(name))
         for example in found.examples
     ]

@@ -17,8 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MATRIX = [("3.10", "2.10.0"), ("3.11", "2.13.0"), ("3.12", "2.11.0"), ("3.13", "2.14.1")]
 PACKAGES = ["numpy", "hypothesis", "pytest", "pytest-benchmark", "pytest-timeout"]
 TESTS = ["tests/ops/test_covariance.py", "tests/ops/test_covariance_native.py"]
-TESTS += ["tests/ops/test_eigen.py", "tests/ops/test_native.py", "tests/test_state.py"]
-TESTS += ["tests/test_spectrum.py", "tests/test_sampling.py", "tests/test_tracker.py"]
+TESTS += ["tests/ops/test_eigen.py", "tests/ops/test_native.py", "tests/stats/test_state.py"]
+TESTS += [
+    "tests/spectra/test_spectrum.py",
+    "tests/rows/test_sequence.py",
+    "tests/tracker/test_tracker.py",
+]
 
 
 def find_python(version: str) -> str | None:

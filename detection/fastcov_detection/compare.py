@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcov import History, load_history
-from fastcov.figures import comparison_grid, free_axes, png
-from fastcov.history import Comparison, compare_histories
-from fastcov.plot import plot_comparison
-from fastcov.report import comparison_legend, comparison_rows, write_comparison
+from fastcov.show.figures import comparison_grid, free_axes, png
+from fastcov.show.page import comparison_legend, comparison_rows, write_comparison
+from fastcov.show.plot import plot_comparison
+from fastcov.spectra.history import Comparison, compare_histories
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastcov import Spectrum, WidthGroup
-from fastcov.widths import (
+from fastcov.widths.plan import (
     Rule,
     WidthPlan,
     power_widths,

@@ -14,9 +14,9 @@ import torch
 from matplotlib.figure import Figure
 
 from fastcov import load_history
-from fastcov.figures import free_axes, png, spectra_grid
-from fastcov.plot import plot_dims
-from fastcov.widths import demand
+from fastcov.show.figures import free_axes, png, spectra_grid
+from fastcov.show.plot import plot_dims
+from fastcov.widths.plan import demand
 from fastcov_detection import __version__, page, pictures
 from fastcov_detection.config import (
     ModelConfig,

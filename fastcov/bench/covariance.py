@@ -16,7 +16,7 @@ from fastcov.bench.machine import slots
 from fastcov.bench.timing import Call, interleave, quantile
 from fastcov.ops import accumulate_
 from fastcov.ops.reference import accumulate_reference_
-from fastcov.state import CovarianceState
+from fastcov.stats.state import CovarianceState
 
 ERROR_BAR = 1e-5
 _PROMISED_CHANNELS = (64, 128, 256, 512, 1024, 2048)

@@ -20,7 +20,7 @@ from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
 from fastcov.bench.stubs import KernelStubs, OperatorStubs, Stubs
-from fastcov.reader import Reader
+from fastcov.stats.reader import Reader
 
 NO_HOOK = "no hook"
 EMPTY = "torch, an empty hook"

@@ -168,7 +168,7 @@ def vit(device: torch.device, is_tiny: bool) -> Training:
     """Vision transformer at 224: ViT-B with batch 128 in bf16 on a GPU, else ViT-S with batch 8.
 
     Trained by AdamW, as these networks are. From five images on its hidden layers are read through
-    their inputs on a CPU (:mod:`fastcov.affine`): with fewer, every row costs more.
+    their inputs on a CPU (:mod:`fastcov.stats.affine`): with fewer, every row costs more.
     """
     models = _torchvision("models")
     is_cuda = device.type == "cuda"

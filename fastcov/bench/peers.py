@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.bench.contest import Setting
-from fastcov.rows import Layout
-from fastcov.taps import Tap
+from fastcov.rows.view import Layout
+from fastcov.watch.select import Tap
 
 DELVE_VERSION = "0.1.50"
 

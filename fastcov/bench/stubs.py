@@ -12,8 +12,8 @@ from torch import Tensor
 from fastcov import kernels
 from fastcov.bench.peers import MissingPeerError
 from fastcov.ops import library
-from fastcov.sampling import direct_rows
-from fastcov.state import CovarianceState
+from fastcov.rows.sequence import direct_rows
+from fastcov.stats.state import CovarianceState
 
 _INHERITED = object()
 # Takes any arguments and does nothing: a function of Python's would copy them, in 0.2 us a launch.
@@ -126,9 +126,11 @@ class KernelStubs(Stubs):
 
 def _simulated_gpu() -> list[tuple[Any, str, Any]]:
     # Wherever hooks ask whether rows lie on a GPU, they do.
-    from fastcov import device_adder, hooks, replay, seen
     from fastcov.kernels import job
     from fastcov.kernels.config import Architecture
+    from fastcov.stats import capture as replay
+    from fastcov.stats import device_adder, seen
+    from fastcov.watch import hooks
 
     architecture = Architecture("sm_90", 132)  # an H100
     return [

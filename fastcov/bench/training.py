@@ -28,9 +28,9 @@ from fastcov.bench.timing import Call
 from fastcov.bench.updates import Updates
 from fastcov.estimate import estimate
 from fastcov.ops.reference import accumulate_reference_
-from fastcov.rows import row_view
-from fastcov.state import CovarianceState
-from fastcov.taps import Tap, find_taps, first_tensor
+from fastcov.rows.view import row_view
+from fastcov.stats.state import CovarianceState
+from fastcov.watch.select import Tap, find_taps, first_tensor
 
 UNTRACKED = "untracked"
 DEFAULT = "fastcov, default"

@@ -15,7 +15,7 @@ import torch
 import fastcov
 from fastcov.bench.contest import Row, Setting
 from fastcov.bench.covariance import update_seconds
-from fastcov.sampling import BUFFER_ROWS_PER_CHANNEL, direct_rows
+from fastcov.rows.sequence import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
 _RARE_STEPS = 10  # between updates of a layer; those that come sooner are left in the timed steps
 

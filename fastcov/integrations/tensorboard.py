@@ -31,8 +31,8 @@ def write_tensorboard(
         writer.add_scalar(f"fastcov {measure}/{layer}", value, step)
     spectra = tracker.spectra() if figures else {}
     if spectra:
-        from fastcov.figures import free_axes, spectra_grid
-        from fastcov.plot import plot_demand
+        from fastcov.show.figures import free_axes, spectra_grid
+        from fastcov.show.plot import plot_demand
 
         demand = plot_demand(spectra, free_axes(len(spectra)))
         writer.add_figure("fastcov/demand", demand.figure, step, close=False)

@@ -24,8 +24,8 @@ def log_wandb(
     values: dict[str, Any] = {f"fastcov/{key}": v for key, v in tracker.summary().items()}
     spectra = tracker.spectra() if figures else {}
     if spectra:
-        from fastcov.figures import free_axes, spectra_grid
-        from fastcov.plot import plot_demand
+        from fastcov.show.figures import free_axes, spectra_grid
+        from fastcov.show.plot import plot_demand
 
         demand = plot_demand(spectra, free_axes(len(spectra)))
         values["fastcov/figures/demand"] = wandb.Image(demand.figure)

@@ -314,7 +314,7 @@ def launch_cursor_gather_(
 class CursorGather:
     """Copies the rows that are due, with all counters on the device.
 
-    The number due is ``(carry + N * fraction) >> 32``, as in :func:`fastcov.sampling.rows_due`;
+    The number due is ``(carry + N * fraction) >> 32``, as in ``rows.sequence.rows_due``;
     the rest is carried. Rows that find no room are dropped and counted: a buffer must hold its
     flush threshold plus one step's rows.
 

@@ -15,7 +15,7 @@ _PRECISIONS = get_args(Precision)
 
 
 class MomentState(Protocol):
-    """Tensors of a running second moment; :class:`fastcov.state.CovarianceState` is one."""
+    """Tensors of a running second moment; :class:`fastcov.stats.state.CovarianceState` is one."""
 
     moment: Tensor
     sum: Tensor

@@ -22,7 +22,7 @@ _SHORT_FOLDER = "fastcov/lib"  # of the package: reasons are published beside re
 BACKENDS = ("native", "triton", "torch")
 BACKEND_SWITCH = "FASTCOV_BACKEND"
 INTERFACE = 2
-"""Raised with every change of a schema, or of fastcov/cursor.py, that a library is compiled for."""
+"""Raised with every change of a schema or of stats/cursor.py: a library is compiled for one."""
 
 
 class Backend(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from fastcov import Spectrum, load_history
-from fastcov.history import History, Snapshot
+from fastcov.spectra.history import History, Snapshot
 from fastcov_detection.cli import main
 from fastcov_detection.compare import compare_runs, numbers
 from fastcov_detection.errors import DataError

@@ -21,7 +21,7 @@ from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
 from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_
 from fastcov.kernels.tiles import IS_INTERPRETED
 from fastcov.ops.reference import accumulate_reference_
-from fastcov.state import CovarianceState
+from fastcov.stats.state import CovarianceState
 
 FAMILIES = ("sm_80", "sm_90")
 _GUARD = 64  # numbers

@@ -41,7 +41,7 @@ class TestGather:
             assert torch.equal(buffer, expected)
 
     def test_cursor_counts_like_the_host(self):
-        from fastcov.sampling import fixed_point, rows_due
+        from fastcov.rows.sequence import fixed_point, rows_due
 
         rows = normal(3, 5, 4, 9)
         rows[1, 2, 3, 8] = float("nan")

@@ -318,7 +318,7 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
     """One captured step, replayed: every count and every row as if the host had kept them."""
     from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
     from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_
-    from fastcov.sampling import fixed_point, rows_due
+    from fastcov.rows.sequence import fixed_point, rows_due
 
     widths, images, fraction, steps = (64, 200, 513), 4, fixed_point(0.123), 40
     inputs = [torch.empty(images, 50, width, dtype=dtype, device="cuda") for width in widths]

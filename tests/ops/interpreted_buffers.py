@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import fastcov
-from fastcov.ops.buffered import flush_full_, make_flush_table
-from fastcov.reader import Reader
-from fastcov.replay import DeviceCounters
-from fastcov.sampling import sequence_phase
+from fastcov.rows.sequence import sequence_phase
+from fastcov.stats.capture import DeviceCounters
+from fastcov.stats.device_buffer import flush_full_, make_flush_table
+from fastcov.stats.reader import Reader
 
 
 def read_steps(is_on_device: bool, decay: float | None, dtype: torch.dtype) -> Reader:

@@ -20,11 +20,15 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
-from fastcov import collector, replay, sampling, steps, tracker
+from fastcov import tracker
 from fastcov.kernels import flush, gather
 from fastcov.ops import library
-from fastcov.reader import Reader
-from fastcov.replay import DeviceCounters
+from fastcov.rows import sequence as sampling
+from fastcov.stats import capture as replay
+from fastcov.stats.capture import DeviceCounters
+from fastcov.stats.reader import Reader
+from fastcov.watch import steps
+from fastcov.watch import watcher as collector
 
 
 class Graph:

@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcov.cursor import (
+from fastcov.ops import library
+from fastcov.ops.covariance import Moments
+from fastcov.rows.sequence import WHOLE, fixed_point
+from fastcov.rows.view import Layout, row_order, row_view
+from fastcov.stats.cursor import (
     CALLS,
     CARRY,
     FIELDS,
@@ -24,13 +28,9 @@ from fastcov.cursor import (
     Cursor,
     layout_numbers,
 )
-from fastcov.ops import library
-from fastcov.ops.covariance import Moments
-from fastcov.reader import Reader
-from fastcov.rows import Layout, row_order, row_view
-from fastcov.sampling import WHOLE, fixed_point
-from fastcov.seen import MOST_LAYOUTS, Seen
-from fastcov.state import CovarianceState
+from fastcov.stats.reader import Reader
+from fastcov.stats.seen import MOST_LAYOUTS, Seen
+from fastcov.stats.state import CovarianceState
 
 SIZES = {"few rows": (3, 24, 4, 5), "many rows": (8, 24, 20, 20)}
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcov
-from fastcov import collector
+from fastcov.watch import watcher as collector
 
 
 def test_device_counters_equal_host_counters_in_the_interpreter() -> None:

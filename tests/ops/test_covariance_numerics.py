@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcov.ops import aten
 from fastcov.ops.covariance import Moments
 from fastcov.ops.reference import accumulate_reference_
-from fastcov.state import CovarianceState
+from fastcov.stats.state import CovarianceState
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BAR = dict.fromkeys(DTYPES, 1e-5) | {torch.float64: 1e-12}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcov import cursor
 from fastcov.ops import library, native
+from fastcov.stats import cursor
 
 COMPILED = (
     "accumulate_",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcov.ops import library
-from fastcov.ops.buffered import DeviceBuffer
-from fastcov.reader import Reader
-from fastcov.state import CovarianceState
+from fastcov.stats.device_buffer import DeviceBuffer
+from fastcov.stats.reader import Reader
+from fastcov.stats.state import CovarianceState
 
 kernels = pytest.importorskip("fastcov.kernels")
 pytest.importorskip("triton", reason="the launchers need triton")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastcov
-from fastcov import affine
-from fastcov.affine import accumulate_mapped_
-from fastcov.collector import Collector
+from fastcov.stats import affine
+from fastcov.stats.affine import accumulate_mapped_
+from fastcov.watch.watcher import Collector
 
 BAR = 1e-6  # of the largest entry; float32 rows themselves stay below 1e-5
 

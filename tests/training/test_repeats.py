@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
-from fastcov.collector import Collector
-from fastcov.reader import Reader
-from fastcov.sharing import SharedInputs
+from fastcov.stats.reader import Reader
+from fastcov.watch.sharing import SharedInputs
+from fastcov.watch.watcher import Collector
 
 
 class Branches(nn.Module):

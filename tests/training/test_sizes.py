@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.bench.stubs import KernelStubs
-from fastcov.collector import Collector
-from fastcov.seen import MOST_LAYOUTS, Seen
+from fastcov.stats.seen import MOST_LAYOUTS, Seen
+from fastcov.watch.watcher import Collector
 
 SIZES = (40, 24, 9, 24, 40)
 

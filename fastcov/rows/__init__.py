@@ -1,0 +1,1 @@
+"""Activations as feature rows, and which of them are read."""

@@ -1,0 +1,1 @@
+"""Spectra of layers, and their history over a training."""

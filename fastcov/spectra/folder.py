@@ -1,0 +1,311 @@
+"""The folder a history is appended to: its format, and what makes an append safe against a kill.
+
+``history.jsonl`` holds one line of numbers per snapshot, ``spectra/00000000.npy`` the eigenvalues
+of snapshot 0 laid end to end, float64. The spectra are written first, under a temporary name that
+is then renamed; only the complete line makes the snapshot exist. What a kill leaves behind (a
+partial last line, a spectra file that no line names) is ignored by readers and removed by the next
+append. Only the steps and places of the lines are kept in memory: 16 bytes a snapshot.
+"""
+
+import io
+import json
+import math
+import os
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcov.spectra.spectrum import Spectrum
+
+FORMAT = 1
+_MOST_LINE_BYTES = 64 * 2**20
+
+
+class HistoryFolder:
+    """Snapshots on disk, oldest first.
+
+    Args:
+        folder: Need not exist; nothing is written before the first append.
+
+    Raises:
+        ValueError: If the folder holds a history that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines_path = folder / "history.jsonl"
+        self.steps = array("q")
+        self._starts = array("q")  # one a snapshot: where its line begins
+        self._end = 0  # where the last complete line ends
+        self._known_bytes = 0  # what the file measured when this object last looked
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; a history needs a folder")
+        if self.lines_path.exists():
+            self._scan()
+
+    def layer_names(self, index: int) -> list[str]:
+        """Layers of one snapshot, without reading its spectra."""
+        return [layer["name"] for layer in self._read_line(index)["layers"]]
+
+    def read(self, index: int) -> tuple[int, float, dict[str, Spectrum]]:
+        """Step, wall seconds and spectra of one snapshot."""
+        line = self._read_line(index)
+        eigenvalues = _read_spectra(self._spectra_path(index), line["length"])
+        spectra = {}
+        for layer in line["layers"]:
+            part = eigenvalues[layer["offset"] : layer["offset"] + layer["channels"]]
+            spectra[layer["name"]] = Spectrum(part, layer["count"], layer["total"], layer["name"])
+        return line["step"], line["wall_s"], spectra
+
+    def append(self, step: int, wall_s: float, spectra: Mapping[str, Spectrum]) -> None:
+        """Stores one snapshot; it is on disk when this returns, or nothing changed."""
+        index = len(self.steps)
+        final_path = self._spectra_path(index)
+        temporary_path = final_path.with_suffix(".npy.tmp")
+        spectra_bytes, line_bytes = _encode(step, wall_s, spectra, final_path.name)
+        self._refuse_second_writer()  # before anything is written, or undone
+        try:
+            if self._known_bytes != self._end:
+                self._cut_lines(self._end)
+            self._remove_orphans()
+            final_path.parent.mkdir(parents=True, exist_ok=True)
+            _write_through(temporary_path, spectra_bytes, "wb")
+            os.replace(temporary_path, final_path)
+            _sync_folder(final_path.parent)
+            _write_through(self.lines_path, line_bytes, "ab")
+            _sync_folder(self.folder)
+        except BaseException as error:
+            self._roll_back(temporary_path, final_path)
+            if isinstance(error, OSError):
+                raise OSError(
+                    error.errno,
+                    f"cannot store the snapshot of step {step} in {self.folder} "
+                    f"({len(spectra_bytes) + len(line_bytes)} bytes): {error.strerror}; the "
+                    f"{index} snapshots before it are intact: free space or permit writing, then "
+                    "snapshot again",
+                ) from error
+            raise
+        self.steps.append(step)
+        self._starts.append(self._end)
+        self._end += len(line_bytes)
+        self._known_bytes = self._end
+
+    def truncate(self, keep: int) -> None:
+        """Keeps the first ``keep`` snapshots."""
+        self._refuse_second_writer()
+        end = self._starts[keep] if keep < len(self.steps) else self._end
+        # The lines go first and reach the disk: a line must never name another snapshot's spectra.
+        self._cut_lines(end)
+        self._end = end
+        del self.steps[keep:], self._starts[keep:]
+        self._remove_orphans()
+
+    def _spectra_path(self, index: int) -> Path:
+        return self.folder / "spectra" / f"{index:08d}.npy"
+
+    def _scan(self) -> None:
+        for number, line in enumerate(_whole_lines(self.lines_path), 1):
+            start = self._end
+            try:
+                step = parse_line(line, len(self.steps))["step"]
+            except ValueError as error:
+                at_the_end = start + len(line) == self.lines_path.stat().st_size
+                if isinstance(error, json.JSONDecodeError) and at_the_end:
+                    break  # a power cut can leave zeros where the last line should be
+                raise ValueError(
+                    f"{self.lines_path}, line {number}: {error}; move the folder away, or delete "
+                    "this line and all after it to keep the snapshots before it"
+                ) from error
+            if self.steps and step < self.steps[-1]:
+                raise ValueError(
+                    f"{self.lines_path}, line {number}: step {step} follows step "
+                    f"{self.steps[-1]}; two runs wrote here, give each its own folder"
+                )
+            self.steps.append(step)
+            self._starts.append(start)
+            self._end = start + len(line)
+        self._known_bytes = self.lines_path.stat().st_size
+
+    def _read_line(self, index: int) -> dict[str, Any]:
+        start = self._starts[index]
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else self._end
+        with self.lines_path.open("rb") as lines:
+            lines.seek(start)
+            return parse_line(lines.read(end - start), index)
+
+    def _refuse_second_writer(self) -> None:
+        found = self.lines_path.stat().st_size if self.lines_path.exists() else 0
+        if found != self._known_bytes:
+            raise ValueError(
+                f"{self.lines_path} changed from {self._known_bytes} to {found} bytes since it was "
+                "read: another process writes here; give each run (and each rank) its own folder"
+            )
+
+    def _cut_lines(self, end: int) -> None:
+        with self.lines_path.open("r+b") as lines:
+            lines.truncate(end)
+            os.fsync(lines.fileno())
+        self._known_bytes = end
+
+    def _remove_orphans(self) -> None:
+        """Removes the spectra of snapshots that never became or were dropped; numbered in a row."""
+        index = len(self.steps)
+        while True:
+            path = self._spectra_path(index)
+            temporary_path = path.with_suffix(".npy.tmp")
+            if not path.exists() and not temporary_path.exists():
+                return
+            path.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
+            index += 1
+
+    def _roll_back(self, *spectra_paths: Path) -> None:
+        """Best effort: what cannot be undone now, the next append repairs."""
+        try:
+            if self.lines_path.exists() and self.lines_path.stat().st_size > self._end:
+                self._cut_lines(self._end)
+            for path in spectra_paths:
+                path.unlink(missing_ok=True)
+        except OSError:
+            self._known_bytes = self.lines_path.stat().st_size if self.lines_path.exists() else 0
+
+
+def parse_line(line: bytes, index: int) -> dict[str, Any]:
+    """Reads one line of ``history.jsonl`` and checks every field that is used later.
+
+    Args:
+        line: With or without its newline.
+        index: Number of the snapshot, from 0.
+
+    Returns:
+        step, wall_s, length and layers, the latter with name, offset, channels, count, total.
+
+    Raises:
+        ValueError: Saying which field is wrong; json.JSONDecodeError where it is no JSON at all.
+    """
+    try:
+        fields = json.loads(line.decode("utf-8", errors="replace"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply for a snapshot") from error
+    if not isinstance(fields, dict) or "format" not in fields:
+        raise ValueError('no snapshot: the field "format" is missing')
+    if fields["format"] != FORMAT:
+        raise ValueError(
+            f"format {fields['format']!r} is not {FORMAT}, the one this fastcov-torch reads; "
+            "install the version that wrote it"
+        )
+    _check(fields, "step", _is_whole)
+    _check(fields, "wall_s", _is_amount)
+    _check(fields, "file", lambda value: value == f"{index:08d}.npy")
+    _check(fields, "layers", lambda value: isinstance(value, list))
+    offset = 0
+    for layer in fields["layers"]:
+        if not isinstance(layer, dict):
+            raise ValueError(f"layers holds {layer!r}, which is no layer")
+        _check(layer, "name", lambda value: isinstance(value, str))
+        _check(layer, "channels", lambda value: _is_whole(value) and value >= 1)
+        _check(layer, "offset", lambda value, offset=offset: value == offset)
+        _check(layer, "count", _is_whole)
+        _check(layer, "total", _is_amount)
+        offset += layer["channels"]
+    _check(fields, "length", lambda value: value == offset)
+    return fields
+
+
+def _check(fields: Mapping[str, Any], key: str, is_valid: Any) -> None:
+    value = fields.get(key)
+    if not is_valid(value):
+        raise ValueError(f"the field {key!r} is {value!r}, which cannot be")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_amount(value: object) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as lines:
+        for line in iter(lambda: lines.readline(_MOST_LINE_BYTES), b""):
+            if line.endswith(b"\n"):
+                yield line
+            elif len(line) == _MOST_LINE_BYTES:
+                raise ValueError(
+                    f"{path} has a line of more than {_MOST_LINE_BYTES >> 20} MiB; "
+                    "this is no history that fastcov wrote"
+                )
+
+
+def _encode(
+    step: int, wall_s: float, spectra: Mapping[str, Spectrum], file_name: str
+) -> tuple[bytes, bytes]:
+    parts: list[Tensor] = []
+    layers: list[dict[str, Any]] = []
+    offset = 0
+    for name, spectrum in spectra.items():
+        parts.append(spectrum.eigenvalues)
+        layers.append(
+            {
+                "name": name,
+                "offset": offset,
+                "channels": spectrum.channels,
+                "count": spectrum.count,
+                "total": spectrum.total,
+                "dim": spectrum.dim(),
+                "rank_at_99": spectrum.rank_at(0.99),
+                "dof": spectrum.dof(),
+                "participation_ratio": spectrum.participation_ratio(),
+            }
+        )
+        offset += spectrum.channels
+    line = {
+        "format": FORMAT,
+        "step": step,
+        "wall_s": wall_s,
+        "file": file_name,
+        "length": offset,
+        "layers": layers,
+    }
+    flat = torch.cat(parts).numpy() if parts else np.zeros(0)
+    stored = io.BytesIO()
+    np.save(stored, flat.astype("<f8", copy=False), allow_pickle=False)
+    return stored.getvalue(), json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+def _read_spectra(path: Path, length: int) -> Tensor:
+    """Eigenvalues of one snapshot, after header and size agree with the line. [length]"""
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(stored, np.ndarray):
+            raise ValueError("an archive, not one array")
+        if stored.dtype != np.dtype("<f8") or stored.shape != (length,):
+            raise ValueError(f"{stored.dtype} of shape {stored.shape}, not float64 of ({length},)")
+        return torch.from_numpy(np.array(stored))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); restore it, or drop this snapshot and the later "
+            "ones with truncate()"
+        ) from error
+
+
+def _write_through(path: Path, content: bytes, mode: str) -> None:
+    with path.open(mode) as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename or a new file outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What one layer's statistics are, and how rows reach them."""

@@ -1,0 +1,152 @@
+"""Rows of one layer that wait to be added together, each with its step and weight."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcov.stats.cursor import FILL, LIMIT, Counter, Cursor
+from fastcov.stats.seen import Seen
+
+_MOST_VIEWS = 8  # a budget of so many rows a step fills a buffer in two or three ways
+
+
+@dataclass
+class _Span:
+    rows: int
+    step: int
+    weight: float
+
+
+class RowBuffer:
+    """A buffer in the rows' dtype, filled from the front.
+
+    Args:
+        cursor: Where ``fill`` and ``limit`` are kept.
+        is_marked: Whether rows differ in weight: their steps and weights are kept.
+        first_fill: Share of it that fills before it has no more room for the first time.
+
+    Attributes:
+        first_fill: As given.
+        storage: All of it, None before the first rows. [capacity, C]
+        fill: Rows that wait.
+        limit: Rows that this fill takes.
+    """
+
+    fill = Counter(FILL)
+    limit = Counter(LIMIT)
+
+    def __init__(self, cursor: Cursor, is_marked: bool, first_fill: float = 1.0) -> None:
+        self.cursor = cursor
+        self._is_marked = is_marked
+        self.first_fill = first_fill
+        self.storage: Tensor | None = None
+        self._views: dict[int, Tensor] = {}  # its first rows, by how many: a slice takes 1.6 us
+        self._capacity = 0
+        self._spans: list[_Span] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Every view would be stored with all that it shows a part of.
+        return {**self.__dict__, "_views": {}}
+
+    @property
+    def rows(self) -> Tensor | None:
+        """What waits, if anything. [fill, C]"""
+        if self.storage is None or self.fill == 0:
+            return None
+        view = self._views.get(self.fill)
+        if view is None:
+            if len(self._views) == _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[self.fill] = self.storage[: self.fill]
+        return view
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the last rows, where steps are kept."""
+        return self._spans[-1].step if self._spans else None
+
+    def room(self, seen: Seen, wanted: int) -> Tensor:
+        """Storage for the next rows, from :attr:`fill` on; made or grown where needed.
+
+        Args:
+            seen: Of the rows to come.
+            wanted: How many.
+
+        Returns:
+            The whole storage. [capacity, C]
+        """
+        if self.storage is None or self.fill + wanted > self._capacity:
+            # Tensors made under inference_mode could not be written in training later.
+            with torch.inference_mode(False):
+                self._capacity = max(seen.buffer_rows, self.fill + wanted)
+                grown = seen.new_rows(self._capacity)
+            if self.storage is None:
+                self.stagger()
+            else:
+                grown[: self.fill] = self.storage[: self.fill]
+                self.limit = self._capacity
+            self.storage = grown
+            self._views.clear()
+        return self.storage
+
+    def mark(self, rows: int, step: int) -> None:
+        """Counts rows that were written behind the others."""
+        self.fill += rows
+        self.mark_step(rows, step)
+
+    def mark_step(self, rows: int, step: int) -> None:
+        """Keeps the step of rows that are counted already."""
+        if not self._is_marked:
+            return
+        if self._spans and self._spans[-1].step == step:
+            self._spans[-1].rows += rows
+        else:
+            self._spans.append(_Span(rows, step, 1.0))
+
+    def weigh(self, step: int, weight: float) -> None:
+        """Sets the weight of a step's rows, if the last ones are of that step."""
+        if self._spans and self._spans[-1].step == step:
+            self._spans[-1].weight = weight
+
+    def row_weight(self, decay: float, device: torch.device) -> Tensor | None:
+        """Weights of all rows as of the last step; None where all weigh 1. [fill]"""
+        if not self._spans:
+            return None
+        last = self._spans[-1].step
+        weights = [span.weight * decay ** (last - span.step) for span in self._spans]
+        return _filled(weights, [span.rows for span in self._spans], device)
+
+    def clear(self) -> None:
+        """Drops the rows; the storage stays for the next, and all of it is filled."""
+        self.fill = 0
+        self._spans = []
+        self.limit = self._capacity
+
+    def stagger(self) -> None:
+        """Makes the next fill the first again: all buffers were emptied at one moment."""
+        self.limit = ceil(self._capacity * self.first_fill)
+
+    def release(self) -> None:
+        """Drops the rows and the storage: the next have another dtype or device."""
+        self.storage = None
+        self._views.clear()
+        self._capacity = 0
+        self.clear()
+
+
+def _filled(weights: list[float], rows: list[int], device: torch.device) -> Tensor:
+    # As torch.repeat_interleave, whose tensors a GPU would be waited for to take from the host; a
+    # number that fills a slice is an argument of its kernel.
+    filled = torch.empty(sum(rows), dtype=torch.float64, device=device)
+    first = 0
+    for weight, spans in itertools.groupby(zip(weights, rows, strict=True), lambda span: span[0]):
+        last = first + sum(count for _, count in spans)
+        filled[first:last].fill_(weight)
+        first = last
+    return filled

@@ -1,0 +1,42 @@
+"""Memory that one update of a state takes on a GPU and gives back: told by sizes alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcov.stats.device_buffer import has_device_buffers
+
+
+def update_workspace_bytes(rows: Tensor, device: torch.device, *, is_weighted: bool = False) -> int:
+    """Most bytes that one call of :func:`fastcov.ops.accumulate_` takes from a GPU's allocator.
+
+    Partial results of Triton's kernels, mostly, whose number follows the GPU's multiprocessors.
+
+    Args:
+        rows: Of the call; only sizes, strides and dtype are read, so it may lie anywhere. [..., C]
+        device: Where such rows would be added. The meta device stands for an H100, if triton is
+            installed.
+        is_weighted: Whether each row has its weight.
+
+    Returns:
+        0 on a CPU, whose scratch memory is not torch's, and where plain torch takes Triton's place,
+        whose temporaries are not counted: float64 rows, GPUs older than sm_80.
+
+    Example:
+        >>> update_workspace_bytes(torch.zeros(100, 8), torch.device("cpu"))
+        0
+    """
+    from fastcov import kernels
+
+    if device.type == "cuda" and has_device_buffers(rows.dtype, device):
+        architecture = kernels.architecture_of(device)
+    elif (
+        device.type == "meta"
+        and rows.dtype != torch.float64
+        and kernels.unavailable_reason() is None
+    ):
+        architecture = kernels.Architecture("sm_90", multiprocessors=132)
+    else:
+        return 0
+    return kernels.workspace_bytes(rows, is_weighted=is_weighted, architecture=architecture)

@@ -1,0 +1,1 @@
+"""What runs inside the training loop: which tensors are watched, and when."""

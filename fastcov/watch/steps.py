@@ -1,0 +1,99 @@
+"""Which forwards of the root module are steps."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fastcov.stats.capture import is_capturing
+from fastcov.watch.isolation import is_recomputing
+
+
+class Steps:
+    """Counts steps: one is one forward of the root module, in training mode where asked.
+
+    A forward that calls itself is one step. One that an exception ends is none. What a backward
+    pass runs again (checkpointing) and what torch.jit.trace runs is none either. The capture of a
+    CUDA graph is none, its replays are.
+
+    Attributes:
+        done: Steps so far.
+        is_running: Whether a step has begun and not ended.
+        is_captured: Whether the last forward that began was one that a CUDA graph captures.
+        not_counted: Why the last forward that might have been a step was none.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.is_running = False
+        self.is_captured = False
+        self._is_refused = False
+        self.not_counted = ""
+        self._depth = 0
+        self._handled: BaseException | None = None  # by the caller, when the forward began
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a forward of the root, a step or not, has begun and not ended."""
+        return self._depth > 0
+
+    def begin(self, counts: bool, is_nested: bool, can_replay: bool = False) -> bool:
+        """A forward begins.
+
+        Args:
+            counts: Whether its mode makes it a step.
+            can_replay: Whether a CUDA graph may hold it: the device then counts the replays.
+            is_nested: Whether the root calls itself. If not, a forward that has not ended was
+                interrupted: by Ctrl-C, or by an error in compiled code.
+
+        Returns:
+            Whether a step begins.
+        """
+        if is_recomputing():
+            return False
+        if self._depth and is_nested:
+            self._depth += 1
+            return False
+        self._depth = 1
+        self._handled = sys.exc_info()[1]
+        self.is_running = counts
+        self.is_captured = is_capturing()
+        if counts and (reason := self._not_counted(can_replay)):
+            self.is_running, self.not_counted = False, reason
+        return self.is_running
+
+    def take_refusal(self) -> str:
+        """Why a graph must not hold the forward that has begun: once, else empty."""
+        was_refused, self._is_refused = self._is_refused, False
+        return self.not_counted if was_refused else ""
+
+    def end(self) -> bool:
+        """A forward ends, or an exception ends it.
+
+        Returns:
+            Whether a step is done.
+        """
+        if self._depth == 0 or is_recomputing():
+            return False
+        self._depth -= 1
+        if self._depth:
+            return False
+        was_running, self.is_running = self.is_running, False
+        is_complete = sys.exc_info()[1] is self._handled
+        self._handled = None
+        if not (was_running and is_complete):
+            return False
+        self.done += not self.is_captured
+        return True
+
+    def _not_counted(self, can_replay: bool) -> str:
+        if torch._C._get_tracing_state() is not None:
+            return "forwards under torch.jit.trace are not read"
+        if self.is_captured and not can_replay:
+            self._is_refused = True
+            return (
+                "a CUDA graph can replay a tracked step if every=1, two ran eagerly before, and "
+                "all layers are on one GPU that runs Triton kernels (sm_80 or newer)"
+            )
+        return ""

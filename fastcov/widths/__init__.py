@@ -1,0 +1,1 @@
+"""Widths of the next network, from the spectra of this one."""

@@ -1,0 +1,271 @@
+"""Whole widths under a budget: one unknown scale by bisection, then group by group.
+
+The solver behind :mod:`fastcov.widths.plan`. It knows demands and a cost,
+nothing of spectra or networks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Widths = dict[str, int]
+CostFn = Callable[[Widths], float]
+Unit = tuple["WidthGroup", ...]
+
+# Bisection ends at this relative width of its bracket: far below any step of a width, far above the
+# rounding error of the products it compares, so that equal demands always jump together.
+_BRACKET = 1e-9
+_MOST_DOUBLINGS = 64
+_MOST_SWAPS = 24
+_MOST_SWAP_TRIALS = 32
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """Modules that must have one channel count.
+
+    Args:
+        name: What the group is called in a width file.
+        members: Names of the feature maps (as in the spectra) whose demand is averaged.
+        width: Channel count in the network that was measured.
+        multiple: Widths are rounded to multiples of this.
+        floor: No width goes below this (rounded up to the multiple).
+    """
+
+    name: str
+    members: tuple[str, ...]
+    width: int
+    multiple: int = 8
+    floor: int = 8
+
+    def __post_init__(self) -> None:
+        for field in ("width", "multiple", "floor"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"width group {self.name!r}: {field} is {value!r}; give a whole number of at "
+                    "least 1"
+                )
+
+    @property
+    def least(self) -> int:
+        """The floor, rounded up to the multiple."""
+        return -(-self.floor // self.multiple) * self.multiple
+
+    def nearest(self, target: float) -> int:
+        """The allowed width nearest to ``target`` (halves go up)."""
+        return max(self.least, math.floor(target / self.multiple + 0.5) * self.multiple)
+
+
+class Solver:
+    """Bisection of alpha and the group-by-group adjustment, over one cached cost."""
+
+    def __init__(
+        self,
+        groups: Sequence[WidthGroup],
+        demands: Mapping[str, float],
+        cost_fn: CostFn,
+        budget: float | None,
+        tolerance: float,
+    ) -> None:
+        self.groups = _checked(groups)
+        self.names = tuple(group.name for group in self.groups)
+        self.demands = _checked_demands(self.groups, demands)
+        self.scale = max(self.demands.values())
+        self.cost = cached(cost_fn, self.names)
+        self.tolerance = tolerance
+        self.also: Callable[[Widths], bool] = lambda widths: True
+        current = {group.name: group.width for group in self.groups}
+        self.budget = float(self.cost(current) if budget is None else budget)
+        if not math.isfinite(self.budget) or self.budget <= 0:
+            raise ValueError(f"budget is {self.budget}; give a positive number")
+        least = self.cost(self.floors())
+        if least > self.budget:
+            raise ValueError(
+                f"the floors alone cost {least:,.0f}, above the budget of {self.budget:,.0f}; "
+                "lower the floors or raise the budget"
+            )
+
+    def floors(self) -> Widths:
+        return {group.name: group.least for group in self.groups}
+
+    def target(self, group: WidthGroup, alpha: float, power: float) -> float:
+        share = self.demands[group.name] / self.scale
+        return alpha * (share**power if share > 0 else 0.0)
+
+    def widths(self, alpha: float, power: float) -> Widths:
+        return {g.name: g.nearest(self.target(g, alpha, power)) for g in self.groups}
+
+    def bisect(self, power: float) -> tuple[float, Widths]:
+        """The largest alpha whose rounded widths cost no more than the budget."""
+        # The largest demand gets alpha itself, so today's largest width is a close first guess.
+        low, high = 0.0, float(max(group.width for group in self.groups))
+        for _ in range(_MOST_DOUBLINGS):
+            if self.cost(self.widths(high, power)) > self.budget:
+                break
+            low, high = high, 2 * high
+        else:
+            raise ValueError(
+                f"the cost stays below the budget of {self.budget:,.0f} at any width; check that "
+                "the cost function reads the widths it is given"
+            )
+        while high - low > _BRACKET * high:
+            middle = (low + high) / 2
+            if self.cost(self.widths(middle, power)) > self.budget:
+                high = middle
+            else:
+                low = middle
+        return low, self.widths(low, power)
+
+    def adjust(self, widths: Widths, alpha: float, power: float) -> Widths:
+        """Spend what rounding left of the budget; groups of equal demand move together first."""
+        targets = {g.name: max(self.target(g, alpha, power), 1e-12) for g in self.groups}
+        ties: dict[tuple[float, int, int], list[WidthGroup]] = {}
+        for group in self.groups:
+            ties.setdefault((self.demands[group.name], group.multiple, group.least), []).append(
+                group
+            )
+        together = [tuple(members) for members in ties.values()]
+        for units in (together, [(group,) for group in self.groups]):
+            widths = self._fill(widths, units, targets)
+            for _ in range(_MOST_SWAPS):
+                if self._is_spent(widths):
+                    return widths
+                swapped = self._swap(widths, units, targets)
+                if swapped is None:
+                    break
+                widths = self._fill(swapped, units, targets)
+        return widths
+
+    def _is_spent(self, widths: Widths) -> bool:
+        return self.cost(widths) >= (1 - self.tolerance) * self.budget
+
+    def _fits(self, widths: Widths) -> bool:
+        return self.cost(widths) <= self.budget and self.also(widths)
+
+    def _fill(self, widths: Widths, units: Sequence[Unit], targets: Mapping[str, float]) -> Widths:
+        """One step up at a time, the most underserved unit first, while something fits."""
+        while not self._is_spent(widths):
+            raised = (
+                _step(widths, unit, +1)
+                for unit in sorted(units, key=lambda unit: _strain(widths, unit, +1, targets))
+            )
+            found = next((w for w in raised if self._is_ordered(w) and self._fits(w)), None)
+            if found is None:
+                break
+            widths = found
+        return widths
+
+    def _swap(
+        self, widths: Widths, units: Sequence[Unit], targets: Mapping[str, float]
+    ) -> Widths | None:
+        """One unit up and another down, so that the cost comes nearer to the budget."""
+        here = self.cost(widths)
+        gap = self.budget - here
+        can_fall = [u for u in units if all(widths[g.name] - g.multiple >= g.least for g in u)]
+        gain = {u: self.cost(_step(widths, u, +1)) - here for u in units}
+        saving = {u: here - self.cost(_step(widths, u, -1)) for u in can_fall}
+        pairs = [(u, v) for u in units for v in can_fall if u is not v and gain[u] > saving[v]]
+
+        # Sums of single steps predict a swap up to the product of two steps: good for an order.
+        def rank(pair: tuple[Unit, Unit]) -> tuple[bool, float]:
+            up, down = pair
+            left = gap - (gain[up] - saving[down])
+            strain = _strain(widths, up, +1, targets) - _strain(widths, down, 0, targets)
+            return not 0 <= left <= self.tolerance * self.budget, strain
+
+        best: Widths | None = None
+        for up, down in sorted(pairs, key=rank)[:_MOST_SWAP_TRIALS]:
+            swapped = _step(_step(widths, up, +1), down, -1)
+            if not self._is_ordered(swapped) or not self._fits(swapped):
+                continue
+            if self._is_spent(swapped):
+                return swapped
+            if self.cost(swapped) > (here if best is None else self.cost(best)):
+                best = swapped
+        return best
+
+    def _is_ordered(self, widths: Widths) -> bool:
+        """Whether a larger demand is nowhere narrower, and equal demands stay within one step."""
+        kinds: dict[tuple[int, int], list[WidthGroup]] = {}
+        for group in self.groups:
+            kinds.setdefault((group.multiple, group.least), []).append(group)
+        for (multiple, _), members in kinds.items():
+            members.sort(key=lambda group: (self.demands[group.name], widths[group.name]))
+            for below, above in itertools.pairwise(members):
+                if widths[above.name] < widths[below.name]:
+                    return False
+            lowest: dict[float, int] = {}
+            for group in members:
+                least = lowest.setdefault(self.demands[group.name], widths[group.name])
+                if widths[group.name] - least > multiple:
+                    return False
+        return True
+
+
+def _step(widths: Widths, unit: Unit, steps: int) -> Widths:
+    return widths | {group.name: widths[group.name] + steps * group.multiple for group in unit}
+
+
+def _strain(widths: Widths, unit: Unit, steps: int, targets: Mapping[str, float]) -> float:
+    """How far above its target the unit would stand after the steps, as a logarithm."""
+    moved = _step(widths, unit, steps)
+    return max(math.log(moved[group.name] / targets[group.name]) for group in unit)
+
+
+def cached(cost_fn: CostFn, names: tuple[str, ...]) -> CostFn:
+    known: dict[tuple[int, ...], float] = {}
+
+    def cost(widths: Widths) -> float:
+        key = tuple(widths[name] for name in names)
+        if key not in known:
+            value = float(cost_fn(dict(zip(names, key, strict=True))))
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"the cost of widths {widths} is {value}; it must be finite")
+            known[key] = value
+        return known[key]
+
+    return cost
+
+
+def _checked(groups: Sequence[WidthGroup]) -> Unit:
+    if not groups:
+        raise ValueError("no width groups given; there is nothing to set")
+    names = [group.name for group in groups]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"width groups named twice: {', '.join(twice)}; names must differ")
+    return tuple(groups)
+
+
+def _checked_demands(
+    groups: Sequence[WidthGroup], demands: Mapping[str, float]
+) -> dict[str, float]:
+    checked: dict[str, float] = {}
+    for group in groups:
+        if group.name not in demands:
+            raise ValueError(
+                f"no demand for width group {group.name!r}{closest(group.name, demands)}"
+            )
+        value = float(demands[group.name])
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(
+                f"width group {group.name!r}: its demand is {value}; it must be finite"
+            )
+        checked[group.name] = value
+    if max(checked.values()) <= 0:
+        raise ValueError(
+            "every width group has demand 0 (all feature maps are constant zero); train the "
+            "network before reading its spectra"
+        )
+    return checked
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The known names nearest to a wrong one, as the end of a sentence."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f" (closest: {', '.join(near)})" if near else ""

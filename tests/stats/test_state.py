@@ -1,0 +1,146 @@
+"""Laws of the state: merging, translating, order, resets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastcov.stats.state import REDUCTIONS, CovarianceState
+
+
+def filled(rows: torch.Tensor) -> CovarianceState:
+    state = CovarianceState(rows.shape[1])
+    state.update(rows)
+    return state
+
+
+def draw(count: int, seed: int, offset: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 5, generator=generator, dtype=torch.float64) + offset
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(-1e4, 1e4), st.floats(-1e4, 1e4))
+def test_merge_is_update_by_both(first: int, second: int, offset: float, other: float) -> None:
+    a, b = draw(first, 1, offset), draw(second, 2, other)
+    together = filled(torch.cat([a, b]))
+    merged = filled(a)
+    merged.merge(filled(b))
+    assert merged.count.tolist() == together.count.tolist()
+    if first + second:
+        trace = together.covariance().trace()
+        error = (merged.covariance() - together.covariance()).abs().max()
+        assert float(error) <= 1e-12 * float(trace)
+
+
+def test_merge_leaves_the_other_alone() -> None:
+    a, b = filled(draw(20, 1, 3.0)), filled(draw(20, 2, -3.0))
+    before = b.state_dict()
+    a.merge(b, scale=0.5)
+    assert all(torch.equal(before[name], getattr(b, name)) for name in REDUCTIONS)
+    assert float(a.weight) == 30.0
+
+
+def test_row_order_does_not_matter() -> None:
+    rows = draw(500, 3, 10.0)
+    permuted = rows[torch.randperm(500, generator=torch.Generator().manual_seed(4))]
+    torch.testing.assert_close(
+        filled(rows).covariance(True), filled(permuted).covariance(True), rtol=0, atol=1e-11
+    )
+
+
+def test_trace_is_the_sum_of_variances() -> None:
+    rows = draw(300, 5, -7.0)
+    variances = rows.var(0, unbiased=False).sum()
+    torch.testing.assert_close(filled(rows).covariance(True).trace(), variances)
+
+
+def test_rotation_leaves_eigenvalues() -> None:
+    rows = draw(300, 6, 1.0)
+    rotation, _ = torch.linalg.qr(draw(5, 7, 0.0))
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(filled(rows).covariance()),
+        torch.linalg.eigvalsh(filled(rows @ rotation).covariance()),
+    )
+
+
+def test_translation_changes_nothing_that_is_read() -> None:
+    state = filled(draw(50, 8, 2.0))
+    covariance, mean = state.covariance(), state.mean()
+    state.translate_(torch.full((5,), -1.0, dtype=torch.float64))
+    torch.testing.assert_close(state.covariance(), covariance)
+    torch.testing.assert_close(state.mean(), mean)
+
+
+def test_state_dict_round_trip_and_reset() -> None:
+    state = filled(draw(50, 9, 2.0))
+    twin = CovarianceState(5)
+    twin.load_state_dict(state.state_dict())
+    assert torch.equal(twin.covariance(), state.covariance())
+    state.reset()
+    assert all(not getattr(state, name).any() for name in REDUCTIONS)
+
+
+WEIGHTS = st.lists(st.sampled_from([1e-4, 0.25, 1.0, 3.0]), min_size=1, max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(WEIGHTS, WEIGHTS, st.sampled_from([0.5, 1.0]), st.sampled_from([0.01, 1.0, 2.0]))
+def test_squared_weights_are_followed(
+    first: list[float], second: list[float], decay: float, scale: float
+) -> None:
+    """Weights, decay, scaling, merging and skipped rows, against the weights one by one."""
+    state = CovarianceState(5)
+    rows = draw(len(first), 1, 0.0)
+    rows[0, 2] = torch.nan  # skipped: its weight is no part of any sum
+    state.update(rows, torch.tensor(first, dtype=torch.float64), row_scale=scale)
+    state.update(draw(3, 2, 0.0), row_scale=scale, decay=decay)
+    state.update(draw(2, 3, 0.0))
+    other = CovarianceState(5)
+    other.update(draw(len(second), 4, 0.0), torch.tensor(second, dtype=torch.float64))
+    other.scale_(0.125)
+    state.merge(other, scale=scale)
+    weights = [w * scale * decay for w in first[1:]] + [scale] * 3 + [1.0] * 2
+    weights += [w * 0.125 * scale for w in second]
+    squares = sum(w * w for w in weights)
+    assert float(state.squared_weight) == pytest.approx(squares, rel=1e-12)
+    effective = sum(weights) ** 2 / squares
+    assert float(state.effective_count) == pytest.approx(effective, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 49, 1e-6])
+def test_equal_weights_count_every_row(scale: float) -> None:
+    state = CovarianceState(5)
+    for seed in range(20):
+        state.update(draw(50_000, seed, 0.0).float(), row_scale=scale)
+    assert round(float(state.effective_count)) == 1_000_000
+
+
+def test_a_state_saved_without_squared_weights_counts_its_rows_as_equal() -> None:
+    state = CovarianceState(5)
+    state.update(draw(50, 1, 0.0), torch.linspace(0.01, 1, 50))
+    older = {name: tensor for name, tensor in state.state_dict().items() if name != "excess"}
+    twin = CovarianceState(5)
+    twin.load_state_dict(older)
+    assert float(twin.effective_count) == pytest.approx(50, rel=1e-12)
+    twin.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in older.items()})
+    assert float(twin.excess) == 0
+
+
+def test_bad_input_is_named() -> None:
+    state = CovarianceState(5)
+    with pytest.raises(ValueError, match="4 channels into one of 5"):
+        state.merge(CovarianceState(4))
+    with pytest.raises(ValueError, match=r"\(4, 4\), expected \(5, 5\)"):
+        state.load_state_dict({**state.state_dict(), "moment": torch.zeros(4, 4)})
+    with pytest.raises(KeyError, match="'shift'"):
+        state.load_state_dict({k: v for k, v in state.state_dict().items() if k != "shift"})
+
+
+def test_state_made_under_inference_mode_can_be_trained_with() -> None:
+    with torch.inference_mode():
+        state = CovarianceState(5)
+    state.update(draw(10, 0, 0.0))
+    assert int(state.count[0]) == 10
