@@ -21,7 +21,8 @@ from fastcov.spectra.pending import PendingSpectra
 from fastcov.spectra.snapshots import SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
-from fastcov.stats.state import CovarianceState, sync_named_states
+from fastcov.stats.ranks import sync_named_states
+from fastcov.stats.state import CovarianceState
 from fastcov.watch.keeper import Keeper
 from fastcov.watch.select import Selector, Tap, find_taps
 

@@ -28,8 +28,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fastcov.rows.dtypes import ROW_DTYPES
+
 MOST_DIMS = 5  # what the kernels take
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _DENSE = Tensor.__torch_dispatch__  # what subclasses that hold their own data keep
 
 
@@ -110,7 +111,7 @@ def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, 
             return unreadable_type(type(activation)) or "is wrapped by torch.func: not read"
     if activation.layout is not torch.strided or activation.is_nested:
         return "gives sparse or nested tensors: not read"
-    if activation.dtype not in _DTYPES:
+    if activation.dtype not in ROW_DTYPES:
         return f"gives {activation.dtype} tensors: not read"
     if activation.is_meta:
         return "gives tensors on the meta device, which hold no values: not read"

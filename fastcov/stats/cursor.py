@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastcov.rows.dtypes import ROW_DTYPES
 from fastcov.rows.view import MOST_DIMS
 
 # Places in the numbers; csrc/cursor.h has them in the same order.
@@ -28,8 +29,6 @@ PHASE = 8  # start of the sampling sequence
 LAYOUT = 9  # what Seen.layout gives, from here on
 FIELDS = LAYOUT + 4 + 2 * MOST_DIMS
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
 
 def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:
     """What has to be the same for a call to be like the last one, and how that is read.
@@ -44,7 +43,7 @@ def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> arr
         sizes and strides.
     """
     unused = (0,) * (MOST_DIMS - activation.dim())
-    head = (run_length, channel_dim, _CODES[activation.dtype], activation.dim())
+    head = (run_length, channel_dim, ROW_DTYPES[activation.dtype].code, activation.dim())
     return array("q", (*head, *activation.shape, *unused, *activation.stride(), *unused))
 
 
