@@ -2,7 +2,7 @@
 
 from fastcov import ops
 from fastcov.estimate import estimate
-from fastcov.ops.library import backends
+from fastcov.ops.backend import backends
 from fastcov.spectra.history import History, load_history
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.state import CovarianceState

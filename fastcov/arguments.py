@@ -15,23 +15,15 @@ def check_model(model: object) -> None:
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
-def check_reading(where: object, rows: object, weighting: object, max_channels: object) -> None:
-    """Refuses what says which rows are read in no known way; see :func:`fastcov.track`.
+def check_reading(where: object, weighting: object, max_channels: object) -> None:
+    """Checks choices and limits of :func:`fastcov.track`.
 
     Raises:
-        TypeError: If ``rows`` or ``max_channels`` is of the wrong type.
+        TypeError: If ``max_channels`` is of the wrong type.
         ValueError: If one is out of range, or not among the choices.
     """
     _check_choice("where", where, ("output", "input", "both"))
     _check_choice("weighting", weighting, ("position", "image"))
-    if isinstance(rows, str):
-        _check_choice("rows", rows, ("auto", "all"))
-    elif isinstance(rows, bool) or not isinstance(rows, (int, float)):
-        raise TypeError(f'rows={rows!r}: give "auto", "all", an int or a float')
-    elif isinstance(rows, int) and rows < 1:
-        raise ValueError(f"rows={rows}: an int of rows a layer and step must be at least 1")
-    elif isinstance(rows, float) and not 0 < rows <= 1:
-        raise ValueError(f"rows={rows}: a float is a share of all rows and must be in (0, 1]")
     if isinstance(max_channels, bool) or not isinstance(max_channels, int):
         raise TypeError(f"max_channels={max_channels!r}: give an int")
     if max_channels < 1:

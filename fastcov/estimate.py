@@ -13,16 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastcov.arguments import check_model, check_reading
-from fastcov.rows.sequence import (
-    BUFFER_ROWS_PER_CHANNEL,
-    LayerLoad,
-    device_buffer_rows,
-    direct_rows,
-    read_fraction,
-    rows_per_channel,
-)
+from fastcov.ops.backend import service_of
+from fastcov.rows.policy import LayerLoad, Rows, policy_of
 from fastcov.rows.view import plain_tensor, row_view
-from fastcov.stats.device_buffer import has_device_buffers
+from fastcov.stats.buffering import buffer_rows, device_buffer_rows, direct_rows
 from fastcov.stats.workspace import update_workspace_bytes
 from fastcov.watch.select import Selector, Tap, find_taps, first_tensor
 from fastcov.watch.sharing import SharedInputs
@@ -120,7 +114,7 @@ def estimate(
     include: Selector | None = None,
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
-    rows: Literal["auto", "all"] | int | float = "auto",
+    rows: Rows = "auto",
     weighting: Literal["position", "image"] = "position",
     max_channels: int = 4096,
     training: bool = False,
@@ -177,7 +171,8 @@ def estimate(
     from torch.utils.flop_counter import FlopCounterMode
 
     check_model(model)
-    check_reading(where, rows, weighting, max_channels)
+    policy = policy_of(rows)
+    check_reading(where, weighting, max_channels)
     survey = _Survey(find_taps(model, include, exclude, where), max_channels)
     devices = {weight.device for weight in model.parameters() if weight.is_cuda}
     with (
@@ -188,17 +183,11 @@ def estimate(
     ):
         _call(model, example)
     loads = survey.loads()
-    rho = rows_per_channel(list(loads.values())) if rows == "auto" else float("inf")
-    layers = []
-    for name, load in loads.items():
-        fraction = 1.0
-        if rows == "auto":
-            fraction = read_fraction(load, rho)
-        elif isinstance(rows, float):
-            fraction = rows
-        elif isinstance(rows, int):
-            fraction = min(1.0, rows / load.rows)
-        layers.append(_layer_estimate(survey.seen[name], name, fraction, weighting == "image"))
+    fractions = policy.fractions(loads, loads)
+    layers = [
+        _layer_estimate(survey.seen[name], name, fractions[name], weighting == "image")
+        for name in loads
+    ]
     return Estimate(layers, counter.get_total_flops(), survey.skipped)
 
 
@@ -216,10 +205,11 @@ class _Seen:
 def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) -> LayerEstimate:
     size, offered = seen.channels, sum(seen.calls)
     state_bytes = 8 * (size * size + 2 * size + 4)
-    threshold = BUFFER_ROWS_PER_CHANNEL * size
+    threshold = buffer_rows(size)
     due = [fraction * count for count in seen.calls]
-    # As fastcov.stats.reader: calls of many rows are added at once, the others wait in a buffer.
-    direct = direct_rows(size, seen.device.type == "cpu")
+    # As fastcov.stats.layer: calls of many rows are added at once, the others wait in a buffer.
+    service = service_of(seen.dtype, seen.device)
+    direct = direct_rows(size, service.is_host)
     buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
     capacity = threshold if any(buffered) else 0
     if is_by_image and len(due) > 1:
@@ -230,7 +220,7 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
         state_bytes *= 1 if all(buffered) else 2
     most_waiting, has_device_buffer = capacity, False
     row_bytes = size * seen.dtype.itemsize
-    is_on_gpu = seen.device.type == "meta" or has_device_buffers(seen.dtype, seen.device)
+    is_on_gpu = seen.device.type == "meta" or service.counts_on_device
     if is_on_gpu and not is_by_image and (fraction < 1 or any(buffered)):
         waiting = fraction * offered if fraction < 1 else min(offered, len(due) * (direct - 1))
         if sizes := device_buffer_rows(size, waiting, len(due)):

@@ -1,10 +1,11 @@
-"""Tracker: what the collected statistics say, and how they are kept."""
+"""Tracker: what the watched statistics say, and how they are kept."""
 
 from __future__ import annotations
 
 import difflib
 import time
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,26 +15,44 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcov.arguments import check_decay, check_model, check_reading, check_steps
-from fastcov.rows.sequence import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL, Rows, policy_of
 from fastcov.show.notes import note_of, why_empty
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra
 from fastcov.spectra.snapshots import SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
-from fastcov.stats.state import CovarianceState, sync_named_states
-from fastcov.watch.keeper import Keeper
+from fastcov.stats.layer import Layer
+from fastcov.stats.ranks import rank_and_ranks, sync_named_states
+from fastcov.stats.state import CovarianceState
 from fastcov.watch.select import Selector, Tap, find_taps
+from fastcov.watch.watcher import Watcher
 
 if TYPE_CHECKING:
     from fastcov.show.page import LayerStatus, Summary
 
+_FORMAT = 1
 
-class Tracker(Keeper):
+
+class Tracker:
     """Statistics of a model's layers, kept by hooks; made by :func:`fastcov.track`.
 
     Reading them (:meth:`covariance`, :meth:`spectra`, :meth:`summary`) never disturbs training.
     :meth:`close` removes every hook; a tracker is also a context manager.
+
+    Forwards of the model may run in any thread, one after the other. Where they overlap in several
+    threads, the first to begin is read, and the summary says so.
+
+    Args:
+        model: Root module.
+        taps: Tensors to watch.
+        snapshot_every: See :func:`fastcov.track`.
+        out: See :func:`fastcov.track`.
+        options: Of :class:`fastcov.watch.watcher.Watcher`.
+
+    Attributes:
+        watcher: Hooks and layers.
+        snapshot_every: As given.
     """
 
     def __init__(
@@ -46,16 +65,15 @@ class Tracker(Keeper):
         **options: Any,
     ) -> None:
         # One process writes a folder: the ranks' snapshots differ only in the rows they sampled.
-        is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        self._snapshots = SnapshotQueue(History(out if is_first else None), self)
+        rank, _ = rank_and_ranks()
         self.snapshot_every = snapshot_every
-        super().__init__(model, taps, **options)
+        self._synced: dict[str, CovarianceState] = {}  # all ranks' rows
+        self._synced_at = -1  # steps that had begun then: the next one ends the view
+        self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
+        self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
-    def after_step(self) -> None:
-        """Takes a snapshot where one is due, without waiting for its spectra on a GPU.
-
-        One that fails (a full disk) is a warning, not the end of training.
-        """
+    def _end_step(self) -> None:
+        # One that fails (a full disk) is a warning, not the end of training.
         if self.snapshot_every is None or is_capturing():
             return
         try:
@@ -63,8 +81,20 @@ class Tracker(Keeper):
             if self.steps % self.snapshot_every == 0:
                 self._snapshots.add(self.steps, self._start_spectra())
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            warnings.warn(f"no snapshot at step {self.steps}, {what}", stacklevel=2)
+            message = f"{type(error).__name__}: {error}"
+            warnings.warn(f"no snapshot at step {self.steps}, {message}", stacklevel=2)
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, read or not."""
+        return self.watcher.step
+
+    @property
+    def _is_synced(self) -> bool:
+        return self._synced_at == self.watcher.steps_begun
+
+    def _show_own_rows(self) -> None:
+        self._synced, self._synced_at = {}, -1
 
     @property
     def history(self) -> History:
@@ -72,17 +102,23 @@ class Tracker(Keeper):
         self._snapshots.deliver()
         return self._snapshots.history
 
+    def names(self) -> list[str]:
+        """Names of the watched tensors, in the model's order."""
+        return self.watcher.names()
+
     # reading
 
     @torch.no_grad()
     def _state(self, name: str, needs_rows: bool = True) -> CovarianceState:
-        if self._synced is not None and name in self._synced:
+        if self._is_synced and name in self._synced:
             return self._synced[name]
-        if (reader := self.readers.get(name)) is not None:
-            reader.flush()
-            state = reader.state
+        if (layer := self.watcher.layers.get(name)) is not None:
+            layer.flush()
+            state = layer.state
             if state is None or (needs_rows and float(state.weight) == 0):
-                raise ValueError(f"layer {name!r} has seen no row: {why_empty(self, reader)}")
+                raise ValueError(
+                    f"layer {name!r} has seen no row: {why_empty(self.watcher, layer)}"
+                )
             return state
         close = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.3)
         raise KeyError(f"no layer {name!r} is tracked; closest names: {', '.join(close) or 'none'}")
@@ -113,8 +149,12 @@ class Tracker(Keeper):
         Raises:
             KeyError: If no such layer is tracked.
         """
-        reader = self.readers.get(name)
-        if reader is not None and reader.state is None and name not in (self._synced or {}):
+        layer = self.watcher.layers.get(name)
+        if (
+            layer is not None
+            and layer.state is None
+            and not (self._is_synced and name in self._synced)
+        ):
             return 0
         return int(self._state(name, needs_rows=False).count[0])
 
@@ -127,11 +167,12 @@ class Tracker(Keeper):
         return self._start_spectra(centered).get()
 
     def _start_spectra(self, centered: bool = False) -> PendingSpectra:
-        states: dict[str, CovarianceState | None] = dict(self._synced or {})
-        if self._synced is None:
-            for name, reader in self.readers.items():
-                reader.flush()
-                states[name] = reader.state
+        states: dict[str, CovarianceState | None] = dict(self._synced)
+        if not self._is_synced:
+            states = {}
+            for name, layer in self.watcher.layers.items():
+                layer.flush()
+                states[name] = layer.state
         return self._pending({n: s for n, s in states.items() if s is not None}, centered)
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
@@ -141,7 +182,7 @@ class Tracker(Keeper):
     @property
     def steps_read(self) -> int:
         """Steps whose activations were read; at least 1."""
-        return max(1, -(-self.steps // self.every))
+        return self.watcher.steps_read
 
     def summary(self) -> Summary:
         """What every layer's spectrum looks like so far.
@@ -159,9 +200,10 @@ class Tracker(Keeper):
 
         spectra = self.spectra()
         statuses = []
-        for tap in self.taps:
-            reader = self.readers[tap.name]
-            state = (self._synced or {}).get(tap.name, reader.state)
+        watcher = self.watcher
+        for tap in watcher.taps:
+            layer = watcher.layers[tap.name]
+            state = self._synced.get(tap.name, layer.state) if self._is_synced else layer.state
             counted = [0, 0] if state is None else state.count.tolist()
             channels = tap.channels or (0 if state is None else state.channels)
             statuses.append(
@@ -173,11 +215,11 @@ class Tracker(Keeper):
                     weight=0.0 if state is None else float(state.weight),
                     rows_wanted=ENOUGH_ROWS_PER_CHANNEL * channels,
                     spectrum=spectra.get(tap.name),
-                    note=note_of(self, tap, reader, counted[0], counted[1]),
+                    note=note_of(watcher, tap, layer, counted[0], counted[1]),
                 )
             )
-        for name, note in self.notes.items():
-            if name not in self.readers:
+        for name, note in watcher.notes.items():
+            if name not in watcher.layers:
                 statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
         return statuses
 
@@ -203,9 +245,13 @@ class Tracker(Keeper):
         return snapshot
 
     def close(self) -> None:
-        """See :meth:`fastcov.watch.watcher.Collector.close`; the history is complete then."""
-        super().close()
+        """Removes every hook; the statistics stay readable, and captured graphs add to them."""
+        self.watcher.close()
         self._snapshots.deliver()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Reads nothing and counts no step inside the ``with`` block."""
+        return self.watcher.paused()
 
     def sync(self, group: dist.ProcessGroup | None = None) -> Tracker:
         """Shows the statistics of all ranks together until the next step: the only collective.
@@ -222,16 +268,120 @@ class Tracker(Keeper):
         if not (dist.is_available() and dist.is_initialized()):
             return self
         states: dict[str, CovarianceState | None] = {}
-        for name, reader in self.readers.items():
-            reader.flush()
-            states[name] = reader.state
+        for name, layer in self.watcher.layers.items():
+            layer.flush()
+            states[name] = layer.state
         self._synced = sync_named_states(states, group)
+        self._synced_at = self.watcher.steps_begun
         return self
 
+    def merge(self, other: Tracker) -> None:
+        """Adds what another tracker of the same layers has seen; that one stays as it is.
+
+        Args:
+            other: Of a model with these layers, whatever its device.
+
+        Raises:
+            TypeError: If ``other`` is no tracker.
+            ValueError: If no layer is common, a width differs, or decay is used and the trackers
+                stand at different steps.
+        """
+        if not isinstance(other, Tracker):
+            raise TypeError(f"other is a {type(other).__name__}, expected what fastcov.track gives")
+        own, given = self.watcher, other.watcher
+        common = [name for name in own.layers if name in given.layers]
+        if not common:
+            raise ValueError(
+                f"nothing to merge: no layer in common; this tracker has {self.names()[:3]}..., "
+                f"the other {other.names()[:3]}..."
+            )
+        if own.decay != given.decay or (own.decay is not None and self.steps != other.steps):
+            raise ValueError(
+                f"cannot merge: decay {own.decay} at step {self.steps} with decay {given.decay} "
+                f"at step {other.steps}; decayed states must stand at the same step"
+            )
+        self._show_own_rows()
+        own.leave_device()
+        done: set[Layer] = set()
+        for name in common:
+            mine, theirs = own.layers[name], given.layers[name]
+            if mine not in done:
+                done.add(mine)
+                mine.merge(theirs, self.steps)
+        if own.decay is None:
+            own.step = self.steps + other.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue: tensors and numbers only, no collective.
+
+        After :meth:`Tracker.sync`, or of a single process, it holds all rows: load it on any number
+        of ranks, rank 0 then carries them and the others start at zero. Else it holds this rank's
+        rows: as many ranks may load them again, each its own.
+        """
+        rank, ranks = rank_and_ranks()
+        layers = {}
+        for layer in self.watcher.unique_layers():
+            layers[layer.name] = layer.state_dict()
+            if self._is_synced and layer.name in self._synced:
+                layers[layer.name]["state"] = self._synced[layer.name].state_dict()
+        return {
+            "format": _FORMAT,
+            "steps": self.steps,
+            "rho": self.watcher.policy.rho,
+            "is_synced": self._is_synced or ranks == 1,
+            "rank": rank,
+            "world_size": ranks,
+            "shared": self.watcher.shared(),
+            "layers": layers,
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`fastcov.watch.keeper.Keeper.load_state_dict`; later snapshots are dropped."""
-        super().load_state_dict(state_dict)
+        """Continues from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of another format, holds layers that are not tracked here, or is
+                one of several ranks' own rows and this is another rank, or one of more or fewer.
+        """
+        if state_dict.get("format") != _FORMAT:
+            raise ValueError(
+                f"state_dict has format {state_dict.get('format')!r}, expected {_FORMAT}: it was "
+                "not written by Tracker.state_dict() of this version"
+            )
+        layers = state_dict["layers"]
+        unknown = [name for name in layers if name not in self.watcher.layers]
+        if unknown:
+            raise ValueError(
+                f"state_dict holds layers that are not tracked here: {', '.join(unknown[:3])}; "
+                "track the same model with the same include and exclude"
+            )
+        rank, ranks = rank_and_ranks()
+        saved_rank = state_dict.get("rank", rank)  # older ones do not tell
+        saved_ranks = state_dict.get("world_size", ranks)
+        if not state_dict["is_synced"] and (saved_rank, saved_ranks) != (rank, ranks):
+            raise ValueError(
+                f"state_dict holds the rows of rank {saved_rank} of {saved_ranks} alone, "
+                f"but rank {rank} of {ranks} loads it: rows would be lost or counted twice. Call "
+                "sync() on every rank before state_dict(), then any number of ranks may load it; "
+                f"or load on {saved_ranks} ranks, each its own"
+            )
+        is_elsewhere = state_dict["is_synced"] and rank > 0
+        watcher = self.watcher
+        self._show_own_rows()
+        watcher.leave_device()
+        watcher.step = state_dict["steps"]
+        watcher.policy.rho = state_dict["rho"]
+        watcher.share(state_dict["shared"])
+        for name, saved in layers.items():
+            watcher.layers[name].load_state_dict(saved, with_rows=not is_elsewhere)
         self.history.truncate(self.steps + 1)
+
+    def reset(self) -> None:
+        """Forgets every row and step; what was planned from the first step's shapes stays."""
+        self._show_own_rows()
+        self.watcher.leave_device()
+        self.watcher.step = 0
+        for layer in self.watcher.unique_layers():
+            layer.reset()
 
     def __enter__(self) -> Tracker:
         return self
@@ -289,7 +439,7 @@ def track(
     include: Selector | None = None,
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
-    rows: Literal["auto", "all"] | int | float = "auto",
+    rows: Rows = "auto",
     every: int = 1,
     weighting: Literal["position", "image"] = "position",
     decay: float | None = None,
@@ -337,7 +487,8 @@ def track(
         (32, 4)
     """
     check_model(model)
-    check_reading(where, rows, weighting, max_channels)
+    policy = policy_of(rows)
+    check_reading(where, weighting, max_channels)
     check_decay(decay)
     check_steps("every", every)
     if snapshot_every is not None:
@@ -345,7 +496,7 @@ def track(
     return Tracker(
         model,
         find_taps(model, include, exclude, where),
-        rows=rows,
+        policy=policy,
         every=every,
         weighting=weighting,
         decay=decay,

@@ -1,8 +1,8 @@
 """Host time of one hook, nothing launched: what Python and dispatch cost.
 
 Two paths, each a contest: that of a CPU, whose operators are called with no row to read, and that
-of a GPU, which prepares launches of Triton kernels that are then not made. The second also runs on
-a CPU, on tensors that stand for a GPU's.
+of a GPU, whose launches run as far as the driver's call: all of Triton's Python and its launcher in
+C are timed. The second also runs on a CPU, on tensors that stand for a GPU's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
 from fastcov.bench.stubs import KernelStubs, OperatorStubs, Stubs
-from fastcov.stats.reader import Reader
+from fastcov.stats.cursor import FRACTION
+from fastcov.stats.layer import Layer
 
 NO_HOOK = "no hook"
 EMPTY = "torch, an empty hook"
@@ -28,13 +29,13 @@ DEFAULT = "fastcov, default"
 ALL = "fastcov, every row"
 INPUTS = "fastcov, default, inputs"
 _WARM_STEPS = 20
-_NO_ROW = 2.0**-32  # share of the rows
+_NO_ROW = 1  # share of the rows, in units of 2**-32
 _APART = 64  # values
 _BATCH = 256
 _MAPS = resnet50_maps(_BATCH, 224, 224)
 CPU_PATH = "53 hooks of ResNet-50, launch stubbed"
-GPU_PATH = "53 hooks of ResNet-50, GPU path, kernels stubbed"
-HEADS_PATH = "40 hooks of heads on 5 levels, GPU path, kernels stubbed"
+GPU_PATH = "53 hooks of ResNet-50, GPU path, driver's call left out"
+HEADS_PATH = "40 hooks of heads on 5 levels, GPU path, driver's call left out"
 _LAYERS, _WIDTH = 8, 256  # of a RetinaNet: four for classes, four for boxes
 _LEVELS = [(2, _WIDTH, -(-800 // s), -(-1344 // s)) for s in (8, 16, 32, 64, 128)]
 
@@ -147,22 +148,26 @@ def _cpu_path(setting: Setting) -> Contest:
         turns.install(name)
         with stubs.counted() as calls:
             model(image)  # allocates and plans
-            if stubs.has_again:
-                _read_no_more(reader for reader in tracker.unique_readers() if reader.fraction == 1)
+            if stubs.repeats_calls:
+                _read_no_more(
+                    each for each in tracker.watcher.unique_layers() if each.fraction == 1
+                )
             for _ in range(_WARM_STEPS):
                 calls.clear()
                 model(image)
-        if stubs.has_again:
-            _read_no_more(tracker.unique_readers())
-        if not calls or (stubs.has_again and not {"gather_again_", "accumulate_again_"} & {*calls}):
+        if stubs.repeats_calls:
+            _read_no_more(tracker.watcher.unique_layers())
+        if not calls or (
+            stubs.repeats_calls and not {"gather_again_", "accumulate_again_"} & {*calls}
+        ):
             raise WrongResultError(f"{name}: not the operators that hooks call, only {set(calls)}")
     return _contest(setting, turns, stubs, partial(model, image), len(_MAPS))
 
 
-def _read_no_more(readers: Iterable[Reader]) -> None:
-    # Hardly a row is due in all calls.
-    for reader in readers:
-        reader.set_fraction(_NO_ROW)
+def _read_no_more(layers: Iterable[Layer]) -> None:
+    # Hardly a row is due in all calls, on the routes that were chosen before.
+    for layer in layers:
+        layer.cursor.numbers[FRACTION] = _NO_ROW
 
 
 def _gpu_path(setting: Setting) -> Contest:

@@ -1,9 +1,10 @@
-"""What a hook would start, replaced by nothing: what is left is the host time of the hook."""
+"""Work that a hook starts, replaced by nothing: host time of the hook is left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from fastcov import kernels
 from fastcov.bench.peers import MissingPeerError
-from fastcov.ops import library
-from fastcov.rows.sequence import direct_rows
+from fastcov.bench.stand_in import stand_in_gpu
+from fastcov.ops import backend, library
+from fastcov.ops.backend import service_of
 from fastcov.stats.state import CovarianceState
 
 _INHERITED = object()
-# Takes any arguments and does nothing: a function of Python's would copy them, in 0.2 us a launch.
-_ignore: Callable[..., object] = "".format
 
 
 class Stubs:
@@ -50,30 +50,33 @@ class OperatorStubs(Stubs):
     """A CPU's operators, still called, with no row to read.
 
     Attributes:
-        has_again: Whether they include those that read a call like the last one. These are no
-            stubs: what they do beside copying and adding rows stays.
+        repeats_calls: True if they include those that read a call like the last one. These are no
+            stubs: the work that they do beside copying and adding rows stays.
     """
 
     def __init__(self) -> None:
-        self.has_again = library.has_again
+        self.repeats_calls = service_of(torch.float32, torch.device("cpu")).repeats_calls
         again: list[tuple[Any, str, Any]] = []
-        if self.has_again:
+        if self.repeats_calls:
             again = [
                 (library, "gather_again_", library.gather_again_),
                 (library, "accumulate_again_", _accumulate_again()),
             ]
         super().__init__(
             *again,
-            (library, "gather_", _dispatched_gather()),
-            (library, "accumulate_", _dispatched_accumulate()),
+            (library, "GATHER", dict.fromkeys(library.GATHER, _dispatched_gather())),
+            (library, "ACCUMULATE", dict.fromkeys(library.ACCUMULATE, _dispatched_accumulate())),
         )
 
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
-        """Inside, likewise, and lists the operators that hooks call: takes time of its own."""
+        """Names of the operators that hooks call inside: takes time of its own."""
         calls: list[str] = []
 
-        def counting(name: str, stub: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(name: str, stub: Any) -> Any:
+            if isinstance(stub, dict):
+                return {kernels: counting(name, each) for kernels, each in stub.items()}
+
             def call(*arguments: Any, **options: Any) -> Any:
                 calls.append(name)
                 return stub(*arguments, **options)
@@ -87,9 +90,9 @@ class OperatorStubs(Stubs):
 
 
 class KernelStubs(Stubs):
-    """All that prepares the launch of a Triton kernel runs, and Triton's launch does not.
+    """A launch of a Triton kernel as far as the driver's call: of no program, it is left out.
 
-    On a CPU its tensors stand for those of an H100: as no kernel runs, nothing reads them.
+    On a CPU its tensors stand for those of an H100 (stand_in.py), and nothing reads them.
 
     Args:
         device: A GPU, or a CPU.
@@ -101,55 +104,52 @@ class KernelStubs(Stubs):
     def __init__(self, device: torch.device) -> None:
         if reason := kernels.unavailable_reason():
             raise MissingPeerError(f"needs Triton: {reason}")
-        from fastcov.kernels.gather import cursor_gather_kernel
+        from fastcov.kernels.launch import Launch
 
-        kind = type(cursor_gather_kernel)  # that of all kernels
         simulated: list[tuple[Any, str, Any]] = []
         if device.type == "cpu":
-            simulated = _simulated_gpu()
-        elif not (backend := library.backends()["triton"]).active:
-            raise MissingPeerError(f"needs Triton: {backend.reason}")
-        super().__init__(*simulated, (kind, "run", _ignore))
-        self._kind = kind
+            simulated = [*stand_in_gpu(), (backend, "active", backend.Pretended(backend.GPU))]
+        elif not (found := backend.backends()["triton"]).active:
+            raise MissingPeerError(f"needs Triton: {found.reason}")
+        of = Launch.of
+
+        def of_no_program(*arguments: Any, **options: Any) -> Launch:
+            return replace(of(*arguments, **options), grid=(0, 1, 1))
+
+        super().__init__(*simulated, (Launch, "of", of_no_program))
+
+    def __enter__(self) -> None:
+        _forget_launches()
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        _forget_launches()
 
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
-        """Inside, likewise, and lists the kernels that hooks launch: takes time of its own."""
+        """Names of the kernels that hooks launch inside: takes time of its own."""
+        from triton import knobs
+
         calls: list[str] = []
 
-        def run(kernel: Any, *_arguments: Any, **_options: Any) -> None:
-            calls.append(kernel.__name__)
+        def note(launch: Any) -> None:
+            calls.append(launch.get()["name"])
 
-        with self, Stubs((self._kind, "run", run)):
-            yield calls
-
-
-def _simulated_gpu() -> list[tuple[Any, str, Any]]:
-    # Wherever hooks ask whether rows lie on a GPU, they do.
-    from fastcov.kernels import job
-    from fastcov.kernels.config import Architecture
-    from fastcov.stats import capture as replay
-    from fastcov.stats import device_adder, seen
-    from fastcov.watch import hooks
-
-    architecture = Architecture("sm_90", 132)  # an H100
-    return [
-        (job, "architecture_of", lambda _device: architecture),
-        (library, "has_again", False),
-        (library, "_use_triton", lambda _rows: True),
-        (library, "accumulate_", library._accumulate_cuda),
-        (library, "gather_", library._gather_cuda),
-        (device_adder, "has_device_buffers", lambda _dtype, _device: True),
-        (replay, "has_device_buffers", lambda _dtype, _device: True),
-        (hooks.AffineHook, "_is_first", lambda _hook, _module: False),  # asked on a CPU alone
-        (device_adder, "direct_rows", _gpu_direct_rows),
-        (seen, "direct_rows", _gpu_direct_rows),
-    ]
+        hooks = knobs.runtime.launch_enter_hook
+        with self:
+            hooks.add(note)
+            try:
+                yield calls
+            finally:
+                hooks.remove(note)
 
 
-def _gpu_direct_rows(channels: int, is_cpu: bool) -> int:
-    del is_cpu
-    return direct_rows(channels, is_cpu=False)
+def _forget_launches() -> None:
+    # Those of no program must not be found by others, nor theirs here.
+    from fastcov.kernels.job import cached_job
+
+    cached_job.cache_clear()
 
 
 def _accumulate_again() -> Callable[..., int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from fastcov.bench import hooks
 from fastcov.bench.contest import OURS, Row
 
 Kind = Literal["cpu", "cuda"]
@@ -19,10 +20,6 @@ _GRAM = "channels_last bfloat16 C={} K=262144"
 _NETWORK = "ResNet-50 convs, batch {}, bfloat16"
 _SPECTRUM = "ResNet-50: 53 matrices of 64 to 2048, float32"
 _NETWORKS = ("resnet50", "vit", "faster_rcnn")
-_HOOKS = "53 hooks of ResNet-50, launch stubbed"
-_GPU_HOOKS = "53 hooks of ResNet-50, GPU path, kernels stubbed"
-_HEADS_HOOKS = "40 hooks of heads on 5 levels, GPU path, kernels stubbed"
-_PER_HOOK_S = 10e-6
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,12 @@ def _steps(kind: Kind, cases: Iterable[str], default: float, every_row: float) -
     ]
 
 
-def _hooks(kind: Kind, work: str) -> list[Target]:
-    names = ("fastcov, default", "fastcov, every row", "fastcov, default, inputs")
-    return [Target(kind, "hooks", work, name, "seconds per hook", _PER_HOOK_S) for name in names]
+def _hooks(kind: Kind, work: str, default: float, every_row: float) -> list[Target]:
+    bounds = {hooks.DEFAULT: default, hooks.ALL: every_row, hooks.INPUTS: default}
+    return [
+        Target(kind, "hooks", work, name, "seconds per hook", bound)
+        for name, bound in bounds.items()
+    ]
 
 
 def _gpu(case: str, work: str, contender: str, measure: Measure, bound: float) -> Target:
@@ -81,12 +81,12 @@ TARGETS: tuple[Target, ...] = (
     _gpu("eigen", _SPECTRUM, OURS, "seconds", 20e-3),
     _gpu("eigen", _SPECTRUM, "torch.linalg", "times faster", 20.0),
     *_steps("cuda", [*_NETWORKS, *(f"{name}-compiled" for name in _NETWORKS)], 1.01, 1.05),
-    *_hooks("cuda", _GPU_HOOKS),
-    *_hooks("cuda", _HEADS_HOOKS),
+    *_hooks("cuda", hooks.GPU_PATH, 6e-6, 12e-6),
+    *_hooks("cuda", hooks.HEADS_PATH, 6e-6, 12e-6),
     *_steps("cpu", _NETWORKS, 1.02, 1.15),
-    *_hooks("cpu", _HOOKS),
-    *_hooks("cpu", _GPU_HOOKS),
-    *_hooks("cpu", _HEADS_HOOKS),
+    *_hooks("cpu", hooks.CPU_PATH, 10e-6, 10e-6),
+    *_hooks("cpu", hooks.GPU_PATH, 6e-6, 12e-6),
+    *_hooks("cpu", hooks.HEADS_PATH, 6e-6, 12e-6),
 )
 """Every promise, in the order of its table."""
 

@@ -15,7 +15,7 @@ import torch
 import fastcov
 from fastcov.bench.contest import Row, Setting
 from fastcov.bench.covariance import update_seconds
-from fastcov.rows.sequence import BUFFER_ROWS_PER_CHANNEL, direct_rows
+from fastcov.stats.buffering import BUFFER_ROWS_PER_CHANNEL, direct_rows
 
 _RARE_STEPS = 10  # between updates of a layer; those that come sooner are left in the timed steps
 
@@ -33,11 +33,11 @@ class Updates:
     def _rare(self) -> list[tuple[int, float]]:
         # Channels, and steps between two updates, of each reader on whose layer they are rare.
         rare = []
-        for reader in self._tracker.unique_readers():
+        for reader in self._tracker.watcher.unique_layers():
             if reader.state is None or not reader.fraction or reader.state.moment.is_cuda:
                 continue  # added in one launch at the end of a step: the mean of all steps has it
             channels, read = reader.state.channels, reader.offered_rows * reader.fraction
-            if reader.fraction == 1 and read >= reader.calls * direct_rows(channels, is_cpu=True):
+            if reader.fraction == 1 and read >= reader.calls * direct_rows(channels, is_host=True):
                 continue  # added at once
             steps = BUFFER_ROWS_PER_CHANNEL * channels / read if read else 0.0
             if steps > _RARE_STEPS:
@@ -48,7 +48,7 @@ class Updates:
         """Empties the buffers, outside the time: none is full in the step that follows."""
         if not self._rare():
             return
-        for reader in self._tracker.unique_readers():
+        for reader in self._tracker.watcher.unique_layers():
             reader.flush()
 
     def add_to(self, row: Row, untracked: Row, dtype: torch.dtype, setting: Setting) -> None:

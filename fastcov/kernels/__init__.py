@@ -5,14 +5,13 @@ machine without a GPU never loads it.
 
 ===============  ====================================================================
 covariance.py    launch_accumulate_: one update of one state (gram, block, reduce, shift)
-job.py           what the layout of its rows decides about these launches
+job.py           launches of one update, decided by the layout of its rows
 gather.py        launch_gather_, launch_cursor_gather_: sampled rows into a buffer
 flush.py         launch_flush_: all full buffers into their states, one launch
 layout, plan,    pure: strides, grids, tile shapes
 config
-device.py        the GPU that a tensor lies on
-chains, panels,  device code that the kernels share
-tiles
+launch.py        starting kernels; the GPU that a tensor lies on
+panels, tiles    device code that the kernels share
 ===============  ====================================================================
 """
 
@@ -23,44 +22,36 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcov.kernels.config import Architecture
-    from fastcov.kernels.covariance import Accumulation, launch_accumulate_, workspace_bytes
-    from fastcov.kernels.device import architecture_of
-    from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
-    from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
-
-__all__ = [
-    "CURSOR_FIELDS",
-    "Accumulation",
-    "Architecture",
-    "BufferedLayer",
-    "FlushTable",
-    "architecture_of",
-    "launch_accumulate_",
-    "launch_cursor_gather_",
-    "launch_flush_",
-    "launch_gather_",
-    "unavailable_reason",
-    "workspace_bytes",
-]
+    from fastcov.kernels.config import Architecture as Architecture
+    from fastcov.kernels.covariance import Accumulation as Accumulation
+    from fastcov.kernels.covariance import launch_accumulate_ as launch_accumulate_
+    from fastcov.kernels.covariance import workspace_bytes as workspace_bytes
+    from fastcov.kernels.flush import BufferedLayer as BufferedLayer
+    from fastcov.kernels.flush import FlushTable as FlushTable
+    from fastcov.kernels.flush import launch_flush_ as launch_flush_
+    from fastcov.kernels.gather import CURSOR_FIELDS as CURSOR_FIELDS
+    from fastcov.kernels.gather import launch_cursor_gather_ as launch_cursor_gather_
+    from fastcov.kernels.gather import launch_gather_ as launch_gather_
+    from fastcov.kernels.launch import architecture_of as architecture_of
 
 _HOMES = {
     "Accumulation": "covariance",
     "Architecture": "config",
-    "CURSOR_FIELDS": "gather",
     "BufferedLayer": "flush",
+    "CURSOR_FIELDS": "gather",
     "FlushTable": "flush",
-    "architecture_of": "device",
+    "architecture_of": "launch",
     "launch_accumulate_": "covariance",
     "launch_cursor_gather_": "gather",
     "launch_flush_": "flush",
     "launch_gather_": "gather",
     "workspace_bytes": "covariance",
 }
+__all__ = ["unavailable_reason", *_HOMES]
 
 
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot run here, or None; imports nothing and asks no GPU."""
+    """Reason why the kernels cannot run here, or None; imports nothing and asks no GPU."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with CUDA builds of torch"
     return None

@@ -8,10 +8,11 @@ value. It reads rows through a mask that :func:`mask_rows` has written.
 import triton
 import triton.language as tl
 
+from fastcov.kernels.layout import Geometry
 from fastcov.kernels.tiles import (
     DIRECT,
-    UNSPECIALIZED,
     is_finite,
+    kernel,
     load_tile,
     locate,
     multiply_tiles,
@@ -39,11 +40,11 @@ def mask_rows(
     for step in tl.range(first_step, last_step, num_stages=1):
         origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
         broken = tl.zeros([STEP], tl.int32)
-        for channel in range(0, geometry[1], EDGE):
+        for channel in range(0, geometry.channels, EDGE):
             tile = load_tile(origin, position, channel, geometry, None, STEP, EDGE, False)
             broken = tl.maximum(broken, tl.max(1 - is_finite(tile).to(tl.int32), axis=1))
-        index = image.to(tl.int64) * geometry[2] + position + row
-        is_inside = position + row < geometry[2]
+        index = image.to(tl.int64) * geometry.positions + position + row
+        is_inside = position + row < geometry.positions
         tl.store(is_row_finite + index, (1 - broken).to(tl.uint8), mask=is_inside)
         # Rows outside the image were loaded as zeros and are not broken.
         skipped += broken
@@ -98,8 +99,10 @@ def sum_block(
     # Other threads may add to an entry than those that cleared it.
     tl.debug_barrier()
     if IS_CENTRED:
-        left_shift = tl.load(shift + left_channel, mask=left_channel < geometry[1], other=0.0)
-        right_shift = tl.load(shift + right_channel, mask=right_channel < geometry[1], other=0.0)
+        left_shift = tl.load(shift + left_channel, mask=left_channel < geometry.channels, other=0.0)
+        right_shift = tl.load(
+            shift + right_channel, mask=right_channel < geometry.channels, other=0.0
+        )
         left_shift = left_shift.to(tl.float32)
         right_shift = right_shift.to(tl.float32)
     for first in tl.range(first_step, last_step, steps_per_chain, num_stages=1):
@@ -111,8 +114,8 @@ def sum_block(
         last = tl.minimum(first + steps_per_chain, last_step)
         for step in tl.range(first, last, num_stages=STAGES):
             origin, image, position = locate(rows, step, geometry, STEP, IS_DEEP)
-            index = image.to(tl.int64) * geometry[2] + position + row
-            is_inside = position + row < geometry[2]
+            index = image.to(tl.int64) * geometry.positions + position + row
+            is_inside = position + row < geometry.positions
             if ONLY_BROKEN:
                 is_masked = is_inside & (has_mask > 0)
                 is_read = is_inside & (tl.load(is_row_finite + index, mask=is_masked, other=1) != 0)
@@ -136,16 +139,13 @@ def sum_block(
             moments = multiply_tiles(left, right, moments, MODE, IS_INTERPRETED)
             if block_row == block_column:
                 sums += tl.sum(left.to(tl.float32), axis=1)
-        # Rounded to nearest, and without registers for a second set of sums: see chains.py.
+        # Rounded to nearest, and without registers for a second set of sums: see panels.py.
         tl.atomic_add(partial + inside, moments, sem="relaxed")
         if block_row == block_column:
             tl.atomic_add(column_sums + left_channel, sums, sem="relaxed")
 
 
-@triton.jit(
-    do_not_specialize=UNSPECIALIZED,
-    do_not_specialize_on_alignment=["rows", "row_weight", "count"],
-)
+@kernel("partial", "chain_weight")
 def mask_kernel(
     rows,
     row_weight,
@@ -174,7 +174,7 @@ def mask_kernel(
     IS_DEEP: tl.constexpr,
 ):
     """Before :func:`block_kernel`, a chain a program: finite rows, how many are not, weights."""
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,
@@ -209,10 +209,7 @@ def mask_kernel(
         tl.store(chain_weight + chain, tl.sum(total))
 
 
-@triton.jit(
-    do_not_specialize=[*UNSPECIALIZED, "flags"],
-    do_not_specialize_on_alignment=["rows", "row_weight", "shift"],
-)
+@kernel("partial")
 def block_kernel(
     rows,
     shift,
@@ -246,7 +243,7 @@ def block_kernel(
     IS_INTERPRETED: tl.constexpr,
 ):
     """One block and chunk a program. ONLY_BROKEN: repairs chunks that hold non-finite rows."""
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.kernels.block import block_kernel, mask_kernel
 from fastcov.kernels.config import Architecture, Mode
-from fastcov.kernels.device import is_current
-from fastcov.kernels.gram import gram_kernel
 from fastcov.kernels.job import Job, job_of
+from fastcov.kernels.launch import Starter, is_current, is_watched
 from fastcov.kernels.layout import VECTOR_BYTES, is_address_aligned
-from fastcov.kernels.reduce import reduce_kernel
-from fastcov.kernels.shift import shift_kernel
 
 
 def launch_accumulate_(
@@ -67,23 +63,47 @@ def launch_accumulate_(
             tensor.mul_(decay)
 
 
+class _Prepared:
+    """Launches of a job for one state: first through Triton, then directly."""
+
+    __slots__ = ("directly", "job", "like", "starters", "through_triton")
+
+    def __init__(self, job: Job, like: Tensor, device: int) -> None:
+        self.job = job
+        self.like = like  # allocates the workspace
+        self.starters = [
+            None if launch is None else Starter(launch, device)
+            for launch in (job.shift, job.gram, job.mask, job.block, job.reduce)
+        ]
+        self.through_triton = [starter and starter.through_triton for starter in self.starters]
+        self.directly: list[Any] | None = None
+
+    def keep_compiled(self) -> None:
+        """After a first launch: from now on directly, if all kernels allow it."""
+        starts = [starter and starter.directly for starter in self.starters]
+        if starts.count(None) == self.starters.count(None):
+            self.directly = starts
+
+
 class Accumulation:
     """Adds rows to one state, always laid out the same: all is decided at the first calls.
 
+    The tensors of the state must stay where they are: later calls know their addresses alone.
+
     Args:
-        moment: Of the state, as its other tensors: see :func:`launch_accumulate_`.
-        sum: Likewise.
-        shift: Likewise.
-        weight: Likewise.
-        count: Likewise.
+        moment: Tensor of the state, as the next four: see :func:`launch_accumulate_`.
+        sum: See there.
+        shift: See there.
+        weight: See there.
+        count: See there.
         channel_dim: See there, as for all that follow.
-        row_scale: Likewise.
-        decay: Likewise.
-        precision: Likewise.
-        architecture: Likewise.
+        row_scale: See there.
+        decay: See there.
+        precision: See there.
+        architecture: See there.
     """
 
-    __slots__ = ("_count", "_decided_by", "_prepared", "_reduced_to", "_shift")
+    __slots__ = ("_addresses", "_decided_by", "_factors", "_prepared", "_state")
 
     def __init__(
         self,
@@ -99,66 +119,77 @@ class Accumulation:
         precision: Mode = "split",
         architecture: Architecture | None = None,
     ) -> None:
-        self._reduced_to = ((moment, sum, shift, weight, count), (row_scale, decay))
-        self._shift = shift
-        self._count = count
+        self._state = (moment, sum, shift, weight, count)
+        self._addresses = tuple(tensor.data_ptr() for tensor in self._state)
+        self._factors = (row_scale, decay)
         self._decided_by = (precision, architecture, channel_dim)
-        # Where rows begin anywhere, and at a vector: launches, what makes their workspace, and what
-        # the last of them takes behind it.
-        self._prepared: list[tuple[Job, Tensor, tuple[Any, ...]] | None] = [None, None]
+        # For rows that begin anywhere, and for those that begin where a vector can.
+        self._prepared: list[_Prepared | None] = [None, None]
 
-    def _prepare(self, rows: Tensor, is_weighted: bool) -> tuple[Job, Tensor, tuple[Any, ...]]:
+    def _prepare(self, rows: Tensor, is_weighted: bool) -> _Prepared:
         job = job_of(rows, is_weighted, *self._decided_by)
         assert job is not None
-        state, factors = self._reduced_to
-        like = self._shift.new_empty(0, dtype=torch.float32)
-        prepared = (job, like, (*state, *job.reduce_numbers, *factors, *job.reduce.arguments))
+        like = self._state[2].new_empty(0, dtype=torch.float32)
+        prepared = _Prepared(job, like, rows.get_device())
         self._prepared[is_address_aligned(rows)] = prepared
         return prepared
 
     def add(self, rows: Tensor, row_weight: Tensor | None = None) -> None:
-        """Launches what adds rows: at least one, with weights in all calls or in none."""
+        """Launches the kernels that add rows.
+
+        Args:
+            rows: At least one row, laid out as in the calls before.
+            row_weight: For each row its weight, given in all calls or in none.
+        """
         index = rows.get_device()
         if not is_current(index):
             with torch.cuda.device(index):
                 self.add(rows, row_weight)
             return
-        prepared = self._prepared[rows.data_ptr() % VECTOR_BYTES == 0]
-        job, like, reduce_arguments = prepared or self._prepare(rows, row_weight is not None)
-        shift, count = self._shift, self._count
-        partial = like.new_empty(job.workspace_entries)
-        chain_weight = None
+        address: Any = rows.data_ptr()
+        prepared = self._prepared[address % VECTOR_BYTES == 0]
+        if prepared is None:
+            prepared = self._prepare(rows, row_weight is not None)
+        job = prepared.job
+        state: Any
+        weight: Any
+        chain_weight: Any
+        workspace = partial = prepared.like.new_empty(job.workspace_entries)
+        weights = chain_weights = None
         if row_weight is not None:
-            row_weight = row_weight.double()
-            chain_weight = shift.new_empty(job.plan.chains, dtype=torch.float64)
-        if (launch := job.shift) is not None:
-            shift_kernel.run(rows, shift, count, *launch.arguments, **launch.options)
-        if (launch := job.gram) is not None:
-            gram_kernel.run(
-                rows,
-                rows if job.is_aligned else None,
+            weights = row_weight.double()
+            chain_weights = weights.new_empty(job.plan.chains)
+        starts = prepared.directly
+        is_first = starts is None or is_watched()
+        if is_first:
+            starts, state, address = prepared.through_triton, self._state, rows
+            weight, chain_weight = weights, chain_weights
+        else:
+            # Given a tensor, Triton's launcher would call it for its address, and then the driver.
+            state, partial = self._addresses, workspace.data_ptr()
+            weight = None if weights is None else weights.data_ptr()
+            chain_weight = None if chain_weights is None else chain_weights.data_ptr()
+        start_shift, start_gram, start_mask, start_block, start_reduce = starts
+        _, _, shift, _, count = state
+        if start_shift is not None:
+            start_shift(address, shift, count)
+        if start_gram is not None:
+            start_gram(
+                address,
+                address if job.is_aligned else None,
                 None if job.matrix is None else job.descriptor(rows),
                 shift,
                 partial,
                 partial if job.adds_vectors else None,
                 count,
-                *launch.arguments,
-                **launch.options,
             )
-        elif (launch := job.mask) is not None:
-            mask_kernel.run(
-                rows,
-                row_weight,
-                partial,
-                chain_weight,
-                count,
-                *launch.arguments,
-                **launch.options,
-            )
-        if (launch := job.block) is not None:
-            block_kernel.run(rows, shift, row_weight, partial, *launch.arguments, **launch.options)
-        launch = job.reduce
-        reduce_kernel.run(partial, chain_weight, *reduce_arguments, **launch.options)
+        elif start_mask is not None:
+            start_mask(address, weight, partial, chain_weight, count)
+        if start_block is not None:
+            start_block(address, shift, weight, partial)
+        start_reduce(partial, chain_weight, *state, *self._factors)
+        if is_first:
+            prepared.keep_compiled()
 
 
 def workspace_bytes(

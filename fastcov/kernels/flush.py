@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,15 @@ from torch import Tensor
 
 from fastcov.kernels.config import FLUSH_CHAIN_ROWS, SHIFT_ROWS
 from fastcov.kernels.gather import CURSOR_FIELDS, FILL, FLUSHED, IS_APART, STATE_STEP
-from fastcov.kernels.tiles import DIRECT, IS_INTERPRETED, MODES, multiply_tiles, triangle_row
+from fastcov.kernels.launch import Launch, Starter, is_watched
+from fastcov.kernels.tiles import (
+    DIRECT,
+    IS_INTERPRETED,
+    MODES,
+    kernel,
+    multiply_tiles,
+    triangle_row,
+)
 
 FIELDS = 14
 """int64 fields of one layer in the table, in this order; addresses are bytes."""
@@ -81,7 +89,7 @@ def first_mean(
     return (total / tl.maximum(found, 1)).to(tl.float32).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["force", "log_decay"])
+@kernel("table", "programs")
 def flush_kernel(
     table,  # int64 [L, FIELDS]
     programs,  # int32 [P, 2]: layer, block of its packed triangle
@@ -282,52 +290,86 @@ class BufferedLayer:
     first_threshold: int | None = None
 
 
+class _Group(NamedTuple):
+    """Layers that one launch flushes: device tables and how the launch is started."""
+
+    fields: Tensor
+    programs: Tensor
+    starter: Starter
+
+
 class FlushTable:
     """Device tables for :func:`launch_flush_`: one launch per dtype and alignment of buffers.
 
     The tensors of the layers must stay where they are as long as the table is used: it keeps them
-    alive. Building copies from the host and must not happen while a graph is captured.
+    alive. The first launch with a decay, and the first without, each make their tables, which must
+    not happen while a graph is captured.
+
+    Args:
+        layers: At least one, all on one device.
     """
 
     def __init__(self, layers: Sequence[BufferedLayer]) -> None:
         self.layers = tuple(layers)
-        groups: dict[tuple[torch.dtype, int], list[BufferedLayer]] = {}
         for layer in self.layers:
-            vector = 16 // layer.buffer.element_size()
-            is_aligned = layer.buffer.shape[1] % vector == 0 and layer.buffer.data_ptr() % 16 == 0
-            groups.setdefault((layer.buffer.dtype, vector if is_aligned else 1), []).append(layer)
-        self.launches = {
-            has_decay: [
-                _launch(dtype, vector, has_decay, members)
-                for (dtype, vector), members in groups.items()
+            if layer.cursor.numel() != CURSOR_FIELDS:
+                raise ValueError(
+                    f"cursor has {layer.cursor.numel()} fields, expected {CURSOR_FIELDS}: make it "
+                    "with torch.zeros(CURSOR_FIELDS, dtype=torch.int64)"
+                )
+        self._groups: dict[bool, list[_Group]] = {}
+
+    def groups(self, has_decay: bool) -> list[_Group]:
+        """Launches that together flush all layers.
+
+        Args:
+            has_decay: Whether rows of different steps weigh differently.
+        """
+        if (found := self._groups.get(has_decay)) is None:
+            alike: dict[tuple[torch.dtype, int], list[BufferedLayer]] = {}
+            for layer in self.layers:
+                vector = 16 // layer.buffer.element_size()
+                width, address = layer.buffer.shape[1], layer.buffer.data_ptr()
+                is_aligned = width % vector == 0 and address % 16 == 0
+                alike.setdefault((layer.buffer.dtype, vector if is_aligned else 1), []).append(
+                    layer
+                )
+            found = self._groups[has_decay] = [
+                _group(dtype, vector, has_decay, layers)
+                for (dtype, vector), layers in alike.items()
             ]
-            for has_decay in (False, True)
-        }
+        return found
 
 
-def _launch(
+def _group(
     dtype: torch.dtype, vector: int, has_decay: bool, layers: Sequence[BufferedLayer]
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+) -> _Group:
     is_centred = dtype not in _LOW_PRECISION
     is_direct = not is_centred and not has_decay
     # Smaller blocks where operands are split or read one by one: registers.
     edge = 64 if is_direct and vector > 1 else 32
-    options = {
-        "VALUES": _VALUES[dtype],
-        "VECTOR": vector,
-        "EDGE": edge,
-        "STEP": 32 if vector > 1 else 16,
-        "CHAIN_ROWS": FLUSH_CHAIN_ROWS,
-        "SHIFT_ROWS": SHIFT_ROWS,
-        "FIELDS": FIELDS,
-        "MODE": MODES["direct" if is_direct else "split"],
-        "IS_CENTRED": is_centred,
-        "HAS_DECAY": has_decay,
-        "STAGES": 2 if vector > 1 else 1,
-        "IS_INTERPRETED": IS_INTERPRETED,
-        "num_warps": 8 if edge == 64 or vector == 1 else 4,
-    }
-    return (*_tables(layers, edge), options)
+    fields, programs = _tables(layers, edge)
+    launch = Launch.of(
+        flush_kernel,
+        (len(programs),),
+        (),
+        {
+            "VALUES": _VALUES[dtype],
+            "VECTOR": vector,
+            "EDGE": edge,
+            "STEP": 32 if vector > 1 else 16,
+            "CHAIN_ROWS": FLUSH_CHAIN_ROWS,
+            "SHIFT_ROWS": SHIFT_ROWS,
+            "FIELDS": FIELDS,
+            "MODE": MODES["direct" if is_direct else "split"],
+            "IS_CENTRED": is_centred,
+            "HAS_DECAY": has_decay,
+            "STAGES": 2 if vector > 1 else 1,
+            "IS_INTERPRETED": IS_INTERPRETED,
+        },
+        num_warps=8 if edge == 64 or vector == 1 else 4,
+    )
+    return _Group(fields, programs, Starter(launch, fields.get_device()))
 
 
 def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]:
@@ -336,11 +378,6 @@ def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]
     programs = []
     for index, layer in enumerate(layers):
         channels = layer.buffer.shape[1]
-        if layer.cursor.numel() != CURSOR_FIELDS:
-            raise ValueError(
-                f"cursor has {layer.cursor.numel()} fields, expected {CURSOR_FIELDS}: make it with "
-                "torch.zeros(CURSOR_FIELDS, dtype=torch.int64)"
-            )
         edges = triton.cdiv(channels, edge)
         blocks = edges * (edges + 1) // 2
         tensors = (
@@ -359,10 +396,13 @@ def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]
         numbers = (channels, layer.threshold, scale_bits, blocks, first)
         rows.append([*(t.data_ptr() for t in tensors), *numbers])
         programs += [[index, block] for block in range(blocks)]
-    return (
-        torch.tensor(rows, dtype=torch.int64, device=device),
-        torch.tensor(programs, dtype=torch.int32, device=device),
-    )
+    return _on_device(rows, torch.int64, device), _on_device(programs, torch.int32, device)
+
+
+def _on_device(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    host = torch.tensor(values, dtype=dtype)
+    # A copy from memory that can be swapped out would wait for the device.
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def launch_flush_(
@@ -379,8 +419,11 @@ def launch_flush_(
         decay: Factor of one step, in (0, 1].
         force: Whether buffers that are not full are flushed too.
     """
-    for fields, programs, options in table.launches[decay != 1.0]:
-        with torch.cuda.device_of(programs):
-            flush_kernel[(programs.shape[0],)](
-                fields, programs, step, int(force), math.log(decay), **options
-            )
+    numbers = (int(force), math.log(decay))
+    groups = table.groups(decay != 1.0)
+    with torch.cuda.device_of(groups[0].fields):
+        for fields, programs, starter in groups:
+            if (start := starter.directly) is not None and not is_watched():
+                start(fields.data_ptr(), programs.data_ptr(), step.data_ptr(), *numbers)
+            else:
+                starter.through_triton(fields, programs, step, *numbers)

@@ -6,14 +6,16 @@ that changes from step to step is an argument, so a CUDA graph replays the launc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcov.kernels.device import is_current
-from fastcov.kernels.layout import RowLayout, row_layout
-from fastcov.kernels.tiles import UNSPECIALIZED, is_finite
+from fastcov.kernels.launch import Launch, Starter, is_current, is_watched
+from fastcov.kernels.layout import Geometry, RowLayout, row_layout
+from fastcov.kernels.tiles import is_finite, kernel
 
 CURSOR_FIELDS = 8
 """int64 fields of one layer's cursor; all start at 0."""
@@ -71,21 +73,23 @@ def copy_rows(
     # A run wraps inside its image.
     first_row = start // image_rows * image_rows
     row = first_row + (start - first_row + offset) % image_rows
-    image = row // geometry[2]
-    position = row % geometry[2]
+    image = row // geometry.positions
+    position = row % geometry.positions
     if IS_DEEP:
-        where = image // (geometry[3] * geometry[4]) * geometry[5]
-        where += image // geometry[4] % geometry[3] * geometry[6]
-        where += image % geometry[4] * geometry[7]
+        where = image // (geometry.size_1 * geometry.size_2) * geometry.stride_0
+        where += image // geometry.size_2 % geometry.size_1 * geometry.stride_1
+        where += image % geometry.size_2 * geometry.stride_2
     else:
-        where = image * geometry[7]
-    source = rows + (where + position * geometry[8])
-    target = buffer + buffer_row * geometry[1]
+        where = image * geometry.stride_2
+    source = rows + (where + position * geometry.stride_position)
+    target = buffer + buffer_row * geometry.channels
     broken = tl.zeros([ROWS], tl.int32)
-    for first in range(0, geometry[1], COLUMNS):
+    for first in range(0, geometry.channels, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        is_inside = is_copied[:, None] & (column < geometry[1])[None, :]
-        values = tl.load(source[:, None] + column[None, :] * geometry[9], mask=is_inside, other=0.0)
+        is_inside = is_copied[:, None] & (column < geometry.channels)[None, :]
+        values = tl.load(
+            source[:, None] + column[None, :] * geometry.stride_channel, mask=is_inside, other=0.0
+        )
         tl.store(target[:, None] + column[None, :], values, mask=is_inside)
         if row_step is not None:
             broken = tl.maximum(broken, tl.max(1 - is_finite(values).to(tl.int32), axis=1))
@@ -94,19 +98,7 @@ def copy_rows(
         tl.store(row_step + buffer_row, mark, mask=is_copied)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *UNSPECIALIZED,
-        "buffer_row",
-        "first_sample",
-        "samples",
-        "run_length",
-        "phase",
-        "row_count",
-        "image_rows",
-    ],
-    do_not_specialize_on_alignment=["buffer", "rows"],
-)
+@kernel()
 def gather_kernel(
     buffer,
     rows,
@@ -132,7 +124,7 @@ def gather_kernel(
     IS_DEEP: tl.constexpr,
 ):
     """ROWS samples a program, counters from the host."""
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,
@@ -165,18 +157,7 @@ def gather_kernel(
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        *UNSPECIALIZED,
-        "capacity",
-        "fraction",
-        "run_length",
-        "phase",
-        "row_count",
-        "image_rows",
-    ],
-    do_not_specialize_on_alignment=["buffer", "rows", "row_step", "cursor", "step"],
-)
+@kernel()
 def cursor_gather_kernel(
     buffer,
     rows,
@@ -205,7 +186,7 @@ def cursor_gather_kernel(
     IS_DEEP: tl.constexpr,
 ):
     """ROWS samples a program, counters on the device."""
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,
@@ -276,10 +257,10 @@ def launch_gather_(
     if samples == 0:
         return
     layout = row_layout(rows)
-    with torch.cuda.device_of(rows):
-        gather_kernel[(triton.cdiv(samples, _ROWS),)](
-            buffer,
-            rows,
+    launch = Launch.of(
+        gather_kernel,
+        (triton.cdiv(samples, _ROWS),),
+        (
             buffer_row,
             first_sample,
             samples,
@@ -287,13 +268,13 @@ def launch_gather_(
             phase,
             layout.rows,
             _image_rows(rows, layout),
-            0,
-            *layout.geometry,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            IS_DEEP=layout.kind == "strided",
-            num_warps=4,
-        )
+            *layout.geometry(0),
+        ),
+        _constants(layout),
+        num_warps=4,
+    )
+    with torch.cuda.device_of(rows):
+        launch.start(buffer, rows)
 
 
 def launch_cursor_gather_(
@@ -318,7 +299,8 @@ class CursorGather:
     the rest is carried. Rows that find no room are dropped and counted: a buffer must hold its
     flush threshold plus one step's rows.
 
-    From one step to the next nothing changes but where the rows lie: all else is put in order once.
+    From one step to the next nothing changes but where the rows lie: all else is put in order once,
+    and all tensors but the rows must stay where they are.
 
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]
@@ -332,7 +314,7 @@ class CursorGather:
         phase: Start of the sequence, 64 bits as a signed integer.
     """
 
-    __slots__ = ("_buffer", "_options", "_others", "_programs")
+    __slots__ = ("_addresses", "_starter", "_tensors")
 
     def __init__(
         self,
@@ -347,39 +329,49 @@ class CursorGather:
     ) -> None:
         layout = row_layout(rows)
         most = (layout.rows * fraction + 2**32 - 1) >> 32
-        self._programs = triton.cdiv(most, _ROWS)
-        # As in job.py: constants by their place, and no function made for a launch.
-        self._options = {"grid": (self._programs,), "warmup": False, "num_warps": 4}
-        self._buffer = buffer
-        self._others = (
-            row_step,
-            cursor,
-            step,
-            buffer.shape[0],
-            fraction,
-            run_length,
-            phase,
-            layout.rows,
-            _image_rows(rows, layout),
-            0,
-            *layout.geometry,
-            fraction >= 2**32,  # IS_ORDERED
-            _ROWS,
-            _COLUMNS,
-            layout.kind == "strided",  # IS_DEEP
-        )
+        self._tensors = (buffer, row_step, cursor, step)
+        self._addresses = tuple(tensor.data_ptr() for tensor in self._tensors)
+        self._starter: Starter | None = None
+        if most > 0:
+            launch = Launch.of(
+                cursor_gather_kernel,
+                (triton.cdiv(most, _ROWS),),
+                (
+                    buffer.shape[0],
+                    fraction,
+                    run_length,
+                    phase,
+                    layout.rows,
+                    _image_rows(rows, layout),
+                    *layout.geometry(0),
+                ),
+                {"IS_ORDERED": fraction >= 2**32, **_constants(layout)},
+                num_warps=4,
+            )
+            self._starter = Starter(launch, rows.get_device())
 
     def launch_(self, rows: Tensor) -> None:
         """Copies the rows that are due.
 
         Args:
-            rows: The row view, or what it is a view of: only its address counts.
+            rows: The row view, or the activation that it is a view of: only its address counts.
         """
+        starter = self._starter
+        if starter is None:
+            return
         if not is_current(rows.get_device()):
             with torch.cuda.device_of(rows):
                 self.launch_(rows)
-        elif self._programs > 0:
-            cursor_gather_kernel.run(self._buffer, rows, *self._others, **self._options)
+        elif (start := starter.directly) is not None and not is_watched():
+            buffer, *others = self._addresses
+            start(buffer, rows.data_ptr(), *others)
+        else:
+            tensor, *tensors = self._tensors
+            starter.through_triton(tensor, rows, *tensors)
+
+
+def _constants(layout: RowLayout) -> dict[str, Any]:
+    return {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "IS_DEEP": layout.kind == "strided"}
 
 
 def _image_rows(rows: Tensor, layout: RowLayout) -> int:

@@ -2,21 +2,21 @@
 
 A program holds the whole lower triangle of PANELS x PANEL channels, or a rectangle below such
 triangles, over one chunk of rows: several chains. Matrix instructions start at zero with each
-chain, whose end adds their sums, rounded to nearest, to the program's own slot (chains.py): same
+chain, whose end adds their sums, rounded to nearest, to the program's own slot (panels.py): same
 input, same bits. The program trusts the rows to be finite: a non-finite value is told afterwards by
 its column's sum, which costs nothing per row, and the chunk is then done again through a mask.
 Column sums come from one more product, with a 16-row operand of ones in registers: no other way
 reads the panel without a reduction across warps.
 """
 
-import triton
 import triton.language as tl
 
 from fastcov.kernels.block import mask_rows, sum_block
-from fastcov.kernels.chains import clear_slot, sum_panels
+from fastcov.kernels.layout import Geometry
+from fastcov.kernels.panels import clear_slot, sum_panels
 from fastcov.kernels.tiles import (
     SPLIT,
-    UNSPECIALIZED,
+    kernel,
     slot_size,
     triangle_row,
     triangle_size,
@@ -26,10 +26,7 @@ from fastcov.kernels.tiles import (
 _REPAIR = tl.constexpr(16)  # rows of one step of the repair
 
 
-@triton.jit(
-    do_not_specialize=UNSPECIALIZED,
-    do_not_specialize_on_alignment=["rows", "shift", "partial", "count"],
-)
+@kernel("aligned_rows", "matrix", "aligned_partial")
 def gram_kernel(
     rows,
     aligned_rows,  # the same where VECTOR > 1: its address picks a compilation; else None
@@ -86,7 +83,7 @@ def gram_kernel(
     else:
         near_position = stride_position.to(tl.int32)
         near_channel = 1
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,
@@ -170,7 +167,7 @@ def gram_kernel(
             first_step *= STEP // _REPAIR
             last_step *= STEP // _REPAIR
             steps_per_chain *= STEP // _REPAIR
-            geometry = (
+            geometry = Geometry(
                 steps_per_image * (STEP // _REPAIR),
                 channels,
                 positions,

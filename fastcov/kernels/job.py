@@ -1,15 +1,13 @@
-"""What the layout of an update's rows decides about its launches: made once a layout.
+"""Launches of one update, decided by the layout of its rows: made once a layout.
 
-Preparing a launch is Python that runs in every hook: whatever depends on sizes, strides, dtype,
-alignment and device alone is here, in tuples in the order of a kernel's arguments. Passed by name,
-the constants of a kernel would take 0.8 us in every launch.
+Preparing a launch is Python that runs in every hook: all that depends on sizes, strides, dtype,
+alignment and device alone is here, in tuples in the order of a kernel's arguments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -25,8 +23,8 @@ from fastcov.kernels.config import (
     gram_case,
     gram_config,
 )
-from fastcov.kernels.device import architecture_of
 from fastcov.kernels.gram import gram_kernel
+from fastcov.kernels.launch import Launch, architecture_of
 from fastcov.kernels.layout import RowLayout, is_address_aligned, row_layout_of
 from fastcov.kernels.plan import Plan, block_plan, gram_plan
 from fastcov.kernels.reduce import reduce_kernel
@@ -45,42 +43,20 @@ _NARROW_ENTRIES = 3 * 64**2  # 128 channels
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch, but for its tensors: what ``kernel.run`` takes.
-
-    ``kernel[grid](...)`` calls it through a function that it makes and that copies all arguments.
-
-    Attributes:
-        arguments: Behind the tensors, in the kernel's order: numbers, then constants.
-        options: Grid and what else Triton takes by name.
-    """
-
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @classmethod
-    def of(cls, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> Launch:
-        """A launch of so many programs.
-
-        Args:
-            grid: Programs.
-            arguments: See the attributes.
-            options: ``num_warps`` and ``num_stages``.
-        """
-        return cls(arguments, {"grid": grid, "warmup": False, **options})
-
-
-@dataclass(frozen=True)
 class Job:
-    """The launches of one update; those that it does not need are None.
+    """Launches of one update; those that it does not need are None.
 
     Attributes:
-        plan: Of the rows.
+        plan: How the rows are cut into chunks.
         workspace_entries: float32 numbers: partial results, notes, a byte a row.
         matrix: Shape, strides and shape of a block, of a descriptor of the rows.
         is_aligned: Whether the gram's loads rely on the alignment of the rows' address.
-        adds_vectors: Likewise its additions, of the partial results'.
-        reduce_numbers: Arguments of the last launch ahead of scale and decay.
+        adds_vectors: Whether the gram's additions rely on that of the partial results' address.
+        shift: Shift of a new float32 state.
+        gram: Second moments of aligned or unaligned rows.
+        block: Repair of chunks that hold non-finite rows; all of the moments where gram is None.
+        mask: Finite rows, where gram is None.
+        reduce: Partial results into the state.
     """
 
     plan: Plan
@@ -93,10 +69,9 @@ class Job:
     block: Launch | None
     mask: Launch | None
     reduce: Launch
-    reduce_numbers: tuple[int, ...]
 
     def descriptor(self, rows: Tensor) -> TensorDescriptor:
-        """What bulk copies read, of rows that are a matrix."""
+        """Descriptor that bulk copies of rows read, where the rows are a matrix."""
         # Its constructor checks, in 1 us of every hook, what is the same for all of the layout:
         # the alignment of the address is part of what a job is looked up by. Fields with a default
         # are attributes of the class.
@@ -121,7 +96,7 @@ def job_of(
     architecture: Architecture | None = None,
     channel_dim: int = -1,
 ) -> Job | None:
-    """The launches that add rows: None where there is no row.
+    """Launches that add rows: None where there is no row.
 
     Args:
         rows: Up to four dimensions beside the channels, any strides.
@@ -153,7 +128,7 @@ def cached_job(
     precision: Mode,
     architecture: Architecture,
 ) -> Job | None:
-    """What :func:`job_of` finds again: activations come with the same strides every step."""
+    """Memory of :func:`job_of`: activations come with the same strides every step."""
     layout = row_layout_of(shape, strides, dtype.itemsize, is_aligned, channel_dim)
     if layout.rows == 0 or layout.channels == 0:
         return None
@@ -170,6 +145,7 @@ def cached_job(
         step = config.step
         sizes = _sizes(plan)
         gram = Launch.of(
+            gram_kernel,
             (plan.programs,),
             (
                 *sizes,
@@ -182,24 +158,23 @@ def cached_job(
                 layout.stride_2,
                 layout.stride_position,
                 layout.stride_channel,
-                *_in_order(
-                    gram_kernel,
-                    STEP=step,
-                    PANEL=config.panel,
-                    PANELS=config.panels,
-                    LEFT=config.left,
-                    RIGHT=config.right,
-                    EDGE=config.edge,
-                    VECTOR=1 if case.kind == "unaligned" else 16 // dtype.itemsize,
-                    MODE=MODES[mode],
-                    IS_PLANES=layout.kind == "planes",
-                    LOADS_TWICE=case.loads_twice,
-                    ONE_CHAIN=plan.steps_per_chunk == plan.steps_per_chain,
-                    HOISTS=config.hoists,
-                    STAGES=config.stages,
-                    IS_INTERPRETED=IS_INTERPRETED,
-                ),
             ),
+            {
+                "STEP": step,
+                "PANEL": config.panel,
+                "PANELS": config.panels,
+                "LEFT": config.left,
+                "RIGHT": config.right,
+                "EDGE": config.edge,
+                "VECTOR": 1 if case.kind == "unaligned" else 16 // dtype.itemsize,
+                "MODE": MODES[mode],
+                "IS_PLANES": layout.kind == "planes",
+                "LOADS_TWICE": case.loads_twice,
+                "ONE_CHAIN": plan.steps_per_chunk == plan.steps_per_chain,
+                "HOISTS": config.hoists,
+                "STAGES": config.stages,
+                "IS_INTERPRETED": IS_INTERPRETED,
+            },
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -226,29 +201,34 @@ def cached_job(
         plan.steps * shorter,
         plan.steps_per_chunk * shorter,
         plan.steps_per_chain * shorter,
-        triton.cdiv(layout.positions, step) * shorter,
-        *layout.geometry,
+        *layout.geometry(triton.cdiv(layout.positions, step) * shorter),
     )
-    block_constants = _in_order(
-        block_kernel,
-        STEP=block_step,
-        EDGE=plan.edge,
-        MODE=MODES[mode],
-        IS_CENTRED=is_centred,
-        IS_DEEP=is_deep,
-        ONLY_BROKEN=gram is not None,
-        STAGES=stages,
-        IS_INTERPRETED=IS_INTERPRETED,
-    )
-    mask_constants = _in_order(mask_kernel, STEP=step, EDGE=_BLOCK_EDGE, IS_DEEP=is_deep)
-    reduce_constants = _in_order(
-        reduce_kernel,
-        EDGE=plan.edge,
-        SEGMENT=segment,
-        FOLD=_NARROW_FOLD if is_narrow and not is_weighted else _FOLD,
-        IS_CENTRED=is_centred,
-    )
-    block_grid = (plan.blocks, plan.chunks)
+    block = mask = None
+    if has_blocks:
+        block = Launch.of(
+            block_kernel,
+            (plan.blocks, plan.chunks),
+            (plan.triangles, *sizes, *block_numbers),
+            {
+                "STEP": block_step,
+                "EDGE": plan.edge,
+                "MODE": MODES[mode],
+                "IS_CENTRED": is_centred,
+                "IS_DEEP": is_deep,
+                "ONLY_BROKEN": gram is not None,
+                "STAGES": stages,
+                "IS_INTERPRETED": IS_INTERPRETED,
+            },
+            num_warps=warps,
+        )
+    if gram is None:
+        mask = Launch.of(
+            mask_kernel,
+            (plan.chains,),
+            (*sizes, *block_numbers),
+            {"STEP": step, "EDGE": _BLOCK_EDGE, "IS_DEEP": is_deep},
+            num_warps=4,
+        )
     return Job(
         plan=plan,
         workspace_entries=sum(sizes) + triton.cdiv(layout.rows, 4),
@@ -257,30 +237,26 @@ def cached_job(
         adds_vectors=case is not None and case.adds_vectors,
         shift=_shift(layout) if is_centred else None,
         gram=gram,
-        block=(
-            Launch.of(
-                block_grid,
-                (plan.triangles, *sizes, *block_numbers, *block_constants),
-                num_warps=warps,
-            )
-            if has_blocks
-            else None
-        ),
-        mask=(
-            Launch.of((plan.chains,), (*sizes, *block_numbers, *mask_constants), num_warps=4)
-            if gram is None
-            else None
-        ),
+        block=block,
+        mask=mask,
         reduce=Launch.of(
-            (segments + triton.cdiv(layout.channels, segment) + 1,), reduce_constants, num_warps=4
-        ),
-        reduce_numbers=(
-            sizes[0],
-            layout.rows,
-            plan.chunks,
-            plan.chains,
-            plan.triangles,
-            layout.channels,
+            reduce_kernel,
+            (segments + triton.cdiv(layout.channels, segment) + 1,),
+            (
+                sizes[0],
+                layout.rows,
+                plan.chunks,
+                plan.chains,
+                plan.triangles,
+                layout.channels,
+            ),
+            {
+                "EDGE": plan.edge,
+                "SEGMENT": segment,
+                "FOLD": _NARROW_FOLD if is_narrow and not is_weighted else _FOLD,
+                "IS_CENTRED": is_centred,
+            },
+            num_warps=4,
         ),
     )
 
@@ -293,29 +269,17 @@ def _sizes(plan: Plan) -> tuple[int, int]:
 def _shift(layout: RowLayout) -> Launch:
     steps_per_image = triton.cdiv(layout.positions, SHIFT_ROWS)
     return Launch.of(
+        shift_kernel,
         (triton.cdiv(layout.channels, _BLOCK_EDGE),),
-        (
-            layout.images * steps_per_image,
-            steps_per_image,
-            *layout.geometry,
-            *_in_order(
-                shift_kernel,
-                SHIFT_ROWS=SHIFT_ROWS,
-                STEP=SHIFT_ROWS,
-                EDGE=_BLOCK_EDGE,
-                IS_DEEP=layout.kind == "strided",
-            ),
-        ),
+        (layout.images * steps_per_image, *layout.geometry(steps_per_image)),
+        {
+            "SHIFT_ROWS": SHIFT_ROWS,
+            "STEP": SHIFT_ROWS,
+            "EDGE": _BLOCK_EDGE,
+            "IS_DEEP": layout.kind == "strided",
+        },
         num_warps=8,
     )
-
-
-def _in_order(kernel: Any, **constants: Any) -> tuple[Any, ...]:
-    # In the kernel's order, whose compile-time arguments are in capitals and come last.
-    names: list[str] = [name for name in kernel.arg_names if name.isupper()]
-    if set(names) != constants.keys():
-        raise TypeError(f"{kernel.__name__} takes {names}, not {list(constants)}")
-    return tuple(constants[name] for name in names)
 
 
 def _matrix(

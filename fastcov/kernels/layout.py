@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +15,24 @@ strided: anything else, read element by element with 64-bit offsets."""
 VECTOR_BYTES = 16
 _INT32_MAX = 2**31 - 1
 _MAX_BLOCK_ROWS = 128  # rows of the longest tile, for the bound on 32-bit offsets
+
+
+class Geometry(NamedTuple):
+    """Place of every row in memory as device code reads it: numbers of a layout, by their names.
+
+    Kernels take them as arguments of their own, whose types Triton must know, and join them again.
+    """
+
+    steps_per_image: Any
+    channels: Any
+    positions: Any
+    size_1: Any
+    size_2: Any
+    stride_0: Any
+    stride_1: Any
+    stride_2: Any
+    stride_position: Any
+    stride_channel: Any
 
 
 @dataclass(frozen=True)
@@ -43,20 +61,13 @@ class RowLayout:
         """Number of rows, N."""
         return self.images * self.positions
 
-    @property
-    def geometry(self) -> tuple[int, ...]:
-        """What kernels take to find rows, behind the number of steps of an image (tiles.py)."""
-        return (
-            self.channels,
-            self.positions,
-            self.size_1,
-            self.size_2,
-            self.stride_0,
-            self.stride_1,
-            self.stride_2,
-            self.stride_position,
-            self.stride_channel,
-        )
+    def geometry(self, steps_per_image: int) -> Geometry:
+        """Numbers that kernels take to find rows.
+
+        Args:
+            steps_per_image: Steps of a kernel that an image takes; 0 where it counts none.
+        """
+        return Geometry(steps_per_image, *(getattr(self, name) for name in Geometry._fields[1:]))
 
     @property
     def is_matrix(self) -> bool:

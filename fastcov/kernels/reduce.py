@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastcov.kernels.tiles import slot_size, triangle_row, triangle_size
+from fastcov.kernels.tiles import kernel, slot_size, triangle_row, triangle_size
 
 
 @triton.jit
@@ -58,19 +58,7 @@ def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
     return remaining
 
 
-@triton.jit(
-    do_not_specialize=[
-        "partial_entries",
-        "row_count",
-        "chunks",
-        "chains",
-        "flags",
-        "channels",
-        "row_scale",
-        "decay",
-    ],
-    do_not_specialize_on_alignment=["moment", "sum", "shift", "weight", "count", "chain_weight"],
-)
+@kernel("partial")
 def reduce_kernel(
     partial,  # float32 [chunks, slot_size], then notes, int32 [chains * flags + 1]
     chain_weight,  # float64 [chains] where rows are weighted, else None
@@ -79,14 +67,14 @@ def reduce_kernel(
     shift,
     weight,
     count,
+    row_scale: tl.float64,
+    decay: tl.float64,
     partial_entries: tl.int64,
     row_count: tl.int64,
     chunks: tl.int32,
     chains: tl.int32,
     flags: tl.int32,
     channels: tl.int32,
-    row_scale: tl.float64,
-    decay: tl.float64,
     EDGE: tl.constexpr,
     SEGMENT: tl.constexpr,
     FOLD: tl.constexpr,

@@ -1,15 +1,12 @@
 """The shift of a new float32 state: the mean of the first finite rows, found on the device."""
 
-import triton
 import triton.language as tl
 
-from fastcov.kernels.tiles import UNSPECIALIZED, is_finite, load_tile, locate
+from fastcov.kernels.layout import Geometry
+from fastcov.kernels.tiles import is_finite, kernel, load_tile, locate
 
 
-@triton.jit(
-    do_not_specialize=UNSPECIALIZED,
-    do_not_specialize_on_alignment=["rows", "shift", "count"],
-)
+@kernel()
 def shift_kernel(
     rows,
     shift,
@@ -34,7 +31,7 @@ def shift_kernel(
 
     Rows are searched in order until SHIFT_ROWS finite ones are found: normally the first step.
     """
-    geometry = (
+    geometry = Geometry(
         steps_per_image,
         channels,
         positions,

@@ -1,5 +1,6 @@
 """Device code shared by the kernels: loading tiles of rows, splitting float32, exact products."""
 
+import inspect
 import os
 
 import triton
@@ -21,47 +22,42 @@ TF32 = tl.constexpr(2)
 IEEE = tl.constexpr(3)
 """float32 products without tensor cores."""
 
-BLOCK = tl.constexpr(64)
-"""Edge of one block of the packed lower triangle in which partial moments are kept."""
 
+def kernel(*aligned: str):
+    """Decorator of a kernel that is compiled anew only for other dtypes, constants and alignments.
 
-UNSPECIALIZED = [
-    "partial_entries",
-    "notes_entries",
-    "steps",
-    "steps_per_image",
-    "steps_per_chunk",
-    "steps_per_chain",
-    "channels",
-    "positions",
-    "size_1",
-    "size_2",
-    "stride_0",
-    "stride_1",
-    "stride_2",
-    "stride_position",
-    "stride_channel",
-]
-"""Arguments whose value must not pick another compilation: IS_ALIGNED alone tells alignment."""
+    No number picks a compilation by its value, so every number is annotated with its type. Of the
+    pointers only those named here promise an address that is a multiple of 16, where it is one.
+    """
+
+    def decorate(function):
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        return triton.jit(
+            do_not_specialize=[p.name for p in parameters if isinstance(p.annotation, tl.dtype)],
+            do_not_specialize_on_alignment=[
+                p.name for p in parameters if p.annotation is p.empty and p.name not in aligned
+            ],
+        )(function)
+
+    return decorate
 
 
 @triton.jit
 def locate(rows, step, geometry, STEP: tl.constexpr, IS_DEEP: tl.constexpr):
-    """Where a step of STEP rows starts. IS_DEEP: more than one dimension counts images.
+    """Address of a step of STEP rows, its image and its first position.
 
-    Geometry is (steps_per_image, channels, positions, size_1, size_2, stride_0, stride_1, stride_2,
-    stride_position, stride_channel), see layout.py.
+    IS_DEEP: more than one dimension counts images.
     """
-    image = step // geometry[0]
-    position = (step % geometry[0]) * STEP
+    image = step // geometry.steps_per_image
+    position = (step % geometry.steps_per_image) * STEP
     if IS_DEEP:
-        outer = (image // (geometry[3] * geometry[4])).to(tl.int64)
-        middle = ((image // geometry[4]) % geometry[3]).to(tl.int64)
-        inner = (image % geometry[4]).to(tl.int64)
-        offset = outer * geometry[5] + middle * geometry[6] + inner * geometry[7]
+        outer = (image // (geometry.size_1 * geometry.size_2)).to(tl.int64)
+        middle = ((image // geometry.size_2) % geometry.size_1).to(tl.int64)
+        inner = (image % geometry.size_2).to(tl.int64)
+        offset = outer * geometry.stride_0 + middle * geometry.stride_1 + inner * geometry.stride_2
     else:
-        offset = image.to(tl.int64) * geometry[7]
-    return rows + (offset + position.to(tl.int64) * geometry[8]), image, position
+        offset = image.to(tl.int64) * geometry.stride_2
+    return rows + (offset + position.to(tl.int64) * geometry.stride_position), image, position
 
 
 @triton.jit
@@ -78,15 +74,15 @@ def load_tile(
     """Rows of one image, zero outside. [ROWS, COLUMNS], transposed [COLUMNS, ROWS]."""
     row = tl.arange(0, ROWS)
     column = channel + tl.arange(0, COLUMNS)
-    is_row = position + row < geometry[2]
+    is_row = position + row < geometry.positions
     if is_read is not None:
         is_row = is_row & is_read
-    is_column = column < geometry[1]
+    is_column = column < geometry.channels
     if IS_TRANSPOSED:
-        offset = column[:, None] * geometry[9] + row[None, :] * geometry[8]
+        offset = column[:, None] * geometry.stride_channel + row[None, :] * geometry.stride_position
         tile = tl.load(origin + offset, mask=is_column[:, None] & is_row[None, :], other=0.0)
     else:
-        offset = row[:, None] * geometry[8] + column[None, :] * geometry[9]
+        offset = row[:, None] * geometry.stride_position + column[None, :] * geometry.stride_channel
         tile = tl.load(origin + offset, mask=is_row[:, None] & is_column[None, :], other=0.0)
     return tile
 

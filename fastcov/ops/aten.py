@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
+from fastcov.rows.dtypes import ROW_DTYPES
 
 CHAIN_ROWS = 4096
 # As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, about its
@@ -27,7 +28,7 @@ _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0,
 
 
 def _initial_shift(flat: Tensor) -> Tensor:
-    if flat.dtype in (torch.bfloat16, torch.float16):
+    if not ROW_DTYPES[flat.dtype].is_centred:
         return torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
     head = flat[:_SHIFT_WINDOW]
     finite = torch.isfinite(head).all(1)

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastcov.rows.dtypes import ROW_DTYPES, dtype_names
 
 Precision = Literal["split", "tf32", "ieee"]
 """Products of float32 rows on a GPU: see :func:`accumulate_`."""
@@ -17,17 +17,33 @@ _PRECISIONS = get_args(Precision)
 class MomentState(Protocol):
     """Tensors of a running second moment; :class:`fastcov.stats.state.CovarianceState` is one."""
 
-    moment: Tensor
-    sum: Tensor
-    shift: Tensor
-    weight: Tensor
-    count: Tensor
+    @property
+    def moment(self) -> Tensor:
+        """Weighted second moment of the rows less the shift, lower half valid. [C, C]"""
+
+    @property
+    def sum(self) -> Tensor:
+        """Weighted sum of the rows less the shift. [C]"""
+
+    @property
+    def shift(self) -> Tensor:
+        """What is subtracted from every row. [C]"""
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the rows' weights. []"""
+
+    @property
+    def count(self) -> Tensor:
+        """Rows read and rows skipped. [2]"""
 
 
 class WeightedState(MomentState, Protocol):
-    """A running second moment that knows how unequal its rows' weights are."""
+    """Tensors of a running second moment that knows how unequal its rows' weights are."""
 
-    excess: Tensor
+    @property
+    def excess(self) -> Tensor:
+        """Squared weights beyond those of rows that weigh 1."""
 
 
 def accumulate_(
@@ -160,17 +176,30 @@ class Moments:
 
     def covariance(self, centered: bool = False) -> Tensor:
         """Symmetric matrix of the rows seen so far. [C, C]"""
-        lower = self.moment.tril()
-        moment = lower + lower.tril(-1).T
-        mean = self.sum / self.weight
-        if centered:
-            return moment / self.weight - torch.outer(mean, mean)
-        cross = torch.outer(mean, self.shift)
-        return moment / self.weight + cross + cross.T + torch.outer(self.shift, self.shift)
+        return covariance_of(self, centered)
 
     def mean(self) -> Tensor:
         """Mean of the rows seen so far. [C]"""
         return self.sum / self.weight + self.shift
+
+
+def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
+    """Symmetric matrix of the rows that a state has seen.
+
+    Args:
+        state: Tensors of a running second moment.
+        centered: Whether the mean is subtracted.
+
+    Returns:
+        float64; NaN where no row was seen. [C, C]
+    """
+    lower = state.moment.tril()
+    moment = lower + lower.tril(-1).T
+    mean = state.sum / state.weight
+    if centered:
+        return moment / state.weight - torch.outer(mean, mean)
+    cross = torch.outer(mean, state.shift)
+    return moment / state.weight + cross + cross.T + torch.outer(state.shift, state.shift)
 
 
 def _check_precision(precision: object) -> None:
@@ -183,9 +212,7 @@ def _check_rows(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of rows [..., C]")
     if x.dtype not in ROW_DTYPES:
-        raise TypeError(
-            f"x is {x.dtype}, expected float32, bfloat16, float16 or float64: convert it first"
-        )
+        raise TypeError(f"x is {x.dtype}, expected {dtype_names()}: convert it first")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., C] with at least 1 channel")
     if x.layout != torch.strided:

@@ -2,13 +2,12 @@
 
 A compiled library (ops/native.py) registers implementations for its dispatch keys when it is
 opened, after the schemas are defined here. What no library serves gets Triton on a GPU that can
-run it, else plain torch: never silently, :func:`backends` says which and why.
+run it, else plain torch: never silently, :func:`fastcov.backends` says which and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcov.ops import aten, aten_eigen, native
-from fastcov.ops.native import Backend
+from fastcov.ops.backend import service_of
 
 if TYPE_CHECKING:
     from fastcov.ops.covariance import MomentState, Precision
@@ -180,25 +179,8 @@ _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
 torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)
 
 
-@cache
-def _triton_backend() -> Backend:
-    if not torch.cuda.is_available():
-        return Backend(False, "no CUDA device")
-    if "triton" not in native.allowed_backends():
-        return Backend(False, "excluded by FASTCOV_BACKEND")
-    from fastcov import kernels
-
-    reason = kernels.unavailable_reason()
-    return Backend(reason is None, reason or "compiled on first use for this GPU")
-
-
-def _use_triton(rows: Tensor) -> bool:
-    return (
-        rows.is_cuda
-        and _triton_backend().active
-        and rows.dtype != torch.float64
-        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    )
+def _is_triton(rows: Tensor) -> bool:
+    return service_of(rows.dtype, rows.device).kernels == "triton"
 
 
 def _accumulate_cuda(
@@ -215,7 +197,7 @@ def _accumulate_cuda(
     precision: Precision = "split",
 ) -> None:
     state = (moment, sum, shift, weight, count)
-    if _use_triton(rows):
+    if _is_triton(rows):
         from fastcov import kernels
 
         launch_ = kernels.launch_accumulate_
@@ -248,7 +230,7 @@ def accumulation_of(
         Takes such rows (:meth:`fastcov.kernels.covariance.Accumulation.add`); None where the
         operator is to be called.
     """
-    if not _use_triton(rows):
+    if not _is_triton(rows):
         return None
     from fastcov import kernels
 
@@ -302,7 +284,7 @@ def _gather_cuda(
     channel_dim: int = -1,
 ) -> None:
     rows = aten.channels_to_end(rows, channel_dim)
-    if _use_triton(rows):
+    if _is_triton(rows):
         from fastcov import kernels
 
         gather_ = kernels.launch_gather_
@@ -346,19 +328,17 @@ accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op
 accumulate_again_: Callable[..., int] = operators.accumulate_again_.default._op
-has_again: bool = _has_kernel("gather_again_", "CPU")
-"""Whether the last two may be called; without them Reader does the same call by call."""
 
+ACCUMULATE: dict[str, Callable[..., None]] = {
+    "native": accumulate_,
+    "torch": accumulate_,
+    "triton": _accumulate_cuda,
+}
+"""Function that adds rows, by the kernels that serve them: Triton's launch needs no dispatcher."""
 
-def backends() -> dict[str, Backend]:
-    """What is active and why: the compiled libraries and Triton.
-
-    Returns:
-        ``cpu`` and ``cuda`` for the compiled libraries, ``triton`` for the GPU kernels; each with
-        ``active`` and a ``reason``. What is not active is replaced by plain torch.
-
-    Example:
-        >>> sorted(backends())
-        ['cpu', 'cuda', 'triton']
-    """
-    return {**native.status(), "triton": _triton_backend()}
+GATHER: dict[str, Callable[..., None]] = {
+    "native": gather_,
+    "torch": gather_,
+    "triton": _gather_cuda,
+}
+"""Function that copies sampled rows, by the kernels that serve them."""

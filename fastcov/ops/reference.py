@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastcov.rows.dtypes import ROW_DTYPES
+
 GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 """round(2**64 / golden ratio), odd: the step of the sampling sequence."""
 
@@ -33,7 +35,7 @@ def initial_shift_reference(rows: Tensor) -> Tensor:
     """
     channels = rows.shape[-1]
     zero = torch.zeros(channels, dtype=torch.float64, device=rows.device)
-    if rows.dtype in (torch.bfloat16, torch.float16):
+    if not ROW_DTYPES[rows.dtype].is_centred:
         return zero
     flat = rows.reshape(-1, channels)
     first = flat[torch.isfinite(flat).all(1)][:SHIFT_ROWS].double()

@@ -23,13 +23,11 @@ from enum import Enum
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor
+
+from fastcov.rows.dtypes import ROW_DTYPES
 
 MOST_DIMS = 5  # what the kernels take
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _DENSE = Tensor.__torch_dispatch__  # what subclasses that hold their own data keep
 
 
@@ -40,38 +38,6 @@ class Layout(Enum):
     CHANNELS_LAST = "[B, ..., C]"
     SEQUENCE_FIRST = "[T, B, C]"
     BY_RANK = "[B, C] and [B, T, C] channels last, [B, C, H, W] and above channels first"
-
-
-_CHANNELS_FIRST = (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm)
-_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
-_RECURRENT = (nn.RNNBase, nn.MultiheadAttention)
-
-
-def layout_of(module: nn.Module) -> Layout:
-    """Layout of a module's inputs and outputs.
-
-    Args:
-        module: Convolutions and their norms hold channels in dimension 1; Linear, LayerNorm and
-            Embedding in the last; attention and recurrent modules follow ``batch_first``. Others
-            are told by the rank of their tensors.
-
-    Returns:
-        One of the table's layouts.
-    """
-    if isinstance(module, _CHANNELS_FIRST):
-        return Layout.CHANNELS_FIRST
-    if isinstance(module, _CHANNELS_LAST):
-        return Layout.CHANNELS_LAST
-    if isinstance(module, _RECURRENT):
-        return Layout.CHANNELS_LAST if module.batch_first else Layout.SEQUENCE_FIRST
-    return Layout.BY_RANK
-
-
-def batched_rank(module: nn.Module) -> int | None:
-    """Rank of a batched activation where the module also takes unbatched ones."""
-    if isinstance(module, _ConvNd):
-        return len(module.kernel_size) + 2
-    return 3 if isinstance(module, _RECURRENT) else None
 
 
 def unreadable_type(kind: type[Tensor]) -> str:
@@ -110,7 +76,7 @@ def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, 
             return unreadable_type(type(activation)) or "is wrapped by torch.func: not read"
     if activation.layout is not torch.strided or activation.is_nested:
         return "gives sparse or nested tensors: not read"
-    if activation.dtype not in _DTYPES:
+    if activation.dtype not in ROW_DTYPES:
         return f"gives {activation.dtype} tensors: not read"
     if activation.is_meta:
         return "gives tensors on the meta device, which hold no values: not read"

@@ -5,7 +5,6 @@ A stream of its own does the work, on copies of the states.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fastcov import ops
 from fastcov.spectra.spectrum import Spectrum
-from fastcov.stats.state import REDUCTIONS, CovarianceState
+from fastcov.stats.state import CovarianceState
 
 _NUMBERS = 4  # of a layer beside its eigenvalues: trace, weight, count, effective count
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -81,7 +80,7 @@ def _start(states: dict[str, CovarianceState], device: torch.device, centered: b
     here = torch.cuda.current_stream(device)
     side = _beside(here)
     # The training goes on changing its states: what is read is a copy, made in its own order.
-    twins = [_twin(state) for state in states.values()]
+    twins = [state.copy() for state in states.values()]
     side.wait_stream(here)
     with torch.cuda.stream(side):
         numbers = _numbers(twins, centered)
@@ -89,8 +88,8 @@ def _start(states: dict[str, CovarianceState], device: torch.device, centered: b
         fetched.copy_(numbers, non_blocking=True)
         done = side.record_event()
     for twin in twins:
-        for name in REDUCTIONS:
-            getattr(twin, name).record_stream(side)
+        for tensor in twin.tensors:
+            tensor.record_stream(side)
     return _Batch(channels, fetched, done)
 
 
@@ -100,13 +99,6 @@ def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     while side is None or side == stream:
         side = _side_streams[stream.device] = torch.cuda.Stream(stream.device)
     return side
-
-
-def _twin(state: CovarianceState) -> CovarianceState:
-    twin = copy.copy(state)
-    for name in REDUCTIONS:
-        setattr(twin, name, getattr(state, name).clone())
-    return twin
 
 
 def _numbers(states: list[CovarianceState], centered: bool) -> Tensor:

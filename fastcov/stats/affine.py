@@ -79,11 +79,22 @@ class AffineMap:
     """Adds the rows of one affine layer's outputs to their state, by way of its inputs.
 
     Whether the map explains the outputs is looked at in every 16th call.
+
+    Args:
+        module: One that :func:`is_affine` accepts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        if isinstance(module, nn.Linear):
+            self._channels = (module.in_features, module.out_features)
+        else:
+            self._channels = (module.in_channels, module.out_channels)
         self._calls = 0
         self._explains = False
+
+    def pays(self, rows: int) -> bool:
+        """True if mapping the moments of so many rows is less work than adding the rows."""
+        return _pays(rows, *self._channels)
 
     def add_to(
         self,

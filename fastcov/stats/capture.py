@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastcov.stats.device_buffer import flush_full_, has_device_buffers, make_flush_table
-from fastcov.stats.seen import Seen
-
-if TYPE_CHECKING:
-    from fastcov.stats.reader import Reader
+from fastcov.ops.backend import service_of
+from fastcov.rows.layout import ActivationLayout
+from fastcov.stats.device_buffer import flush_full_, make_flush_table
+from fastcov.stats.layer import Layer
 
 _MOST_TOLD = 3  # layers of a reason, and reasons, in a warning
 _held: list[Any] = []
@@ -24,7 +23,7 @@ class DeviceCounters:
     """Number of the running step, and the full buffers' one launch, without a host number.
 
     Args:
-        readers: After a step that has shown dtypes, row counts and devices.
+        layers: After a step that has shown dtypes, row counts and devices.
         step: Number of that step.
 
     Attributes:
@@ -32,54 +31,54 @@ class DeviceCounters:
         is_captured: Whether a graph holds a step: replays then move ``step`` on their own.
         is_warm: Whether an eager step has launched all this once: a kernel that is compiled and
             loaded while a graph is captured may break the capture.
-        left_out: Readers that the last capture does not hold, and why.
+        left_out: Layers that the last capture does not hold, and why.
     """
 
-    def __init__(self, readers: Sequence[Reader], step: int) -> None:
-        device = next(r.state.moment.device for r in readers if r.state is not None)
+    def __init__(self, layers: Sequence[Layer], step: int) -> None:
+        device = next(each.state.moment.device for each in layers if each.state is not None)
         with torch.inference_mode(False):
             self.step = torch.full((), step, dtype=torch.int64, device=device)
         self.is_captured = False
         self.is_warm = False
         self._is_open = False  # a step that is read has begun and not ended
-        self.left_out: dict[Reader, str] = {}
-        moved = [reader.use_device_buffer(self.step) for reader in readers]
+        self.left_out: dict[Layer, str] = {}
+        moved = [layer.use_device_buffer(self.step) for layer in layers]
         self._buffers = [buffer for buffer in moved if buffer is not None]
         self._table = make_flush_table(self._buffers) if self._buffers else None
 
     @staticmethod
-    def serve(readers: Sequence[Reader]) -> bool:
-        """Whether all readers that have seen a row are on one GPU that can do this."""
-        states = (reader.state for reader in readers if reader.state is not None)
+    def serve(layers: Sequence[Layer]) -> bool:
+        """Whether all layers that have seen a row are on one GPU that can do this."""
+        states = (layer.state for layer in layers if layer.state is not None)
         if (first := next(states, None)) is None:
             return False
         device = first.moment.device
         # Asked at the end of every step: on a CPU the first state answers.
-        return has_device_buffers(torch.float32, device) and all(
+        return service_of(torch.float32, device).counts_on_device and all(
             state.moment.device == device for state in states
         )
 
-    def renewed(self, readers: Sequence[Reader], step: int) -> DeviceCounters | None:
-        """What serves from the next step on: itself, unless readers have come, moved or left.
+    def renewed(self, layers: Sequence[Layer], step: int) -> DeviceCounters | None:
+        """What serves from the next step on: itself, unless layers have come, moved or left.
 
         Args:
-            readers: After a step.
+            layers: After a step.
             step: Number of that step.
 
         Returns:
             None where the host counts from now on.
         """
-        if self.is_captured or not self._is_outdated(readers):
+        if self.is_captured or not self._is_outdated(layers):
             return self
-        if self.serve(readers):
-            return DeviceCounters(readers, step)
-        return self if any(reader.is_on_device for reader in readers) else None
+        if self.serve(layers):
+            return DeviceCounters(layers, step)
+        return self if any(layer.device_buffer is not None for layer in layers) else None
 
-    def _is_outdated(self, readers: Sequence[Reader]) -> bool:
-        states = (reader.state for reader in readers if reader.state is not None)
+    def _is_outdated(self, layers: Sequence[Layer]) -> bool:
+        states = (layer.state for layer in layers if layer.state is not None)
         first = next(states, None)
         return (first is not None and first.moment.device != self.step.device) or any(
-            reader.wants_device_buffer for reader in readers
+            layer.wants_device_buffer for layer in layers
         )
 
     def begin_step(self, number: int, is_read: bool, decay: float | None) -> None:
@@ -98,24 +97,24 @@ class DeviceCounters:
         else:
             self.step.fill_(number)
 
-    def begin_capture(self, readers: Sequence[Reader]) -> None:
+    def begin_capture(self, layers: Sequence[Layer]) -> None:
         """A CUDA graph captures the step that is about to begin."""
         self.left_out = {}
         if not self.is_captured:
             self.is_captured = True
-            _held.append((self.step, self._table, [reader.state for reader in readers]))
+            _held.append((self.step, self._table, [layer.state for layer in layers]))
             for buffer in self._buffers:
                 buffer.is_captured = True
 
-    def leaves_out(self, reader: Reader, seen: Seen) -> bool:
-        """Whether a graph must not hold a call, or has not held one of that reader before."""
-        if reader in self.left_out:
+    def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
+        """True if a graph must not hold a call, or has not held one of that layer before."""
+        if layer in self.left_out:
             return True
-        if not (reason := reader.why_not_replayed(seen)):
+        if not (reason := why_not_replayed(layer, layout)):
             return False
-        if reader.calls:
+        if layer.calls:
             reason += " (some calls of its module are read)"
-        self.left_out[reader] = reason
+        self.left_out[layer] = reason
         return True
 
     def end_step(self, decay: float | None) -> None:
@@ -126,13 +125,44 @@ class DeviceCounters:
         self._is_open = False
 
 
-def warn_left_out(reasons: Mapping[Reader, str]) -> None:
-    """One warning about the readers that a graph does not hold, if there are any."""
+def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
+    """Why a CUDA graph must not hold the next call of a layer: it would read the wrong rows.
+
+    Args:
+        layer: The layer.
+        layout: Layout of the call.
+
+    Returns:
+        The reason and a remedy; empty where replays are counted right.
+    """
+    state, buffer = layer.state, layer.device_buffer
+    if layer.weighting == "image":
+        return 'weighting="image" weighs rows on the host; take weighting="position"'
+    if state is None or layer.fraction is None or state.moment.device != layout.device:
+        return f"has not run on {layout.device} before; run a step eagerly, then capture"
+    if buffer is None and layer.fraction == 1 and layer.decay is not None:
+        return f'decay={layer.decay} with every row is applied by the host; take rows="auto"'
+    if buffer is None and layer.why_on_host:
+        return layer.why_on_host
+    if layer.adds_at_once(layout) and layout.dtype is layer.dtype:
+        # A module's smaller calls, if any, wait: all of them are replayed, or none.
+        if buffer is not None or layer.buffer.storage is None:
+            return ""
+    elif buffer is not None and layer.has_room(layout, layer.calls + 1):
+        return ""
+    return (
+        f"reads {layout.rows} rows of {layout.dtype}, other sizes or another dtype than in the "
+        "steps before; run one with these eagerly, then capture"
+    )
+
+
+def warn_left_out(reasons: Mapping[Layer, str]) -> None:
+    """One warning about the layers that a graph does not hold, if there are any."""
     if not reasons:
         return
     layers: dict[str, list[str]] = {}
-    for reader, reason in reasons.items():
-        layers.setdefault(reason, []).append(repr(reader.name))
+    for layer, reason in reasons.items():
+        layers.setdefault(reason, []).append(repr(layer.name))
     parts = []
     for reason, names in list(layers.items())[:_MOST_TOLD]:
         more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.view import MOST_DIMS
 
 # Places in the numbers; csrc/cursor.h has them in the same order.
@@ -25,27 +25,8 @@ SAMPLED = 5  # rows so far: the number of the next sample
 FILL = 6  # rows in the buffer
 LIMIT = 7  # rows that this fill of the buffer takes
 PHASE = 8  # start of the sampling sequence
-LAYOUT = 9  # what Seen.layout gives, from here on
+LAYOUT = 9  # ActivationLayout.numbers, from here on
 FIELDS = LAYOUT + 4 + 2 * MOST_DIMS
-
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
-
-def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:
-    """What has to be the same for a call to be like the last one, and how that is read.
-
-    Args:
-        activation: Of at most 5 dimensions.
-        run_length: Neighbouring positions read together.
-        channel_dim: Where the channels are.
-
-    Returns:
-        ``LAYOUT`` and what follows it: run length, channel dimension, dtype, number of dimensions,
-        sizes and strides.
-    """
-    unused = (0,) * (MOST_DIMS - activation.dim())
-    head = (run_length, channel_dim, _CODES[activation.dtype], activation.dim())
-    return array("q", (*head, *activation.shape, *unused, *activation.stride(), *unused))
 
 
 class Cursor:
@@ -57,18 +38,22 @@ class Cursor:
     Attributes:
         numbers: For Python: an element takes a tenth of the time that one of a tensor does.
         tensor: The same memory, for operators: int64. [FIELDS]
+        layout: Layout whose numbers are held, that operators compare calls with.
     """
 
-    __slots__ = ("numbers", "tensor")
+    __slots__ = ("layout", "numbers", "tensor")
 
     def __init__(self, numbers: Iterable[int] = (0,) * FIELDS) -> None:
         self.numbers = array("q", numbers)
+        self.layout: ActivationLayout | None = None
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self.numbers, dtype=torch.int64)
 
-    def remember(self, layout: array[int]) -> None:
-        """Sets what the next calls are compared with, from :func:`layout_numbers`."""
-        self.numbers[LAYOUT:] = layout
+    def expect(self, layout: ActivationLayout) -> None:
+        """Sets the layout that operators compare the next calls with."""
+        assert layout.numbers is not None
+        self.numbers[LAYOUT:] = layout.numbers
+        self.layout = layout
 
     def __reduce__(self) -> tuple[type[Cursor], tuple[list[int]]]:
         # Copied apart, numbers and tensor would no longer share memory.

@@ -6,7 +6,6 @@ fraction are in a cursor, the step is a tensor, addresses and sizes are in a tab
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,29 +13,11 @@ import torch
 from torch import Tensor
 
 from fastcov.ops.covariance import WeightedState
-from fastcov.ops.library import backends
-from fastcov.stats.seen import MOST_LAYOUTS
+from fastcov.rows.layout import ActivationLayout
 
 if TYPE_CHECKING:
     from fastcov.kernels.flush import FlushTable
     from fastcov.kernels.gather import CursorGather
-    from fastcov.stats.seen import Seen
-
-
-def has_device_buffers(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether such rows can be sampled with counters on their device.
-
-    A GPU of sm_80 or newer with Triton; Triton's interpreter stands for one on the CPU.
-    """
-    if dtype == torch.float64:
-        return False
-    if device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
-    return (
-        device.type == "cuda"
-        and backends()["triton"].active
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
 
 
 class DeviceBuffer:
@@ -44,19 +25,22 @@ class DeviceBuffer:
 
     Args:
         state: Where the rows go; its tensors must stay where they are.
-        dtype: Of the rows to come.
+        dtype: Dtype of the rows to come.
+        step: int64, number of the running step, kept up to date by the caller. []
         threshold: Rows from which the buffer counts as full.
-        first_threshold: Likewise, until it has been full once.
+        first_threshold: The same, until the buffer has been full once.
         most_rows: The most that come between two flushes.
         sampled: Number of the next sample.
         carry: Fraction of a row carried so far, in units of 2**-32.
         state_step: Step up to which decay has been applied to the state.
 
     Attributes:
-        dtype: Of the rows that it takes.
-        device: Likewise.
-        step_rows: That the calls of the running step have offered it.
-        is_captured: Whether a CUDA graph may hold its addresses.
+        dtype: Dtype of the rows.
+        device: Device of the rows.
+        step: As given.
+        most_rows: As given.
+        step_rows: Rows that the calls of the running step have offered.
+        is_captured: True if a CUDA graph may hold the addresses.
     """
 
     def __init__(
@@ -64,6 +48,7 @@ class DeviceBuffer:
         state: WeightedState,
         dtype: torch.dtype,
         *,
+        step: Tensor,
         threshold: int,
         first_threshold: int,
         most_rows: int,
@@ -75,6 +60,7 @@ class DeviceBuffer:
 
         device, channels = state.moment.device, len(state.sum)
         self.most_rows = most_rows
+        self.step = step
         self.dtype = dtype
         self.device = device
         self.step_rows = 0
@@ -101,48 +87,36 @@ class DeviceBuffer:
             first_threshold=first_threshold,
         )
         self._table = flush.FlushTable([self.layer])
-        self._prepared: dict[Seen, CursorGather] = {}  # for calls that are alike
-        self._step: Tensor | None = None
-        self._fraction = 0
 
-    def gather(
-        self, activation: Tensor, seen: Seen, step: Tensor, fraction: int, phase: int
-    ) -> None:
-        """Copies the rows that are due; see :class:`fastcov.kernels.gather.CursorGather`.
+    def prepare(
+        self, activation: Tensor, layout: ActivationLayout, fraction: int, phase: int
+    ) -> CursorGather:
+        """Launches that copy the rows that are due, of all activations of a layout.
 
         Args:
-            activation: One that ``seen`` fits.
-            seen: Its sizes.
-            step: int64, number of the running step. []
-            fraction: In units of 2**-32.
+            activation: One that ``layout`` fits; only its layout is read.
+            layout: Its layout.
+            fraction: Share of the rows, in units of 2**-32.
             phase: Start of the sampling sequence, the same in all calls.
         """
-        if self._step is not step or self._fraction != fraction:
-            self._prepared.clear()
-            self._step, self._fraction = step, fraction
-        prepared = self._prepared.get(seen)
-        if prepared is None:
-            prepared = self._prepare(seen.view(activation), seen, step, fraction, phase)
-        prepared.launch_(activation)
-
-    def _prepare(
-        self, rows: Tensor, seen: Seen, step: Tensor, fraction: int, phase: int
-    ) -> CursorGather:
         from fastcov.kernels.gather import CursorGather
 
-        prepared = CursorGather(
-            self._buffer, self._row_step, self._cursor, step, rows, fraction, seen.run_length, phase
+        return CursorGather(
+            self._buffer,
+            self._row_step,
+            self._cursor,
+            self.step,
+            layout.view(activation),
+            fraction,
+            layout.run_length,
+            phase,
         )
-        if len(self._prepared) >= MOST_LAYOUTS:
-            self._prepared.clear()
-        self._prepared[seen] = prepared
-        return prepared
 
-    def flush(self, step: Tensor, decay: float) -> None:
-        """Adds all its rows to the state, full or not."""
+    def flush(self, decay: float) -> None:
+        """Adds all rows to the state, whether the buffer is full or not."""
         from fastcov.kernels.flush import launch_flush_
 
-        launch_flush_(self._table, step, decay=decay, force=True)
+        launch_flush_(self._table, self.step, decay=decay, force=True)
 
     def counters(self) -> tuple[int, int, int]:
         """Sample number, carried fraction, and step of the state: waits for the device."""

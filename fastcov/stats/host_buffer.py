@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.rows.layout import ActivationLayout
+from fastcov.stats.buffering import buffer_rows
 from fastcov.stats.cursor import FILL, LIMIT, Counter, Cursor
-from fastcov.stats.seen import Seen
 
 _MOST_VIEWS = 8  # a budget of so many rows a step fills a buffer in two or three ways
 
@@ -23,7 +24,7 @@ class _Span:
     weight: float
 
 
-class RowBuffer:
+class HostBuffer:
     """A buffer in the rows' dtype, filled from the front.
 
     Args:
@@ -33,6 +34,7 @@ class RowBuffer:
 
     Attributes:
         first_fill: As given.
+        is_marked: As given.
         storage: All of it, None before the first rows. [capacity, C]
         fill: Rows that wait.
         limit: Rows that this fill takes.
@@ -43,7 +45,7 @@ class RowBuffer:
 
     def __init__(self, cursor: Cursor, is_marked: bool, first_fill: float = 1.0) -> None:
         self.cursor = cursor
-        self._is_marked = is_marked
+        self.is_marked = is_marked
         self.first_fill = first_fill
         self.storage: Tensor | None = None
         self._views: dict[int, Tensor] = {}  # its first rows, by how many: a slice takes 1.6 us
@@ -71,12 +73,12 @@ class RowBuffer:
         """Step of the last rows, where steps are kept."""
         return self._spans[-1].step if self._spans else None
 
-    def room(self, seen: Seen, wanted: int) -> Tensor:
+    def room(self, layout: ActivationLayout, wanted: int) -> Tensor:
         """Storage for the next rows, from :attr:`fill` on; made or grown where needed.
 
         Args:
-            seen: Of the rows to come.
-            wanted: How many.
+            layout: Layout of the rows to come.
+            wanted: Number of them.
 
         Returns:
             The whole storage. [capacity, C]
@@ -84,8 +86,8 @@ class RowBuffer:
         if self.storage is None or self.fill + wanted > self._capacity:
             # Tensors made under inference_mode could not be written in training later.
             with torch.inference_mode(False):
-                self._capacity = max(seen.buffer_rows, self.fill + wanted)
-                grown = seen.new_rows(self._capacity)
+                self._capacity = max(buffer_rows(layout.channels), self.fill + wanted)
+                grown = layout.new_rows(self._capacity)
             if self.storage is None:
                 self.stagger()
             else:
@@ -102,7 +104,7 @@ class RowBuffer:
 
     def mark_step(self, rows: int, step: int) -> None:
         """Keeps the step of rows that are counted already."""
-        if not self._is_marked:
+        if not self.is_marked:
             return
         if self._spans and self._spans[-1].step == step:
             self._spans[-1].rows += rows

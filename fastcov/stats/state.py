@@ -1,33 +1,81 @@
-"""CovarianceState: the running second moment of one layer, with declared reductions.
+"""CovarianceState: the running second moment of one layer, in tensors that declare themselves.
 
-Sums over rows are additive only about one shift, so merging and syncing first translate every
-state to a common one (Chan, Golub, LeVeque 1983: parallel updating of variances).
+Sums over rows are additive only about one shift, so merging first translates both states to a
+common one (Chan, Golub, LeVeque 1983: parallel updating of variances).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fastcov.ops.covariance import Moments, accumulate_
+from fastcov.ops.covariance import accumulate_, covariance_of
 
-REDUCTIONS = {
-    "count": "sum",
-    "weight": "sum",
-    "excess": "sum",
-    "sum": "sum",
-    "moment": "sum",
-    "shift": "common",  # translated to one value before the others are added
+
+class Declared(NamedTuple):
+    """Declaration of one tensor of a state: its size, and how it is combined.
+
+    Attributes:
+        shape: Sizes; "C" stands for the number of channels.
+        dtype: Of the values.
+        reduction: How the tensors of two states about one shift become one: "sum", or "common",
+            where both hold the same.
+        power: A factor f on every row's weight is a factor f**power on this tensor.
+        is_lower: Whether the lower half alone is valid.
+    """
+
+    shape: tuple[int | Literal["C"], ...]
+    dtype: torch.dtype = torch.float64
+    reduction: Literal["sum", "common"] = "sum"
+    power: int = 1
+    is_lower: bool = False
+
+    def zeros(self, channels: int, device: torch.device | str | None) -> Tensor:
+        """Tensor of a state that has seen no row."""
+        sizes = [channels if size == "C" else size for size in self.shape]
+        return torch.zeros(sizes, dtype=self.dtype, device=device)
+
+
+class StateTensors(
+    NamedTuple(
+        "StateTensors",
+        [
+            ("moment", Annotated[Tensor, Declared(("C", "C"), is_lower=True)]),
+            ("sum", Annotated[Tensor, Declared(("C",))]),
+            ("shift", Annotated[Tensor, Declared(("C",), reduction="common", power=0)]),
+            ("weight", Annotated[Tensor, Declared(())]),
+            ("count", Annotated[Tensor, Declared((2,), torch.int64, power=0)]),
+            ("excess", Annotated[Tensor, Declared((), power=2)]),
+        ],
+    )
+):
+    """Tensors of a running second moment; operators take the first five in this order.
+
+    Attributes:
+        moment: Weighted second moment of the shifted rows. [C, C]
+        sum: Weighted sum of the shifted rows. [C]
+        shift: Fixed by the first finite rows. [C]
+        weight: Sum of the rows' weights: the divisor. []
+        count: Rows read and rows skipped as non-finite. [2]
+        excess: Sum of the squared weights less the sum of the weights: rows of weight 1 leave it
+            alone, so following it costs them nothing. []
+    """
+
+    __slots__ = ()
+
+
+DECLARED: dict[str, Declared] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(StateTensors, include_extras=True).items()
 }
-"""Every tensor of a state and how two states' values combine."""
+"""Declarations of a state's tensors by name, in the order of :class:`StateTensors`."""
 
 
-class CovarianceState(Moments):
+class CovarianceState:
     """Running second moment of feature rows about a fixed shift.
 
     Args:
@@ -35,13 +83,7 @@ class CovarianceState(Moments):
         device: Where the tensors live.
 
     Attributes:
-        count: Rows read and rows skipped as non-finite, int64. [2]
-        weight: Sum of the rows' weights, float64: the divisor. []
-        excess: Sum of the squared weights less the sum of the weights, float64: rows of weight 1
-            leave it alone, so following it costs them nothing. []
-        sum: Weighted sum of the shifted rows, float64. [C]
-        moment: Weighted second moment of the shifted rows, float64, lower half valid. [C, C]
-        shift: Fixed by the first finite rows, float64. [C]
+        tensors: All that the state holds; its fields are attributes of the state too.
 
     Example:
         >>> state = CovarianceState(2)
@@ -51,14 +93,46 @@ class CovarianceState(Moments):
     """
 
     def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
-        super().__init__(channels, device)
+        # Tensors made under inference_mode could not be updated in training later.
         with torch.inference_mode(False):
-            self.excess = torch.zeros((), dtype=torch.float64, device=device)
+            self.tensors = StateTensors._make(
+                declared.zeros(channels, device) for declared in DECLARED.values()
+            )
+
+    @property
+    def moment(self) -> Tensor:
+        """Weighted second moment of the shifted rows, float64, lower half valid. [C, C]"""
+        return self.tensors.moment
+
+    @property
+    def sum(self) -> Tensor:
+        """Weighted sum of the shifted rows, float64. [C]"""
+        return self.tensors.sum
+
+    @property
+    def shift(self) -> Tensor:
+        """Vector subtracted from every row, fixed by the first finite rows, float64. [C]"""
+        return self.tensors.shift
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the rows' weights, float64: the divisor. []"""
+        return self.tensors.weight
+
+    @property
+    def count(self) -> Tensor:
+        """Rows read and rows skipped as non-finite, int64. [2]"""
+        return self.tensors.count
+
+    @property
+    def excess(self) -> Tensor:
+        """Sum of the squared weights less the sum of the weights, float64. []"""
+        return self.tensors.excess
 
     @property
     def channels(self) -> int:
         """Length of a row."""
-        return len(self.sum)
+        return len(self.tensors.sum)
 
     @property
     def squared_weight(self) -> Tensor:
@@ -74,6 +148,14 @@ class CovarianceState(Moments):
         float64; NaN where no row was seen. []
         """
         return self.weight**2 / self.squared_weight
+
+    def covariance(self, centered: bool = False) -> Tensor:
+        """Symmetric matrix of the rows seen so far. [C, C]"""
+        return covariance_of(self, centered)
+
+    def mean(self) -> Tensor:
+        """Mean of the rows seen so far. [C]"""
+        return self.sum / self.weight + self.shift
 
     def update(
         self,
@@ -99,10 +181,10 @@ class CovarianceState(Moments):
         Needed where some row may weigh other than 1, or decay is applied. No host synchronisation.
 
         Args:
-            rows: What is added. With ``row_weight`` channels are last. [..., C]
-            row_weight: Likewise. [N]
-            row_scale: Likewise.
-            decay: Likewise.
+            rows: Rows that the operator adds; with ``row_weight``, channels last. [..., C]
+            row_weight: Weights that the operator is given. [N]
+            row_scale: Factor on every row's weight that the operator is given.
+            decay: Factor on the state that the operator is given.
         """
         before = self.weight * decay
         yield
@@ -118,23 +200,25 @@ class CovarianceState(Moments):
 
     def translate_(self, shift: Tensor) -> None:
         """Expresses the sums about another shift. [C]"""
-        step = self.shift - shift
-        outer = torch.outer(step, self.sum)
-        self.moment += outer + outer.T + self.weight * torch.outer(step, step)
-        self.sum += self.weight * step
+        moment, sum = _about(self.tensors, shift)
+        self.moment.copy_(moment)
+        self.sum.copy_(sum)
         self.shift.copy_(shift)
 
     def scale_(self, factor: float) -> None:
         """Multiplies every row's weight."""
-        self.excess.mul_(factor**2).add_(self.weight, alpha=factor**2 - factor)
-        for tensor in (self.weight, self.sum, self.moment):
-            tensor *= factor
+        weight = self.weight.clone()
+        for tensor, declared in zip(self.tensors, DECLARED.values(), strict=True):
+            if declared.power:
+                tensor.mul_(factor**declared.power)
+        self.excess.add_(weight, alpha=factor**2 - factor)
 
     def merge(self, other: CovarianceState, scale: float = 1.0) -> None:
         """Adds what another state has seen, leaving that state as it is.
 
         Args:
-            other: Same number of channels; moved to this state's device if need be.
+            other: State of as many channels; its tensors are moved to this state's device if need
+                be.
             scale: Factor on the other's weights.
 
         Raises:
@@ -146,42 +230,37 @@ class CovarianceState(Moments):
                 "merge states of the same layer"
             )
         device = self.moment.device
-        # Sync-free: an empty state takes the other's shift. The other's sums are then expressed
-        # about that shift without touching the other.
-        shift = torch.where(self.count[0] == 0, other.shift.to(device), self.shift)
-        self.shift.copy_(shift)
-        step = other.shift.to(device) - shift
-        sum, weight = other.sum.to(device), other.weight.to(device)
-        outer = torch.outer(step, sum)
-        moment = other.moment.to(device) + outer + outer.T + weight * torch.outer(step, step)
-        self.moment.add_(moment, alpha=scale)
-        self.sum.add_(sum + weight * step, alpha=scale)
-        self.excess.add_(other.excess.to(device), alpha=scale**2)
-        self.excess.add_(weight, alpha=scale**2 - scale)
-        self.weight.add_(weight, alpha=scale)
-        self.count += other.count.to(device)
+        added = StateTensors._make(tensor.to(device) for tensor in other.tensors)
+        # An empty state takes the other's shift, without a host synchronisation. The other's sums
+        # are then expressed about the common shift, in tensors of their own.
+        self.shift.copy_(torch.where(self.count[0] == 0, added.shift, self.shift))
+        moment, sum = _about(added, self.shift)
+        added = added._replace(moment=moment, sum=sum)
+        for declared, own, part in zip(DECLARED.values(), self.tensors, added, strict=True):
+            if declared.reduction == "sum":
+                own.add_(part * scale**declared.power if declared.power else part)
+        self.excess.add_(added.weight, alpha=scale**2 - scale)
 
     def reset(self) -> None:
         """Forgets every row."""
-        for name in REDUCTIONS:
-            getattr(self, name).zero_()
+        for tensor in self.tensors:
+            tensor.zero_()
 
     def to(self, device: torch.device | str) -> CovarianceState:
         """Moves the tensors, in place."""
-        for name in REDUCTIONS:
-            setattr(self, name, getattr(self, name).to(device))
+        self.tensors = StateTensors._make(tensor.to(device) for tensor in self.tensors)
         return self
 
     def copy(self) -> CovarianceState:
-        """An independent state with the same content."""
-        twin = CovarianceState(self.channels, self.moment.device)
-        for name in REDUCTIONS:
-            getattr(twin, name).copy_(getattr(self, name))
+        """State of its own with the same content."""
+        twin = CovarianceState.__new__(CovarianceState)
+        with torch.inference_mode(False):
+            twin.tensors = StateTensors._make(tensor.clone() for tensor in self.tensors)
         return twin
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the tensors, by name."""
-        return {name: getattr(self, name).clone() for name in REDUCTIONS}
+        return {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`.
@@ -197,10 +276,10 @@ class CovarianceState(Moments):
             weight, count = state_dict["weight"], state_dict["count"]
             excess = weight**2 / count[0].clamp(min=1) - weight
             state_dict = {**state_dict, "excess": excess}
-        for name in REDUCTIONS:
+        for name, own in self.tensors._asdict().items():
             if name not in state_dict:
                 raise KeyError(f"state has no tensor {name!r}; it holds {sorted(state_dict)}")
-            tensor, own = state_dict[name], getattr(self, name)
+            tensor = state_dict[name]
             if tensor.shape != own.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}: "
@@ -209,90 +288,9 @@ class CovarianceState(Moments):
             own.copy_(tensor)
 
 
-def sync_states(
-    states: Sequence[CovarianceState], group: dist.ProcessGroup | None = None
-) -> list[CovarianceState]:
-    """Merges the states of all ranks: two collectives, whatever the number of layers.
-
-    Args:
-        states: One a layer, in the same order on every rank, on one device.
-        group: Process group; None is the default group.
-
-    Returns:
-        New states, equal on every rank; the given ones stay as they are.
-    """
-    if not states:
-        return []
-    device = states[0].moment.device
-    merged = [state.copy() for state in states]
-    seen = torch.stack([(state.count[0] > 0).double() for state in merged])
-    local = torch.cat([seen, *(state.shift for state in merged)])
-    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, local, group=group)
-    start = len(merged)
-    for layer, state in enumerate(merged):
-        stop = start + state.channels
-        # The first rank that has seen a row lends its shift.
-        shift = torch.zeros_like(state.shift)
-        for rank in reversed(gathered):
-            shift = torch.where(rank[layer] > 0, rank[start:stop], shift)
-        state.translate_(shift)
-        start = stop
-    tril = [torch.tril_indices(s.channels, s.channels, device=device) for s in merged]
-    flat = torch.cat(
-        [
-            torch.cat(
-                [s.count.double(), s.weight[None], s.excess[None], s.sum, s.moment[i[0], i[1]]]
-            )
-            for s, i in zip(merged, tril, strict=True)
-        ]
-    )
-    dist.all_reduce(flat, group=group)
-    start = 0
-    for state, index in zip(merged, tril, strict=True):
-        size = 4 + state.channels + index.shape[1]
-        part = flat[start : start + size]
-        state.count.copy_(part[:2].round().long())
-        state.weight.copy_(part[2])
-        state.excess.copy_(part[3])
-        state.sum.copy_(part[4 : 4 + state.channels])
-        state.moment[index[0], index[1]] = part[4 + state.channels :]
-        start += size
-    return merged
-
-
-def sync_named_states(
-    states: Mapping[str, CovarianceState | None], group: dist.ProcessGroup | None = None
-) -> dict[str, CovarianceState]:
-    """Merges named states of all ranks; a rank may have seen no row of some of them.
-
-    Args:
-        states: By layer, in the same order on every rank; None where this rank has none.
-        group: Process group; None is the default group.
-
-    Returns:
-        New states of the layers of which some rank has seen a row, equal on every rank.
-
-    Raises:
-        RuntimeError: On every rank, if names or widths differ between ranks.
-    """
-    own = {name: 0 if state is None else state.channels for name, state in states.items()}
-    gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, own, group=group)
-    widths = {name: max(rank.get(name, 0) for rank in gathered) for name in own}
-    for rank, found in enumerate(gathered):
-        if list(found) != list(own) or any(found[n] not in (0, widths[n]) for n in own):
-            raise RuntimeError(
-                f"rank {rank} tracks other layers or widths than this rank: track the same model "
-                "with the same arguments on every rank"
-            )
-    is_nccl = dist.get_backend(group) == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-    names = [name for name, width in widths.items() if width]
-    local = []
-    for name in names:
-        state = states[name]
-        empty = CovarianceState(widths[name], device)
-        local.append(empty if state is None else state.copy().to(device))
-    merged = zip(names, sync_states(local, group), strict=True)
-    return {name: state for name, state in merged if int(state.count[0]) > 0}
+def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
+    # Second moment and sum about another shift: new tensors, the given ones stay as they are.
+    step = tensors.shift - shift
+    outer = torch.outer(step, tensors.sum)
+    moment = tensors.moment + outer + outer.T + tensors.weight * torch.outer(step, step)
+    return moment, tensors.sum + tensors.weight * step

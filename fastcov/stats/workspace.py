@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcov.stats.device_buffer import has_device_buffers
+from fastcov.ops.backend import service_of
 
 
 def update_workspace_bytes(rows: Tensor, device: torch.device, *, is_weighted: bool = False) -> int:
@@ -29,7 +29,7 @@ def update_workspace_bytes(rows: Tensor, device: torch.device, *, is_weighted: b
     """
     from fastcov import kernels
 
-    if device.type == "cuda" and has_device_buffers(rows.dtype, device):
+    if device.type == "cuda" and service_of(rows.dtype, device).kernels == "triton":
         architecture = kernels.architecture_of(device)
     elif (
         device.type == "meta"

@@ -1,10 +1,10 @@
-"""Forward hooks: from a module's call to the collector, in eager mode and in compiled code."""
+"""Forward hooks: from a module's call to its tap's route, in eager mode and in compiled code."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,33 +16,33 @@ from torch._C._dynamo.eval_frame import (
 )
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module as module_hooks
-from torch.utils.hooks import RemovableHandle
 
 from fastcov.rows.view import unreadable_type
-from fastcov.stats.affine import AffineMap, is_affine
-from fastcov.watch.select import Tap, first_tensor
+from fastcov.stats.route import Routes
+from fastcov.watch.isolation import is_undisturbed
+from fastcov.watch.select import first_complex, first_tensor
 
 if TYPE_CHECKING:
-    from fastcov.stats.adder import RowSource
-    from fastcov.watch.watcher import Collector
+    from fastcov.watch.watcher import Watcher
+
+REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
 
 
-def watch(
-    tracker: Collector, number: int, tap: Tap, module: nn.Module, reads_all: bool
-) -> RemovableHandle:
-    """Installs the hook of one tap.
+class Gate:
+    """Switch of all hooks of a tracker.
 
-    Args:
-        tracker: Whose :meth:`~fastcov.watch.watcher.Collector.observe` it calls.
-        number: Of the tap.
-        tap: What it watches.
-        module: Whose input or output that is.
-        reads_all: Whether every row is read.
+    Attributes:
+        thread: Thread whose calls are read by their routes; 0 while nothing is read, or while each
+            call must be looked at.
     """
-    if tap.position == "input":
-        return module.register_forward_pre_hook(Hook(tracker, number).input, with_kwargs=True)
-    kind = AffineHook if reads_all and is_affine(module) else Hook
-    return module.register_forward_hook(kind(tracker, number).output)
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = 0
+
+
+_CLOSED = Gate()
 
 
 def _is_exporting() -> bool:
@@ -53,93 +53,96 @@ def _is_exporting() -> bool:
 class Hook:
     """Forward hook of one tap. A copy of it (deepcopy, pickle: EMA, checkpoints) does nothing.
 
-    Compiled code keeps what is read only while training: a model in evaluation mode compiles to
-    the graph that it has without a tracker. An exported model holds nothing of it.
+    Compiled code keeps the calls that are read only while training: a model in evaluation mode
+    compiles to the graph that it has without a tracker. An exported model holds nothing of them.
+
+    Args:
+        watcher: Reads the calls that no route takes; None for a copy.
+        tap: Number of the tap.
+        gate: The tracker's.
+
+    Attributes:
+        watcher: As given.
+        routes: Routes of the tap, set by the watcher.
     """
 
-    def __init__(self, tracker: Collector | None, tap: int) -> None:
-        self.tracker = tracker
-        self.tap = tap
+    routes: Routes
+
+    def __init__(self, watcher: Watcher | None, tap: int, gate: Gate = _CLOSED) -> None:
+        self.watcher = watcher
+        self._tap = tap
+        self._gate = gate
         with torch.inference_mode(False):
-            self.key = torch.tensor(tap, device="cpu")  # a tensor: see observe_ in ops/library.py
+            self._key = torch.tensor(tap, device="cpu")  # a tensor: see observe_ in ops/library.py
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None, int]]:
-        return Hook, (None, self.tap)
+        return Hook, (None, self._tap)
 
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Reads a module's output."""
-        tracker = self.tracker
-        # Half the time of is_compiling(): what torch.export hands over is never laid out the same.
-        if (
-            tracker is None
-            or is_dynamo_compiling()
-            or "_is_replica" in module.__dict__
-            or not tracker.observe_again(self.tap, output)
-        ):
-            self.read(module, output)
+        # Cheaper than is_compiling(). Safe: values under torch.export are no plain tensors.
+        if is_dynamo_compiling() or type(output) is not Tensor:
+            self._look(module, args, output)
+            return
+        try:
+            if get_ident() == self._gate.thread and is_undisturbed():
+                routes = self.routes
+                known = routes.last.follower
+                if known.route.take(output, module, args):
+                    routes.last = known
+                    return
+            self._look(module, args, output)
+        except Exception as error:
+            self._fail(error)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Reads a module's first input, positional or by keyword."""
-        tracker = self.tracker
-        if (
-            not args
-            or tracker is None
-            or is_dynamo_compiling()
-            or "_is_replica" in module.__dict__
-            or not tracker.observe_again(self.tap, args[0])
-        ):
-            self.read(module, (args, kwargs))
-
-    def read(self, module: nn.Module, value: Any) -> None:
-        """Hands the first tensor to the tracker."""
-        tracker = self.tracker
-        if tracker is None:
+        if is_dynamo_compiling() or not args or type(args[0]) is not Tensor:
+            self._look(module, args, (args, kwargs))
             return
-        activation = first_tensor(value)
-        if activation is None:
+        try:
+            if get_ident() == self._gate.thread and is_undisturbed():
+                routes = self.routes
+                known = routes.last.follower
+                if known.route.take(args[0], module, args):
+                    routes.last = known
+                    return
+            self._look(module, args, (args, kwargs))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self.watcher is not None:
+            self.watcher.fail(self._tap, error)
+
+    def _look(self, module: nn.Module, args: Any, value: Any) -> None:
+        watcher = self.watcher
+        if watcher is None:
             return
         if is_compiling():
-            root = tracker.root()
-            is_evaluated = tracker.train_only and root is not None and not root.training
-            if is_evaluated or _is_exporting():
-                return
-            kind = type(activation)
-            if kind is not Tensor and (reason := unreadable_type(kind)):
-                torch.ops.fastcov.refuse_(tracker.clock, self.key, reason)
-            else:
-                torch.ops.fastcov.observe_(tracker.clock, self.key, activation)
+            self._trace(watcher, first_tensor(value))
         elif "_is_replica" in module.__dict__:
-            tracker.refuse(self.tap, REPLICA)
+            watcher.refuse(self._tap, REPLICA)
+        elif not watcher.is_skipping:
+            activation = first_tensor(value)
+            if activation is not None:
+                watcher.observe(self._tap, activation, module=module, args=args)
+            elif watcher.is_reading and (kind := first_complex(value)) is not None:
+                watcher.refuse(self._tap, f"gives {kind.dtype} tensors: not read")
+
+    def _trace(self, watcher: Watcher, activation: Tensor | None) -> None:
+        root = watcher.root()
+        is_evaluated = watcher.train_only and root is not None and not root.training
+        if activation is None or is_evaluated or _is_exporting():
+            return
+        kind = type(activation)
+        if kind is not Tensor and (reason := unreadable_type(kind)):
+            torch.ops.fastcov.refuse_(watcher.clock, self._key, reason)
         else:
-            tracker.observe(self.tap, activation)
+            torch.ops.fastcov.observe_(watcher.clock, self._key, activation)
 
-
-class AffineHook(Hook):
-    """Hook of an affine module's output, every row of which is read: see fastcov.stats.affine."""
-
-    def __init__(self, tracker: Collector | None, tap: int) -> None:
-        super().__init__(tracker, tap)
-        self.map = AffineMap()
-
-    def output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Reads a module's output, or its input where that says the same for less."""
-        tracker = self.tracker  # as in Hook.output: a shared function is a call more in each hook
-        if (
-            tracker is None
-            or is_dynamo_compiling()
-            or "_is_replica" in module.__dict__
-            or not tracker.observe_again(self.tap, output, self._source(module, args, output))
-        ):
-            self.read(module, output)
-
-    def _source(self, module: nn.Module, args: Any, output: Any) -> RowSource | None:
-        # On a GPU the rows themselves are read: no time is spent on more questions.
-        if type(output) is Tensor and output.is_cpu and self._is_first(module):
-            return partial(self.map.add_to, module, args, output)
-        return None
-
-    def _is_first(self, module: nn.Module) -> bool:
-        # Another hook may have changed the output.
+    def is_first(self, module: nn.Module) -> bool:
+        """True if no other forward hook may have changed the module's output before."""
         if module_hooks._global_forward_hooks:
             return False
         for hook in module._forward_hooks.values():
@@ -151,43 +154,47 @@ class AffineHook(Hook):
         return False
 
 
-REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
-
-
 class StepHook:
     """Root hooks: a step is one training-mode forward of the root module."""
 
-    def __init__(self, tracker: Collector | None) -> None:
-        self.tracker = tracker
+    def __init__(self, watcher: Watcher | None) -> None:
+        self.watcher = watcher
 
     def __reduce__(self) -> tuple[type[StepHook], tuple[None]]:
         return StepHook, (None,)
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Starts a step."""
-        tracker = self.tracker
-        if tracker is None or _is_exporting():
+        watcher = self.watcher
+        if watcher is None or _is_exporting():
             return
-        is_step = module.training or not tracker.train_only
+        is_step = module.training or not watcher.train_only
         if is_compiling():
             if is_step:
-                torch.ops.fastcov.begin_step_(tracker.clock)
+                torch.ops.fastcov.begin_step_(watcher.clock)
         elif "_is_replica" in module.__dict__:
-            tracker.step.not_counted = REPLICA
+            watcher.steps.not_counted = REPLICA
         else:
-            is_nested = tracker.step.is_inside and _runs_inside_itself(module)
-            tracker.begin_step(is_step, is_nested)
+            is_nested = watcher.steps.is_inside and _runs_inside_itself(module)
+            watcher.begin_step(is_step, is_nested)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ends the step; called after an exception too."""
-        tracker = self.tracker
-        if tracker is None or _is_exporting():
+        watcher = self.watcher
+        if watcher is None or _is_exporting():
             return
         if is_compiling():
-            if module.training or not tracker.train_only:
-                torch.ops.fastcov.end_step_(tracker.clock)
+            if module.training or not watcher.train_only:
+                torch.ops.fastcov.end_step_(watcher.clock)
         elif "_is_replica" not in module.__dict__:
-            tracker.end_step()
+            watcher.end_step()
+
+
+def watchers_of(model: nn.Module) -> list[Watcher]:
+    """Watchers whose steps are the forwards of a module."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    found = (owner.watcher for owner in owners if isinstance(owner, StepHook))
+    return [watcher for watcher in found if watcher is not None]
 
 
 def _run_by_python(*functions: Callable[..., None]) -> None:
@@ -198,7 +205,7 @@ def _run_by_python(*functions: Callable[..., None]) -> None:
         set_code_exec_strategy(function.__code__, skip)
 
 
-_run_by_python(Hook.output, Hook.input, AffineHook.output, StepHook.begin, StepHook.end)
+_run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.end)
 
 _CALL = nn.Module._call_impl.__code__
 

@@ -6,22 +6,19 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from math import prod
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastcov.rows.view import Layout, batched_rank, layout_of
+from fastcov.rows.view import Layout
+from fastcov.watch.layers import Position, inner_modules, kind_of
 
 Selector = (
     str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[str | type[nn.Module]]
 )
 
-_DEFAULT_TYPES = (_ConvNd, nn.Linear, nn.MultiheadAttention)
-
-# What torch's own wrappers put into module names: DataParallel and DDP, compile, checkpoint, FSDP.
+# Parts of module names that torch's wrappers add: compile, checkpointing, FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -41,7 +38,7 @@ class Tap:
 
     name: str
     module_name: str
-    position: Literal["output", "input"]
+    position: Position
     channels: int | None
     layout: Layout
     batched_rank: int | None
@@ -70,15 +67,11 @@ def find_taps(
     Raises:
         ValueError: If a pattern matches no module (with the closest names), or nothing is left.
     """
-    attention_inner = {
-        id(module.out_proj)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }  # attention calls a function with its weights: the module itself never runs
+    never_run = inner_modules(model)
     named = {canonical_name(name): module for name, module in model.named_modules()}
-    chosen = {name: m for name, m in named.items() if id(m) not in attention_inner}
+    chosen = {name: m for name, m in named.items() if id(m) not in never_run}
     if include is None:
-        chosen = {name: m for name, m in chosen.items() if _is_watched_by_default(m)}
+        chosen = {name: m for name, m in chosen.items() if kind_of(m).is_default}
     else:
         chosen = {name: m for name, m in named.items() if _matches(include, name, m)}
         _check_patterns("include", include, named)
@@ -91,9 +84,7 @@ def find_taps(
             f"{type(model).__name__}; the default watches convolutions, Linear and "
             "MultiheadAttention"
         )
-    positions: tuple[Literal["output", "input"], ...] = (
-        ("output", "input") if where == "both" else (where,)
-    )
+    positions: tuple[Position, ...] = ("output", "input") if where == "both" else (where,)
     return [
         (_make_tap(name, module, position, counts_macs=position == positions[0]), module)
         for name, module in chosen.items()
@@ -101,59 +92,22 @@ def find_taps(
     ]
 
 
-def _is_watched_by_default(module: nn.Module) -> bool:
-    return isinstance(module, _DEFAULT_TYPES) or _is_transposed_linear(module)
-
-
-def _is_transposed_linear(module: nn.Module) -> bool:
-    # GPT-2 and its relatives in transformers: a Linear by another name, its weight transposed.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
-def _make_tap(
-    name: str, module: nn.Module, position: Literal["output", "input"], counts_macs: bool
-) -> Tap:
+def _make_tap(name: str, module: nn.Module, position: Position, counts_macs: bool) -> Tap:
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(
             f"layer {name!r} is a {type(module).__name__} that has no shape yet: run one forward "
             "of the model before tracking it"
         )
+    kind = kind_of(module)
     return Tap(
         name=name if position == "output" else f"{name}:in",
         module_name=name,
         position=position,
-        channels=_channels(module, position),
-        layout=layout_of(module),
-        batched_rank=batched_rank(module),
-        macs_per_row=_macs_per_row(module, position) if counts_macs else 0,
+        channels=kind.channels(module, position),
+        layout=kind.layout(module),
+        batched_rank=kind.batched_rank(module),
+        macs_per_row=kind.macs_per_row(module, position) if counts_macs else 0,
     )
-
-
-def _channels(module: nn.Module, position: Literal["output", "input"]) -> int | None:
-    if isinstance(module, _ConvNd):
-        return module.out_channels if position == "output" else module.in_channels
-    if isinstance(module, nn.Linear):
-        return module.out_features if position == "output" else module.in_features
-    if isinstance(module, nn.MultiheadAttention):
-        return int(module.embed_dim)
-    if _is_transposed_linear(module):
-        return int(getattr(module, "nf" if position == "output" else "nx"))
-    return None
-
-
-def _macs_per_row(module: nn.Module, position: Literal["output", "input"]) -> int:
-    # From the shapes that a module declares: parametrised, sharded and flattened weights have
-    # others. A matrix is applied once a row; a convolution's input rows are stride-times as many.
-    if isinstance(module, nn.Embedding):
-        return 0
-    if isinstance(module, nn.Linear):
-        return module.in_features * module.out_features
-    if isinstance(module, _ConvNd):
-        weights = module.in_channels * module.out_channels // module.groups
-        macs = weights * prod(module.kernel_size)
-        transposed = module.transposed
-        return macs // prod(module.stride) if transposed == (position == "output") else macs
-    return sum(weight.numel() for weight in module.parameters() if weight.dim() >= 2)
 
 
 def _selectors(selector: Selector) -> Iterable[Any]:
@@ -191,22 +145,25 @@ def _check_patterns(argument: str, selector: Selector, named: Mapping[str, nn.Mo
 
 def first_tensor(value: Any) -> Tensor | None:
     """The first floating-point tensor of an input or output: tuples, mappings, dataclasses too."""
+    return _first(value, is_complex=False)
+
+
+def first_complex(value: Any) -> Tensor | None:
+    """The first complex tensor of an input or output, as :func:`first_tensor` looks for it."""
+    return _first(value, is_complex=True)
+
+
+def _first(value: Any, is_complex: bool) -> Tensor | None:
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
+        is_wanted = value.is_complex() if is_complex else value.is_floating_point()
+        return value if is_wanted else None
     if isinstance(value, Mapping):
         value = tuple(value.values())
     elif is_dataclass(value):
         value = tuple(vars(value).values())
     if isinstance(value, (tuple, list)):
         for item in value:
-            found = first_tensor(item)
+            found = _first(item, is_complex)
             if found is not None:
                 return found
     return None
-
-
-def is_sharded(module: nn.Module | None) -> bool:
-    """Whether a module holds a part of its weights, as tensor parallelism leaves it."""
-    return module is not None and any(
-        type(weight).__name__ == "DTensor" for weight in module.parameters()
-    )

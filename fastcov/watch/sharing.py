@@ -1,88 +1,180 @@
-"""Input taps that see the same tensors share one reader."""
+"""Consumers of one tensor share one layer.
+
+Two modules see the same tensor if they are given the same object in the same version: an in-place
+operation between them keeps the object and raises its version. Inference tensors have no version,
+and compiled code writes to tensors without raising it: there nothing is shared.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastcov.stats.route import Route
+
+_Sighting = tuple["ref[Tensor]", int | None]
+
+
+def _sighting(tensor: Tensor) -> _Sighting:
+    return ref(tensor), None if tensor.is_inference() else tensor._version
+
+
+def _is_of(sighting: _Sighting, tensor: Tensor, version: int | None) -> bool:
+    return version is not None and sighting[1] == version and sighting[0]() is tensor
 
 
 class SharedInputs:
-    """Follows which tap sees which tensor, call by call.
+    """Which input taps see the same tensors, call by call.
 
-    The first tap that sees a tensor in a step reads it; a tap that has read nothing yet then
-    shares its rows. Sharing ends where the two see different tensors: a branch that runs at times,
-    a module called once more than the other. Others may have seen some of the tensors before both:
-    the heads of a detector share all levels, though the last one also feeds a coarser level.
+    The first tap that sees a tensor leads: its layer takes the rows. A tap that sees the same
+    tensor in the same step, and has no rows yet, follows. A tap whose first step is over leads no
+    further taps: they would show rows of steps in which they did not run. Sharing ends where the
+    two see different tensors: a branch that runs at times, a module called once more than the
+    other. Others may have seen some of the tensors before both: the heads of a detector share all
+    levels, though the last one also feeds a coarser level.
 
     Attributes:
-        owner: The tap that reads for it, by sharing tap.
+        owner: The leading tap, by following tap.
     """
 
     def __init__(self) -> None:
         self.owner: dict[int, int] = {}
-        # Of the running step: what each tap saw, and the taps in the order of all calls.
-        self._seen: defaultdict[int, list[ref[Tensor]]] = defaultdict(list)
+        # Of the running step: sightings of each tap, and the taps in the order of all calls.
+        self._sightings: defaultdict[int, list[_Sighting]] = defaultdict(list)
         self._order: list[int] = []
         self._apart: set[int] = set()  # split once: they never share again
+        self._settled: set[int] = set()  # their first step is over
 
-    def reads(self, tap: int, has_rows: bool) -> bool:
-        """Whether :meth:`see` says "reads" for a tap, whatever its tensor."""
-        return has_rows and tap not in self.owner
+    def end_step(self) -> list[int]:
+        """Forgets the tensors of a step.
 
-    def note(self, tap: int, activation: Tensor) -> None:
-        """What :meth:`see` does for such a tap."""
-        self._seen[tap].append(ref(activation))
+        Returns:
+            Taps whose first step it was.
+        """
+        new = [tap for tap, seen in self._sightings.items() if seen and tap not in self._settled]
+        self._settled.update(new)
+        self.forget_step()
+        return new
+
+    def forget_step(self) -> None:
+        """Forgets the tensors of a step that may not have ended."""
+        for sightings in self._sightings.values():
+            sightings.clear()
+        self._order.clear()
+
+    def is_noted(self, tap: int) -> bool:
+        """True if other taps may ask which tensors a tap has seen."""
+        return tap not in self._settled or tap in self.owner.values()
+
+    def note(self, tap: int, tensor: Tensor) -> None:
+        """Keeps the tensor that a tap has just seen."""
+        self._sightings[tap].append(_sighting(tensor))
         self._order.append(tap)
 
-    def see(
-        self, tap: int, activation: Tensor, has_rows: bool
-    ) -> Literal["reads", "shares", "splits"]:
-        """What a call means for a tap.
+    def see(self, tap: int, tensor: Tensor, has_rows: bool) -> Literal["reads", "shares", "splits"]:
+        """Role of a tap in one call.
 
         Args:
-            tap: Whose module is called.
-            activation: Its input.
-            has_rows: Whether the tap has read rows of its own.
+            tap: The tap.
+            tensor: Input of its module.
+            has_rows: True if the tap has read rows of its own.
 
         Returns:
             "reads" for itself, "shares" the rows of ``owner[tap]``, or "splits" from its owner
             and reads for itself from now on.
         """
-        self.note(tap, activation)
         owner = self.owner.get(tap)
         if owner is None:
-            if has_rows or tap in self._apart or (first := self._first(activation)) == tap:
+            first = None if has_rows or tap in self._apart else self._first(tensor)
+            self.note(tap, tensor)
+            if first is None or first == tap:
                 return "reads"
             self.owner[tap] = first
             return "shares"
-        for seen in self._seen[owner]:
-            if seen() is activation:
-                return "shares"
-        del self.owner[tap]
-        self._apart.add(tap)
+        is_shared = self.is_seen_by(owner, tensor)
+        self.note(tap, tensor)
+        if is_shared:
+            return "shares"
+        self.split(tap)
         return "splits"
 
-    def _first(self, activation: Tensor) -> int:
-        calls = {tap: iter(seen) for tap, seen in self._seen.items()}
-        return next(tap for tap in self._order if next(calls[tap])() is activation)
+    def is_seen_by(self, tap: int, tensor: Tensor) -> bool:
+        """True if a tap has seen a tensor in this step, in the version that it has now."""
+        version = None if tensor.is_inference() else tensor._version
+        return any(_is_of(sighting, tensor, version) for sighting in self._sightings[tap])
+
+    def _first(self, tensor: Tensor) -> int | None:
+        version = None if tensor.is_inference() else tensor._version
+        calls = {tap: iter(sightings) for tap, sightings in self._sightings.items()}
+        for tap in self._order:
+            if _is_of(next(calls[tap]), tensor, version) and tap not in self._settled:
+                return tap
+        return None
+
+    def split(self, tap: int) -> None:
+        """Ends a tap's sharing, for good."""
+        self.owner.pop(tap, None)
+        self._apart.add(tap)
 
     def diverged(self) -> list[int]:
         """Taps that were called more or less often than their owner in this step; they split."""
         taps = [
             tap
             for tap, owner in self.owner.items()
-            if len(self._seen[tap]) != len(self._seen[owner])
+            if len(self._sightings[tap]) != len(self._sightings[owner])
         ]
         for tap in taps:
-            del self.owner[tap]
-        self._apart.update(taps)
+            self.split(tap)
         return taps
 
-    def forget_step(self) -> None:
-        """Forgets the tensors of the running step."""
-        for seen in self._seen.values():
-            seen.clear()
-        self._order.clear()
+
+class Leading(Route):
+    """Route of a tap whose tensors others may share: they are told of each.
+
+    Args:
+        route: How the calls are read.
+        note: Function that keeps the tensor: :meth:`SharedInputs.note` of the tap.
+    """
+
+    __slots__ = ("_note", "_route")
+
+    def __init__(self, route: Route, note: Callable[[Tensor], None]) -> None:
+        self._route = route
+        self._note = note
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`fastcov.stats.route.Route.take`."""
+        if not self._route.take(value, module, args):
+            return False
+        self._note(value)
+        return True
+
+
+class Following(Route):
+    """Route of a tap that shares: nothing is read where the leader has seen the tensor.
+
+    Args:
+        inputs: All sightings.
+        tap: The following tap.
+        leader: The tap that reads.
+    """
+
+    __slots__ = ("_inputs", "_leader", "_tap")
+
+    def __init__(self, inputs: SharedInputs, tap: int, leader: int) -> None:
+        self._inputs = inputs
+        self._tap = tap
+        self._leader = leader
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`fastcov.stats.route.Route.take`."""
+        del module, args
+        inputs = self._inputs
+        if not inputs.is_seen_by(self._leader, value):
+            return False
+        inputs.note(self._tap, value)
+        return True

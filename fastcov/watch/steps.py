@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import torch
 
 from fastcov.stats.capture import is_capturing
 from fastcov.watch.isolation import is_recomputing
 
+OVERLAP = (
+    "forwards of the tracked model overlapped in several threads: the first to begin was read, the "
+    "others were not; run them one after the other, or track a copy of the model in each thread"
+)
+
 
 class Steps:
     """Counts steps: one is one forward of the root module, in training mode where asked.
 
-    A forward that calls itself is one step. One that an exception ends is none. What a backward
-    pass runs again (checkpointing) and what torch.jit.trace runs is none either. The capture of a
-    CUDA graph is none, its replays are.
+    A forward that calls itself is one step. One that an exception ends is none. A forward that a
+    backward pass runs again (checkpointing) or torch.jit.trace runs is none either. The capture of
+    a CUDA graph is none, its replays are. Of forwards that overlap in several threads the first to
+    begin is one.
 
     Attributes:
         done: Steps so far.
-        is_running: Whether a step has begun and not ended.
-        is_captured: Whether the last forward that began was one that a CUDA graph captures.
+        is_running: True if a step has begun and not ended.
+        is_captured: True if a CUDA graph captures the forward that began last.
+        has_overlapped: True if forwards have overlapped in several threads.
         not_counted: Why the last forward that might have been a step was none.
+        thread: Thread of the forward that began last.
     """
 
     def __init__(self) -> None:
         self.done = 0
         self.is_running = False
         self.is_captured = False
-        self._is_refused = False
+        self.has_overlapped = False
         self.not_counted = ""
+        self.thread = 0
+        self._is_refused = False
         self._depth = 0
         self._handled: BaseException | None = None  # by the caller, when the forward began
 
     @property
     def is_inside(self) -> bool:
-        """Whether a forward of the root, a step or not, has begun and not ended."""
+        """True if a forward of the root, a step or not, has begun and not ended."""
         return self._depth > 0
 
     def begin(self, counts: bool, is_nested: bool, can_replay: bool = False) -> bool:
-        """A forward begins.
+        """Starts a forward.
 
         Args:
-            counts: Whether its mode makes it a step.
-            can_replay: Whether a CUDA graph may hold it: the device then counts the replays.
-            is_nested: Whether the root calls itself. If not, a forward that has not ended was
+            counts: True if its mode makes it a step.
+            can_replay: True if a CUDA graph may hold it: the device then counts the replays.
+            is_nested: True if the root calls itself. If not, a forward that has not ended was
                 interrupted: by Ctrl-C, or by an error in compiled code.
 
         Returns:
@@ -52,9 +63,14 @@ class Steps:
         """
         if is_recomputing():
             return False
+        thread = threading.get_ident()
+        if self._depth and thread != self.thread and _is_alive(self.thread):
+            self.has_overlapped = True
+            return False
         if self._depth and is_nested:
             self._depth += 1
             return False
+        self.thread = thread
         self._depth = 1
         self._handled = sys.exc_info()[1]
         self.is_running = counts
@@ -69,12 +85,12 @@ class Steps:
         return self.not_counted if was_refused else ""
 
     def end(self) -> bool:
-        """A forward ends, or an exception ends it.
+        """Ends a forward, as an exception does.
 
         Returns:
             Whether a step is done.
         """
-        if self._depth == 0 or is_recomputing():
+        if self._depth == 0 or threading.get_ident() != self.thread or is_recomputing():
             return False
         self._depth -= 1
         if self._depth:
@@ -97,3 +113,7 @@ class Steps:
                 "all layers are on one GPU that runs Triton kernels (sm_80 or newer)"
             )
         return ""
+
+
+def _is_alive(thread: int) -> bool:
+    return any(each.ident == thread for each in threading.enumerate())

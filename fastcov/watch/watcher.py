@@ -1,4 +1,4 @@
-"""Collector: hooks that lead every watched activation to its reader, step by step."""
+"""Watcher: leads every watched tensor to its layer, step by step."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcov.ops.library import observers
+from fastcov.rows.layout import ActivationLayout
+from fastcov.rows.policy import LayerLoad, Policy
 from fastcov.rows.sequence import first_fill, sequence_phase
 from fastcov.rows.view import plain_tensor, row_order, row_view
-from fastcov.stats.adder import RowSource
+from fastcov.stats.affine import AffineMap, is_affine
 from fastcov.stats.capture import DeviceCounters, is_capturing, warn_left_out
-from fastcov.stats.reader import Reader
-from fastcov.stats.seen import Seen
-from fastcov.stats.state import CovarianceState
-from fastcov.watch.hooks import StepHook, watch
+from fastcov.stats.layer import Layer
+from fastcov.stats.ranks import rank_and_ranks
+from fastcov.stats.route import Route, Routes
+from fastcov.watch.hooks import Gate, Hook, StepHook
 from fastcov.watch.isolation import (
     has_modes,
     is_recomputing,
@@ -29,30 +32,42 @@ from fastcov.watch.isolation import (
     is_undisturbed,
     isolated,
 )
-from fastcov.watch.plan import RowPlan
-from fastcov.watch.select import Tap, is_sharded
-from fastcov.watch.sharing import SharedInputs
-from fastcov.watch.steps import Steps
+from fastcov.watch.layers import is_sharded
+from fastcov.watch.select import Tap
+from fastcov.watch.sharing import Following, Leading, SharedInputs
+from fastcov.watch.steps import OVERLAP, Steps
 
 _NUMBERS = itertools.count(1)
 
 
-class Collector:
-    """The half of a tracker that runs inside the training loop.
+class Watcher:
+    """The part of a tracker that runs inside the training loop.
 
-    Between a step's begin and end (:class:`fastcov.watch.steps.Steps`) activations are read,
+    Between a step's begin and its end (:class:`fastcov.watch.steps.Steps`) activations are read,
     outside nothing is. Rows of a forward that fails half-way stay. No failure of reading ends a
     forward: the layer is given up with a warning, and its note says why.
 
     Args:
         model: Root module.
-        taps: What to watch, from :func:`fastcov.watch.select.find_taps`.
-        rows: "auto", "all", rows a layer and step, or a share of all rows.
+        taps: Tensors to watch, from :func:`fastcov.watch.select.find_taps`.
+        policy: How many rows are read.
         every: Steps from one that is read to the next.
-        weighting: See :class:`fastcov.stats.reader.Reader`.
-        decay: See :class:`fastcov.stats.reader.Reader`.
+        weighting: See :class:`fastcov.stats.layer.Layer`.
+        decay: See :class:`fastcov.stats.layer.Layer`.
         max_channels: Wider layers are skipped and listed in ``notes``.
-        train_only: Whether only forwards in training mode are steps.
+        train_only: True if only forwards in training mode are steps.
+        on_step_end: Called when a step that was read has ended.
+
+    Attributes:
+        taps: The taps that are watched, in the model's order.
+        modules: Weak references to their modules.
+        layers: Layer of each tap, by name; taps that see the same tensors have the same layer.
+        notes: Remarks on single layers, by name.
+        remarks: Remarks on the whole.
+        steps: Counts the steps.
+        steps_begun: Steps that were read, whether they ended or not.
+        is_reading: True inside a step that is read.
+        is_skipping: True inside a forward of the root that is not read.
     """
 
     def __init__(
@@ -60,40 +75,44 @@ class Collector:
         model: nn.Module,
         taps: list[tuple[Tap, nn.Module]],
         *,
-        rows: Literal["auto", "all"] | int | float,
+        policy: Policy,
         every: int,
         weighting: Literal["position", "image"],
         decay: float | None,
         max_channels: int,
         train_only: bool,
+        on_step_end: Callable[[], None],
     ) -> None:
+        self.policy = policy
         self.every = every
         self.weighting = weighting
         self.decay = decay
         self.max_channels = max_channels
         self.train_only = train_only
+        self.on_step_end = on_step_end
         self.number = next(_NUMBERS)
-        # What torch.compile returns shares its mode with what it wraps, but cannot be traced.
+        # A module that torch.compile returns shares its mode with the one that it wraps, but cannot
+        # be traced.
         self.root: Callable[[], nn.Module | None] = weakref.ref(getattr(model, "_orig_mod", model))
         with torch.inference_mode(False):  # orders the operators of a compiled step
             self.clock = torch.tensor([self.number], device="cpu")
         self.taps: list[Tap] = []
-        self.readers: dict[str, Reader] = {}
+        self.modules: list[Callable[[], nn.Module | None]] = []
+        self.layers: dict[str, Layer] = {}
         self.notes: dict[str, str] = {}
-        self.step = Steps()
-        self._modules: list[Callable[[], nn.Module | None]] = []
-        self._by_tap: list[Reader] = []
-        self._unique: list[Reader] = []
-        self._seen: list[Seen | None] = []
-        self._reads_output: list[bool] = []
+        self.remarks: list[str] = []
+        self.steps = Steps()
+        self.steps_begun = 0
+        self.is_reading = False
+        self.is_skipping = False
+        self._gate = Gate()
+        self._routes: list[Routes] = []
+        self._unique: list[Layer] = []
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
         self._counters: DeviceCounters | None = None
-        self._plan = RowPlan(rows)
-        self._is_reading = False
         self._is_paused = False
         self._handles: list[Any] = []
-        self._synced: dict[str, CovarianceState] | None = None  # all ranks' rows, until a step
         self._install(model, taps)
 
     def _install(self, model: nn.Module, taps: list[tuple[Tap, nn.Module]]) -> None:
@@ -112,127 +131,229 @@ class Collector:
         # torch.compile then guards the wrong hooks, torch 2.11.)
         step = StepHook(self)
         self._handles.append(model.register_forward_pre_hook(step.begin))
-        for number, (tap, module) in enumerate(watched):
-            self.taps.append(tap)
-            self._modules.append(weakref.ref(module))
-            reader = self._make_reader(tap)
-            self._by_tap.append(reader)
-            self._seen.append(None)
-            self.readers[tap.name] = reader
-            self._reads_output.append(tap.position == "output")
-            self._handles.append(watch(self, number, tap, module, reader.fraction == 1))
-        self._unique = list(self._by_tap)
+        for tap, module in watched:
+            self._watch(tap, module)
+        self._list_layers()
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
 
-    def _make_reader(self, tap: Tap) -> Reader:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return Reader(
-            tap.name,
+    def _watch(self, tap: Tap, module: nn.Module) -> None:
+        number = len(self.taps)
+        self.taps.append(tap)
+        self.modules.append(weakref.ref(module))
+        layer = self._new_layer(number)
+        hook = Hook(self, number, self._gate)
+        affine = None
+        if tap.position == "output" and layer.fraction == 1 and is_affine(module):
+            affine = AffineMap(module)
+        hook.routes = Routes(layer, affine, hook.is_first)
+        self._routes.append(hook.routes)
+        self.layers[tap.name] = layer
+        if tap.position == "output":
+            self._handles.append(module.register_forward_hook(hook.output))
+        else:
+            hook.routes.wrap = partial(self._noted, number)
+            handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
+            self._handles.append(handle)
+
+    def _new_layer(self, tap: int) -> Layer:
+        name = self.taps[tap].name
+        rank, _ = rank_and_ranks()
+        return Layer(
+            name,
             weighting=self.weighting,
             decay=self.decay,
-            phase=sequence_phase(tap.name, rank),
-            fraction=self._plan.first_fraction,
-            first_fill=first_fill(self.taps.index(tap)),
+            phase=sequence_phase(name, rank),
+            fraction=self.policy.first_fraction,
+            first_fill=first_fill(tap),
         )
 
     def _skip_wide(self, name: str, channels: int) -> None:
         self.notes[name] = f"skipped: {channels} channels > max_channels={self.max_channels}"
 
-    # called by the hooks, in eager mode directly, in compiled code through operators
+    # steps
 
     @property
-    def steps(self) -> int:
+    def step(self) -> int:
         """Steps so far, read or not."""
-        if self._counters is not None and self._counters.is_captured and not is_capturing():
-            self.step.done = int(self._counters.step) + 1  # waits for the device
-        return self.step.done
+        counters = self._counters
+        if counters is not None and counters.is_captured and not is_capturing():
+            self.steps.done = int(counters.step) + 1  # waits for the device
+        return self.steps.done
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.steps.done = value
+
+    @property
+    def steps_read(self) -> int:
+        """Steps whose activations were read; at least 1."""
+        return max(1, -(-self.step // self.every))
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """A forward of the root module begins; see :meth:`fastcov.watch.steps.Steps.begin`."""
-        counters = self._counters
+        counters, steps = self._counters, self.steps
         can_replay = counters is not None and counters.is_warm and self.every == 1
-        if not self.step.begin(counts and not self._is_paused, is_nested, can_replay):
-            self._is_reading = self._is_reading and self.step.is_running
-            if reason := self.step.take_refusal():
+        if not steps.begin(counts and not self._is_paused, is_nested, can_replay):
+            if steps.has_overlapped and OVERLAP not in self.remarks:
+                self.remarks.append(OVERLAP)
+                warnings.warn(OVERLAP, stacklevel=3)
+            self._read(self.is_reading and steps.is_running)
+            if reason := steps.take_refusal():
                 self._note_left_out(dict.fromkeys(self._unique, reason))
             return
-        self._is_reading = self.step.done % self.every == 0
+        is_read = steps.done % self.every == 0
         if counters is not None:
-            if self.step.is_captured:
+            if steps.is_captured:
                 counters.begin_capture(self._unique)
-                self._seen = [None] * len(self.taps)  # every call is looked at
-            counters.begin_step(self.step.done, self._is_reading, self.decay)
-        if not self._is_reading:
+                for routes in self._routes:
+                    routes.close()
+            counters.begin_step(steps.done, is_read, self.decay)
+        self._read(is_read)
+        if is_read:
+            self.steps_begun += 1
+            self._inputs.forget_step()
+            for layer in self._unique:
+                layer.begin_step(steps.done)
+
+    def _read(self, is_reading: bool) -> None:
+        steps = self.steps
+        self.is_reading = is_reading
+        self.is_skipping = steps.is_inside and not is_reading
+        # A graph holds the calls of the step that it captures: each of them is looked at.
+        self._gate.thread = steps.thread if is_reading and not steps.is_captured else 0
+
+    def end_step(self) -> None:
+        """A forward of the root module ends, or an exception ends it."""
+        was_reading = self.is_reading
+        is_done = self.steps.end()
+        self._read(was_reading and self.steps.is_running)
+        if not (is_done and was_reading):
             return
-        self._synced = None
-        self._inputs.forget_step()
-        for reader in self._unique:
-            reader.begin_step(self.step.done)
+        with torch.no_grad(), isolated() if has_modes() else nullcontext():
+            for tap in self._inputs.diverged():
+                self._split(tap)
+            for tap in self._inputs.end_step():
+                if not self._inputs.is_noted(tap):
+                    self._routes[tap].reconsider()  # no longer told to others, tensor by tensor
+            fractions = self._plan()
+            # Of rows that weigh the same there is nothing more to say.
+            for layer in self._unique:
+                if layer.name in fractions or self.weighting == "image":
+                    self._end_layer(layer, fractions.get(layer.name))
+            self._end_on_device()
+            self.on_step_end()
 
-    def observe_again(self, tap: int, value: Any, source: RowSource | None = None) -> bool:
-        """What nearly every call of a hook comes to: a tensor laid out as the last one.
-
-        Args:
-            tap: Its number in ``taps``.
-            value: What the module returned or was given.
-            source: Adds the same rows for less, where it can.
-
-        Returns:
-            False, with nothing done, where there is more to ask: :meth:`observe` does.
-        """
-        if not self._is_reading:
-            return self.step.is_inside
-        last = self._seen[tap]
-        if last is None or type(value) is not Tensor or not is_undisturbed():
-            return False
-        reader, seen = self._by_tap[tap], last.follower
+    def _end_layer(self, layer: Layer, fraction: float | None) -> None:
         try:
-            if self._reads_output[tap]:
-                if not reader.read_again(value, seen, source):
-                    return self._recall(tap, value, source)
-            elif self._inputs.reads(tap, reader.earlier_calls > 0):
-                if not reader.read_again(value, seen):
-                    return self._recall(tap, value)
-                self._inputs.note(tap, value)
-            elif not seen.fits(value):
-                return self._recall(tap, value)
-            elif (owner := self._owner(tap, value)) is not None:
-                owner.read(value, seen)
-            self._seen[tap] = seen
+            if fraction is not None:
+                layer.plan(fraction)
+            layer.end_step()
         except Exception as error:
-            self._fail(self._by_tap[tap], error)  # which a split may have changed
-        return True
+            self._fail(layer, error)
 
-    def _recall(self, tap: int, value: Tensor, source: RowSource | None = None) -> bool:
-        # Sizes alternate, or come back: what was decided about them holds.
-        last = self._seen[tap]
-        return last is not None and last.recall(value) and self.observe_again(tap, value, source)
+    def _plan(self) -> dict[str, float]:
+        # Shares of the rows to read, for layers that have just shown their first step.
+        new = {
+            layer.name
+            for layer in self._unique
+            if layer.fraction is None and layer.calls and layer.state is not None
+        }
+        if not new:
+            return {}
+        macs = dict.fromkeys((layer.name for layer in self._unique), 0)
+        for tap in self.taps:
+            # Consumers of a shared tensor add to the flops; its rows are read once.
+            layer = self.layers[tap.name]
+            macs[layer.name] += layer.offered_rows * tap.macs_per_row
+        loads = {
+            layer.name: LayerLoad(layer.state.channels, layer.offered_rows, macs[layer.name])
+            for layer in self._unique
+            if layer.state is not None
+        }
+        return self.policy.fractions({name: loads[name] for name in loads if name in new}, loads)
 
-    def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
-        """Reads one activation: called by a module's hook.
+    def _end_on_device(self) -> None:
+        last = self.steps.done - 1
+        if self._counters is not None:
+            self._counters.end_step(self.decay)
+            if self.steps.is_captured:
+                self._note_left_out(self._counters.left_out)
+            self._counters = self._counters.renewed(self._unique, last)
+        elif DeviceCounters.serve(self._unique):
+            self._counters = DeviceCounters(self._unique, last)
+
+    def _note_left_out(self, reasons: Mapping[Layer, str]) -> None:
+        for tap, routes in enumerate(self._routes):
+            if routes.layer in reasons and tap not in self._given_up:
+                reason = reasons[routes.layer]
+                self.refuse(tap, f"not read by replays of a CUDA graph: {reason}")
+        warn_left_out(reasons)
+
+    # activations that no route takes
+
+    def observe(
+        self,
+        tap: int,
+        activation: Tensor,
+        batch_dims: int = 0,
+        *,
+        module: nn.Module | None = None,
+        args: Any = (),
+    ) -> None:
+        """Reads one activation.
 
         Args:
-            tap: Its number in ``taps``.
-            activation: What the module returned or was given.
+            tap: Number of the tap in ``taps``.
+            activation: A tensor that the module returned or was given.
             batch_dims: Dimensions in front that torch.vmap has hidden from the module.
+            module: The module, in eager mode; None in compiled code.
+            args: Arguments of its forward.
         """
-        if not batch_dims and self.observe_again(tap, activation):
-            return
-        if not self._is_reading:
-            if not self.step.is_inside:
-                self.step.not_counted = "its layers ran, but in no forward of the tracked module"
-            return
         if is_recomputing():
             return
+        if not self.is_reading:
+            if not self.steps.is_inside:
+                reason = "its layers ran, but in no forward of the tracked module"
+                self.steps.not_counted = reason
+            return
+        if get_ident() != self.steps.thread:
+            if not self.steps.has_overlapped:
+                self.refuse(tap, "runs in another thread than the tracked module: not read")
+            return
         try:
-            is_wrapped = is_transformed()
-            with isolated() if has_modes() else nullcontext():
-                self._observe(tap, activation, batch_dims, is_wrapped)
+            if module is None or batch_dims or not self._recall(tap, activation, module, args):
+                is_wrapped = is_transformed()
+                with isolated() if has_modes() else nullcontext():
+                    self._observe(tap, activation, batch_dims, is_wrapped, module, args)
         except Exception as error:
-            self._fail(self._by_tap[tap], error)
+            self.fail(tap, error)
 
-    def _observe(self, tap: int, activation: Tensor, batch_dims: int, is_wrapped: bool) -> None:
+    def _recall(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
+        # Sizes alternate, or come back: decisions about them hold.
+        routes = self._routes[tap]
+        if (
+            self.steps.is_captured
+            or type(activation) is not Tensor
+            or not is_undisturbed()
+            or not routes.recall(activation)
+        ):
+            return False
+        known = routes.last.follower
+        if not known.route.take(activation, module, args):
+            return False
+        routes.last = known
+        return True
+
+    def _observe(
+        self,
+        tap: int,
+        activation: Tensor,
+        batch_dims: int,
+        is_wrapped: bool,
+        module: nn.Module | None,
+        args: Any,
+    ) -> None:
         if tap in self._given_up or not activation.is_floating_point():
             return
         spec = self.taps[tap]
@@ -249,117 +370,114 @@ class Collector:
         if channels > self.max_channels:
             self._skip_wide(spec.name, channels)
             return
-        if spec.channels not in (None, channels) and is_sharded(self._modules[tap]()):
+        if spec.channels not in (None, channels) and is_sharded(self.modules[tap]()):
             whole = f"{spec.channels} channels"
             self.refuse(tap, f"has {channels} of {whole} on this rank (tensor parallel): not read")
             return
         order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
-        seen = Seen(rows, plain, order)
-        is_again = seen.is_repeatable and plain is activation and not self.step.is_captured
-        reader: Reader | None = self._by_tap[tap]
-        if spec.position == "input" and (reader := self._owner(tap, activation)) is None:
-            self._seen[tap] = seen.join(self._seen[tap]) if is_again else None
+        layout = ActivationLayout(rows, plain, order)
+        if spec.position == "input" and not self._reads_input(tap, activation, module is None):
             return
-        assert reader is not None
-        if self.step.is_captured and self._counters and self._counters.leaves_out(reader, seen):
+        routes = self._routes[tap]
+        layer = routes.layer
+        if self.steps.is_captured and self._counters and self._counters.leaves_out(layer, layout):
             return
-        state = reader.state
-        if state is not None and state.channels != channels:
-            reason = f"gave {channels} channels after {state.channels}: not read since then"
-            self._give_up(reader, reason)
+        if layer.state is not None and layer.state.channels != channels:
+            reason = f"gave {channels} channels after {layer.state.channels}: not read since then"
+            self._give_up(layer, reason)
             return
-        reader.read(plain if seen.is_repeatable else rows, seen)
-        self._seen[tap] = seen.join(self._seen[tap]) if is_again else None
+        is_plain = layout.key is not None and plain is activation and module is not None
+        source = routes.source(module, args, plain) if is_plain and module is not None else None
+        layer.read(plain if layout.key is not None else rows, layout, source)
+        if is_plain and not self.steps.is_captured:
+            routes.remember(layout, plain)
 
-    def _owner(self, tap: int, activation: Tensor) -> Reader | None:
-        # Who reads a module's input: None where another tap has read this tensor already.
-        reader = self._by_tap[tap]
-        role = self._inputs.see(tap, activation, reader.earlier_calls > 0 or reader.calls > 0)
-        if role == "reads":
-            return reader
+    def _reads_input(self, tap: int, activation: Tensor, is_compiled: bool) -> bool:
+        # False where another tap has read the same tensor already.
+        routes, inputs = self._routes[tap], self._inputs
+        if is_compiled:
+            # Compiled code reuses memory behind the same tensor object.
+            if tap in inputs.owner:
+                inputs.split(tap)
+                self._split(tap)
+            return True
+        role = inputs.see(tap, activation, routes.layer.total_calls > 0)
         if role == "splits":
-            return self._split(tap)
-        self._assign(tap, self._by_tap[self._inputs.owner[tap]])
-        return None
+            self._split(tap)
+        elif role == "shares":
+            self._share(tap)
+        return role != "shares"
+
+    def _share(self, tap: int) -> None:
+        owner = self._inputs.owner[tap]
+        self._assign(tap, self._routes[owner].layer)
+        self._routes[tap].follow(Following(self._inputs, tap, owner))
+
+    def _noted(self, tap: int, route: Route) -> Route:
+        if self._inputs.is_noted(tap):
+            return Leading(route, partial(self._inputs.note, tap))
+        return route
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
         self.notes[self.taps[tap].name] = reason
 
-    def end_step(self) -> None:
-        """A forward of the root module ends, or an exception ends it."""
-        is_done = self.step.end()
-        was_reading, self._is_reading = self._is_reading, self._is_reading and self.step.is_running
-        if not (is_done and was_reading):
-            return
-        with torch.no_grad(), isolated() if has_modes() else nullcontext():
-            for tap in self._inputs.diverged():
-                self._split(tap)
-            self._inputs.forget_step()
-            fractions = self._plan.fractions(self.taps, self._by_tap)
-            # Of rows that weigh the same there is nothing more to say.
-            for reader in fractions if self.weighting == "position" else self._unique:
-                try:
-                    if reader in fractions:
-                        reader.plan(fractions[reader])
-                    reader.end_step()
-                except Exception as error:
-                    self._fail(reader, error)
-            self._end_on_device()
-            self.after_step()
+    def fail(self, tap: int, error: Exception) -> None:
+        """Gives a tap's layer up after an error."""
+        self._fail(self._routes[tap].layer, error)  # which a split may have changed
 
-    def _end_on_device(self) -> None:
-        if self._counters is not None:
-            self._counters.end_step(self.decay)
-            if self.step.is_captured:
-                self._note_left_out(self._counters.left_out)
-            self._counters = self._counters.renewed(self._unique, self.step.done - 1)
-        elif DeviceCounters.serve(self._unique):
-            self._counters = DeviceCounters(self._unique, self.step.done - 1)
+    def _fail(self, layer: Layer, error: Exception) -> None:
+        message = f"{type(error).__name__}: {error}"
+        self._give_up(layer, f"not read since step {self.step}, {message}")
+        warnings.warn(f"fastcov no longer reads layer {layer.name!r}: {message}", stacklevel=3)
 
-    def _note_left_out(self, reasons: Mapping[Reader, str]) -> None:
-        for tap, reader in enumerate(self._by_tap):
-            if reader in reasons and tap not in self._given_up:
-                self.refuse(tap, f"not read by replays of a CUDA graph: {reasons[reader]}")
-        warn_left_out(reasons)
-
-    def after_step(self) -> None:
-        """Called when a step that was read has ended."""
-
-    def _fail(self, reader: Reader, error: Exception) -> None:
-        what = f"{type(error).__name__}: {error}"
-        self._give_up(reader, f"not read since step {self.steps}, {what}")
-        warnings.warn(f"fastcov no longer reads layer {reader.name!r}: {what}", stacklevel=2)
-
-    def _give_up(self, reader: Reader, reason: str) -> None:
-        for tap, own in enumerate(self._by_tap):
-            if own is reader:
+    def _give_up(self, layer: Layer, reason: str) -> None:
+        for tap, routes in enumerate(self._routes):
+            if routes.layer is layer:
                 self._given_up.add(tap)
-                self._seen[tap] = None
+                routes.close()
                 self.refuse(tap, reason)
 
-    def _split(self, tap: int) -> Reader:
-        shared = self._by_tap[tap]
-        reader = self._make_reader(self.taps[tap])
-        reader.begin_step(self.steps)
-        self._assign(tap, reader)
+    def _split(self, tap: int) -> None:
+        shared = self._routes[tap].layer
+        layer = self._new_layer(tap)
+        layer.begin_step(self.step)
+        self._assign(tap, layer)
         self.refuse(
-            tap, f"rows of its own since step {self.steps}; shared those of {shared.name} before"
+            tap, f"rows of its own since step {self.step}; shared those of {shared.name} before"
         )
-        return reader
 
-    def _assign(self, tap: int, reader: Reader) -> None:
-        if self._by_tap[tap] is not reader:
-            self._by_tap[tap] = self.readers[self.taps[tap].name] = reader
-            self._unique = list(dict.fromkeys(self._by_tap))
+    def _assign(self, tap: int, layer: Layer) -> None:
+        self._routes[tap].assign(layer)
+        if self.layers[self.taps[tap].name] is not layer:
+            self.layers[self.taps[tap].name] = layer
+            self._list_layers()
+
+    def _list_layers(self) -> None:
+        self._unique = list(dict.fromkeys(routes.layer for routes in self._routes))
+
+    # keeping
 
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""
         return [tap.name for tap in self.taps]
 
-    def unique_readers(self) -> list[Reader]:
-        """Readers in the model's order, shared ones once."""
+    def unique_layers(self) -> list[Layer]:
+        """Layers in the model's order, shared ones once."""
         return self._unique
+
+    def shared(self) -> dict[str, str]:
+        """Name of the layer that a tap shares, by the tap's name."""
+        return {name: layer.name for name, layer in self.layers.items() if name != layer.name}
+
+    def share(self, shared: Mapping[str, str]) -> None:
+        """Makes taps share layers again, as :meth:`shared` has told."""
+        number_of = {tap.name: number for number, tap in enumerate(self.taps)}
+        for name, owner in shared.items():
+            self._inputs.owner[number_of[name]] = number_of[owner]
+            self._share(number_of[name])
+        for owner in set(shared.values()):
+            self._routes[number_of[owner]].reconsider()
 
     def leave_device(self) -> None:
         """Takes all counters back to the host: waits for the device.
@@ -372,16 +490,28 @@ class Collector:
                 "a captured CUDA graph writes into this tracker: merge, load or reset before the "
                 "capture, or make a new tracker"
             )
-        for reader in self.unique_readers():
-            reader.leave_device()
+        for layer in self._unique:
+            layer.leave_device()
         self._counters = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy holds: the statistics, tied to no model."""
+        """The statistics, tied to no model."""
         if self._counters is not None:
             self.leave_device()
-        untied = {"root": _no_model, "_modules": [], "_handles": [], "_inputs": SharedInputs()}
-        return {**self.__dict__, **untied, "_seen": [None] * len(self.taps)}
+        copied = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_routes", "_inputs", "_handles", "modules", "root")
+        }
+        return {**copied, "_unique": [], "_layer_of": [routes.layer for routes in self._routes]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layer_of = state.pop("_layer_of")
+        self.__dict__.update(state)
+        self.root = _no_model
+        self.modules, self._handles, self._inputs = [], [], SharedInputs()
+        self._routes = [Routes(layer) for layer in layer_of]
+        self._list_layers()
 
     def close(self) -> None:
         """Removes every hook; the statistics stay readable, and captured graphs add to them."""

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastcov.bench import hooks
 from fastcov.bench.contest import Setting, WrongResultError
 from fastcov.bench.peers import MissingPeerError
 from fastcov.bench.stubs import KernelStubs
-from fastcov.watch.watcher import Collector
+from fastcov.watch.hooks import Hook
 
 pytest.importorskip("triton", reason="the path of a GPU needs triton")
 
@@ -56,7 +57,8 @@ def test_preparing_a_launch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hooks_that_launch_nothing_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Collector, "observe_again", lambda *_: True)
+    for name in ("output", "input"):
+        monkeypatch.setattr(Hook, name, lambda *_: None)
     for path in (hooks._gpu_path, hooks._heads_path):
         with pytest.raises(WrongResultError, match="not one"):
             path(TINY)
@@ -69,11 +71,37 @@ def test_a_gpu_without_triton_is_missing_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_stubs_leave_a_class_as_it_was() -> None:
+    from fastcov.kernels.launch import Launch
+
     stubs = KernelStubs(CPU)
-    before = dict(vars(stubs._kind))
+    before = dict(vars(Launch))
     with stubs.counted():
-        assert vars(stubs._kind) != before
-    assert vars(stubs._kind) == before
+        assert vars(Launch) != before
+    assert vars(Launch) == before
+
+
+def test_everything_on_the_host_is_timed_but_the_drivers_call() -> None:
+    """Triton's launcher in C is called at every hook, for no program."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    from fastcov.kernels import job
+
+    contest = hooks._gpu_path(TINY)
+    assert contest.prepare is not None
+    for contender, launches in ((hooks.DEFAULT, 53), (hooks.ALL, 53 * 2)):
+        contest.prepare(contender, 0)
+        called: list[tuple[int, ...]] = []
+        real = CudaLauncher.__call__
+
+        def spied(launcher: Any, *arguments: Any, real: Any = real, called: Any = called) -> None:
+            called.append(arguments[:3])
+            real(launcher, *arguments)
+
+        with mock.patch.object(CudaLauncher, "__call__", spied):
+            contest.contenders[contender](0)
+        assert len(called) >= launches, contender
+        assert {*called} == {(0, 1, 1)}
+    assert job.cached_job.cache_info().currsize == 0  # nobody finds launches of no program
 
 
 def test_maps_are_laid_out_as_those_of_a_network() -> None:
@@ -107,14 +135,14 @@ def test_every_row_of_repeated_calls_is_launched_and_counted(model: nn.Module) -
         for step in range(5):
             with stubs.counted() as calls:
                 model(x)
-            (reader,) = tracker.unique_readers()
+            (reader,) = tracker.watcher.unique_layers()
             assert reader.calls == levels, step
             assert reader.offered_rows == 1200 + 6 * (levels - 1)
             assert calls.count("gram_kernel") >= 1
             assert calls.count("cursor_gather_kernel") == (levels == 2 and step > 0)
         if levels == 2:
-            assert reader._device_buffer is not None
-            assert reader._device_buffer.step_rows == 6  # of the running step alone
+            assert reader.device_buffer is not None
+            assert reader.device_buffer.step_rows == 6  # of the running step alone
 
 
 def test_python_that_prepares_a_launch_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +150,13 @@ def test_python_that_prepares_a_launch_takes_its_time(monkeypatch: pytest.Monkey
 
     contest = hooks._gpu_path(TINY)
 
-    def slow(_job: Job, _rows: torch.Tensor) -> None:
+    descriptor = Job.descriptor
+
+    def slow(job: Job, rows: torch.Tensor) -> Any:
         until = time.thread_time() + 2e-3
         while time.thread_time() < until:
             pass
+        return descriptor(job, rows)
 
     monkeypatch.setattr(Job, "descriptor", slow)
     assert contest.prepare is not None

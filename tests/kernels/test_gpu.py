@@ -145,9 +145,10 @@ def test_non_finite_rows(dtype, channels):
 @pytest.mark.parametrize("channels", [24, 256, 600])
 def test_several_chains_in_a_slot(dtype, channels):
     """Planned for one multiprocessor: so few slots that each takes several chains."""
-    from fastcov.kernels import device, job
+    from fastcov.kernels import job
+    from fastcov.kernels import launch as starting
 
-    architecture = replace(device.architecture_of(torch.device("cuda")), multiprocessors=1)
+    architecture = replace(starting.architecture_of(torch.device("cuda")), multiprocessors=1)
     rows = normal(60_000, channels, dtype=dtype)
     plan = job.job_of(rows, False, "split", architecture).plan
     assert plan.chains > plan.chunks

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need triton")
+from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastcov.kernels import covariance, gather, job
+from fastcov.bench.stubs import KernelStubs
+from fastcov.kernels import covariance, flush, gather, job, launch
 from fastcov.kernels.config import Architecture
+from fastcov.kernels.launch import Launch, has_known_convention
 from fastcov.kernels.layout import row_layout, row_layout_of
 
+CPU = torch.device("cpu")
 H100 = Architecture("sm_90", 132)
 Launches = list[tuple[Any, ...]]
 
@@ -114,12 +121,122 @@ def test_a_descriptor_is_what_its_constructor_makes() -> None:
 
 
 def test_constants_are_those_of_the_kernel() -> None:
-    constants = {"STEP": 1, "EDGE": 2, "IS_DEEP": False}
-    assert job._in_order(job.mask_kernel, **constants) == (1, 2, False)
-    with pytest.raises(TypeError, match="mask_kernel takes"):
-        job._in_order(job.mask_kernel, **constants, MODE=0)
-    with pytest.raises(TypeError, match="mask_kernel takes"):
-        job._in_order(job.mask_kernel, STEP=1, EDGE=2)
+    constants = {"IS_DEEP": False, "EDGE": 2, "STEP": 1}
+    assert Launch.of(job.mask_kernel, (7,), (5, 6), constants).arguments == (5, 6, 1, 2, False)
+    for wrong in ({**constants, "MODE": 0}, {"STEP": 1, "EDGE": 2}):
+        with pytest.raises(TypeError, match="mask_kernel takes"):
+            Launch.of(job.mask_kernel, (7,), (), wrong)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Grid, stream, function, metadata and arguments that Triton's launcher is called with."""
+    found: Launches = []
+
+    def call(_launcher: Any, *arguments: Any) -> None:
+        found.append((*arguments[:6], *arguments[9:]))
+
+    monkeypatch.setattr(CudaLauncher, "__call__", call)
+    return found
+
+
+UPDATES = [
+    (torch.empty(2, 64, 8, 8).to(memory_format=torch.channels_last), torch.bfloat16),
+    (torch.empty(2, 300, 16, 16).to(memory_format=torch.channels_last), torch.bfloat16),
+    (torch.empty(2, 64, 8, 8), torch.float32),
+    (torch.empty(2, 64, 7, 7), torch.float16),
+    (torch.empty(2, 64, 8, 8)[:, :, ::2, ::2], torch.float32),
+]
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize(("activation", "dtype"), UPDATES)
+def test_a_direct_start_hands_over_what_triton_does(
+    started: Launches, activation: Tensor, dtype: torch.dtype, is_weighted: bool
+) -> None:
+    activation = torch.empty_strided(activation.shape, activation.stride(), dtype=dtype)
+    channels = activation.shape[1]
+    state = state_of(channels)
+    number = activation.numel() // channels
+    weight = torch.ones(number, dtype=torch.float64) if is_weighted else None
+    known = {tensor.data_ptr(): index for index, tensor in enumerate([*state, activation])}
+
+    def described(value: Any) -> Any:
+        if isinstance(value, TensorDescriptor):
+            return [described(value.base), value.shape, value.strides, value.block_shape]
+        address = value.data_ptr() if isinstance(value, Tensor) else value
+        is_address = isinstance(address, int) and address > 1 << 32
+        return known.get(address, "workspace") if is_address else address
+
+    with KernelStubs(CPU):
+        accumulation = covariance.Accumulation(*state, 1, 0.5, 0.9)
+        accumulation.add(activation, weight)
+        through_triton = [[*map(described, launch)] for launch in started]
+        started.clear()
+        with mock.patch.object(JITFunction, "run", side_effect=AssertionError):
+            accumulation.add(activation, weight)
+        assert [[*map(described, launch)] for launch in started] == through_triton
+    assert not any(isinstance(value, Tensor) for launch in started for value in launch)
+
+
+def test_gathers_and_flushes_start_directly_too(started: Launches) -> None:
+    rows = torch.empty(2, 3, 8, dtype=torch.bfloat16)
+    buffer, excess = torch.empty(9, 8, dtype=torch.bfloat16), torch.zeros(())
+    marks, cursor, step = torch.zeros(9).int(), torch.zeros(8).long(), torch.zeros(()).long()
+    with KernelStubs(CPU):
+        prepared = gather.CursorGather(buffer, marks, cursor, step, rows, 1 << 31, 1, 7)
+        layer = flush.BufferedLayer(*state_of(8), excess, buffer, marks, cursor, 6)
+        table = flush.FlushTable([layer])
+        for _ in range(2):
+            prepared.launch_(rows)
+            flush.launch_flush_(table, step, decay=0.9)
+    firsts, seconds = started[:2], started[2:]
+    for first, second in zip(firsts, seconds, strict=True):
+        addresses = [v.data_ptr() if isinstance(v, Tensor) else v for v in first]
+        assert addresses == list(second)
+    assert not any(isinstance(value, Tensor) for launch in seconds for value in launch)
+
+
+def test_a_profiler_sees_every_launch(started: Launches) -> None:
+    state, rows = state_of(64), torch.empty(512, 64, dtype=torch.bfloat16)
+    stubs = KernelStubs(CPU)
+    with stubs:
+        accumulation = covariance.Accumulation(*state)
+        accumulation.add(rows)
+        started.clear()
+        hooks = knobs.runtime.launch_enter_hook
+        hooks.add(print)
+        try:
+            accumulation.add(rows)
+        finally:
+            hooks.remove(print)
+        assert [type(launch[6]) for launch in started] == [Tensor, Tensor]
+        started.clear()
+        accumulation.add(rows)
+        assert [type(launch[6]) for launch in started] == [int, int]
+
+
+def test_another_calling_convention_is_noticed() -> None:
+    assert has_known_convention(JITFunction.run)
+    source = inspect.getsource(JITFunction.run)
+    for old, new in (
+        ("kernel.packed_metadata, launch_metadata", "launch_metadata, kernel.packed_metadata"),
+        ("kernel.run(", "kernel.start("),
+        ("*bound_args.values())\n        return", "bound_args)\n        return"),
+    ):
+        assert old in source
+        with mock.patch.object(inspect, "getsource", return_value=source.replace(old, new)):
+            assert not has_known_convention(JITFunction.run)
+    assert not has_known_convention(len)
+
+
+def test_an_unknown_convention_goes_through_triton(started: Launches) -> None:
+    state, rows = state_of(64), torch.empty(512, 64, dtype=torch.bfloat16)
+    with KernelStubs(CPU), mock.patch.object(launch, "STARTS_DIRECTLY", False):
+        accumulation = covariance.Accumulation(*state)
+        for _ in range(3):
+            accumulation.add(rows)
+    assert [type(launch[6]) for launch in started] == 6 * [Tensor]
 
 
 def test_a_gather_names_no_constant_and_has_them_in_order(launches: Launches) -> None:

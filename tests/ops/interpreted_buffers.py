@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 import fastcov
+from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.sequence import sequence_phase
 from fastcov.stats.capture import DeviceCounters
 from fastcov.stats.device_buffer import flush_full_, make_flush_table
-from fastcov.stats.reader import Reader
+from fastcov.stats.layer import Layer
 
 
-def read_steps(is_on_device: bool, decay: float | None, dtype: torch.dtype) -> Reader:
-    reader = Reader(
+def read_steps(is_on_device: bool, decay: float | None, dtype: torch.dtype) -> Layer:
+    reader = Layer(
         "layer",
         weighting="position",
         decay=decay,
@@ -32,7 +33,7 @@ def read_steps(is_on_device: bool, decay: float | None, dtype: torch.dtype) -> R
         rows = (torch.randn(2, 5, 6, 8, generator=generator) + 3).to(dtype)
         if number == 4:
             rows[1, 2, :, 4] = float("nan")
-        reader.read(rows)
+        reader.read(rows, ActivationLayout(rows))
         reader.end_step()
         if table is not None:
             flush_full_(table, step, decay or 1.0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.kernels import flush
+from fastcov.kernels.launch import Launch
 from fastcov.ops import library
 
 
@@ -40,18 +41,16 @@ class Mixed(nn.Module):
 def counted() -> Iterator[list[int]]:
     """Lists the launches of a flush, each by the number of layers that its programs work on."""
     launches: list[int] = []
-    kernel = flush.flush_kernel
+    start = Launch.start
 
-    class Counted:
-        def __getitem__(self, grid: Any) -> Any:
-            def launch(table: Tensor, programs: Tensor, *args: Any, **options: Any) -> None:
-                assert grid == (len(programs),)
-                launches.append(len(programs[:, 0].unique()))
-                kernel[grid](table, programs, *args, **options)
+    def counted_start(launch: Launch, *tensors: Any) -> None:
+        if launch.kernel is flush.flush_kernel:
+            programs = tensors[1]
+            assert launch.grid == (len(programs), 1, 1)
+            launches.append(len(programs[:, 0].unique()))
+        start(launch, *tensors)
 
-            return launch
-
-    with mock.patch.object(flush, "flush_kernel", Counted()):
+    with mock.patch.object(Launch, "start", counted_start):
         yield launches
 
 
@@ -66,14 +65,16 @@ def test_one_launch_a_group_empties_all_full_buffers(decay: float | None) -> Non
         model(batch(0))
         model(batch(1))
         for number in range(2, 4):
-            before = {name: tracker.readers[name].state.count.clone() for name in tracker.names()}
-            with counted() as launches, mock.patch.object(library, "accumulate_") as host:
+            layers = tracker.watcher.layers
+            before = {name: layers[name].state.count.clone() for name in tracker.names()}
+            host = mock.Mock()
+            with counted() as launches, mock.patch.dict(library.ACCUMULATE, native=host):
                 model(batch(number))
             assert sorted(launches) == sorted(len(group) for group in Mixed.groups)
             host.assert_not_called()
             # All of them were full: no launch was needed for another, later.
             for name, count in before.items():
-                added = tracker.readers[name].state.count - count
+                added = layers[name].state.count - count
                 assert added.tolist() == [54, 0], name
 
 
@@ -94,11 +95,8 @@ def test_rows_that_are_weighted_by_image_are_added_by_the_host_layer_by_layer() 
     with fastcov.track(model, rows=0.6, weighting="image") as tracker:
         model(batch(0))
         model(batch(1))
-        accumulate = library.accumulate_
-        with (
-            counted() as launches,
-            mock.patch.object(library, "accumulate_", side_effect=accumulate) as host,
-        ):
+        host = mock.Mock(side_effect=library.accumulate_)
+        with counted() as launches, mock.patch.dict(library.ACCUMULATE, native=host):
             model(batch(2))
         assert not launches
         assert host.call_count == len(tracker.names()) == 6

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov import tracker
-from fastcov.kernels import flush, gather
-from fastcov.ops import library
-from fastcov.rows import sequence as sampling
-from fastcov.stats import capture as replay
+from fastcov.kernels.launch import Launch
+from fastcov.ops import backend, library
+from fastcov.ops.backend import Pretended, Service
+from fastcov.rows.layout import ActivationLayout
+from fastcov.stats import buffering
 from fastcov.stats.capture import DeviceCounters
-from fastcov.stats.reader import Reader
-from fastcov.watch import steps
-from fastcov.watch import watcher as collector
+from fastcov.stats.layer import Layer
+from fastcov.watch import steps, watcher
 
 
 class Graph:
@@ -40,18 +40,21 @@ class Graph:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        before = self.tracked._counters and self.tracked._counters.step.clone()
+        before = self.tracked.watcher._counters and self.tracked.watcher._counters.step.clone()
         with ExitStack() as patches:
-            for module in (steps, collector, tracker):
+            for module in (steps, watcher, tracker):
                 patches.enter_context(mock.patch.object(module, "is_capturing", return_value=True))
-            for module, name in ((gather, "cursor_gather_kernel"), (flush, "flush_kernel")):
-                kernel = _Recorded(getattr(module, name), self.launches)
-                patches.enter_context(mock.patch.object(module, name, kernel))
-            for name in ("accumulate_", "gather_"):
-                operator = partial(self._record, getattr(library, name))
-                patches.enter_context(mock.patch.object(library, name, operator))
+            start = Launch.start
+
+            def record(launch: Launch, *tensors: Any) -> None:
+                self.launches.append(partial(start, launch, *tensors))
+
+            patches.enter_context(mock.patch.object(Launch, "start", record))
+            for served in (library.ACCUMULATE, library.GATHER):
+                recorded = {name: partial(self._record, real) for name, real in served.items()}
+                patches.enter_context(mock.patch.dict(served, recorded))
             yield
-        counters = self.tracked._counters
+        counters = self.tracked.watcher._counters
         if counters is not None and before is not None and not torch.equal(counters.step, before):
             counters.step.copy_(before)  # an addition like any other: recorded, not run
             self.launches.insert(0, partial(counters.step.add_, 1))
@@ -62,17 +65,6 @@ class Graph:
     def replay(self) -> None:
         for launch in self.launches:
             launch()
-
-
-class _Recorded:
-    def __init__(self, kernel: Any, launches: list[Callable[[], Any]]) -> None:
-        self._kernel, self._launches = kernel, launches
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return partial(self.run, grid=grid, warmup=False)
-
-    def run(self, *args: Any, **options: Any) -> None:
-        self._launches.append(partial(self._kernel.run, *args, **options))
 
 
 class Levels(nn.Module):
@@ -117,7 +109,7 @@ def assert_same(tracked: fastcov.Tracker, expected: fastcov.Tracker) -> None:
     assert tracked.steps == expected.steps
     for name in expected.names():
         assert tracked.count(name) == expected.count(name) > 0, name
-        state, wanted = tracked.readers[name].state, expected.readers[name].state
+        state, wanted = tracked.watcher.layers[name].state, expected.watcher.layers[name].state
         assert state is not None
         assert wanted is not None
         torch.testing.assert_close(state.weight, wanted.weight)
@@ -146,7 +138,7 @@ def test_replays_read_what_eager_steps_read(rows: Any, options: dict[str, Any]) 
             model(x)
         with graph.capture():
             model(x)
-        assert not tracked.notes
+        assert not tracked.watcher.notes
         for _ in range(4):
             graph.replay()
         tracked.summary()  # reading in between changes nothing
@@ -199,7 +191,7 @@ def test_what_the_host_must_do_is_left_out_with_a_warning(
         for _ in range(3):
             graph.replay()
         for name in layers:
-            assert remedy in tracked.notes[name]
+            assert remedy in tracked.watcher.notes[name]
             assert tracked.count(name) == counts[name]
             assert torch.equal(tracked.covariance(name), moments[name])
         assert remedy in str(tracked.summary())
@@ -220,11 +212,11 @@ def test_a_capture_before_two_steps_is_left_out_with_a_warning(eager: int) -> No
             model(x)
         assert not graph.launches
         assert tracked.steps == eager
-        assert all("CUDA graph" in tracked.notes[name] for name in tracked.names())
+        assert all("CUDA graph" in tracked.watcher.notes[name] for name in tracked.names())
 
 
 def test_too_many_rows_for_one_launch_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MOST_DEVICE_ROWS", 50)
+    monkeypatch.setattr(buffering, "MOST_DEVICE_ROWS", 50)
     model, x = Levels(), batch(90)
     with fastcov.track(model, rows=0.7) as tracked:
         graph = Graph(tracked)
@@ -248,7 +240,7 @@ def test_sizes_and_layers_that_no_eager_step_had_are_left_out_until_one_has() ->
         message = "'always': reads 90 rows.*'rare': has not run on cpu"
         with pytest.warns(UserWarning, match=message), first.capture():
             model(batch(90), all_layers=True)
-        assert tracked.readers["rare"].state is None
+        assert tracked.watcher.layers["rare"].state is None
     with fastcov.track(model, rows=0.4) as tracked:
         model(batch(40))
         model(batch(90), all_layers=True)
@@ -256,7 +248,7 @@ def test_sizes_and_layers_that_no_eager_step_had_are_left_out_until_one_has() ->
         graph = Graph(tracked)
         with graph.capture():
             model(batch(90), all_layers=True)
-        assert not tracked.notes
+        assert not tracked.watcher.notes
         graph.replay()
         assert [tracked.count(name) for name in tracked.names()] == [16 + 3 * 36, 3 * 36]
 
@@ -284,9 +276,9 @@ def test_a_graph_keeps_alive_what_it_writes_into() -> None:
     graph = Graph(tracked)
     with graph.capture():
         model(x)
-    state = tracked.readers["neck"].state
+    state = tracked.watcher.layers["neck"].state
     assert state is not None
-    tensors = [weakref.ref(tensor) for tensor in (state.moment, tracked._counters.step)]
+    tensors = [weakref.ref(tensor) for tensor in (state.moment, tracked.watcher._counters.step)]
     tracked.close()
     graph.launches.clear()
     graph.tracked = None
@@ -303,27 +295,29 @@ def test_the_estimate_is_what_device_buffers_take(rows: Any, count: int) -> None
     layers = {layer.name: layer for layer in fastcov.estimate(model, x, rows=rows).layers}
     with fastcov.track(model, rows=rows) as tracked:
         model(x)
-    for name, reader in tracked.readers.items():
-        buffer = reader._device_buffer
+    for name, reader in tracked.watcher.layers.items():
+        buffer = reader.device_buffer
         taken = 0 if buffer is None else buffer._buffer.nbytes + buffer._row_step.nbytes
         assert taken == layers[name].buffer_bytes, name
     # Nothing waits where every row is added at once.
-    neck = tracked.readers["neck"]
-    assert neck.is_on_device == (neck.fraction != 1)
+    neck = tracked.watcher.layers["neck"]
+    assert (neck.device_buffer is not None) == (neck.fraction != 1)
 
 
 @pytest.mark.parametrize("fraction", [0.3, 1.0])
 def test_a_buffer_is_not_used_for_rows_of_another_device(fraction: float) -> None:
-    reader = Reader("layer", weighting="position", decay=None, phase=0, fraction=fraction)
+    reader = Layer("layer", weighting="position", decay=None, phase=0, fraction=fraction)
     step = torch.zeros((), dtype=torch.int64)
     reader.begin_step(0)
-    reader.read(batch(2))  # fewer rows than are added at once
-    reader.read(batch(30))
+    reader.read(batch(2), ActivationLayout(batch(2)))  # fewer rows than are added at once
+    reader.read(batch(30), ActivationLayout(batch(30)))
     assert reader.use_device_buffer(step) is not None
     step.fill_(1)
     reader.begin_step(1)
-    reader.read(batch(2).to("meta"))  # its state goes there too: what a GPU's is to a CPU's
-    assert not reader.is_on_device
+    reader.read(
+        batch(2).to("meta"), ActivationLayout(batch(2).to("meta"))
+    )  # its state goes there too: what a GPU's is to a CPU's
+    assert reader.device_buffer is None
     assert reader.state is not None
     assert reader.state.moment.is_meta
     assert reader.calls == 1
@@ -335,16 +329,17 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
     with fastcov.track(model, rows=0.3) as tracked:
         model(x)
         model(x)
-        assert all(reader.is_on_device for reader in tracked.unique_readers())
-        with mock.patch.object(replay, "has_device_buffers", return_value=False):
-            for reader in tracked.unique_readers():
+        assert all(reader.device_buffer is not None for reader in tracked.watcher.unique_layers())
+        host = Service("native", repeats_calls=True, counts_on_device=False, is_host=True)
+        with mock.patch.object(backend, "active", Pretended(host)):
+            for reader in tracked.watcher.unique_layers():
                 reader.leave_device()  # as where a model moves
             model(x)
-        assert tracked._counters is None
+        assert tracked.watcher._counters is None
         model(x)
-        assert all(reader.is_on_device for reader in tracked.unique_readers())
-        assert tracked._counters is not None
-        assert int(tracked._counters.step) == 3
+        assert all(reader.device_buffer is not None for reader in tracked.watcher.unique_layers())
+        assert tracked.watcher._counters is not None
+        assert int(tracked.watcher._counters.step) == 3
     assert_same(tracked, host_twin(model, x, 4, rows=0.3))
 
 
@@ -376,8 +371,8 @@ def test_a_forward_that_fails_is_no_step_and_loses_no_row(decay: float | None) -
     with mock.patch.object(DeviceCounters, "serve", return_value=False):
         expected = run()
     tracked = run()
-    assert tracked.readers["first"].is_on_device
-    assert tracked._counters is not None
-    assert int(tracked._counters.step) == 3
+    assert tracked.watcher.layers["first"].device_buffer is not None
+    assert tracked.watcher._counters is not None
+    assert int(tracked.watcher._counters.step) == 3
     assert [tracked.count(name) for name in tracked.names()] == [7 * 30, 4 * 30]
     assert_same(tracked, expected)

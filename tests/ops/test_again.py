@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastcov.ops import library
+from fastcov.ops import backend, library
+from fastcov.ops.backend import Pretended
 from fastcov.ops.covariance import Moments
+from fastcov.rows.layout import ActivationLayout, layout_numbers
 from fastcov.rows.sequence import WHOLE, fixed_point
 from fastcov.rows.view import Layout, row_order, row_view
 from fastcov.stats.cursor import (
@@ -24,12 +26,12 @@ from fastcov.stats.cursor import (
     FIELDS,
     FILL,
     FRACTION,
+    LAYOUT,
     LIMIT,
     Cursor,
-    layout_numbers,
 )
-from fastcov.stats.reader import Reader
-from fastcov.stats.seen import MOST_LAYOUTS, Seen
+from fastcov.stats.layer import Layer
+from fastcov.stats.route import MOST_LAYOUTS, LaunchAdd, Routes
 from fastcov.stats.state import CovarianceState
 
 SIZES = {"few rows": (3, 24, 4, 5), "many rows": (8, 24, 20, 20)}
@@ -41,21 +43,45 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def seen_of(maps: Tensor) -> Seen:
+def layout_of(maps: Tensor) -> ActivationLayout:
     rows = row_view(maps, Layout.CHANNELS_FIRST)
-    return Seen(rows, maps, row_order(4, Layout.CHANNELS_FIRST))
+    return ActivationLayout(rows, maps, row_order(4, Layout.CHANNELS_FIRST))
 
 
-def steps(reader: Reader, sizes: list[str], layout: str) -> dict[str, Any]:
+MODULE = nn.Identity()
+
+
+class Tap:
+    """Calls led to a layer as a tracker's hooks lead them."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.routes = Routes(layer)
+
+    def take(self, maps: Tensor) -> None:
+        routes = self.routes
+        known = routes.last.follower
+        if not known.route.take(maps, MODULE, ()):
+            if routes.recall(maps):
+                known = routes.last.follower
+                assert known.route.take(maps, MODULE, ())
+            else:
+                layout = layout_of(maps)
+                self.layer.read(maps, layout)
+                routes.remember(layout, maps)
+                return
+        routes.last = known
+
+
+def steps(reader: Layer, sizes: list[str], layout: str) -> dict[str, Any]:
     """State and counters after some steps, a few layouts of which alternate."""
     torch.manual_seed(0)
-    known: dict[str, Seen] = {}
+    tap = Tap(reader)
     for step, name in enumerate(sizes, 1):
         reader.begin_step(step)
         for _ in range(1 + step % 2):
             maps = LAYOUTS[layout](torch.randn(SIZES[name]))
-            seen = known.setdefault(name, seen_of(maps))
-            assert reader.read_again(maps, seen)
+            tap.take(maps)
         if reader.fraction is None:
             reader.plan(0.03)
         reader.end_step()
@@ -90,11 +116,11 @@ def test_layers_read_the_same_with_and_without(
     draw = random.Random(1)
     sizes = ["many rows"] * 30 + draw.choices(list(SIZES), [1, 3], k=30)
     arguments = {"weighting": "position", "decay": None, **options}
-    fast = steps(Reader("layer", phase=77, **arguments), sizes, layout)
-    monkeypatch.setattr(library, "has_again", False)
-    slow = steps(Reader("layer", phase=77, **arguments), sizes, layout)
+    fast = steps(Layer("layer", phase=77, **arguments), sizes, layout)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
+    slow = steps(Layer("layer", phase=77, **arguments), sizes, layout)
     monkeypatch.setattr(library, "accumulation_of", bound)
-    as_on_a_gpu = steps(Reader("layer", phase=77, **arguments), sizes, layout)
+    as_on_a_gpu = steps(Layer("layer", phase=77, **arguments), sizes, layout)
     for name, value in slow.pop("state").items():
         assert torch.equal(fast["state"][name], value), name
         assert torch.equal(as_on_a_gpu["state"][name], value), name
@@ -116,40 +142,39 @@ def test_rows_of_weight_1_that_are_all_read_are_added_by_one_call_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_bound: bool
 ) -> None:
     calls = []
-    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
     monkeypatch.setattr(library, "accumulation_of", lambda *_: calls.append)
     arguments = {"weighting": "position", "decay": None, "fraction": 1.0, **options}
-    reader = Reader("layer", phase=77, **arguments)
+    reader = Layer("layer", phase=77, **arguments)
     maps = torch.randn(SIZES["many rows"])
-    seen = seen_of(maps)
+    tap = Tap(reader)
     for step in range(4):
         reader.begin_step(step)
-        assert reader.read_again(maps, seen)
+        tap.take(maps)
     assert [call is maps for call in calls] == [True] * 3 * is_bound
 
 
 def test_calls_on_a_gpu_after_the_plan_or_the_dtype_has_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(SIZES["many rows"], generator=generator) + 3 for _ in range(14)]
-    single, half = seen_of(batches[0]), seen_of(batches[0].bfloat16())
-    few = seen_of(torch.randn(SIZES["few rows"]))
 
     def result() -> dict[str, Any]:
-        reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+        reader = Layer("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+        tap = Tap(reader)
         for step, maps in enumerate(batches):
             reader.begin_step(step)
             if step == 7:
                 reader.reset()  # float32 rows choose a shift, which 16-bit rows then give up
             if step == 11:
                 reader.set_fraction(0.4)
-            assert reader.read_again(maps, single)
+            tap.take(maps)
             if step % 4 == 1:
-                assert reader.read_again(maps[:3, :, :4, :5].contiguous(), few)
+                tap.take(maps[:3, :, :4, :5].contiguous())
             if step % 4 == 2:
-                assert reader.read_again(maps.bfloat16(), half)
+                tap.take(maps.bfloat16())
         counters = (reader.calls, reader.offered_rows, reader.total_calls)
         return {**reader.state_dict(), "counters": counters}
 
@@ -164,11 +189,13 @@ def test_calls_on_a_gpu_after_the_plan_or_the_dtype_has_changed(
 
 def test_a_state_is_not_added_to_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may hold the tensors of a state that has moved to another device."""
-    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
     monkeypatch.setattr(library, "accumulation_of", bound)
-    reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+    reader = Layer("layer", phase=77, fraction=1.0, weighting="position", decay=None)
     maps = torch.randn(SIZES["many rows"])
-    reader.read(maps, seen_of(maps))
+    tap = Tap(reader)
+    tap.take(maps)
+    assert isinstance(tap.routes.last.route, LaunchAdd)
     assert reader.state is not None
     before = weakref.ref(reader.state.moment)
     reader.prepare(maps.shape[1], torch.device("meta"))
@@ -178,24 +205,22 @@ def test_a_state_is_not_added_to_where_it_was(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_bounded_number_of_layouts_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
     monkeypatch.setattr(library, "accumulation_of", bound)
-    reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+    tap = Tap(Layer("layer", phase=77, fraction=1.0, weighting="position", decay=None))
     for height in range(1, MOST_LAYOUTS + 20):
-        maps = torch.randn(2, 3, height, 20)
-        reader.read(maps, seen_of(maps))
-        assert 0 < len(reader._accumulations) <= MOST_LAYOUTS
+        tap.take(torch.randn(2, 3, height, 20))
+        assert 0 < len(tap.routes) <= MOST_LAYOUTS
 
 
 def test_copies_hold_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "has_again", False)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
     monkeypatch.setattr(library, "accumulation_of", bound)  # what it makes cannot be pickled
-    reader = Reader("layer", phase=77, fraction=1.0, weighting="position", decay=None)
+    reader = Layer("layer", phase=77, fraction=1.0, weighting="position", decay=None)
     maps = torch.randn(SIZES["many rows"])
-    seen = seen_of(maps)
-    reader.read(maps, seen)
+    Tap(reader).take(maps)
     for other in (copy.deepcopy(reader), pickle.loads(pickle.dumps(reader))):
-        assert other.read_again(maps, seen)
+        Tap(other).take(maps)
         assert reader.state is not None
         assert other.state is not None
         assert (int(reader.state.count[0]), int(other.state.count[0])) == (3200, 6400)
@@ -212,15 +237,15 @@ def test_repeated_calls_take_one_operator(
         return real(*tensors) if not taken[-1] else 0
 
     monkeypatch.setattr(library, name, spy)
-    reader = Reader("layer", phase=77, fraction=fraction, weighting="position", decay=None)
+    reader = Layer("layer", phase=77, fraction=fraction, weighting="position", decay=None)
     steps(reader, ["many rows"] * 30, "channels last")
     # The first call decides, and calls that find the buffer full.
     assert sum(taken) >= 40
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
-def test_copies_count_for_themselves(copied: Callable[[Reader], Reader]) -> None:
-    reader = Reader("layer", phase=77, fraction=0.001, weighting="position", decay=None)
+def test_copies_count_for_themselves(copied: Callable[[Layer], Layer]) -> None:
+    reader = Layer("layer", phase=77, fraction=0.001, weighting="position", decay=None)
     steps(reader, ["many rows"] * 5, "channels last")
     other = copied(reader)
     before = reader.cursor.numbers.tolist()
@@ -234,7 +259,7 @@ def test_copies_count_for_themselves(copied: Callable[[Reader], Reader]) -> None
 def cursor_of(maps: Tensor, **numbers: int) -> Cursor:
     """Counters of a layer that saw tensors like ``maps``."""
     cursor = Cursor()
-    cursor.remember(layout_numbers(maps, run_length=1, channel_dim=1))
+    cursor.numbers[LAYOUT:] = layout_numbers(maps, run_length=1, channel_dim=1)
     given = {"FRACTION": fixed_point(0.1), "LIMIT": 20}
     places = {"FRACTION": FRACTION, "LIMIT": LIMIT, "FILL": FILL, "CARRY": CARRY}
     for name, number in {**given, **numbers}.items():

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcov.ops import library
+from fastcov.ops import backend, library
+from fastcov.ops.backend import Pretended
+from fastcov.rows.layout import ActivationLayout
 from fastcov.stats.device_buffer import DeviceBuffer
-from fastcov.stats.reader import Reader
+from fastcov.stats.layer import Layer
 from fastcov.stats.state import CovarianceState
 
 kernels = pytest.importorskip("fastcov.kernels")
@@ -50,7 +52,7 @@ def given(request: pytest.FixtureRequest, dtype: torch.dtype) -> tuple[Tensor, i
 
 @pytest.fixture(autouse=True)
 def triton_serves() -> Iterator[None]:
-    with mock.patch.object(library, "_use_triton", return_value=True):
+    with mock.patch.object(backend, "active", Pretended(backend.GPU)):
         yield
 
 
@@ -95,12 +97,13 @@ def test_gather_with_a_cursor(given: tuple[Tensor, int]) -> None:
     """From the reader on, as there is no operator between."""
     activation, channel_dim = given
     rows = activation.movedim(channel_dim, -1)
-    reader = Reader("layer", weighting="position", decay=None, phase=3, fraction=0.5)
+    reader = Layer("layer", weighting="position", decay=None, phase=3, fraction=0.5)
     reader.begin_step(0)
     state = reader.prepare(rows.shape[-1], rows.device)
     buffer = DeviceBuffer(
         state,
         rows.dtype,
+        step=torch.zeros((), dtype=torch.int64),
         threshold=100,
         first_threshold=100,
         most_rows=200,
@@ -108,12 +111,10 @@ def test_gather_with_a_cursor(given: tuple[Tensor, int]) -> None:
         carry=0,
         state_step=0,
     )
-    reader._device_buffer, reader._device_step = buffer, torch.zeros((), dtype=torch.int64)
-    with mock.patch(
-        "fastcov.kernels.gather.cursor_gather_kernel", new_callable=mock.MagicMock
-    ) as kernel:
-        reader.read(rows)
-    (call,) = kernel.run.call_args_list
+    reader.device_buffer = buffer
+    with mock.patch("fastcov.kernels.launch.Launch.start", return_value=None) as start:
+        reader.read(rows, ActivationLayout(rows))
+    (call,) = start.call_args_list
     to, launched, *_ = call.args
     assert to is buffer._buffer
     assert to.dtype is rows.dtype

@@ -23,7 +23,7 @@ from fastcov.rows.sequence import (
     sequence_phase,
 )
 from fastcov.rows.view import Layout, row_view
-from fastcov.stats.reader import Reader
+from fastcov.stats.layer import Layer
 
 LOADS = st.lists(
     st.builds(
@@ -119,7 +119,7 @@ def test_sampled_mean_over_draws_is_the_full_covariance(layout: str, weighting: 
     full = flat.T @ flat / len(flat)
     draws = []
     for draw in range(400):
-        reader = Reader(
+        reader = Layer(
             "layer",
             weighting=weighting,
             decay=None,
@@ -142,7 +142,7 @@ def test_moving_from_step_to_step_visits_every_position_equally_often(layout: st
     batch, height, width = 2, 4, 6
     count = batch * height * width
     rows = torch.eye(count).view(batch, height, width, count).permute(0, 3, 1, 2)
-    reader = Reader(
+    reader = Layer(
         "layer", weighting="position", decay=None, phase=sequence_phase("layer"), fraction=0.07
     )
     view = LAYOUTS[layout](rows)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov.rows.view import Layout, batched_rank, layout_of, row_view, run_length
+from fastcov.rows.view import Layout, row_view, run_length
+from fastcov.watch.layers import kind_of
 
 CASES = [
     (nn.Conv1d(3, 8, 1), (2, 8, 5), (2, 5, 8)),
@@ -37,7 +38,8 @@ def test_images_first_channels_last(
     module: nn.Module, shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     activation = torch.randn(shape)
-    view = row_view(activation, layout_of(module), batched_rank(module))
+    kind = kind_of(module)
+    view = row_view(activation, kind.layout(module), kind.batched_rank(module))
     assert view.shape == expected
     assert view.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr()
 

@@ -183,7 +183,7 @@ def test_a_map_whose_terms_cancel_much_is_left_to_the_rows(
 def test_what_could_not_be_mapped_is_not_tried_in_every_call() -> None:
     torch.manual_seed(0)
     module, given = nn.Linear(16, 96), torch.randn(4000, 16)
-    state, layer = started_state(torch.randn(100, 96)), AffineMap()
+    state, layer = started_state(torch.randn(100, 96)), AffineMap(module)
     rows_with_nan = given.clone()
     rows_with_nan[5] = torch.nan
     added = [
@@ -223,7 +223,7 @@ def test_what_float32_may_not_hold_is_left_to_the_rows(place: str, value: float)
 
 def test_the_first_rows_choose_the_shift() -> None:
     module, given = nn.Linear(16, 96), torch.randn(4000, 16)
-    output, state, layer = module(given), CovarianceState(96), AffineMap()
+    output, state, layer = module(given), CovarianceState(96), AffineMap(module)
     assert not layer.add_to(module, (given,), output, state)
     state.update(output[:50])
     assert layer.add_to(module, (given,), output, state)
@@ -232,7 +232,7 @@ def test_the_first_rows_choose_the_shift() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_outputs_of_less_precise_products_are_read_themselves(dtype: torch.dtype) -> None:
     module, given = nn.Linear(16, 96), torch.randn(4000, 16)
-    state, layer = started_state(torch.randn(100, 96)), AffineMap()
+    state, layer = started_state(torch.randn(100, 96)), AffineMap(module)
 
     def is_mapped(output: Tensor) -> bool:
         return layer.add_to(module, (given,), output.detach(), state)
@@ -271,7 +271,7 @@ def test_a_row_of_zeros_tells_nothing_of_precision() -> None:
 def test_nothing_on_a_device_is_waited_for() -> None:
     module, given = nn.Linear(16, 96, device="meta"), torch.empty(4000, 16, device="meta")
     state = CovarianceState(96, "meta")  # whose count cannot be read
-    assert not AffineMap().add_to(module, (given,), module(given), state)
+    assert not AffineMap(module).add_to(module, (given,), module(given), state)
 
 
 def test_only_plain_float32_calls_of_widening_layers_are_mapped() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcov.stats.state import REDUCTIONS, CovarianceState
+from fastcov.stats.state import DECLARED, CovarianceState, StateTensors
 
 
 def filled(rows: torch.Tensor) -> CovarianceState:
@@ -39,7 +39,7 @@ def test_merge_leaves_the_other_alone() -> None:
     a, b = filled(draw(20, 1, 3.0)), filled(draw(20, 2, -3.0))
     before = b.state_dict()
     a.merge(b, scale=0.5)
-    assert all(torch.equal(before[name], getattr(b, name)) for name in REDUCTIONS)
+    assert all(torch.equal(before[name], getattr(b, name)) for name in DECLARED)
     assert float(a.weight) == 30.0
 
 
@@ -80,7 +80,7 @@ def test_state_dict_round_trip_and_reset() -> None:
     twin.load_state_dict(state.state_dict())
     assert torch.equal(twin.covariance(), state.covariance())
     state.reset()
-    assert all(not getattr(state, name).any() for name in REDUCTIONS)
+    assert all(not getattr(state, name).any() for name in DECLARED)
 
 
 WEIGHTS = st.lists(st.sampled_from([1e-4, 0.25, 1.0, 3.0]), min_size=1, max_size=20)
@@ -137,6 +137,34 @@ def test_bad_input_is_named() -> None:
         state.load_state_dict({**state.state_dict(), "moment": torch.zeros(4, 4)})
     with pytest.raises(KeyError, match="'shift'"):
         state.load_state_dict({k: v for k, v in state.state_dict().items() if k != "shift"})
+
+
+def test_every_declared_tensor_is_kept_and_combined() -> None:
+    """Nothing that a state does forgets a tensor: all of it iterates over the declarations."""
+    state = CovarianceState(5)
+    state.update(draw(30, 1, 4.0), torch.linspace(0.5, 2, 30), decay=0.5)
+    assert tuple(DECLARED) == StateTensors._fields
+    for name, tensor in state.tensors._asdict().items():
+        assert getattr(state, name) is tensor
+        assert tensor.dtype == DECLARED[name].dtype
+        assert tensor.shape == DECLARED[name].zeros(5, "cpu").shape
+        assert tensor.any()
+    twin = state.copy()
+    loaded = CovarianceState(5)
+    loaded.load_state_dict(state.state_dict())
+    merged = CovarianceState(5)
+    merged.merge(state)
+    for other in (twin, loaded, merged):
+        for own, copied in zip(state.tensors, other.tensors, strict=True):
+            assert torch.equal(own, copied)
+            assert own.data_ptr() != copied.data_ptr()
+    twin.merge(state, scale=3.0)
+    state.scale_(4.0)
+    torch.testing.assert_close(twin.covariance(), state.covariance())
+    torch.testing.assert_close(twin.squared_weight, state.squared_weight * 10 / 16)
+    assert twin.count.tolist() == [60, 0]
+    state.reset()
+    assert not any(tensor.any() for tensor in state.tensors)
 
 
 def test_state_made_under_inference_mode_can_be_trained_with() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import fastcov
 from fastcov import kernels
 from fastcov.kernels.config import Architecture
-from fastcov.ops import accumulate_
+from fastcov.ops import accumulate_, backend
+from fastcov.ops.backend import Pretended
 from fastcov.ops.covariance import Moments
-from fastcov.stats import workspace
 from fastcov.stats.workspace import update_workspace_bytes
 
 estimating = importlib.import_module("fastcov.estimate")  # the function hides the module
@@ -139,7 +139,7 @@ def test_a_gpu_is_asked_for_its_own_shapes(
 ) -> None:
     pytest.importorskip("triton")
     small = Architecture("sm_80", 8)
-    monkeypatch.setattr(workspace, "has_device_buffers", lambda _dtype, device: device == GPU)
+    monkeypatch.setattr(backend, "active", Pretended(backend.GPU))
     monkeypatch.setattr(kernels, "architecture_of", lambda _: small)
     rows = meta(50_000, 256, dtype=dtype)
     told = update_workspace_bytes(rows, GPU, is_weighted=is_weighted)
@@ -149,7 +149,7 @@ def test_a_gpu_is_asked_for_its_own_shapes(
 
 def test_where_no_triton_serves_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = meta(5000, 64)
-    monkeypatch.setattr(workspace, "has_device_buffers", lambda *_: False)
+    monkeypatch.setattr(backend, "active", Pretended(backend.HOST))
     assert update_workspace_bytes(rows, GPU) == 0
     assert update_workspace_bytes(rows, torch.device("cpu")) == 0
     assert update_workspace_bytes(rows.double(), META) == 0

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastcov
+from fastcov.ops import backend
 from fastcov.stats import affine
 from fastcov.stats.affine import accumulate_mapped_
-from fastcov.watch.watcher import Collector
+from fastcov.stats.layer import Layer
 
 BAR = 1e-6  # of the largest entry; float32 rows themselves stay below 1e-5
 
@@ -190,19 +191,23 @@ def test_sampled_rows_are_the_outputs_own(outcomes: list[bool]) -> None:
     assert outcomes == []
 
 
-@pytest.mark.parametrize(("device", "has_source"), [("cpu", True), ("meta", False)])
+@pytest.mark.parametrize("is_host", [True, False])
 def test_only_outputs_on_a_cpu_come_with_their_inputs(
-    monkeypatch: pytest.MonkeyPatch, device: str, has_source: bool
+    monkeypatch: pytest.MonkeyPatch, is_host: bool
 ) -> None:
     """A GPU adds the rows themselves: a way through inputs would only take its hooks time."""
+    host = backend.Service("native", repeats_calls=True, counts_on_device=False, is_host=is_host)
+    monkeypatch.setattr(backend, "active", backend.Pretended(host))
     sources = []
+    read = Layer.read
 
-    def spy(_tracker: Collector, _tap: int, _value: Tensor, source: object = None) -> bool:
+    def spy(layer: Layer, value: Tensor, layout: object, source: object = None) -> None:
         sources.append(source)
-        return True
+        read(layer, value, layout, source)
 
-    monkeypatch.setattr(Collector, "observe_again", spy)
-    model = nn.Linear(4, 8, device=device)
+    monkeypatch.setattr(Layer, "read", spy)
+    model = nn.Linear(16, 130)
     with fastcov.track(model, rows="all"):
-        model(torch.randn(2, 3, 4, device=device))
-    assert [source is not None for source in sources] == [has_source]
+        for _ in range(3):
+            model(torch.randn(1000, 6, 16))
+    assert any(source is not None for source in sources) == is_host

@@ -245,7 +245,7 @@ def test_a_capture_leaves_out_what_only_the_host_can_do(options: dict[str, Any])
     for _ in range(4):
         graph.replay()
     for name in tracker.names():
-        assert ("CUDA graph" in tracker.notes.get(name, "")) == (name in left_out), name
+        assert ("CUDA graph" in tracker.watcher.notes.get(name, "")) == (name in left_out), name
         assert (tracker.count(name) == before[name]) == (name in left_out), name
     tracker.close()
     with torch.no_grad():

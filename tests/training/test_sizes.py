@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.bench.stubs import KernelStubs
-from fastcov.stats.seen import MOST_LAYOUTS, Seen
-from fastcov.watch.watcher import Collector
+from fastcov.stats.route import MOST_LAYOUTS, Routes
+from fastcov.watch.watcher import Watcher
 
 SIZES = (40, 24, 9, 24, 40)
 
@@ -39,13 +39,13 @@ def levels(step: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Calls of each tap whose layout was decided about."""
     found: Counter[int] = Counter()
-    observe = Collector._observe
+    observe = Watcher._observe
 
-    def spy(tracker: Collector, tap: int, *arguments: Any) -> None:
+    def spy(watcher: Watcher, tap: int, *arguments: Any) -> None:
         found[tap] += 1
-        observe(tracker, tap, *arguments)
+        observe(watcher, tap, *arguments)
 
-    monkeypatch.setattr(Collector, "_observe", spy)
+    monkeypatch.setattr(Watcher, "_observe", spy)
     return found
 
 
@@ -56,8 +56,9 @@ def test_each_size_is_decided_about_once(looked_at: Counter[int], where: Any, ro
     with fastcov.track(head, rows=rows, where=where) as tracker:
         for step in range(4):
             head(levels(step))
-        assert not tracker.notes
-    assert looked_at == {0: len(set(SIZES)), 1: len(set(SIZES))}
+        assert not tracker.watcher.notes
+    # The second layer shares the first one's inputs: its layouts need no decision.
+    assert looked_at == {0: len(set(SIZES)), 1: 1 if where == "input" else len(set(SIZES))}
 
 
 @pytest.mark.parametrize("where", ["output", "both"])
@@ -71,10 +72,10 @@ def test_rows_are_those_of_a_tracker_that_remembers_nothing(
         with fastcov.track(head, rows=rows, where=where) as tracker:
             for step in range(6):
                 head(levels(step))
-            return {name: reader.state_dict() for name, reader in tracker.readers.items()}
+            return {name: reader.state_dict() for name, reader in tracker.watcher.layers.items()}
 
     expected_from = states()
-    monkeypatch.setattr(Seen, "recall", lambda *_: False)
+    monkeypatch.setattr(Routes, "recall", lambda *_: False)
     for name, expected in states().items():
         found = expected_from[name]
         for key, value in expected.pop("state").items():
@@ -87,13 +88,13 @@ def test_levels_in_the_order_of_the_last_step_are_expected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     misses: Counter[int] = Counter()
-    recall = Collector._recall
+    recall = Watcher._recall
 
-    def spy(tracker: Collector, tap: int, *arguments: Any) -> bool:
+    def spy(watcher: Watcher, tap: int, *arguments: Any) -> bool:
         misses[tap] += 1
-        return recall(tracker, tap, *arguments)
+        return recall(watcher, tap, *arguments)
 
-    monkeypatch.setattr(Collector, "_recall", spy)
+    monkeypatch.setattr(Watcher, "_recall", spy)
     head = Head()
     with fastcov.track(head, rows="all") as tracker:
         for _ in range(3):
@@ -104,7 +105,7 @@ def test_levels_in_the_order_of_the_last_step_are_expected(
         assert not misses
         head(levels()[2:0:-1])  # another order
         assert misses
-        assert not tracker.notes
+        assert not tracker.watcher.notes
 
 
 def test_a_bounded_number_of_sizes_is_kept() -> None:
@@ -112,11 +113,12 @@ def test_a_bounded_number_of_sizes_is_kept() -> None:
     with fastcov.track(layer) as tracker:
         for rows in range(1, MOST_LAYOUTS + 40):
             layer(torch.randn(rows, 5, 4))
-        assert tracker.unique_readers()[0].calls == 1
-        (seen,) = tracker._seen
-        assert seen is not None
-        assert len(seen._of_tap) == MOST_LAYOUTS
-        assert list(seen._of_tap.values())[-1] is seen
+        assert tracker.watcher.unique_layers()[0].calls == 1
+        (routes,) = tracker.watcher._routes
+        assert len(routes) == MOST_LAYOUTS
+        layout = routes.last.layout
+        assert layout is not None
+        assert layout.rows == 5 * (MOST_LAYOUTS + 39)
         for other in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
             assert other.steps == tracker.steps
 
@@ -130,7 +132,7 @@ def test_a_value_that_only_resembles_a_size_is_looked_at(looked_at: Counter[int]
         for value in (dense, dense[:3], dense, *others[:2]):
             layer(value)
         assert looked_at == {0: 4}
-        assert tracker.unique_readers()[0].state_dict()["total_calls"] == 5
+        assert tracker.watcher.unique_layers()[0].state_dict()["total_calls"] == 5
         for value in others[2:]:
             layer(value)
         assert looked_at == {0: 6}
@@ -163,5 +165,5 @@ def test_launches_are_prepared_once_a_size_on_a_gpu(
         prepared.clear()
         for step in range(5, 9):
             head(levels(step, torch.bfloat16))
-        assert not tracker.notes
+        assert not tracker.watcher.notes
     assert not prepared

@@ -8,29 +8,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastcov.rows.layout import ActivationLayout
 from fastcov.stats.cursor import Cursor
-from fastcov.stats.host_buffer import RowBuffer, _filled
-from fastcov.stats.reader import Reader
-from fastcov.stats.seen import Seen
+from fastcov.stats.host_buffer import HostBuffer, _filled
+from fastcov.stats.layer import Layer
 
 META = torch.device("meta")
 
 
-def reader(**options: Any) -> Reader:
+def layer(**options: Any) -> Layer:
     defaults: dict[str, Any] = {"weighting": "image", "decay": 0.9, "fraction": 1.0, "phase": 0}
-    return Reader("layer", **{**defaults, **options})
+    return Layer("layer", **{**defaults, **options})
+
+
+def read(tap: Layer, rows: Tensor) -> None:
+    tap.read(rows, ActivationLayout(rows))
 
 
 def test_the_second_state_of_pooled_calls_moves_with_the_model() -> None:
-    tap = reader()
+    tap = layer()
     for step in range(2):
         tap.begin_step(step)
-        tap.read(torch.randn(2, 40, 8))
-        tap.read(torch.randn(2, 20, 8))
+        read(tap, torch.randn(2, 40, 8))
+        read(tap, torch.randn(2, 20, 8))
         tap.end_step()
     tap.begin_step(2)
-    tap.read(torch.randn(2, 40, 8, device=META))
-    tap.read(torch.randn(2, 20, 8, device=META))
+    read(tap, torch.randn(2, 40, 8, device=META))
+    read(tap, torch.randn(2, 20, 8, device=META))
     tap.end_step()
     assert tap._pooled is not None
     for state in (tap.state, tap._pooled):
@@ -40,11 +44,11 @@ def test_the_second_state_of_pooled_calls_moves_with_the_model() -> None:
 
 
 def test_rows_of_a_first_step_that_failed_move_with_the_model() -> None:
-    tap = reader(weighting="position", decay=None, fraction=None)
+    tap = layer(weighting="position", decay=None, fraction=None)
     tap.begin_step(0)
-    tap.read(torch.randn(30, 8))  # an exception ends this step: its rows stay
+    read(tap, torch.randn(30, 8))  # an exception ends this step: its rows stay
     tap.begin_step(0)
-    tap.read(torch.randn(30, 8, device=META))
+    read(tap, torch.randn(30, 8, device=META))
     assert {part.rows.device for part in tap._waiting} == {META}
     tap.plan(0.5)
     tap.plan(1.0)
@@ -55,10 +59,10 @@ def test_weights_of_waiting_rows_are_copied_from_no_host(monkeypatch: pytest.Mon
         raise AssertionError("a GPU waits for a tensor that is made from a list")
 
     def weights(device: torch.device) -> Tensor | None:
-        buffer = RowBuffer(Cursor(), is_marked=True)
+        buffer = HostBuffer(Cursor(), is_marked=True)
         rows = torch.zeros(20, 4, device=device)
         for step, count in ((3, 2), (4, 5), (6, 1)):
-            buffer.room(Seen(rows), count)
+            buffer.room(ActivationLayout(rows), count)
             buffer.mark(count, step)
             buffer.weigh(step, 1.0 + step)
         return buffer.row_weight(0.5, device)

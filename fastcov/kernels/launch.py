@@ -1,0 +1,188 @@
+"""Starting kernels: through Triton the first time, then by the compiled kernel's launcher alone.
+
+``JITFunction.run`` binds some 25 arguments, looks up a compilation and compares every constant of
+the module: 10 us a launch on two cores of an AMD EPYC, in every hook. Nothing of that can change
+between launches whose tensors keep their dtypes, alignment and device, so the compiled kernel that
+the first launch returns is kept and started directly, with addresses in place of tensors.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastcov.kernels.config import Architecture
+from fastcov.kernels.tiles import IS_INTERPRETED
+
+_CONVENTION = (
+    "grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
+    "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values()"
+)
+
+
+@lru_cache
+def architecture_of(device: torch.device) -> Architecture:
+    """Kind of GPU that a tensor lies on.
+
+    The interpreter stands for an sm_90 of two multiprocessors, a CPU without it for an H100.
+    """
+    if IS_INTERPRETED:
+        return Architecture("sm_90", 2)
+    if device.type == "cpu":
+        return Architecture("sm_90", 132)
+    properties = torch.cuda.get_device_properties(device)
+    return Architecture.of((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def is_current(device: int) -> bool:
+    """Whether kernels are launched on a device without more ado: a CPU's number is -1.
+
+    It nearly always is: to make it the current one and change back takes 0.8 us of every hook.
+    """
+    return device < 0 or device == torch.cuda.current_device()
+
+
+def has_known_convention(run: Callable[..., Any]) -> bool:
+    """Whether Triton calls the launcher of a compiled kernel as :class:`Starter` does.
+
+    Read from the source of ``JITFunction.run``: it is the same in Triton 3.6.0, 3.7.1 and 3.8.0.
+
+    Args:
+        run: That function.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(run)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    found = [
+        ", ".join(map(ast.unparse, call.args))
+        for call in calls
+        if ast.unparse(call.func) == "kernel.run"
+    ]
+    return found == [_CONVENTION]
+
+
+STARTS_DIRECTLY = has_known_convention(JITFunction.run)
+"""Whether compiled kernels are started without Triton's own call: decided at import."""
+
+
+def is_watched() -> bool:
+    """Whether a profiler wants to be called at each launch, as only Triton's own call does."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, but for its tensors.
+
+    Attributes:
+        kernel: A function of Triton's.
+        grid: Programs in three dimensions.
+        arguments: Behind the tensors, in the kernel's order: numbers, then constants. Passed by
+            name, the constants would take 0.8 us in every launch.
+        options: Numbers of warps and stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        constants: Mapping[str, Any],
+        **options: int,
+    ) -> Launch:
+        """A launch whose constants are given by name.
+
+        Args:
+            kernel: Its compile-time arguments are in capitals and come last.
+            grid: Programs in one to three dimensions.
+            numbers: Arguments between the tensors and the constants.
+            constants: Every compile-time argument.
+            options: Numbers of warps and stages.
+
+        Raises:
+            TypeError: If the kernel takes other constants.
+        """
+        names = [name for name in kernel.arg_names if name.isupper()]
+        if set(names) != constants.keys():
+            raise TypeError(f"{kernel.__name__} takes {names}, not {list(constants)}")
+        whole_grid = (*grid, 1, 1)[:3]
+        return cls(kernel, whole_grid, (*numbers, *(constants[n] for n in names)), options)
+
+    def start(self, *tensors: Any) -> Any:
+        """Launches through Triton, which compiles what it has not compiled yet.
+
+        Args:
+            tensors: Tensors, descriptors or None in the kernel's order, and numbers that follow
+                them there.
+
+        Returns:
+            The compiled kernel; None in the interpreter.
+        """
+        # kernel[grid](...) would make a function for it, which copies all arguments.
+        return self.kernel.run(
+            *tensors, *self.arguments, grid=self.grid, warmup=False, **self.options
+        )
+
+
+class Starter:
+    """A launch made again and again, with tensors that keep their dtypes, alignment and device.
+
+    Args:
+        launch: With all its numbers.
+        device: Number of the GPU.
+
+    Attributes:
+        directly: Starts the compiled kernel, given addresses, descriptors or None in the places of
+            the tensors, and the same numbers; None until a launch through Triton has returned it.
+    """
+
+    __slots__ = ("_device", "_launch", "directly")
+
+    def __init__(self, launch: Launch, device: int) -> None:
+        self._launch = launch
+        self._device = device
+        self.directly: Callable[..., None] | None = None
+
+    def through_triton(self, *tensors: Any) -> None:
+        """Launches with Triton's own call, and keeps the compiled kernel.
+
+        Args:
+            tensors: As for :meth:`Launch.start`.
+        """
+        compiled = self._launch.start(*tensors)
+        if STARTS_DIRECTLY and compiled is not None:
+            self.directly = _direct_start(compiled, self._launch, self._device)
+
+
+def _direct_start(compiled: Any, launch: Launch, device: int) -> Callable[..., None]:
+    # A function over local variables: attributes would be looked up at every launch.
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of = driver.active.get_current_stream
+    (x, y, z), arguments = launch.grid, launch.arguments
+
+    def start(*addresses: Any) -> None:
+        run(
+            x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *arguments
+        )
+
+    return start

@@ -1,0 +1,137 @@
+"""Layout of one activation: shape, strides, dtype and device, and the sizes derived from them.
+
+Most activations of a layer are laid out like an earlier one. Whatever follows from the layout alone
+is derived once, and two activations are compared by :meth:`ActivationLayout.fits`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcov.rows.dtypes import ROW_DTYPES
+from fastcov.rows.view import MOST_DIMS, run_length
+
+_STRIDED = torch.strided
+
+Key = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype of an activation."""
+
+
+class ActivationLayout:
+    """Layout of an activation and of the rows that it holds.
+
+    Args:
+        rows: Row view of the activation. [B, ..., C]
+        activation: The tensor that the module gave, if more like it may come; None for rows that
+            are read once.
+        order: Dimensions of the activation in the order of the row view; None where the view is no
+            permutation of the activation.
+
+    Attributes:
+        rows: Number of rows, N.
+        positions: Positions of one image, P.
+        channels: Length of a row, C.
+        run_length: Neighbouring positions that are read together.
+        dtype: Dtype of the rows.
+        device: Device of the rows.
+        channel_dim: Dimension of :meth:`source` that holds the channels.
+        numbers: The layout as operators compare it, from :func:`layout_numbers`; None where they
+            cannot: on a GPU, or where the order of dimensions changes.
+        key: What tells this layout from others on the same device; None where it never repeats.
+    """
+
+    __slots__ = (
+        "_is_cpu",
+        "_order",
+        "_shape",
+        "_stride",
+        "channel_dim",
+        "channels",
+        "device",
+        "dtype",
+        "key",
+        "numbers",
+        "positions",
+        "rows",
+        "run_length",
+    )
+
+    def __init__(
+        self,
+        rows: Tensor,
+        activation: Tensor | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
+        shape = rows.shape
+        self.channels = shape[-1]
+        self.rows = rows.numel() // self.channels
+        self.positions = self.rows // shape[0] if self.rows else 0
+        self.run_length = run_length(rows) if self.rows else 1
+        self.dtype = rows.dtype
+        self.device = rows.device
+        self.channel_dim = -1
+        self.numbers: array[int] | None = None
+        self.key: Key | None = None
+        self._is_cpu = rows.is_cpu
+        self._order: tuple[int, ...] | None = None
+        if activation is not None and order is not None:
+            self._order = order
+            self._shape, self._stride = activation.shape, activation.stride()
+            self.key = (self._shape, self._stride, self.dtype)
+            if order[:-1] == tuple(sorted(order[:-1])):  # operators can take it as it is
+                self.channel_dim = order[-1]
+                if self._is_cpu:
+                    self.numbers = layout_numbers(activation, self.run_length, self.channel_dim)
+
+    def fits(self, value: Any) -> bool:
+        """True if a value is a tensor of this layout. Only where the layout has a key."""
+        return (
+            type(value) is Tensor
+            and value.layout is _STRIDED
+            and not value.is_nested
+            and value.dtype is self.dtype
+            and value.shape == self._shape
+            and value.stride() == self._stride
+            and (value.is_cpu if self._is_cpu else value.device == self.device)
+        )
+
+    def new_rows(self, rows: int) -> Tensor:
+        """Uninitialised memory for rows of this width, dtype and device. [rows, C]"""
+        return torch.empty(rows, self.channels, dtype=self.dtype, device=self.device)
+
+    def source(self, activation: Tensor) -> Tensor:
+        """Tensor that operators take together with ``channel_dim``, of an activation that fits."""
+        return activation if self.channel_dim > 0 else self.view(activation)
+
+    def view(self, activation: Tensor) -> Tensor:
+        """Row view of an activation that fits; rows stay as they are. [B, ..., C]"""
+        order = self._order
+        return activation if order is None else activation.detach().permute(*order)
+
+
+def key_of(value: Tensor) -> Key | None:
+    """Key of the layout that a dense tensor has; None for sparse and nested ones."""
+    if value.layout is not _STRIDED or value.is_nested:
+        return None
+    return value.shape, value.stride(), value.dtype
+
+
+def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:
+    """Layout of an activation as the numbers that compiled operators compare.
+
+    Args:
+        activation: Of at most 5 dimensions.
+        run_length: Neighbouring positions that are read together.
+        channel_dim: Dimension that holds the channels.
+
+    Returns:
+        Run length, channel dimension, code of the dtype, number of dimensions, sizes and strides:
+        the tail of the struct in csrc/cursor.h.
+    """
+    unused = (0,) * (MOST_DIMS - activation.dim())
+    head = (run_length, channel_dim, ROW_DTYPES[activation.dtype].code, activation.dim())
+    return array("q", (*head, *activation.shape, *unused, *activation.stride(), *unused))

@@ -1,0 +1,66 @@
+"""Sizes that decide whether rows are added at once or wait in a buffer, and how large that is.
+
+Updating a float64 state costs more than the gram itself where a call brings few rows: such rows
+wait. How many are few depends on the machine.
+"""
+
+from __future__ import annotations
+
+import math
+
+BUFFER_ROWS_PER_CHANNEL = 2
+"""Rows per channel gathered before a state is updated once: below, state traffic dominates."""
+
+MOST_DEVICE_ROWS = 4096
+"""Rows a step up to which a GPU's narrow layers are sampled into a buffer. One program adds all of
+them to a block: 128 turns of its loop, as many as the 2C rows of 2048 channels take."""
+
+_HOST_ROWS_PER_CHANNEL = 1 / 3  # of one call: a CPU's kernel hides the traffic from there
+
+
+def buffer_rows(channels: int) -> int:
+    """Rows that a buffer on the host's counters holds before it is emptied."""
+    return BUFFER_ROWS_PER_CHANNEL * channels
+
+
+def direct_rows(channels: int, is_host: bool) -> int:
+    """Rows of one call from which on they are added at once, where every row is read.
+
+    Args:
+        channels: Length of a row.
+        is_host: See :class:`fastcov.ops.backend.Service`.
+
+    Example:
+        >>> direct_rows(1536, is_host=True), direct_rows(1536, is_host=False)
+        (512, 3072)
+    """
+    per_channel = _HOST_ROWS_PER_CHANNEL if is_host else BUFFER_ROWS_PER_CHANNEL
+    return math.ceil(per_channel * channels)
+
+
+def device_buffer_limit(channels: int) -> int:
+    """Most rows a step that a buffer with counters on the device takes."""
+    return max(buffer_rows(channels), MOST_DEVICE_ROWS)
+
+
+def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int] | None:
+    """Sizes of a buffer with counters on the device, where one serves.
+
+    Args:
+        channels: Length of a row.
+        rows: Rows that a step brings to the buffer.
+        calls: Calls that bring them: each may round up.
+
+    Returns:
+        Rows from which the buffer counts as full, and the most of a step: it holds both together.
+        None where a step brings more than one launch adds in good time.
+
+    Example:
+        >>> device_buffer_rows(64, 90.5, calls=1), device_buffer_rows(64, 400, calls=2)
+        ((128, 92), (1, 402))
+    """
+    threshold, most_rows = buffer_rows(channels), math.ceil(rows) + calls
+    if most_rows > device_buffer_limit(channels):
+        return None
+    # A buffer that one step fills is emptied in every step: no room for two of them.
+    return threshold if most_rows <= threshold else 1, most_rows

@@ -1,0 +1,631 @@
+"""Layer: the running statistics of one tap, and the rows that wait to be added to them.
+
+A call that brings many rows has them added at once, while the activation is in cache. Sampled rows,
+and calls that bring few, are copied into a buffer first and added together: see
+:mod:`fastcov.stats.buffering`. The buffer's counters are on the host, or on a GPU, where a CUDA
+graph can replay the sampling.
+
+Calls that are laid out like an earlier one take a shorter way to the same result: the routes of
+:mod:`fastcov.stats.route`, which :meth:`Layer.changed` takes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastcov.ops import library
+from fastcov.ops.backend import Service, service_of
+from fastcov.rows.dtypes import ROW_DTYPES
+from fastcov.rows.layout import ActivationLayout
+from fastcov.rows.sequence import WHOLE, fixed_point, rows_due
+from fastcov.stats.buffering import (
+    buffer_rows,
+    device_buffer_limit,
+    device_buffer_rows,
+    direct_rows,
+)
+from fastcov.stats.cursor import (
+    CALLS,
+    CARRY,
+    FRACTION,
+    OFFERED,
+    PHASE,
+    POSITIONS,
+    SAMPLED,
+    Counter,
+    Cursor,
+)
+from fastcov.stats.device_buffer import DeviceBuffer
+from fastcov.stats.host_buffer import HostBuffer
+from fastcov.stats.state import CovarianceState
+
+RowSource = Callable[..., bool]
+"""Function that adds the rows of a call to a state by a cheaper way if it can, else returns False:
+takes the state, ``row_scale`` and ``decay`` (:meth:`fastcov.stats.affine.AffineMap.add_to`)."""
+
+_WAITING_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the budget
+_MOST_MOVES = 4  # to the device: each waits for it, and sizes or dtypes may alternate
+
+
+@dataclass
+class _Waiting:
+    """Rows of the first step, kept until the fraction to read is known."""
+
+    rows: Tensor
+    offered: int
+    is_whole: bool
+
+
+class Layer:
+    """Running statistics of one tap, or of several taps that see the same tensors.
+
+    Args:
+        name: Canonical name of the tap.
+        phase: Start of the sampling sequence.
+        fraction: Share of the rows to read, None until :meth:`plan` is called.
+        weighting: "position": every row weighs 1. "image": every index of dim 0 weighs 1 a step,
+            shared by its positions over all calls of the step.
+        decay: Factor on everything seen before, once a step; None keeps everything.
+        first_fill: See :func:`fastcov.rows.sequence.first_fill`.
+
+    Attributes:
+        cursor: Counters, in memory that Python and operators share.
+        calls: Calls of the running step, then of the last one.
+        offered_rows: Rows that these calls offered.
+        earlier_calls: Calls of the steps before.
+        fraction: As given, or as planned.
+        state: None before the first row.
+        buffer: Rows that wait, on the host's counters.
+        device_buffer: Rows that wait, on a GPU's counters, where it serves.
+        dtype: Dtype of the rows read last.
+        service: How such rows are served.
+        step: Number of the running step.
+        state_step: Step up to which decay has been applied to the state.
+    """
+
+    calls = Counter(CALLS)
+    offered_rows = Counter(OFFERED)
+    phase = Counter(PHASE)
+    _positions = Counter(POSITIONS)
+    _fixed_fraction = Counter(FRACTION)
+    _carry = Counter(CARRY)
+    _sampled = Counter(SAMPLED)
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        phase: int,
+        fraction: float | None,
+        weighting: Literal["position", "image"],
+        decay: float | None,
+        first_fill: float = 1.0,
+    ) -> None:
+        self.name = name
+        self.weighting = weighting
+        self.decay = decay
+        self.cursor = Cursor()
+        self.phase = phase
+        self.state: CovarianceState | None = None
+        self.device_buffer: DeviceBuffer | None = None
+        self.dtype: torch.dtype | None = None
+        self.service: Service | None = None
+        self.step = 0
+        self.state_step = 0
+        self.earlier_calls = 0
+        self.buffer = HostBuffer(self.cursor, weighting == "image" or decay is not None, first_fill)
+        self._listeners: list[Callable[[], None]] = []
+        self._waiting: list[_Waiting] = []
+        self._device: torch.device | None = None  # of the state
+        # With weighting="image":
+        self._pooled: CovarianceState | None = None  # rows of this step, weighed at its end
+        self._is_pooled: bool | None = None  # several calls a step; None before the first has ended
+        self._is_unweighted = False  # the state holds this step's rows at weight 1 so far
+        self._forget_device()
+        self.set_fraction(fraction)
+
+    # what routes are told
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Has a function called whenever an earlier call no longer tells how the next is read."""
+        self._listeners.append(listener)
+
+    def changed(self) -> None:
+        """Takes back all routes: state, buffer, fraction, dtype or device are other ones."""
+        for listener in self._listeners:
+            listener()
+
+    def set_fraction(self, fraction: float | None) -> None:
+        """Sets the share of the rows to read; None until it is planned."""
+        self.fraction = fraction
+        self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
+        self.changed()
+
+    @property
+    def total_calls(self) -> int:
+        """Calls of all steps."""
+        return self.earlier_calls + self.calls
+
+    # one step
+
+    def begin_step(self, step: int) -> None:
+        """Starts the counters of a step."""
+        self.step = step
+        self.earlier_calls += self.calls
+        self.calls = 0
+        self.offered_rows = 0
+        self._positions = 0
+        if self.device_buffer is not None:
+            self.device_buffer.step_rows = 0
+
+    def read(
+        self, activation: Tensor, layout: ActivationLayout, source: RowSource | None = None
+    ) -> None:
+        """Takes the rows of one call, or the sample that is due.
+
+        Args:
+            activation: One that ``layout`` fits, or a row view. [B, ..., C]
+            layout: Its layout.
+            source: Adds the same rows for less, where it can.
+        """
+        offered = layout.rows
+        if offered == 0:
+            return
+        numbers = self.cursor.numbers
+        numbers[CALLS] += 1
+        numbers[OFFERED] += offered
+        numbers[POSITIONS] += layout.positions
+        buffer = self.device_buffer
+        if buffer is not None and not self.adds_at_once(layout):
+            if self.has_room(layout, numbers[CALLS]):
+                buffer.step_rows += offered
+                gather = buffer.prepare(activation, layout, numbers[FRACTION], numbers[PHASE])
+                gather.launch_(activation)
+                return
+            # Another device or precision, or larger batches than planned: to the host's counters.
+            self._leave_full_buffer(buffer, layout)
+        if self._device != layout.device:
+            self.prepare(layout.channels, layout.device)
+        if layout.dtype is not self.dtype:
+            self._match_dtype(layout.dtype)
+        fraction = numbers[FRACTION]
+        if fraction == WHOLE:
+            self._add(activation, layout, source)
+        elif fraction:
+            due, self._carry = rows_due(offered, fraction, self._carry)
+            if due:
+                self._sample(activation, layout, due)
+        elif self.fraction is None:
+            self._wait(activation, layout)
+
+    def end_step(self) -> None:
+        """Settles the weights of the step: all its calls have been seen."""
+        if self.calls == 0:
+            return
+        self._is_pooled = self.calls > 1
+        if self.weighting == "position":
+            return
+        self.buffer.weigh(self.step, self._row_weight())
+        if self._is_unweighted and self.state is not None:
+            self.state.scale_(self._row_weight())
+            self._is_unweighted = False
+        if self._pooled is not None and self.state is not None:
+            self.state.scale_(self._decay_until(self.step))
+            self.state.merge(self._pooled, scale=self._row_weight())
+            if self._is_pooled:
+                self._pooled.reset()
+            else:
+                self._pooled = None
+
+    def plan(self, fraction: float) -> None:
+        """Sets the share of the rows to read and takes it from the rows of the first step."""
+        self.set_fraction(fraction)
+        waiting, self._waiting = self._waiting, []
+        for part in waiting:
+            rows = part.rows
+            layout = ActivationLayout(rows)
+            if layout.dtype is not self.dtype:
+                self._match_dtype(layout.dtype)
+            if self._fixed_fraction < WHOLE:
+                due, self._carry = rows_due(part.offered, self._fixed_fraction, self._carry)
+                if part.is_whole and due:
+                    self._sample(rows, layout, due)
+                    continue
+                rows = rows[:due]
+                layout = ActivationLayout(rows)
+            # A call that was kept in part was large: later ones like it will need no buffer.
+            is_large = part.offered >= self._direct_rows(layout.channels)
+            self._add(rows, layout, at_once=self._fixed_fraction == WHOLE and is_large)
+
+    def prepare(self, channels: int, device: torch.device) -> CovarianceState:
+        """The state, made or moved to a device where needed."""
+        if self.state is None:
+            self.state = CovarianceState(channels, device)
+        elif self.state.moment.device != device:
+            self.leave_device()
+            self.flush()
+            self.state.to(device)
+            if self._pooled is not None:
+                self._pooled.to(device)
+            for part in self._waiting:  # of a first step that an exception has ended
+                part.rows = part.rows.to(device)
+            self.buffer.release()
+            self._forget_device()
+        if self._device != device:
+            self._device = device
+            self.service = service_of(self.dtype or torch.float32, device)
+            self.changed()
+        return self.state
+
+    # how rows are added
+
+    def _direct_rows(self, channels: int) -> int:
+        assert self.service is not None
+        return direct_rows(channels, self.service.is_host)
+
+    def adds_at_once(self, layout: ActivationLayout) -> bool:
+        """True if all rows of such a call are added, with the same numbers in every step."""
+        return (
+            self.cursor.numbers[FRACTION] == WHOLE
+            and self.weighting == "position"
+            and self.decay is None
+            and self.service is not None
+            and layout.rows >= self._direct_rows(layout.channels)
+        )
+
+    def _add(
+        self,
+        activation: Tensor,
+        layout: ActivationLayout,
+        source: RowSource | None = None,
+        at_once: bool = False,
+    ) -> None:
+        # Every row: at once where the call brings many, else through the buffer.
+        count = layout.rows
+        if at_once or count >= self._direct_rows(layout.channels):
+            last = None if self.decay is None else self.buffer.last_step
+            if last is not None and last < self.step:
+                # The state moves to this step: rows of earlier ones would miss their decay.
+                self._flush_full()
+            if self.weighting == "position":
+                rows = layout.source(activation)
+                self._accumulate(rows, self.step, None, 1.0, layout.channel_dim, source)
+            else:
+                self._add_image_weighted(layout.view(activation), source)
+        elif count:
+            buffer = self._room(layout, count)
+            fill = self.buffer.fill
+            rows = layout.view(activation)
+            buffer[fill : fill + count].view(rows.shape).copy_(rows)
+            self.buffer.mark(count, self.step)
+
+    def _add_image_weighted(self, rows: Tensor, source: RowSource | None) -> None:
+        assert self.state is not None
+        # The weight of a row is known when the step's last call has been seen.
+        if self._is_pooled is False and self.calls == 1:
+            self._accumulate(rows, self.step, row_scale=self._row_weight(), source=source)
+        elif self._is_pooled is None and self.earlier_calls == 0:
+            self._accumulate(rows, self.step)  # all that the state holds is of this step
+            self._is_unweighted = True
+        else:
+            if self._pooled is None:
+                self._pooled = CovarianceState(self.state.channels, rows.device)
+            self._pooled.update(rows)
+
+    def _accumulate(
+        self,
+        rows: Tensor,
+        step: int,
+        row_weight: Tensor | None = None,
+        row_scale: float = 1.0,
+        channel_dim: int = -1,
+        source: RowSource | None = None,
+    ) -> None:
+        state, service = self.state, self.service
+        assert state is not None
+        assert service is not None
+        accumulate_ = library.ACCUMULATE[service.kernels]
+        decay = 1.0 if self.decay is None else self._decay_until(step)
+        to = (state.moment, state.sum, state.shift, state.weight, state.count)
+        if row_weight is None and row_scale == 1.0 and decay == 1.0:
+            if source is None or not source(state):
+                accumulate_(*to, rows, channel_dim)
+            return
+        with state.weighing(rows, row_weight, row_scale, decay):
+            if source is None or not source(state, row_scale=row_scale, decay=decay):
+                accumulate_(*to, rows, channel_dim, row_weight, row_scale, decay)
+
+    def _sample(self, activation: Tensor, layout: ActivationLayout, due: int) -> None:
+        if due >= layout.rows:
+            self._add(activation, layout)
+        elif due > buffer_rows(layout.channels):
+            sample = layout.new_rows(due)
+            self._gather(sample, 0, activation, layout, due)
+            self._add(sample, ActivationLayout(sample))
+        else:
+            storage = self._room(layout, due)
+            self._gather(storage, self.buffer.fill, activation, layout, due)
+            self.buffer.mark(due, self.step)
+
+    def _gather(
+        self,
+        buffer: Tensor,
+        buffer_row: int,
+        activation: Tensor,
+        layout: ActivationLayout,
+        due: int,
+    ) -> None:
+        assert self.service is not None
+        library.GATHER[self.service.kernels](
+            buffer,
+            layout.source(activation),
+            buffer_row,
+            self._sampled,
+            due,
+            layout.run_length,
+            self.phase,
+            layout.channel_dim,
+        )
+        self._sampled += due
+
+    def _wait(self, activation: Tensor, layout: ActivationLayout) -> None:
+        offered = layout.rows
+        kept_before = sum(part.rows.numel() for part in self._waiting) // layout.channels
+        limit = max(buffer_rows(layout.channels) - kept_before, ceil(offered * _WAITING_SHARE))
+        kept: Tensor
+        if offered <= limit:
+            kept = layout.view(activation).clone(memory_format=torch.contiguous_format)
+        else:
+            # Any prefix of the sampling sequence is a fair sample: the plan keeps what is due.
+            kept = layout.new_rows(limit)
+            self._gather(kept, 0, activation, layout, limit)
+        self._waiting.append(_Waiting(kept, offered, offered <= limit))
+
+    def _decay_until(self, step: int) -> float:
+        steps = step - self.state_step
+        if steps <= 0:
+            return 1.0
+        self.state_step = step
+        return 1.0 if self.decay is None else self.decay**steps
+
+    def _row_weight(self) -> float:
+        # Horvitz-Thompson: a row read with probability `fraction` stands for 1 / fraction rows.
+        if self.weighting == "position":
+            return 1.0
+        assert self.fraction is not None
+        return 1.0 / (self._positions * min(self.fraction, 1.0))
+
+    def _room(self, layout: ActivationLayout, wanted: int) -> Tensor:
+        buffer = self.buffer
+        storage = buffer.storage
+        if storage is not None and buffer.fill + wanted <= buffer.limit:
+            return storage
+        if buffer.fill:
+            # A step's weights are final at its end only: until then its rows may not leave.
+            is_held = self.weighting == "image" and buffer.last_step == self.step
+            if not is_held:
+                self._flush_full()
+        grown = buffer.room(layout, wanted)
+        if grown is not storage:
+            self.changed()
+        return grown
+
+    def _match_dtype(self, dtype: torch.dtype) -> None:
+        before = self.dtype
+        if before is not None and self.state is not None:
+            self.flush()
+            self.buffer.release()
+            if ROW_DTYPES[before].is_centred and not ROW_DTYPES[dtype].is_centred:
+                # Such rows have no exact form about a shift.
+                self.state.translate_(torch.zeros_like(self.state.shift))
+        self.dtype = dtype
+        self.service = service_of(dtype, self._device or torch.device("cpu"))
+        self.changed()
+
+    def flush(self) -> None:
+        """Adds the rows that wait to the state."""
+        if self.device_buffer is not None:
+            self.device_buffer.flush(self.decay or 1.0)
+        self._flush_full()
+        self.buffer.stagger()
+
+    def _flush_full(self) -> None:
+        rows = self.buffer.rows
+        if rows is None:
+            return
+        row_weight = self.buffer.row_weight(self.decay or 1.0, rows.device)
+        last = self.buffer.last_step
+        self._accumulate(rows, self.state_step if last is None else last, row_weight)
+        self.buffer.clear()
+
+    # counters on the device
+
+    def _forget_device(self) -> None:
+        # On another device all is decided anew.
+        self._moves_left = _MOST_MOVES
+        self._largest_capacity = 0  # rows a step; never shrinks
+        self.why_on_host = ""
+
+    @property
+    def wants_device_buffer(self) -> bool:
+        """True if the last step's rows waited on the host's counters, and might on the device's."""
+        return (
+            self.device_buffer is None
+            and self._moves_left > 0
+            and self.calls > 0
+            and self.fraction is not None
+            and self.dtype is not None
+            # Of every row those that are added at once count nothing.
+            and (self._fixed_fraction < WHOLE or self.buffer.storage is not None)
+        )
+
+    def use_device_buffer(self, step: Tensor) -> DeviceBuffer | None:
+        """Moves the counters to the device, so that CUDA graphs can replay the sampling.
+
+        Only where rows go through a buffer, every row weighs the same, and a step brings no more
+        of them than one launch adds in good time.
+
+        Args:
+            step: int64, number of the running step, kept up to date by the caller. []
+
+        Returns:
+            The buffer, or None where rows are added at once, or sampled by the host.
+        """
+        if self.device_buffer is not None:
+            if self.device_buffer.step is not step:
+                self.device_buffer.step = step
+                self.changed()
+            return self.device_buffer
+        state, dtype = self.state, self.dtype
+        if state is None or dtype is None or not self.wants_device_buffer:
+            return None
+        sizes = self._device_rows(state.channels)
+        if not service_of(dtype, state.moment.device).counts_on_device:
+            self.why_on_host = f"samples {dtype} on the host; cast to float32 or less"
+        if sizes is None or self.why_on_host:
+            self._moves_left = 0
+            return None
+        threshold, most_rows = sizes
+        self._largest_capacity = max(self._largest_capacity, most_rows)
+        self._moves_left -= 1
+        self.flush()
+        self.buffer.release()
+        self.device_buffer = DeviceBuffer(
+            state,
+            dtype,
+            step=step,
+            threshold=threshold,
+            first_threshold=ceil(threshold * self.buffer.first_fill),
+            most_rows=self._largest_capacity,
+            sampled=self._sampled,
+            carry=self._carry,
+            state_step=self.state_step,
+        )
+        self.changed()
+        return self.device_buffer
+
+    def _device_rows(self, channels: int) -> tuple[int, int] | None:
+        if self.weighting != "position":
+            return None
+        rows: float = self.offered_rows
+        if self.fraction is not None and self._fixed_fraction < WHOLE:
+            rows *= self.fraction
+        else:
+            most_waiting = self.calls * (self._direct_rows(channels) - 1)
+            if self.decay is not None and rows > most_waiting:
+                return None  # some are added at once, with a decay that the host knows
+            rows = min(rows, most_waiting)
+        sizes = device_buffer_rows(channels, rows, self.calls)
+        if sizes is None:
+            most = device_buffer_limit(channels)
+            self.why_on_host = (
+                f"samples {rows:.0f} rows a step on the host, the device {most} at most; set rows "
+                'lower, or "all"'
+            )
+        return sizes
+
+    def has_room(self, layout: ActivationLayout, calls: int) -> bool:
+        """True if the device's buffer takes the rows of a call.
+
+        Args:
+            layout: Layout of the call.
+            calls: Calls of the running step, this one among them: each may round up.
+        """
+        buffer = self.device_buffer
+        if buffer is None:
+            return False
+        due = (buffer.step_rows + layout.rows) * self.cursor.numbers[FRACTION] >> 32
+        return (
+            buffer.dtype is layout.dtype
+            and buffer.device == layout.device
+            and due + calls <= buffer.most_rows
+        )
+
+    def _leave_full_buffer(self, buffer: DeviceBuffer, layout: ActivationLayout) -> None:
+        if buffer.is_captured:
+            raise RuntimeError(
+                f"{layout.rows} more rows of {layout.dtype} on {layout.device} do not fit the "
+                f"buffer of a captured CUDA graph: {buffer.most_rows} rows a step of "
+                f"{buffer.dtype} on {buffer.device}; run the largest step eagerly before the "
+                "capture"
+            )
+        self.leave_device()
+
+    def leave_device(self) -> None:
+        """Takes the counters back to the host: waits for the device."""
+        if self.device_buffer is not None:
+            self.flush()
+            self._sampled, self._carry, self.state_step = self.device_buffer.counters()
+            self.device_buffer = None
+            self.changed()
+
+    def _counters(self) -> tuple[int, int, int]:
+        if self.device_buffer is not None:
+            return self.device_buffer.counters()
+        return self._sampled, self._carry, self.state_step
+
+    # keeping
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Routes belong to hooks, which a copy's model does not have.
+        return {**self.__dict__, "_listeners": []}
+
+    def merge(self, other: Layer, step: int) -> None:
+        """Adds the rows that another layer has seen; decay is brought to ``step`` first."""
+        self.flush()
+        other.flush()
+        if other.state is None:
+            return
+        own = self.prepare(other.state.channels, other.state.moment.device)
+        own.scale_(self._decay_until(step))
+        behind = step - other._counters()[2]
+        own.merge(other.state, scale=1.0 if self.decay is None else self.decay**behind)
+        self.earlier_calls += other.total_calls
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and sampling position; rows that wait are added first."""
+        self.flush()
+        sampled, carry, state_step = self._counters()
+        return {
+            "state": None if self.state is None else self.state.state_dict(),
+            "channels": 0 if self.state is None else self.state.channels,
+            "fraction": self.fraction,
+            "state_step": state_step,
+            "sampled": sampled,
+            "carry": carry,
+            "total_calls": self.total_calls,
+            "is_pooled": self._is_pooled,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
+        """Continues from :meth:`state_dict`; without rows only the plan is taken."""
+        self.reset()
+        self.set_fraction(saved["fraction"])
+        self.state_step = saved["state_step"]
+        self.earlier_calls = saved["total_calls"]
+        self._sampled = saved["sampled"]
+        self._carry = saved["carry"]
+        self._is_pooled = saved["is_pooled"]
+        if saved["state"] is not None and with_rows:
+            device = torch.device("cpu") if self.state is None else self.state.moment.device
+            self.prepare(saved["channels"], device).load_state_dict(saved["state"])
+
+    def reset(self) -> None:
+        """Forgets every row; the fraction to read and the sampling position stay."""
+        self.leave_device()
+        self._forget_device()
+        if self.state is not None:
+            self.state.reset()
+        if self._pooled is not None:
+            self._pooled.reset()
+        self.buffer.clear()
+        self._waiting = []
+        self.earlier_calls = self.calls = self.offered_rows = 0
+        self.state_step = 0
+        self.changed()

@@ -1,0 +1,125 @@
+"""Merging of states over ranks: the only collectives of the package.
+
+What is sent, and how it combines, is read from the declarations of a state's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastcov.stats.state import DECLARED, CovarianceState, Declared
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Rank of this process and number of processes; (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sync_states(
+    states: Sequence[CovarianceState], group: dist.ProcessGroup | None = None
+) -> list[CovarianceState]:
+    """States of all ranks merged: two collectives, whatever the number of layers.
+
+    Args:
+        states: One a layer, in the same order on every rank, on one device.
+        group: Process group; None is the default group.
+
+    Returns:
+        New states, equal on every rank; the given ones stay as they are.
+    """
+    if not states:
+        return []
+    merged = [state.copy() for state in states]
+    _share_shifts(merged, group)
+    summed = [
+        (declared, tensor)
+        for state in merged
+        for declared, tensor in zip(DECLARED.values(), state.tensors, strict=True)
+        if declared.reduction == "sum"
+    ]
+    parts = [_packed(declared, tensor) for declared, tensor in summed]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat, group=group)
+    totals = flat.split([len(part) for part in parts])
+    for (declared, tensor), total in zip(summed, totals, strict=True):
+        _unpack_(declared, tensor, total)
+    return merged
+
+
+def _share_shifts(states: Sequence[CovarianceState], group: dist.ProcessGroup | None) -> None:
+    # The first rank that has seen a row of a layer lends its shift; sums are additive about it.
+    has_rows = torch.stack([(state.count[0] > 0).double() for state in states])
+    local = torch.cat([has_rows, *(state.shift for state in states)])
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local, group=group)
+    start = len(states)
+    for layer, state in enumerate(states):
+        stop = start + state.channels
+        shift = torch.zeros_like(state.shift)
+        for rank in reversed(gathered):
+            shift = torch.where(rank[layer] > 0, rank[start:stop], shift)
+        state.translate_(shift)
+        start = stop
+
+
+def _lower_half(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(*tensor.shape, device=tensor.device)
+    return rows, columns
+
+
+def _packed(declared: Declared, tensor: Tensor) -> Tensor:
+    # One vector of float64, which holds whole numbers to 2^53.
+    values = tensor[_lower_half(tensor)] if declared.is_lower else tensor.flatten()
+    return values.double()
+
+
+def _unpack_(declared: Declared, tensor: Tensor, values: Tensor) -> None:
+    if not tensor.is_floating_point():
+        values = values.round().to(tensor.dtype)
+    if declared.is_lower:
+        tensor[_lower_half(tensor)] = values
+    else:
+        tensor.copy_(values.view(tensor.shape))
+
+
+def sync_named_states(
+    states: Mapping[str, CovarianceState | None], group: dist.ProcessGroup | None = None
+) -> dict[str, CovarianceState]:
+    """Merges named states of all ranks; a rank may have seen no row of some of them.
+
+    Args:
+        states: By layer, in the same order on every rank; None where this rank has none.
+        group: Process group; None is the default group.
+
+    Returns:
+        New states of the layers of which some rank has seen a row, equal on every rank.
+
+    Raises:
+        RuntimeError: On every rank, if names or widths differ between ranks.
+    """
+    own = {name: 0 if state is None else state.channels for name, state in states.items()}
+    gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(gathered, own, group=group)
+    widths = {name: max(rank.get(name, 0) for rank in gathered) for name in own}
+    for rank, found in enumerate(gathered):
+        if list(found) != list(own) or any(found[n] not in (0, widths[n]) for n in own):
+            raise RuntimeError(
+                f"rank {rank} tracks other layers or widths than this rank: track the same model "
+                "with the same arguments on every rank"
+            )
+    is_nccl = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+    names = [name for name, width in widths.items() if width]
+    local = []
+    for name in names:
+        state = states[name]
+        empty = CovarianceState(widths[name], device)
+        local.append(empty if state is None else state.copy().to(device))
+    merged = zip(names, sync_states(local, group), strict=True)
+    return {name: state for name, state in merged if int(state.count[0]) > 0}

@@ -1,0 +1,373 @@
+"""Routes: how a call is read that is laid out like an earlier call of the same tap.
+
+The first call of a layout goes the whole way: :meth:`fastcov.stats.layer.Layer.read`. After it
+:func:`choose` decides once, and later calls only ask the chosen route, :meth:`Route.take`. Whatever
+makes the decision wrong (another fraction, dtype, buffer or device) ends in
+:meth:`fastcov.stats.layer.Layer.changed`, and the next call decides anew.
+
+==================  ==============================================================================
+Route               base: the layer decides in each call
+AddOnHost           every row, added by one operator that compares the layout itself
+SampleOnHost        the rows that are due, copied by such an operator
+AddThroughInput     every row of an affine layer, added by way of its input
+LaunchAdd           every row, by launches prepared before
+LaunchSample        the rows that are due, by a launch prepared before
+==================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcov.ops import library
+from fastcov.rows.layout import ActivationLayout, Key, key_of
+from fastcov.rows.sequence import WHOLE
+from fastcov.stats.affine import AffineMap
+from fastcov.stats.buffering import buffer_rows
+from fastcov.stats.cursor import CALLS, FRACTION, OFFERED, POSITIONS
+from fastcov.stats.device_buffer import DeviceBuffer
+from fastcov.stats.layer import Layer
+
+MOST_LAYOUTS = 128
+"""Layouts kept of one tap: heads see several sizes a step, a detector other ones in each."""
+
+
+class Known:
+    """One layout of a tap, how it is read, and the layout that came next the last time.
+
+    Attributes:
+        layout: None for the start, before any call.
+        route: Route of its calls.
+        follower: Entry of the layout that is likely to come next.
+    """
+
+    __slots__ = ("follower", "layout", "route")
+
+    def __init__(self, layout: ActivationLayout | None, route: Route) -> None:
+        self.layout = layout
+        self.route = route
+        self.follower: Known = self
+
+
+class Route:
+    """How calls of one layout are read. The base leaves the decision to the layer, call by call.
+
+    Args:
+        routes: Routes of the tap.
+        layout: Layout of the calls.
+    """
+
+    __slots__ = ("_layer", "_layout", "_routes")
+
+    def __init__(self, routes: Routes, layout: ActivationLayout) -> None:
+        self._routes = routes
+        self._layer = routes.layer
+        self._layout = layout
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """Reads a call.
+
+        Args:
+            value: A tensor that the module returned or was given.
+            module: The module.
+            args: Arguments of its forward.
+
+        Returns:
+            False, with nothing done, where the layout does not fit.
+        """
+        if not self._layout.fits(value):
+            return False
+        self._layer.read(value, self._layout, self._routes.source(module, args, value))
+        self._routes.settle(self._layout, value)
+        return True
+
+
+class AddOnHost(Route):
+    """Every row, added by one operator."""
+
+    __slots__ = ("_cursor", "_state")
+
+    def __init__(self, routes: Routes, layout: ActivationLayout) -> None:
+        super().__init__(routes, layout)
+        state = routes.layer.state
+        assert state is not None
+        self._cursor = routes.layer.cursor
+        self._state = (state.moment, state.sum, state.shift, state.weight, state.count)
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`Route.take`."""
+        cursor = self._cursor
+        if cursor.layout is not self._layout:
+            if not self._layout.fits(value):
+                return False
+            cursor.expect(self._layout)
+        # Fails where the layout differs: only then it is looked at here.
+        if library.accumulate_again_(cursor.tensor, *self._state, value) >= 0:
+            return True
+        return super().take(value, module, args)
+
+
+class SampleOnHost(Route):
+    """The rows that are due, copied into the buffer by one operator."""
+
+    __slots__ = ("_cursor", "_mark_step", "_storage")
+
+    def __init__(self, routes: Routes, layout: ActivationLayout) -> None:
+        super().__init__(routes, layout)
+        buffer = routes.layer.buffer
+        assert buffer.storage is not None
+        self._cursor = routes.layer.cursor
+        self._storage = buffer.storage
+        self._mark_step = buffer.mark_step if buffer.is_marked else None
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`Route.take`."""
+        cursor = self._cursor
+        if cursor.layout is not self._layout:
+            if not self._layout.fits(value):
+                return False
+            cursor.expect(self._layout)
+        # Fails where the layout differs, and where the buffer is full.
+        due = library.gather_again_(cursor.tensor, self._storage, value)
+        if due < 0:
+            return super().take(value, module, args)
+        if due > 0 and self._mark_step is not None:
+            self._mark_step(due, self._layer.step)
+        return True
+
+
+class AddThroughInput(Route):
+    """Every row of an affine layer, by way of its input: the layer asks the source in each call."""
+
+    __slots__ = ()
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`Route.take`."""
+        if not self._layout.fits(value):
+            return False
+        self._layer.read(value, self._layout, self._routes.source(module, args, value))
+        return True
+
+
+class LaunchAdd(Route):
+    """Every row, added by launches that were prepared before."""
+
+    __slots__ = ("_add", "_numbers")
+
+    def __init__(
+        self, routes: Routes, layout: ActivationLayout, add: Callable[[Tensor], None]
+    ) -> None:
+        super().__init__(routes, layout)
+        self._numbers = routes.layer.cursor.numbers
+        self._add = add
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`Route.take`."""
+        layout = self._layout
+        if not layout.fits(value):
+            return False
+        numbers = self._numbers
+        numbers[CALLS] += 1
+        numbers[OFFERED] += layout.rows
+        numbers[POSITIONS] += layout.positions
+        # ActivationLayout.source, without a call in every hook.
+        self._add(value if layout.channel_dim > 0 else layout.view(value))
+        return True
+
+
+class LaunchSample(Route):
+    """The rows that are due, copied into the device's buffer by a launch prepared before."""
+
+    __slots__ = ("_buffer", "_launch_", "_numbers")
+
+    def __init__(
+        self, routes: Routes, layout: ActivationLayout, buffer: DeviceBuffer, value: Tensor
+    ) -> None:
+        super().__init__(routes, layout)
+        self._buffer = buffer
+        self._numbers = numbers = routes.layer.cursor.numbers
+        gather = buffer.prepare(value, layout, numbers[FRACTION], routes.layer.phase)
+        self._launch_ = gather.launch_
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`Route.take`."""
+        layout = self._layout
+        if not layout.fits(value):
+            return False
+        numbers, buffer = self._numbers, self._buffer
+        calls = numbers[CALLS] + 1
+        step_rows = buffer.step_rows + layout.rows
+        if (step_rows * numbers[FRACTION] >> 32) + calls > buffer.most_rows:
+            return super().take(value, module, args)
+        numbers[CALLS] = calls
+        numbers[OFFERED] += layout.rows
+        numbers[POSITIONS] += layout.positions
+        buffer.step_rows = step_rows
+        self._launch_(value)
+        return True
+
+
+class Closed(Route):
+    """No call is read this way: nothing is known of the tap, or its layer was given up."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """False: see :meth:`Route.take`."""
+        del value, module, args
+        return False
+
+
+START = Known(None, Closed())
+"""Entry of a tap of which no layout is known: its next call goes the whole way."""
+
+
+def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
+    """The shortest way to read calls of a layout, as the layer stands now.
+
+    Args:
+        routes: The tap's.
+        layout: A layout that may come again, of which a call was read.
+        value: That call's tensor; only its layout is read.
+    """
+    layer = routes.layer
+    state, service, buffer = layer.state, layer.service, layer.device_buffer
+    fraction = layer.cursor.numbers[FRACTION]
+    undecided = Route(routes, layout)
+    if state is None or service is None or not fraction:
+        return undecided
+    if layer.dtype is not layout.dtype or state.moment.device != layout.device:
+        return undecided
+    if fraction == WHOLE and routes.maps(layout):
+        return AddThroughInput(routes, layout)
+    repeats = service.repeats_calls and layout.numbers is not None
+    if layer.adds_at_once(layout):
+        if repeats:
+            return AddOnHost(routes, layout)
+        add = library.accumulation_of(state, value, layout.channel_dim)
+        return undecided if add is None else LaunchAdd(routes, layout, add)
+    if buffer is not None and buffer.dtype is layout.dtype and buffer.device == layout.device:
+        return LaunchSample(routes, layout, buffer, value)
+    # The operator copies no more rows of a call than a buffer holds, and never all of them.
+    is_small = layout.rows * fraction < buffer_rows(layout.channels) * WHOLE
+    if repeats and fraction < WHOLE and is_small and layer.buffer.storage is not None:
+        return SampleOnHost(routes, layout)
+    return undecided
+
+
+class Routes:
+    """Routes of one tap, by layout.
+
+    Args:
+        layer: Layer that the tap feeds.
+        affine: Map from the module's inputs to its outputs, where every row is read.
+        is_unchanged: True if no other hook has changed the output of a module.
+
+    Attributes:
+        layer: As given; see :meth:`assign`.
+        last: Layout of the last call; its follower is asked first.
+        wrap: Function of a route that gives the route to take instead; see :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        affine: AffineMap | None = None,
+        is_unchanged: Callable[[nn.Module], bool] = lambda module: True,
+    ) -> None:
+        self.layer = layer
+        self.last = START
+        self.wrap: Callable[[Route], Route] | None = None
+        self._affine = affine
+        self._is_unchanged = is_unchanged
+        self._known: dict[Key, Known] = {}
+        layer.listen(self.reconsider)
+
+    def __len__(self) -> int:
+        """Number of layouts that are known."""
+        return len(self._known)
+
+    def assign(self, layer: Layer) -> None:
+        """Leads the tap to another layer."""
+        if layer is not self.layer:
+            self.layer = layer
+            layer.listen(self.reconsider)
+        self.close()
+
+    def close(self) -> None:
+        """Forgets all layouts: the next call goes the whole way."""
+        self._known.clear()
+        self.last = START
+
+    def follow(self, route: Route) -> None:
+        """Takes one route for all calls, whatever their layout."""
+        self._known.clear()
+        self.last = Known(None, route)
+
+    def reconsider(self) -> None:
+        """Keeps the layouts, but decides anew at the next call of each how it is read."""
+        for known in self._known.values():
+            assert known.layout is not None
+            known.route = self._wrapped(Route(self, known.layout))
+
+    def _wrapped(self, route: Route) -> Route:
+        return route if self.wrap is None else self.wrap(route)
+
+    def recall(self, value: Tensor) -> bool:
+        """True if a tensor has a known layout that was not expected; it is the follower now.
+
+        The heads of a detector see the levels of a pyramid in the same order in every step.
+        """
+        key = key_of(value)
+        known = None if key is None else self._known.get(key)
+        if known is None or known is self.last.follower:  # which did not fit: on another device
+            return False
+        self.last.follower = known
+        return True
+
+    def remember(self, layout: ActivationLayout, value: Tensor) -> None:
+        """Keeps the layout of a call that was read the whole way, and chooses its route."""
+        assert layout.key is not None
+        if len(self._known) >= MOST_LAYOUTS:
+            del self._known[next(iter(self._known))]
+        known = Known(layout, self._wrapped(choose(self, layout, value)))
+        self._known[layout.key] = known
+        if self.last is not START:
+            self.last.follower = known
+        self.last = known
+
+    def settle(self, layout: ActivationLayout, value: Tensor) -> None:
+        """Chooses again after a call that the layer decided about."""
+        route = choose(self, layout, value)
+        if type(route) is not Route and layout.key is not None:
+            known = self._known.get(layout.key)
+            if known is not None:
+                known.route = self._wrapped(route)
+
+    def maps(self, layout: ActivationLayout) -> bool:
+        """True if calls of a layout are added through the module's inputs, where that is exact."""
+        service = self.layer.service
+        return (
+            self._affine is not None
+            and service is not None
+            and service.is_host
+            and layout.dtype is torch.float32
+            and self._affine.pays(layout.rows)
+        )
+
+    def source(self, module: nn.Module, args: Any, output: Tensor) -> Callable[..., bool] | None:
+        """Function that adds the rows of a call by way of its input; None where it cannot."""
+        service = self.layer.service
+        if self._affine is None or service is None or not service.is_host:
+            return None
+        if not self._is_unchanged(module):
+            return None
+        return partial(self._affine.add_to, module, args, output)
