@@ -17,8 +17,7 @@ from fastcov.arguments import check_decay, check_model, check_reading, check_ste
 from fastcov.rows.sequence import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.notes import note_of, why_empty
 from fastcov.spectra.history import History, Snapshot
-from fastcov.spectra.pending import PendingSpectra
-from fastcov.spectra.snapshots import SnapshotQueue
+from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
 from fastcov.stats.state import CovarianceState, sync_named_states
