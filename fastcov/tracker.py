@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcov.arguments import check_decay, check_model, check_reading, check_steps
-from fastcov.rows.sequence import ENOUGH_ROWS_PER_CHANNEL
-from fastcov.show.notes import note_of, why_empty
+from fastcov.names import closest
+from fastcov.show.status import (
+    LayerFacts,
+    LayerStatus,
+    RunFacts,
+    Summary,
+    layer_status,
+    why_empty,
+)
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
@@ -23,9 +29,6 @@ from fastcov.stats.capture import is_capturing
 from fastcov.stats.state import CovarianceState, sync_named_states
 from fastcov.watch.keeper import Keeper
 from fastcov.watch.select import Selector, Tap, find_taps
-
-if TYPE_CHECKING:
-    from fastcov.show.page import LayerStatus, Summary
 
 
 class Tracker(Keeper):
@@ -81,10 +84,10 @@ class Tracker(Keeper):
             reader.flush()
             state = reader.state
             if state is None or (needs_rows and float(state.weight) == 0):
-                raise ValueError(f"layer {name!r} has seen no row: {why_empty(self, reader)}")
+                reason = why_empty(self._layer_facts(name), self._run_facts())
+                raise ValueError(f"layer {name!r} has seen no row: {reason}")
             return state
-        close = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.3)
-        raise KeyError(f"no layer {name!r} is tracked; closest names: {', '.join(close) or 'none'}")
+        raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
 
     def covariance(self, name: str, centered: bool = False) -> Tensor:
         """Second-moment matrix of a layer's rows, the covariance if ``centered``.
@@ -148,37 +151,45 @@ class Tracker(Keeper):
         Returns:
             A flat dict of floats, for any logger; ``print`` shows it as a table.
         """
-        from fastcov.show.page import Summary
-
         return Summary(self.statuses())
 
     def statuses(self) -> list[LayerStatus]:
         """One line a layer: rows, spectrum, and a note where something is missing."""
-        from fastcov.show.page import LayerStatus
+        spectra, run = self.spectra(), self._run_facts()
+        untracked = [name for name in self.notes if name not in self.readers]
+        facts = [self._layer_facts(name) for name in [*self.names(), *untracked]]
+        return [layer_status(layer, run, spectra.get(layer.name)) for layer in facts]
 
-        spectra = self.spectra()
-        statuses = []
-        for tap in self.taps:
-            reader = self.readers[tap.name]
-            state = (self._synced or {}).get(tap.name, reader.state)
-            counted = [0, 0] if state is None else state.count.tolist()
-            channels = tap.channels or (0 if state is None else state.channels)
-            statuses.append(
-                LayerStatus(
-                    name=tap.name,
-                    channels=channels,
-                    count=counted[0],
-                    skipped=counted[1],
-                    weight=0.0 if state is None else float(state.weight),
-                    rows_wanted=ENOUGH_ROWS_PER_CHANNEL * channels,
-                    spectrum=spectra.get(tap.name),
-                    note=note_of(self, tap, reader, counted[0], counted[1]),
-                )
-            )
-        for name, note in self.notes.items():
-            if name not in self.readers:
-                statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
-        return statuses
+    def _run_facts(self) -> RunFacts:
+        readers = self.unique_readers()
+        return RunFacts(
+            steps=self.steps,
+            steps_read=self.steps_read,
+            decay=self.decay,
+            train_only=self.train_only,
+            refusal=self.step.not_counted,
+            has_calls=any(reader.total_calls for reader in readers),
+            has_calls_lately=any(reader.calls for reader in readers),
+        )
+
+    def _layer_facts(self, name: str) -> LayerFacts:
+        reason = self.notes.get(name, "")
+        if name not in self.readers:
+            return LayerFacts(name, reason=reason)
+        reader = self.readers[name]
+        state = (self._synced or {}).get(name, reader.state)
+        channels = {tap.name: tap.channels for tap in self.taps}[name]
+        count, skipped = (0, 0) if state is None else state.count.tolist()
+        return LayerFacts(
+            name=name,
+            channels=channels or (0 if state is None else state.channels),
+            count=count,
+            skipped=skipped,
+            weight=0.0 if state is None else float(state.weight),
+            reason=reason,
+            has_calls=reader.total_calls > 0,
+            has_calls_lately=reader.calls > 0,
+        )
 
     # keeping
 
