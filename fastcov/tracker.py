@@ -31,6 +31,8 @@ from fastcov.stats.capture import is_capturing
 from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
+from fastcov.watch.hooks import watchers_of
+from fastcov.watch.isolation import is_compiled
 from fastcov.watch.select import Selector, Tap, find_taps
 from fastcov.watch.watcher import Watcher
 
@@ -73,6 +75,7 @@ class Tracker:
         self._synced: dict[str, CovarianceState] = {}  # all ranks' rows
         self._synced_at = -1  # steps that had begun then: the next one ends the view
         self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
+        self._continues = False  # the run that the history holds already
         self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
     def _end_step(self) -> None:
@@ -82,6 +85,7 @@ class Tracker:
         try:
             self._snapshots.poll()
             if self.steps % self.snapshot_every == 0:
+                self._begin_history()
                 self._snapshots.add(self.steps, self._start_spectra())
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
@@ -98,6 +102,17 @@ class Tracker:
 
     def _show_own_rows(self) -> None:
         self._synced, self._synced_at = {}, -1
+
+    def _begin_history(self) -> None:
+        # Snapshots of two runs in one history would read as one training.
+        if not self._continues:
+            self._continues = True
+            if (apart := self._snapshots.history.start_anew()) is not None:
+                warnings.warn(
+                    f"the snapshots of an earlier run were moved to {apart}: a run is continued "
+                    "by load_state_dict() before its first snapshot",
+                    stacklevel=3,
+                )
 
     @property
     def history(self) -> History:
@@ -191,7 +206,7 @@ class Tracker:
         Returns:
             A flat dict of floats, for any logger; ``print`` shows it as a table.
         """
-        return Summary(self.statuses())
+        return Summary(self.statuses(), self.watcher.remarks())
 
     def statuses(self) -> list[LayerStatus]:
         """One line a layer: rows, spectrum, and a note where something is missing."""
@@ -211,11 +226,12 @@ class Tracker:
             refusal=watcher.steps.not_counted,
             has_calls=any(layer.total_calls for layer in layers),
             has_calls_lately=any(layer.calls for layer in layers),
+            is_compiled=is_compiled(watcher.root()),
         )
 
     def _layer_facts(self, name: str) -> LayerFacts:
         watcher = self.watcher
-        reason = watcher.notes.get(name, "")
+        reason = watcher.note(name)
         if name not in watcher.layers:
             return LayerFacts(name, reason=reason)
         layer = watcher.layers[name]
@@ -248,6 +264,7 @@ class Tracker:
             ValueError: If ``step`` comes before the last snapshot's.
             OSError: If the folder cannot be written; the snapshots before it are intact.
         """
+        self._begin_history()
         snapshot = Snapshot(
             step=self.steps if step is None else step, wall_s=time.time(), spectra=self.spectra()
         )
@@ -383,6 +400,7 @@ class Tracker:
         watcher.share(state_dict["shared"])
         for name, saved in layers.items():
             watcher.layers[name].load_state_dict(saved, with_rows=not is_elsewhere)
+        self._continues = True
         self.history.truncate(self.steps + 1)
 
     def reset(self) -> None:
@@ -457,6 +475,7 @@ def track(
     train_only: bool = True,
     snapshot_every: int | None = None,
     out: str | Path | None = None,
+    replace: bool = False,
 ) -> Tracker:
     """Watches the feature covariance of a model's layers while it trains.
 
@@ -480,7 +499,11 @@ def track(
         train_only: Whether only forwards of a model in training mode are steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none. One that fails (a
             full disk) is a warning.
-        out: Folder where rank 0 appends snapshots; None keeps them in memory.
+        out: Folder where rank 0 appends snapshots; None keeps them in memory. Snapshots of an
+            earlier run are kept in a folder beside, unless :meth:`Tracker.load_state_dict`
+            continues that run.
+        replace: Closes the trackers that the model has already; without it they go on reading, and
+            a warning says so.
 
     Returns:
         The tracker.
@@ -503,9 +526,11 @@ def track(
     check_steps("every", every)
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
+    taps = find_taps(model, include, exclude, where)
+    _meet_others(model, replace)
     return Tracker(
         model,
-        find_taps(model, include, exclude, where),
+        taps,
         policy=policy,
         every=every,
         weighting=weighting,
@@ -515,3 +540,18 @@ def track(
         snapshot_every=snapshot_every,
         out=out,
     )
+
+
+def _meet_others(model: nn.Module, replace: bool) -> None:
+    others = watchers_of(model)
+    if replace:
+        for watcher in others:
+            watcher.close()
+    elif others:
+        one = len(others) == 1
+        warnings.warn(
+            f"this {type(model).__name__} is tracked already: {len(others)} earlier "
+            f"tracker{'' if one else 's'} go{'es' if one else ''} on reading, at the same cost "
+            "each; call close() on them, or track(model, replace=True)",
+            stacklevel=3,
+        )

@@ -14,6 +14,9 @@ from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.tables import text_table
 from fastcov.spectra.spectrum import Spectrum
 
+_ROUNDING_SHARE = 0.01  # of all eigenvalues but the first, that negative ones may sum up to
+_FLOAT64_ROUNDING = 1e-12  # of the largest eigenvalue: what solving alone may bring
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -27,6 +30,7 @@ class RunFacts:
         refusal: Reason why the last forward that might have been a step was none; empty if it was.
         has_calls: True if some watched module was called in some step.
         has_calls_lately: True if some watched module was called in the last step.
+        is_compiled: True if some module of the model was compiled.
     """
 
     steps: int
@@ -36,6 +40,7 @@ class RunFacts:
     refusal: str
     has_calls: bool
     has_calls_lately: bool
+    is_compiled: bool
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,24 @@ def layer_status(layer: LayerFacts, run: RunFacts, spectrum: Spectrum | None) ->
         layer.skipped,
         layer.weight,
         spectrum,
-        "; ".join(_notes(layer, run)),
+        "; ".join([*_notes(layer, run), *_rounding_note(spectrum)]),
     )
+
+
+def _rounding_note(spectrum: Spectrum | None) -> list[str]:
+    # A second moment has no negative eigenvalue. A spectrum holds those that were found as zeros,
+    # so its sum exceeds the trace by them: that much is rounding.
+    if spectrum is None:
+        return []
+    values = spectrum.eigenvalues
+    largest, total = float(values[0]), float(values.sum())
+    negative = total - spectrum.total
+    if negative <= max(_ROUNDING_SHARE * (total - largest), _FLOAT64_ROUNDING * largest):
+        return []
+    return [
+        f"small eigenvalues are rounding: negative ones sum up to {negative:.2g} beside a largest "
+        f"of {largest:.2g}; read rows of float64"
+    ]
 
 
 def why_empty(layer: LayerFacts, run: RunFacts) -> str:
@@ -133,6 +154,9 @@ def why_empty(layer: LayerFacts, run: RunFacts) -> str:
         return (
             "steps were made, but no hook ran: the model was compiled before it was tracked; "
             "call track() before the first compiled forward, or torch.compiler.reset()"
+            if run.is_compiled
+            else "steps were made, but no watched module was called: their parents may use the "
+            "weights themselves, as fused experts do; include the parents"
         )
     if not layer.has_calls:
         return (
@@ -230,6 +254,7 @@ class Summary(dict[str, float]):
 
     Args:
         statuses: One a layer, in the order of the table.
+        remarks: Lines below the table.
 
     Example:
         >>> spectrum = Spectrum(torch.tensor([3.0, 1.0, 0.0]), count=64, total=4.0)
@@ -242,9 +267,10 @@ class Summary(dict[str, float]):
         conv1         3    64    2          2  2.0          1.6
     """
 
-    def __init__(self, statuses: Sequence[LayerStatus]) -> None:
+    def __init__(self, statuses: Sequence[LayerStatus], remarks: Sequence[str] = ()) -> None:
         super().__init__()
         self.statuses = tuple(statuses)
+        self.remarks = tuple(remarks)
         for status in self.statuses:
             self[f"{status.name}/channels"] = float(status.channels)
             self[f"{status.name}/rows"] = float(status.count)
@@ -254,7 +280,7 @@ class Summary(dict[str, float]):
                     self[f"{status.name}/{measure.key}"] = float(measure.read(status.spectrum))
 
     def __str__(self) -> str:
-        return text_table(HEADINGS, self.rows())
+        return "\n".join([text_table(HEADINGS, self.rows()), *self.remarks])
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, one line a layer."""

@@ -1,5 +1,6 @@
 """History: the snapshots of one training, in memory or in a folder."""
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -123,6 +124,26 @@ class History:
         keep = sum(kept < step for kept in self._store.steps)
         if keep < len(self):
             self._store.truncate(keep)
+
+    def start_anew(self) -> Path | None:
+        """Removal of the snapshots of an earlier run into a folder of their own, ``earlier-1``.
+
+        Returns:
+            The new folder inside the history's; None where there was nothing to move.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        if self.folder is None or not len(self):
+            return None
+        numbers = itertools.count(1)
+        apart = next(p for n in numbers if not (p := self.folder / f"earlier-{n}").exists())
+        apart.mkdir()
+        # The lines go first: without them the spectra are leftovers that the next append replaces.
+        for name in ("history.jsonl", "spectra"):
+            (self.folder / name).rename(apart / name)
+        self._store = HistoryFolder(self.folder)
+        return apart
 
 
 class _Memory:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -39,6 +42,19 @@ def is_transformed() -> bool:
 def has_modes() -> bool:
     """Whether some mode or transform would see the operators called here."""
     return _dispatch_modes() > 0 or _function_modes() > 0 or _transform_level() is not None
+
+
+def is_compiled(model: nn.Module | None) -> bool:
+    """True if torch.compile has compiled a module of a model, or the forward of one."""
+    return model is not None and any(
+        module._compiled_call_impl is not None or _has_compiled_code(type(module).forward)
+        for module in model.modules()
+    )
+
+
+def _has_compiled_code(forward: Any) -> bool:
+    code = getattr(forward, "__code__", None)
+    return code is not None and bool(_debug_get_cache_entry_list(code))
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Steps:
         self.not_counted = ""
         self.thread = 0
         self._is_refused = False
+        self._is_overlap_new = False
         self._depth = 0
         self._handled: BaseException | None = None  # by the caller, when the forward began
 
@@ -65,6 +66,7 @@ class Steps:
             return False
         thread = threading.get_ident()
         if self._depth and thread != self.thread and _is_alive(self.thread):
+            self._is_overlap_new = not self.has_overlapped
             self.has_overlapped = True
             return False
         if self._depth and is_nested:
@@ -83,6 +85,11 @@ class Steps:
         """Why a graph must not hold the forward that has begun: once, else empty."""
         was_refused, self._is_refused = self._is_refused, False
         return self.not_counted if was_refused else ""
+
+    def take_overlap(self) -> bool:
+        """True once, after forwards have overlapped in several threads."""
+        was_new, self._is_overlap_new = self._is_overlap_new, False
+        return was_new
 
     def end(self) -> bool:
         """Ends a forward, as an exception does.

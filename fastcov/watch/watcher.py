@@ -24,6 +24,7 @@ from fastcov.stats.capture import DeviceCounters, is_capturing, warn_left_out
 from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks
 from fastcov.stats.route import Route, Routes
+from fastcov.watch.coverage import coverage, module_note
 from fastcov.watch.hooks import Gate, Hook, StepHook
 from fastcov.watch.isolation import (
     has_modes,
@@ -63,7 +64,6 @@ class Watcher:
         modules: Weak references to their modules.
         layers: Layer of each tap, by name; taps that see the same tensors have the same layer.
         notes: Remarks on single layers, by name.
-        remarks: Remarks on the whole.
         steps: Counts the steps.
         steps_begun: Steps that were read, whether they ended or not.
         is_reading: True inside a step that is read.
@@ -100,7 +100,6 @@ class Watcher:
         self.modules: list[Callable[[], nn.Module | None]] = []
         self.layers: dict[str, Layer] = {}
         self.notes: dict[str, str] = {}
-        self.remarks: list[str] = []
         self.steps = Steps()
         self.steps_begun = 0
         self.is_reading = False
@@ -195,8 +194,7 @@ class Watcher:
         counters, steps = self._counters, self.steps
         can_replay = counters is not None and counters.is_warm and self.every == 1
         if not steps.begin(counts and not self._is_paused, is_nested, can_replay):
-            if steps.has_overlapped and OVERLAP not in self.remarks:
-                self.remarks.append(OVERLAP)
+            if steps.take_overlap():
                 warnings.warn(OVERLAP, stacklevel=3)
             self._read(self.is_reading and steps.is_running)
             if reason := steps.take_refusal():
@@ -417,6 +415,21 @@ class Watcher:
         if self._inputs.is_noted(tap):
             return Leading(route, partial(self._inputs.note, tap))
         return route
+
+    def note(self, name: str) -> str:
+        """Remark on a layer or on one that was left out, by name; empty where all is well."""
+        found = self.notes.get(name, "")
+        for tap, module in zip(self.taps, self.modules, strict=False):
+            if tap.name == name:
+                found = found or module_note(self.root(), tap.module_name, module())
+        return found
+
+    def remarks(self) -> list[str]:
+        """Remarks on the whole: overlapping forwards, and the parameters that are watched."""
+        root = self.root()
+        modules = [module for each in self.modules if (module := each()) is not None]
+        lines = [OVERLAP] if self.steps.has_overlapped else []
+        return [*lines, coverage(root, modules)] if root is not None else lines
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""

@@ -19,6 +19,7 @@ RUN = RunFacts(
     refusal="",
     has_calls=True,
     has_calls_lately=True,
+    is_compiled=True,
 )
 LAYER = LayerFacts(
     "conv1", channels=8, count=1000, weight=1000.0, has_calls=True, has_calls_lately=True
@@ -63,6 +64,7 @@ def test_a_layer_with_rows(layer: dict, run: dict, note: str) -> None:
         ({}, {"steps": 0, "train_only": False}, "no forward of the whole model has run"),
         ({}, {"steps": 0, "refusal": "a replica ran"}, "(a replica ran; track the module that is"),
         ({}, {"has_calls": False}, "no hook ran: the model was compiled before it was tracked"),
+        ({}, {"has_calls": False, "is_compiled": False}, "their parents may use the weights"),
         ({"has_calls": False}, {}, "its module was not called"),
         ({"skipped": 5}, {}, "every row held a NaN or an infinity"),
         ({}, {}, "the sampling has not reached it yet"),
