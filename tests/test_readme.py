@@ -74,8 +74,9 @@ def test_the_first_example_prints_what_it_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown, printed = (text.splitlines() for text in (table, done.stdout))
     assert shown[:2] == printed[:2]
-    assert len(shown) == len(printed) == 5
-    for one, other in zip(shown[2:], printed[2:], strict=True):
+    assert len(shown) == len(printed) == 6
+    assert shown[-1] == printed[-1]  # the parameters that are watched
+    for one, other in zip(shown[2:-1], printed[2:-1], strict=True):
         ours, theirs = ([float(cell) for cell in line.split()] for line in (one, other))
         assert ours[:3] == theirs[:3]
         # Processors round differently, and 50 steps of training carry that on.
