@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from fastcov_detection.data import CocoDataset, DataError, Target
+from fastcov_detection.data import CocoDataset, DataError, Target, one_line
 from fastcov_detection.distributed import all_gather, rank, world_size
 from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
@@ -135,7 +135,7 @@ def _detect(
     )
     done = 0
     try:
-        for batch in loader:
+        for batch in one_line(loader):
             outputs = model([image.to(device) for image, _ in batch])
             now = list(indices[done : done + len(batch)])
             done += len(batch)
@@ -174,7 +174,7 @@ def _average_precision(
     """AP and AP50; no detection at all is an AP of zero."""
     if not detections:
         return 0.0, 0.0
-    truth = dataset.file.ground_truth()
+    truth = dataset.file.ground_truth(with_masks=kind == "segm")
     # pycocotools takes a detection's area from its box where there is one, even when it compares
     # masks.
     unused = "bbox" if kind == "segm" else "segmentation"
