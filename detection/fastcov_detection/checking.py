@@ -33,6 +33,7 @@ from fastcov_detection.checks import (
     Split,
     dicts,
     entry_name,
+    used_categories,
 )
 from fastcov_detection.coco import Sheet, image_size, is_id
 from fastcov_detection.errors import DataError
@@ -170,12 +171,12 @@ def synthetic_roots(sheets: Sequence[Sheet]) -> frozenset[int]:
         above = category.get("supercategory")
         if (
             others
+            and is_id(category.get("id"))
             and above in ("none", None, "")
             and all(other.get("supercategory") == category.get("name") for other in others)
         ):
             roots.add(category["id"])
-    used = {a.get("category_id") for sheet in sheets for a in dicts(sheet.annotations)}
-    return frozenset(roots - used)
+    return frozenset(roots - {key for sheet in sheets for key in used_categories(sheet)})
 
 
 def _check_headers(split: Split, listed: Sequence[ListedImage], advance: Advance) -> list[Finding]:

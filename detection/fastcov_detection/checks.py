@@ -491,21 +491,24 @@ def _halves_differ(train: Split, val: Split) -> Iterator[Finding]:
         return
     if train.images_dir.resolve() != val.images_dir.resolve():
         return
-    names = [{i.get("file_name") for i in dicts(s.sheet.images)} for s in (train, val)]
+    names = [
+        {i["file_name"] for i in dicts(s.sheet.images) if isinstance(i.get("file_name"), str)}
+        for s in (train, val)
+    ]
     shared = names[0] & names[1]
     if shared:
         yield about_file(
             val.sheet.path,
             "halves_differ",
             f"shares {len(shared)} of {len(names[1])} images with {train.sheet.path}, the first "
-            f"is {min(shared, key=str)}",
+            f"is {min(shared)}",
             "the score will be partly that of images that were learned; take them out of one",
             is_fault=False,
         )
 
 
 def _classes_are_trained(train: Split, val: Split) -> Iterator[Finding]:
-    used = [{a.get("category_id") for a in dicts(s.sheet.annotations)} for s in (train, val)]
+    used = [used_categories(split.sheet) for split in (train, val)]
     names = _category_names(train.sheet)
     unseen = [names[key] for key in names if key in used[1] and key not in used[0]]
     if unseen:
@@ -523,6 +526,7 @@ PAIR_CHECKS: tuple[PairCheck, ...] = (_categories_agree, _halves_differ, _classe
 
 
 def entry_name(kind: str, entry: Entry, index: int) -> str:
+    """What an error calls an entry: its id, otherwise its place; an image with its file."""
     key = entry.get("id")
     name = f"{kind} {key}" if is_id(key) else f"{kind} number {index + 1}"
     if kind == "image" and isinstance(entry.get("file_name"), str):
@@ -542,7 +546,14 @@ def _repeated(kind: str, entries: Sequence[Any], key: str, remedy: str) -> Itera
         first.setdefault(value, f"number {index + 1}" if key == "id" else str(entry.get("id")))
 
 
+def used_categories(sheet: Sheet) -> set[Any]:
+    """Ids of the categories that have an annotation."""
+    found = (annotation.get("category_id") for annotation in dicts(sheet.annotations))
+    return {key for key in found if is_id(key)}
+
+
 def dicts(entries: Sequence[Any]) -> list[Entry]:
+    """The entries that are JSON objects; others are a fault of their own."""
     return [entry for entry in entries if isinstance(entry, dict)]
 
 

@@ -250,8 +250,9 @@ def _find_and_check(
         text = "is every other category's supercategory and has no object"
         problem = Problem(text, "it is no class of its own", is_fault=False)
         findings.append(Finding(str(sheets[0].path), f"category {root}", problem, "root"))
-    # Where both halves are one file, each finding is told once.
-    return list(dict.fromkeys(findings)), splits, checked
+    if sheets[0].path == sheets[1].path:  # one file for both: each finding once
+        findings = list(dict.fromkeys(findings))
+    return findings, splits, checked
 
 
 def _find_split(config: DataConfig, name: str, with_masks: bool, progress: bool) -> Split:
