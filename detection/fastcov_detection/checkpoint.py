@@ -122,17 +122,15 @@ def check_same_run(
     complete = to_dict(from_dict(TrainConfig, saved["config"]))
     before, now = _flatten({**saved, "config": complete}), _flatten(wanted)
     steps = now.get("config.steps", 0)
-    has_rest = reached < steps if is_finished else reached <= steps
+    may_end = reached < steps if is_finished else reached <= steps
     knows_data = bool(saved.get("data") and wanted.get("data"))
     changes = {}
     for key in sorted(before.keys() | now.keys()):
         name = key.removeprefix("config.")
         old, new = before.get(key), now.get(key)
-        if old == new or name in _FREE or name.split(".")[0] == "changes":
+        if old == new or key in _FREE or (knows_data and key in _PLACES):
             continue
-        if knows_data and name in _PLACES:
-            continue
-        if has_rest and name in _OF_THE_REST:
+        if may_end if key == "config.steps" else (reached < steps and key in _OF_THE_REST):
             changes[name] = [old, new]
             continue
         if key.startswith("data."):
@@ -144,7 +142,7 @@ def check_same_run(
                 f"{run_dir} holds a run on other data: the {what} of {half} have changed since; "
                 f"{_START_OVER}"
             )
-        if name == "steps":
+        if key == "config.steps":
             raise CheckpointError(
                 f"{run_dir} holds a run that has done {reached} steps, more than the {new} asked "
                 f"for; {_START_OVER}"
@@ -159,30 +157,29 @@ _START_OVER = (
     "choose another run folder, or start over with --restart (in Python, with resume=False)"
 )
 _FREE = {
-    "device",
-    "threads",
-    "data.workers",
-    "data.root",
-    "eval_batch_size",
-    "log_every",
-    "checkpoint_every",
-    "evaluate_every",
+    "config.device",
+    "config.threads",
+    "config.data.workers",
+    "config.data.root",
+    "config.eval_batch_size",
+    "config.log_every",
+    "config.checkpoint_every",
+    "config.evaluate_every",
 }
 _PLACES = {
-    "data.name",
-    "data.train_images",
-    "data.train_annotations",
-    "data.val_images",
-    "data.val_annotations",
+    "config.data.name",
+    "config.data.train_images",
+    "config.data.train_annotations",
+    "config.data.val_images",
+    "config.data.val_annotations",
 }
 _OF_THE_REST = {
-    "steps",
-    "lr",
-    "clip_norm",
-    "warmup_steps",
-    "schedule",
-    "milestones",
-    "final_lr",
+    "config.lr",
+    "config.clip_norm",
+    "config.warmup_steps",
+    "config.schedule",
+    "config.milestones",
+    "config.final_lr",
 }
 
 
@@ -203,7 +200,12 @@ def resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path) 
     earlier = saved.get("changes") or []
     if changes:
         told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
-        log.warning("%s goes on from step %d with %s", run_dir, step, told)
+        log.warning(
+            "%s goes on from step %d with %s; the rate follows the schedule of these settings",
+            run_dir,
+            step,
+            told,
+        )
         earlier = [*earlier, {"step": step, **changes}]
     if earlier:
         identity["changes"] = earlier

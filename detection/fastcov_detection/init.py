@@ -32,6 +32,11 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
     if config.init == "random":
         return
     if config.init == "imagenet":
+        if config.norm == "group":
+            raise ConfigError(
+                "the ImageNet weights are of a BatchNorm, model.norm is 'group'; set model.norm "
+                "to batch, sync or frozen, or model.init to random or to weights of a GroupNorm"
+            )
         state, source = _imagenet_state(depth), "the ImageNet weights"
     else:
         path = Path(config.init)
