@@ -65,11 +65,10 @@ class Checked(NamedTuple):
 def check_entries(split: Split, advance: Advance | None = None) -> list[Finding]:
     """Findings of every check of the annotation file alone."""
     sheet = split.sheet
-    annotation_checks = ANNOTATION_CHECKS + (MASK_CHECKS if split.with_masks else ())
     parts = (
         ("image", sheet.images, IMAGE_CHECKS),
         ("category", sheet.categories, CATEGORY_CHECKS),
-        ("annotation", sheet.annotations, annotation_checks),
+        ("annotation", sheet.annotations, ANNOTATION_CHECKS),
     )
     findings = []
     for kind, entries, checks in parts:
@@ -85,7 +84,7 @@ def check_entries(split: Split, advance: Advance | None = None) -> list[Finding]
                     findings.append(Finding(str(sheet.path), name, found, check.__name__))
             if advance is not None and kind == "annotation" and index % _ROUND == _ROUND - 1:
                 advance(_ROUND)
-    findings += _located(split, FILE_CHECKS)
+    findings += _located(split, FILE_CHECKS + (MASK_CHECKS if split.with_masks else ()))
     if advance is not None:
         advance(len(sheet.annotations) % _ROUND)
     return findings

@@ -217,28 +217,30 @@ def _annotation_has_segmentation(annotation: Entry, sheet: Sheet) -> Problem | N
 
 
 def _polygons(polygons: list[Any], size: tuple[int, int] | None) -> Problem | None:
-    shown = f"has segmentation {shorten(polygons)}"
+    def problem(text: str, remedy: str, *, is_fault: bool = True) -> Problem:
+        return Problem(f"has segmentation {shorten(polygons)}{text}", remedy, is_fault)
+
     if all(is_number(value) for value in polygons):
-        return Problem(shown, "write a list of polygons: [[x1, y1, x2, y2, ...]]")
+        return problem("", "write a list of polygons: [[x1, y1, x2, y2, ...]]")
     for polygon in polygons:
         if not isinstance(polygon, list) or not all(type(v) in (int, float) for v in polygon):
-            return Problem(shown, "a polygon is one flat list of numbers: [x1, y1, x2, y2, ...]")
+            return problem("", "a polygon is one flat list of numbers: [x1, y1, x2, y2, ...]")
         if len(polygon) % 2:
-            return Problem(shown, "a polygon has two numbers for each point")
+            return problem("", "a polygon has two numbers for each point")
     usable = [polygon for polygon in polygons if len(polygon) >= 6]
     if not usable:
-        return Problem(
-            f"{shown}, no polygon of three points",
+        return problem(
+            ", no polygon of three points",
             "give at least three points, or [] for an object without mask",
         )
     if size is not None and not all(_is_near(polygon, size) for polygon in usable):
-        return Problem(
-            f"{shown} with points far outside of its image of {size[0]}x{size[1]}",
+        return problem(
+            f" with points far outside of its image of {size[0]}x{size[1]}",
             "write coordinates in pixels",
         )
     if len(usable) < len(polygons):
-        return Problem(
-            f"{shown} with a polygon of fewer than three points",
+        return problem(
+            " with a polygon of fewer than three points",
             "those polygons are left out, the others stay",
             is_fault=False,
         )
@@ -279,18 +281,6 @@ def _encoded(value: Entry, size: tuple[int, int] | None) -> Problem | None:
     return None
 
 
-def _object_has_mask(annotation: Entry, sheet: Sheet) -> Problem | None:
-    """For detectors of masks."""
-    box, size = _box(annotation), _size_of(annotation, sheet)
-    if annotation.get("segmentation") or box is None or size is None:
-        return None
-    if not has_area_inside(box, *size):
-        return None
-    return Problem(
-        "has no segmentation, which a Mask R-CNN learns from", "use a fasterrcnn model, or add it"
-    )
-
-
 EntryCheck = Callable[[Entry, Sheet], Problem | None]
 IMAGE_CHECKS: tuple[EntryCheck, ...] = (_image_has_id, _image_has_name, _image_has_size)
 CATEGORY_CHECKS: tuple[EntryCheck, ...] = (_category_has_id, _category_has_name)
@@ -304,7 +294,6 @@ ANNOTATION_CHECKS: tuple[EntryCheck, ...] = (
     _annotation_has_area,
     _annotation_has_segmentation,
 )
-MASK_CHECKS: tuple[EntryCheck, ...] = (_object_has_mask,)
 
 
 # ---- whole annotation files
@@ -398,6 +387,20 @@ def _objects_are_there(split: Split) -> Iterator[Located]:
         yield "", Problem(f"has no object whose box has an area; {use}", "annotate it")
 
 
+def _objects_have_masks(split: Split) -> Iterator[Located]:
+    """For detectors of masks."""
+    remedy = "use a fasterrcnn model, or add it"
+    entries = list(enumerate(dicts(split.sheet.annotations)))
+    bare = [(i, a) for i, a in entries if not a.get("segmentation") and _has_area(a, split.sheet)]
+    if bare and not any(a.get("segmentation") for _, a in entries):
+        text = f"has {len(bare)} objects and no segmentation, which a Mask R-CNN learns from"
+        yield "", Problem(text, remedy)
+        return
+    for index, annotation in bare:
+        problem = Problem("has no segmentation, which a Mask R-CNN learns from", remedy)
+        yield entry_name("annotation", annotation, index), problem
+
+
 FileCheck = Callable[[Split], Iterator[Located]]
 FILE_CHECKS: tuple[FileCheck, ...] = (
     _something_is_listed,
@@ -408,6 +411,7 @@ FILE_CHECKS: tuple[FileCheck, ...] = (
     _annotations_are_unique,
     _boxes_are_in_pixels,
 )
+MASK_CHECKS: tuple[FileCheck, ...] = (_objects_have_masks,)
 SPLIT_CHECKS: tuple[FileCheck, ...] = (_objects_are_there,)
 
 

@@ -269,7 +269,7 @@ def _check(arguments: argparse.Namespace) -> None:
         config.data, with_masks="mask" in config.model.name, progress=not arguments.quiet
     )
     tell_notes(findings)
-    refuse_faults(findings, shown=len(findings))
+    refuse_faults(findings, shown=None)
     print(f"{config.data.name}: no fault found")
 
 

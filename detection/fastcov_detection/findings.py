@@ -12,8 +12,8 @@ from fastcov_detection.errors import DataError
 
 log = logging.getLogger("fastcov_detection")
 
-SHOWN = 50
-"""Faults that an error lists; the rest are counted by kind."""
+SHOWN = 10
+"""Faults of one kind and file that an error lists; the rest are counted."""
 _EXAMPLES = 3
 
 
@@ -49,8 +49,12 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def refuse_faults(findings: Iterable[Finding], shown: int = SHOWN) -> None:
+def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> None:
     """Raises one error that lists every fault; notes are left alone.
+
+    Args:
+        findings: Of a data set.
+        shown: Faults of one kind and file that are listed; None: all.
 
     Raises:
         DataError: If there is a fault.
@@ -60,9 +64,14 @@ def refuse_faults(findings: Iterable[Finding], shown: int = SHOWN) -> None:
         return
     if len(faults) == 1:
         raise DataError(str(faults[0]))
-    lines = [f"{len(faults)} faults in the data:", *map(str, faults[:shown])]
-    if len(faults) > shown:
-        lines.append(f"and {len(faults) - shown} more; fastcov-detection check lists them all")
+    lines = [f"{len(faults)} faults in the data:"]
+    for group in _kinds(faults):
+        lines += map(str, group[:shown])
+        if shown is not None and len(group) > shown:
+            more = len(group) - shown
+            lines.append(
+                f"{group[0].file}: {more} more of this kind; fastcov-detection check lists all"
+            )
     raise DataError("\n  ".join(lines))
 
 
@@ -72,14 +81,19 @@ def tell_notes(findings: Iterable[Finding]) -> list[str]:
     Returns:
         The lines.
     """
-    kinds: dict[tuple[str, str], list[Finding]] = defaultdict(list)
-    for finding in findings:
-        if not finding.problem.is_fault:
-            kinds[finding.file, finding.check].append(finding)
-    lines = [_note(group) for group in kinds.values()]
+    notes = [finding for finding in findings if not finding.problem.is_fault]
+    lines = [_note(group) for group in _kinds(notes)]
     for line in lines:
         log.warning("%s", line)
     return lines
+
+
+def _kinds(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings of one check in one file, together."""
+    kinds: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        kinds[finding.file, finding.check].append(finding)
+    return list(kinds.values())
 
 
 def _note(group: list[Finding]) -> str:

@@ -202,8 +202,14 @@ def test_the_list_is_bounded_and_the_command_shows_all(
     data: Data, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data.change(lambda c: c["annotations"].extend({**BOX, "id": 9, "area": -1} for _ in range(99)))
-    with pytest.raises(DataError, match=r"(?s)99 faults.*and 49 more; fastcov-detection check"):
+    data.change(lambda c: c["annotations"][0].update(iscrowd="0"))
+    with pytest.raises(DataError) as raised:
         data.load()
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "100 faults in the data:"
+    assert "has iscrowd '0'" in lines[1], "each kind is seen"
+    assert len(lines) == 1 + 1 + 10 + 1
+    assert "89 more of this kind; fastcov-detection check lists all" in lines[-1]
     words = ["check", "--quiet", "--data", str(data.root)]
     assert main(words) == 2
     assert capsys.readouterr().err.count("has area -1") == 99

@@ -126,8 +126,15 @@ def test_grey_images_become_rgb(coco_folder: CocoFolder) -> None:
 
 
 def test_masks_are_asked_for_and_missing(coco_folder: CocoFolder) -> None:
-    with pytest.raises(DataError, match=r"annotation 1 has no segmentation.*use a fasterrcnn"):
+    with pytest.raises(DataError, match=r"has 1 objects and no segmentation.*use a fasterrcnn"):
         load_data(DataConfig(name=str(coco_folder([BOX]))), with_masks=True)
+
+
+def test_a_missing_mask_is_asked_for(coco_folder: CocoFolder) -> None:
+    polygon = [[4, 6, 12, 6, 12, 16, 4, 16]]
+    root = coco_folder([{**BOX, "segmentation": polygon}, {**BOX, "id": 2}])
+    with pytest.raises(DataError, match=r"annotation 2 has no segmentation.*use a fasterrcnn"):
+        load_data(DataConfig(name=str(root)), with_masks=True)
 
 
 def test_splits_of_different_categories_are_refused(coco_folder: CocoFolder) -> None:
