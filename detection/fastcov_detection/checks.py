@@ -185,6 +185,18 @@ def _box_is_inside(annotation: Entry, sheet: Sheet) -> Problem | None:
     )
 
 
+def _box_is_upright(annotation: Entry, sheet: Sheet) -> Problem | None:
+    attributes = annotation.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if not is_number(rotation) or rotation % 360 == 0:
+        return None
+    return Problem(
+        f"has attributes.rotation {rotation}",
+        "its bbox is read as it is, and does not frame a rotated object; write the upright box",
+        is_fault=False,
+    )
+
+
 def _annotation_has_crowd_flag(annotation: Entry, sheet: Sheet) -> Problem | None:
     value = annotation.get("iscrowd")
     if value is None or (isinstance(value, int | float) and value in (0, 1)):
@@ -214,6 +226,28 @@ def _annotation_has_segmentation(annotation: Entry, sheet: Sheet) -> Problem | N
     return Problem(
         f"has segmentation {shorten(value)}", "write a list of polygons, or an RLE with its size"
     )
+
+
+def _segmentation_meets_box(annotation: Entry, sheet: Sheet) -> Problem | None:
+    """For polygons, whose extent is cheap: others would have to be decoded."""
+    box, polygons = _box(annotation), annotation.get("segmentation")
+    if box is None or not isinstance(polygons, list) or not polygons:
+        return None
+    left, top, width, height = box
+    for start, low, length in ((0, left, width), (1, top, height)):
+        try:
+            highest = max(max(polygon[start::2]) for polygon in polygons)
+            lowest = min(min(polygon[start::2]) for polygon in polygons)
+            is_apart = highest < low or lowest > low + length
+        except (TypeError, ValueError):  # no polygons, which another check reports
+            return None
+        if is_apart:
+            return Problem(
+                f"has bbox {shorten(annotation['bbox'])}, and its segmentation lies outside of it",
+                "write both in pixels, x before y",
+                is_fault=False,
+            )
+    return None
 
 
 def _polygons(polygons: list[Any], size: tuple[int, int] | None) -> Problem | None:
@@ -290,9 +324,11 @@ ANNOTATION_CHECKS: tuple[EntryCheck, ...] = (
     _annotation_has_box,
     _box_has_area,
     _box_is_inside,
+    _box_is_upright,
     _annotation_has_crowd_flag,
     _annotation_has_area,
     _annotation_has_segmentation,
+    _segmentation_meets_box,
 )
 
 
@@ -447,8 +483,22 @@ def _turn_is_told(image: ListedImage, header: Header, split: Split) -> Problem |
     )
 
 
+def _nothing_is_transparent(image: ListedImage, header: Header, split: Split) -> Problem | None:
+    if not header.is_transparent:
+        return None
+    return Problem(
+        "has transparent pixels, whose hidden colours are read",
+        "flatten it on the background that viewers show",
+        is_fault=False,
+    )
+
+
 HeaderCheck = Callable[[ListedImage, Header, Split], Problem | None]
-HEADER_CHECKS: tuple[HeaderCheck, ...] = (_size_is_annotated, _turn_is_told)
+HEADER_CHECKS: tuple[HeaderCheck, ...] = (
+    _size_is_annotated,
+    _turn_is_told,
+    _nothing_is_transparent,
+)
 
 
 def _range_is_used(headers: Sequence[Header], split: Split) -> Iterator[Located]:

@@ -27,7 +27,7 @@ from fastcov_detection.cost import count_cost
 from fastcov_detection.data import LoadedData, Target, load_data, one_line, training_transform
 from fastcov_detection.distributed import barrier, pick_device, process_group, rank, world_size
 from fastcov_detection.errors import CheckpointError
-from fastcov_detection.evaluate import evaluate
+from fastcov_detection.evaluate import evaluate, tell_limits
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.init import load_start
 from fastcov_detection.logbook import Logbook
@@ -105,6 +105,7 @@ def train(
         if is_main:
             save_config(config, folder / "config.json")
             save_widths(model.widths, folder / "widths.json")
+            tell_limits(data.val, config.model.detections_per_image)
             write_text(folder / "classes.json", json.dumps(list(data.class_names)) + "\n")
         return _Run(config, model, data, folder, identity, device, progress).run()
 

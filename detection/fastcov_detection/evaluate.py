@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from fastcov_detection.distributed import all_gather, rank, world_size
 from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
 
+log = logging.getLogger("fastcov_detection")
+
+_MOST_SCORED = 100
 _TRUTH_COLOUR, _FOUND_COLOUR = (255, 255, 255), (255, 80, 0)
 
 
@@ -75,6 +80,43 @@ def evaluate(
         "segm_ap50": segm_ap50,
         "seconds": time.monotonic() - start_s,
     }
+
+
+def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
+    """Warns where an image has more objects than can be found in it.
+
+    Args:
+        dataset: Of validation.
+        detections_per_image: What the detector returns at most.
+    """
+    counts = [sum(not a.is_crowd for a in record.annotations) for record in dataset.records]
+    most = max(counts, default=0)
+    if most > detections_per_image:
+        log.warning(
+            "%s: image %s has %d objects, the detector returns at most %d: raise "
+            "model.detections_per_image",
+            dataset.file.path,
+            dataset.records[counts.index(most)].file_name,
+            most,
+            detections_per_image,
+        )
+    classes = [
+        (Counter(a.category_id for a in record.annotations if not a.is_crowd), record.file_name)
+        for record in dataset.records
+    ]
+    crowded = [
+        (count, name) for found, name in classes for count in found.values() if count > _MOST_SCORED
+    ]
+    if crowded:
+        most, name = max(crowded)
+        log.warning(
+            "%s: image %s has %d objects of one class; AP as COCO defines it counts %d detections "
+            "of a class and image",
+            dataset.file.path,
+            name,
+            most,
+            _MOST_SCORED,
+        )
 
 
 def draw_detections(

@@ -52,6 +52,8 @@ class Header(NamedTuple):
     """Pillow's name of the pixel format."""
     brightest: int | None
     """Largest value of a 16-bit image; None for others."""
+    is_transparent: bool
+    """Some pixel is not opaque."""
 
     def shown_size(self, *, turn: bool = True) -> tuple[int, int]:
         """Width and height of what :func:`read_pixels` returns."""
@@ -63,7 +65,7 @@ def read_header(path: Path) -> Header | Problem:
     """The header of an image, and a look at the end of the file.
 
     Files without an end mark are decoded to see whether they are whole, and so are images of
-    16 bits, whose range is needed.
+    16 bits, whose range is needed, and those that may be transparent.
 
     Returns:
         The header; the problem if the file is no image, is cut short, or has pixels whose range is
@@ -76,7 +78,8 @@ def read_header(path: Path) -> Header | Problem:
             if is_16_bit or image.format == "TIFF" or not _has_end(file, image.format):
                 image.load()
             brightest = int(np.asarray(image).max()) if is_16_bit else None
-            return Header(*image.size, _orientation(image), image.mode, brightest)
+            is_transparent = image.has_transparency_data and _is_transparent(image)
+            return Header(*image.size, _orientation(image), image.mode, brightest, is_transparent)
     except _UnreadableError as error:
         return error.problem
 
@@ -156,6 +159,11 @@ def _check_mode(image: Image.Image) -> bool:
         f"has pixels of mode {image.mode!r}, whose range is unknown",
         "save it with 8 or 16 bits a channel",
     )
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    return bool((alpha < 255).any())
 
 
 def _has_end(file: IO[bytes], kind: str | None) -> bool:

@@ -286,6 +286,17 @@ def test_dark_images_of_16_bits_are_told(data: Data, caplog: pytest.LogCaptureFi
     assert "nearly black" not in caplog.text
 
 
+def test_transparent_images_are_told(data: Data, caplog: pytest.LogCaptureFixture) -> None:
+    pixels = np.full((24, 32, 4), 255, np.uint8)
+    Image.fromarray(pixels).save(data.root / "train" / "1.png")
+    data.load()
+    assert not caplog.messages, "an alpha channel that hides nothing is no news"
+    pixels[3, 4, 3] = 200
+    Image.fromarray(pixels).save(data.root / "train" / "1.png")
+    data.load()
+    assert "image 1 (1.png) has transparent pixels, whose hidden colours are read" in caplog.text
+
+
 def _turned(path: Path, orientation: int) -> None:
     """Stores a picture with a white top left quarter so that a viewer shows it upright."""
     shown = np.zeros((24, 32, 3), dtype=np.uint8)
@@ -369,6 +380,14 @@ NOTES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (
         lambda c: c["annotations"].append({**BOX, "id": 3}),
         r"annotation 3 repeats an object, bbox \[4, 6, 8, 10\]; the score counts it twice",
+    ),
+    (
+        lambda c: c["annotations"][0].update(attributes={"occluded": False, "rotation": 30.0}),
+        r"annotation 1 has attributes\.rotation 30\.0; its bbox is read as it is",
+    ),
+    (
+        lambda c: c["annotations"][0].update(segmentation=[[0, 18, 2, 18, 2, 20]]),
+        r"has bbox \[4, 6, 8, 10\], and its segmentation lies outside of it; write both in pixels",
     ),
     (
         lambda c: c["categories"].append({"id": 6, "name": "five"}),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastcov_detection.config import ModelConfig
 from fastcov_detection.data import CocoDataset
 from fastcov_detection.errors import DataError
-from fastcov_detection.evaluate import draw_detections, evaluate
+from fastcov_detection.evaluate import draw_detections, evaluate, tell_limits
 from fastcov_detection.model import build_model
 
 _SEED = torch.Generator().manual_seed(0)
@@ -176,6 +176,30 @@ def test_objects_that_training_skips_stay_in_the_official_score(
     if with_masks:
         assert scores["segm_ap"] is not None
         assert scores["segm_ap50"] < 18 / 27, "what cannot be found is missed"
+
+
+@pytest.mark.parametrize(
+    ("objects", "limit", "messages"),
+    [
+        (101, 100, ["101 objects, the detector returns at most 100", "101 objects of one class"]),
+        (101, 300, ["101 objects of one class; AP as COCO defines it counts 100 detections"]),
+        (30, 20, ["image 1.png has 30 objects, the detector returns at most 20: raise model.det"]),
+        (100, 100, []),
+    ],
+)
+def test_more_objects_than_can_be_found_are_told(
+    coco_folder: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    objects: int,
+    limit: int,
+    messages: list[str],
+) -> None:
+    box = {"image_id": 1, "category_id": 5, "area": 4}
+    root = coco_folder([{**box, "id": i, "bbox": [i / 8, 2, 2, 2]} for i in range(objects)])
+    dataset = CocoDataset(root / "val2017", root / "annotations" / "instances_val2017.json")
+    tell_limits(dataset, limit)
+    for line, expected in zip(caplog.messages, messages, strict=True):
+        assert expected in line
 
 
 def test_no_object_means_no_average_precision(coco_folder: Callable[..., Path]) -> None:
