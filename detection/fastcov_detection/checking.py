@@ -1,7 +1,7 @@
 """Check of a whole data set before the first step: annotation files and image headers, once.
 
-What is checked stands in :mod:`fastcov_detection.checks`. Findings are kept by content, so a data
-set is checked again only after a change.
+The checks themselves stand in :mod:`fastcov_detection.checks`. Findings are kept by content, so a
+data set is checked again only after a change.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from fastcov_detection.progress import Advance, progress_bar
 log = logging.getLogger("fastcov_detection")
 
 _VERSION = 1
-"""Raised with every change of a check, so that what an earlier version found is not used."""
+"""Number of the checks' version: findings of another one are not used."""
 _READERS = 8
 _ROUND = 256
 _MOST_MISSING = 10
 
 
 class Checked(NamedTuple):
-    """What a check of one half came to."""
+    """Result of the check of one half."""
 
     findings: list[Finding]
     paths: dict[Any, Path]
@@ -125,7 +125,7 @@ def list_images(split: Split) -> tuple[list[ListedImage], list[Finding]]:
 
 
 def check_split(split: Split, *, progress: bool = True) -> Checked:
-    """Checks one half: its annotation file, and the header of every image.
+    """Findings about one half: its annotation file, and the header of every image.
 
     What was found is kept in the user's cache folder by the content of the annotation file and the
     names, sizes and times of the images, and found again there.

@@ -99,7 +99,7 @@ def check_same_run(
     reached: int = 0,
     is_finished: bool = False,
 ) -> dict[str, list[Any]]:
-    """Refuses to go on with a run that had other settings or other data.
+    """Comparison of a run in a folder with the one that is asked for.
 
     Where and how fast a run computes may change in its middle, and so may the place of its data:
     the content is compared. What the rest of a run follows, its rate, clipping and number of steps,
@@ -184,7 +184,7 @@ _OF_THE_REST = {
 
 
 def resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path) -> None:
-    """Checks that a run goes on as what it was, and notes in its identity what changes now.
+    """Comparison of a checkpoint with what is asked for, with a note of what changes on the way.
 
     Args:
         saved: Its checkpoint.

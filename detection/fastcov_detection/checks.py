@@ -1,4 +1,4 @@
-"""The checks of a data set, each a function in one of the tables; a further one is one more.
+"""Checks of a data set, each a function in one of the tables; a further one is one more.
 
 Every check judges its own thing alone and passes over what another one reports, so that one list
 holds all faults.
@@ -229,7 +229,7 @@ def _annotation_has_segmentation(annotation: Entry, sheet: Sheet) -> Problem | N
 
 
 def _segmentation_meets_box(annotation: Entry, sheet: Sheet) -> Problem | None:
-    """For polygons, whose extent is cheap: others would have to be decoded."""
+    """Check of polygons alone, whose extent is cheap: an RLE would have to be decoded."""
     box, polygons = _box(annotation), annotation.get("segmentation")
     if box is None or not isinstance(polygons, list) or not polygons:
         return None
@@ -282,7 +282,7 @@ def _polygons(polygons: list[Any], size: tuple[int, int] | None) -> Problem | No
 
 
 def _is_near(polygon: list[float], size: tuple[int, int]) -> bool:
-    """Whether all points lie within one size of the image: others can crash pycocotools."""
+    """True if all points lie within one size of the image: others can crash pycocotools."""
     return all(
         -length <= min(values) and max(values) <= 2 * length and sum(values) == sum(values)
         for values, length in zip((polygon[::2], polygon[1::2]), size, strict=True)
@@ -372,7 +372,7 @@ def _category_names_are_unique(split: Split) -> Iterator[Located]:
 
 
 def _annotations_are_unique(split: Split) -> Iterator[Located]:
-    """The same object twice: a detector cannot find it twice, so its score has a lower bound."""
+    """Objects that are listed twice: a detector cannot find them twice, which limits its score."""
     known: set[tuple[Any, ...]] = set()
     for index, annotation in enumerate(split.sheet.annotations):
         box = _box(annotation) if isinstance(annotation, dict) else None
@@ -424,7 +424,7 @@ def _objects_are_there(split: Split) -> Iterator[Located]:
 
 
 def _objects_have_masks(split: Split) -> Iterator[Located]:
-    """For detectors of masks."""
+    """Check for detectors of masks."""
     remedy = "use a fasterrcnn model, or add it"
     entries = list(enumerate(dicts(split.sheet.annotations)))
     bare = [(i, a) for i, a in entries if not a.get("segmentation") and _has_area(a, split.sheet)]
@@ -580,7 +580,7 @@ PAIR_CHECKS: tuple[PairCheck, ...] = (_categories_agree, _halves_differ, _classe
 
 
 def entry_name(kind: str, entry: Entry, index: int) -> str:
-    """What an error calls an entry: its id, otherwise its place; an image with its file."""
+    """Name of an entry in an error: its id, otherwise its place; an image with its file."""
     key = entry.get("id")
     name = f"{kind} {key}" if is_id(key) else f"{kind} number {index + 1}"
     if kind == "image" and isinstance(entry.get("file_name"), str):

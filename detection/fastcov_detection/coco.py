@@ -144,7 +144,7 @@ class Sheet:
 
 
 def read_sheet(path: Path) -> Sheet:
-    """Reads an annotation file.
+    """An annotation file, read and not yet checked.
 
     Raises:
         DataError: If it is missing or is not in COCO instances format.
@@ -205,7 +205,7 @@ def build_file(sheet: Sheet, left_out: frozenset[int] = frozenset()) -> CocoFile
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can be an id: an integer or a text."""
+    """True if a value can be an id: an integer or a text."""
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
@@ -218,14 +218,14 @@ def image_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def has_area_inside(box: tuple[float, float, float, float], width: int, height: int) -> bool:
-    """Whether a box has an area inside its image that float32 can tell from zero."""
+    """True if a box has an area inside its image that float32 can tell from zero."""
     left, top, right, bottom = _clipped(box, width, height)
     thinnest = _THINNEST * max(width, height)
     return right - left > thinnest and bottom - top > thinnest
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
+    """True if a value is a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return math.isfinite(value)

@@ -196,7 +196,7 @@ def check_data(
 
 
 def one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a DataLoader, whose workers' errors become the one line that they are.
+    """Batches of a DataLoader, whose workers' errors become the one line that they are.
 
     Raises:
         DataError: If an image cannot be read, or a worker was killed.
@@ -216,7 +216,7 @@ def one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _read_alone(images_dir: Path, annotations: Path, with_masks: bool) -> CocoFile:
-    """Reads one annotation file and checks all but what is in its images."""
+    """Objects of one annotation file, checked but for its images' headers."""
     split = Split("train", read_sheet(annotations), images_dir, with_masks=with_masks)
     listed, findings = list_images(split)
     findings = check_entries(split) + findings

@@ -83,7 +83,7 @@ def evaluate(
 
 
 def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
-    """Warns where an image has more objects than can be found in it.
+    """Warnings about images with more objects than can be found in them.
 
     Args:
         dataset: Of validation.

@@ -1,4 +1,4 @@
-"""What a check of a data set finds: faults, which training refuses, and notes, which are told."""
+"""Findings of a check of a data set: faults, which training refuses, and notes, which are told."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shorten(value: Any, length: int = 60) -> str:
 
 
 def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> None:
-    """Raises one error that lists every fault; notes are left alone.
+    """Refusal of a data set with faults, by one error that lists them; notes are left alone.
 
     Args:
         findings: Of a data set.
@@ -76,7 +76,7 @@ def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> Non
 
 
 def tell_notes(findings: Iterable[Finding]) -> list[str]:
-    """Warns of what training goes on with, one line for each kind and file.
+    """Warnings about everything that training goes on with, a line for each kind and file.
 
     Returns:
         The lines.

@@ -1,4 +1,4 @@
-"""Where images and annotations lie in the folders that people have, and which file a name means.
+"""Layouts of the folders that people have, and the files that their annotations name.
 
 An annotation file is looked for first, then the folder that holds its images.
 """
@@ -18,7 +18,7 @@ SPLITS = {
     "train": ("train", "Train", "training"),
     "val": ("val", "Val", "valid", "validation", "Validation"),
 }
-"""What a split's folder may be called."""
+"""Names of a split's folder."""
 
 # {split} is each name of SPLITS in turn; the first file that exists is taken.
 _ANNOTATIONS = (
@@ -120,7 +120,7 @@ def _has_split(folder: Path) -> bool:
 
 
 class Names:
-    """Finds the files that an annotation file's names mean.
+    """Search for the files that an annotation file names.
 
     A name is taken as it is where that file exists. Otherwise exporters' habits are undone:
     backslashes, ``%20``, a folder of the machine that exported, another case of the letters or
@@ -144,7 +144,7 @@ class Names:
         return places[0] if len(places) == 1 else None
 
     def near(self, name: str) -> str:
-        """What the folder has instead of a missing file, as the end of a sentence."""
+        """Files of the folder beside a missing one, as the end of a sentence."""
         wanted = _fold(_last_part(name))
         same = self._files().get(wanted, [])
         if len(same) > 1:
@@ -213,7 +213,7 @@ def _exact(folder: Path, name: str) -> Path | None:
 
 
 def _spellings(name: str) -> list[str]:
-    """Ways in which exporters write a name, undone."""
+    """Spellings of a name without what exporters do to it."""
     plain = name.replace("\\", "/")
     # Label Studio serves local files as /data/local-files/?d=FOLDER/NAME.
     plain = plain.split("?d=")[-1]

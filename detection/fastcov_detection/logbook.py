@@ -81,7 +81,7 @@ class Logbook:
             self.board.close()
 
     def refuse_weights(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Keeps weights that no lower rate could mend out of a checkpoint.
+        """Refusal of weights that no lower rate could mend, before a checkpoint is written.
 
         Args:
             state: A model's state_dict.

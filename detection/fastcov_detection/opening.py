@@ -70,7 +70,7 @@ def check_same_search(folder: Path, config: SearchConfig) -> None:
 
 
 def check_same_data(folder: Path, content: Mapping[str, str]) -> None:
-    """Refuses a folder whose search ran on other data; remembers the data of a new one.
+    """Comparison of a search's data with what its folder remembers; a new folder remembers it.
 
     Args:
         folder: Of the search.

@@ -41,7 +41,7 @@ _TAIL = 64
 
 
 class Header(NamedTuple):
-    """What an image file's header says, and whether the file is whole."""
+    """Facts in an image file's header, of a file that is whole."""
 
     width: int
     height: int
@@ -53,7 +53,7 @@ class Header(NamedTuple):
     brightest: int | None
     """Largest value of a 16-bit image; None for others."""
     is_transparent: bool
-    """Some pixel is not opaque."""
+    """True if a pixel is not opaque."""
 
     def shown_size(self, *, turn: bool = True) -> tuple[int, int]:
         """Width and height of what :func:`read_pixels` returns."""
@@ -149,7 +149,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _check_mode(image: Image.Image) -> bool:
-    """Whether the pixels have 16 bits; refuses those whose range is unknown."""
+    """True if the pixels have 16 bits; pixels whose range is unknown are refused."""
     if image.mode in _EIGHT_BITS:
         return False
     # Older versions of Pillow call 16-bit PNG "I", which is 32 bits elsewhere.
@@ -167,7 +167,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _has_end(file: IO[bytes], kind: str | None) -> bool:
-    """Whether the file ends with the closing mark of its format; False where none is known."""
+    """True if the file ends with the closing mark of its format; False where none is known."""
     marks = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
     if kind not in marks:
         return False
