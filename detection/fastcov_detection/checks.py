@@ -332,8 +332,6 @@ ANNOTATION_CHECKS: tuple[EntryCheck, ...] = (
 )
 
 
-# ---- whole annotation files
-
 Located = tuple[str, Problem]
 """Name of an entry, empty for the whole file, and its problem."""
 

@@ -55,7 +55,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     Args:
         images_dir: Folder that the file names are relative to.
-        annotations: COCO instances JSON, which is checked, or one that was checked and built.
+        annotation_file: COCO instances JSON, which is checked, or one that was checked and built.
         transforms: Called with (image, target) of tv_tensors; None: only scale pixels to [0, 1].
         with_masks: Put the objects' masks into the targets.
         turn: Turn images as their EXIF orientation asks.
@@ -67,16 +67,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def __init__(
         self,
         images_dir: str | os.PathLike[str],
-        annotations: str | os.PathLike[str] | CocoFile,
+        annotation_file: str | os.PathLike[str] | CocoFile,
         transforms: Transform | None = None,
         *,
         with_masks: bool = False,
         turn: bool = True,
     ) -> None:
         self.images_dir = Path(images_dir)
-        if not isinstance(annotations, CocoFile):
-            annotations = _read_alone(self.images_dir, Path(annotations), with_masks)
-        self.file: CocoFile = annotations
+        if not isinstance(annotation_file, CocoFile):
+            annotation_file = _read_alone(self.images_dir, Path(annotation_file), with_masks)
+        self.file: CocoFile = annotation_file
         self.transforms = transforms
         self.with_masks, self.turn = with_masks, turn
         self.records: list[ImageRecord] = self.file.images
