@@ -91,13 +91,29 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir: Path) -> None:
-    """Refuses to go on with a run that had other settings.
+def check_same_run(
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    reached: int = 0,
+    is_finished: bool = False,
+) -> dict[str, list[Any]]:
+    """Comparison of a run in a folder with the one that is asked for.
+
+    Where and how fast a run computes may change in its middle, and so may the place of its data:
+    the content is compared. What the rest of a run follows, its rate, clipping and number of steps,
+    may change as long as there is a rest.
 
     Args:
-        saved: ``seed``, ``config`` and ``widths`` of what is in the folder.
+        saved: ``seed``, ``config``, ``widths`` and ``data`` of what is in the folder.
         wanted: The same of what is asked for.
         run_dir: Named in the error.
+        reached: Steps that the run has done.
+        is_finished: The run has come to its result.
+
+    Returns:
+        Settings that change from here on: what they were and what they are.
 
     Raises:
         CheckpointError: Naming the first setting that differs.
@@ -105,28 +121,94 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir:
     # A setting that came later had its default then.
     complete = to_dict(from_dict(TrainConfig, saved["config"]))
     before, now = _flatten({**saved, "config": complete}), _flatten(wanted)
+    steps = now.get("config.steps", 0)
+    may_end = reached < steps if is_finished else reached <= steps
+    knows_data = bool(saved.get("data") and wanted.get("data"))
+    changes = {}
     for key in sorted(before.keys() | now.keys()):
-        # Where and how fast a run computes may change in its middle.
-        if key.removeprefix("config.") in _FREE:
+        name = key.removeprefix("config.")
+        old, new = before.get(key), now.get(key)
+        if old == new or key in _FREE or (knows_data and key in _PLACES):
             continue
-        if before.get(key) != now.get(key):
+        if may_end if key == "config.steps" else (reached < steps and key in _OF_THE_REST):
+            changes[name] = [old, new]
+            continue
+        if key.startswith("data."):
+            # Runs of earlier versions did not record their data.
+            if saved.get("data") is None:
+                continue
+            half, what = key.removeprefix("data.").split("_")
             raise CheckpointError(
-                f"{run_dir} holds a run with {key} = {before.get(key)!r}, now it is "
-                f"{now.get(key)!r}; "
-                "choose another run folder, or start over with resume=False"
+                f"{run_dir} holds a run on other data: the {what} of {half} have changed since; "
+                f"{_START_OVER}"
             )
+        if key == "config.steps":
+            raise CheckpointError(
+                f"{run_dir} holds a run that has done {reached} steps, more than the {new} asked "
+                f"for; {_START_OVER}"
+            )
+        raise CheckpointError(
+            f"{run_dir} holds a run with {key} = {old!r}, now it is {new!r}; {_START_OVER}"
+        )
+    return changes
 
 
+_START_OVER = (
+    "choose another run folder, or start over with --restart (in Python, with resume=False)"
+)
 _FREE = {
-    "device",
-    "threads",
-    "data.workers",
-    "data.root",
-    "eval_batch_size",
-    "log_every",
-    "checkpoint_every",
-    "evaluate_every",
+    "config.device",
+    "config.threads",
+    "config.data.workers",
+    "config.data.root",
+    "config.eval_batch_size",
+    "config.log_every",
+    "config.checkpoint_every",
+    "config.evaluate_every",
 }
+_PLACES = {
+    "config.data.name",
+    "config.data.train_images",
+    "config.data.train_annotations",
+    "config.data.val_images",
+    "config.data.val_annotations",
+}
+_OF_THE_REST = {
+    "config.lr",
+    "config.clip_norm",
+    "config.warmup_steps",
+    "config.schedule",
+    "config.milestones",
+    "config.final_lr",
+}
+
+
+def resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path) -> None:
+    """Comparison of a checkpoint with what is asked for, with a note of what changes on the way.
+
+    Args:
+        saved: Its checkpoint.
+        identity: What is asked for; gets ``changes``.
+        run_dir: Named in errors and told.
+
+    Raises:
+        CheckpointError: If it is another run.
+    """
+    known = {key: saved.get(key) for key in identity}
+    step = int(saved["step"])
+    changes = check_same_run(known, identity, run_dir, reached=step)
+    earlier = saved.get("changes") or []
+    if changes:
+        told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
+        log.warning(
+            "%s goes on from step %d with %s; the rate follows the schedule of these settings",
+            run_dir,
+            step,
+            told,
+        )
+        earlier = [*earlier, {"step": step, **changes}]
+    if earlier:
+        identity["changes"] = earlier
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

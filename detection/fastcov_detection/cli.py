@@ -1,4 +1,4 @@
-"""``fastcov-detection``: train, pretrain, search, demo, compare, report, evidence, export."""
+"""``fastcov-detection``: train, check, pretrain, search, demo, compare, report and more."""
 
 from __future__ import annotations
 
@@ -106,6 +106,11 @@ def _parser() -> _Parser:
     train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     train.add_argument("--restart", action="store_true", help="start over instead of resuming")
 
+    check = _command(commands, "check", "list everything that is wrong with a data set", _check)
+    _add_data_options(check)
+    _add_set(check)
+    check.add_argument("--quiet", action="store_true", help="no progress bars")
+
     pretrain = _command(
         commands, "pretrain", "train a backbone on the data's objects as classes", _pretrain
     )
@@ -177,9 +182,13 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     return {}
 
 
-def _add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="mini, or a folder in COCO layout (default mini)")
     parser.add_argument("--model", help="for example maskrcnn_resnet50_fpn")
+
+
+def _add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
+    _add_data_options(parser)
     parser.add_argument("--init", help="random, imagenet, a state_dict's file or a run folder")
     parser.add_argument(
         "--preset",
@@ -246,6 +255,22 @@ def _train(arguments: argparse.Namespace) -> None:
         f"{result.train_s:.0f} s; {result.params:,} parameters, {result.macs:,} MACs; "
         f"files in {result.run_dir}"
     )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.data import check_data
+    from fastcov_detection.findings import refuse_faults, tell_notes
+
+    config = preset("mini" if arguments.data in (None, "mini") else "coco", arguments.model)
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, name=arguments.data))
+    config = override(config, _settings(arguments.set))
+    findings = check_data(
+        config.data, with_masks="mask" in config.model.name, progress=not arguments.quiet
+    )
+    tell_notes(findings)
+    refuse_faults(findings, shown=None)
+    print(f"{config.data.name}: no fault found")
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

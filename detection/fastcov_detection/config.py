@@ -107,6 +107,9 @@ class DataConfig:
     train_annotations: str | None = None
     val_images: str | None = None
     val_annotations: str | None = None
+    exif: Literal["turn", "ignore"] = "turn"
+    """``turn``: images are turned as their EXIF orientation asks and viewers show them; ``ignore``:
+    for boxes that were drawn on the pixels as they are stored."""
     keep_empty: bool = True
     """Train on images without objects too: they are negatives."""
     hflip: float = 0.5

@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from fastcov_detection.coco import CocoFile, ImageRecord, read_coco
+from fastcov_detection.checking import (
+    Checked,
+    check_entries,
+    check_pair,
+    check_split,
+    list_images,
+    synthetic_roots,
+)
+from fastcov_detection.checks import Split
+from fastcov_detection.coco import CocoFile, ImageRecord, build_file, read_sheet
 from fastcov_detection.config import DataConfig
+from fastcov_detection.distributed import rank
 from fastcov_detection.errors import DataError
+from fastcov_detection.findings import Finding, Problem, refuse_faults, tell_notes
+from fastcov_detection.layouts import find_annotations, find_images, nearby
 from fastcov_detection.mini import make_mini
+from fastcov_detection.pixels import read_pixels
 
 Target = dict[str, Any]
 Transform = Callable[[Any, Target], tuple[Any, Target]]
+Batch = TypeVar("Batch")
 
-__all__ = ["CocoDataset", "DataError", "LoadedData", "Target", "load_data", "training_transform"]
-
-# Where images and annotations of a split lie in a data set's folder; the first pair that exists is
-# taken.
-_LAYOUTS = (
-    ("{split}2017", "annotations/instances_{split}2017.json"),
-    ("{split}", "annotations/instances_{split}.json"),
-    ("images/{split}2017", "annotations/instances_{split}2017.json"),
-    ("images/{split}", "annotations/instances_{split}.json"),
-    ("{split}", "{split}/_annotations.coco.json"),
-    ("{split}", "annotations/{split}.json"),
-)
+__all__ = [
+    "CocoDataset",
+    "DataError",
+    "LoadedData",
+    "Target",
+    "check_data",
+    "load_data",
+    "training_transform",
+]
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -45,9 +55,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     Args:
         images_dir: Folder that the file names are relative to.
-        annotation_file: COCO instances JSON.
+        annotation_file: COCO instances JSON, which is checked, or one that was checked and built.
         transforms: Called with (image, target) of tv_tensors; None: only scale pixels to [0, 1].
         with_masks: Put the objects' masks into the targets.
+        turn: Turn images as their EXIF orientation asks.
 
     Raises:
         DataError: If a file is missing or the annotations cannot be used; it names the thing.
@@ -56,22 +67,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def __init__(
         self,
         images_dir: str | os.PathLike[str],
-        annotation_file: str | os.PathLike[str],
+        annotation_file: str | os.PathLike[str] | CocoFile,
         transforms: Transform | None = None,
         *,
         with_masks: bool = False,
+        turn: bool = True,
     ) -> None:
         self.images_dir = Path(images_dir)
-        self.file: CocoFile = read_coco(Path(annotation_file))
+        if not isinstance(annotation_file, CocoFile):
+            annotation_file = _read_alone(self.images_dir, Path(annotation_file), with_masks)
+        self.file: CocoFile = annotation_file
         self.transforms = transforms
-        self.with_masks = with_masks
+        self.with_masks, self.turn = with_masks, turn
         self.records: list[ImageRecord] = self.file.images
         self.class_names: tuple[str, ...] = tuple(self.file.categories.values())
         self.label_of = {category: label for label, category in enumerate(self.file.categories, 1)}
         self.category_of = {label: category for category, label in self.label_of.items()}
-        self._check_files()
-        if with_masks:
-            self._check_masks()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -119,46 +130,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             raise DataError(f"{self.file.path} has no object that is not a crowd; nothing to learn")
 
     def _decode(self, record: ImageRecord) -> tv_tensors.Image:
-        path = self.images_dir / record.file_name
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"cannot read image {path} ({error}); replace it or take it out of {self.file.path}"
-            ) from None
+        path = self.images_dir / (record.path or record.file_name)
+        pixels = read_pixels(path, turn=self.turn)
         if pixels.shape[:2] != (record.height, record.width):
             raise DataError(
                 f"image {path} is {pixels.shape[1]}x{pixels.shape[0]}, annotated as "
                 f"{record.width}x{record.height}; its boxes would be wrong"
             )
         return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-
-    def _check_files(self) -> None:
-        """Finds missing images before any work is lost."""
-        if not self.images_dir.is_dir():
-            raise DataError(f"image folder {self.images_dir} is missing; check the path")
-        present = set(os.listdir(self.images_dir))
-        missing = [
-            record.file_name
-            for record in self.records
-            if record.file_name not in present
-            and not ("/" in record.file_name and (self.images_dir / record.file_name).exists())
-        ]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(self.records)} images of {self.file.path} are not in "
-                f"{self.images_dir}, the first is {missing[0]}; download them again"
-            )
-
-    def _check_masks(self) -> None:
-        for record in self.records:
-            for annotation in record.annotations:
-                if annotation.segmentation is None:
-                    raise DataError(
-                        f"{self.file.path}: an object of image {record.file_name} has no "
-                        "segmentation, which a Mask R-CNN learns from; use a fasterrcnn model"
-                    )
 
 
 class LoadedData(NamedTuple):
@@ -167,60 +146,133 @@ class LoadedData(NamedTuple):
     train: CocoDataset
     val: CocoDataset
     class_names: tuple[str, ...]
+    content: dict[str, str]
+    """Digests of both annotation files and of both lists of images, wherever they lie; empty for
+    ``mini``, which its settings determine."""
 
 
 def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = True) -> LoadedData:
-    """Opens the configured data set; ``mini`` is built first where it is missing.
+    """Opens the configured data set and checks all of it; ``mini`` is built first where it is
+    missing.
 
-    A folder is searched, for split ``train`` and ``val``, for ``train2017/`` with
-    ``annotations/instances_train2017.json``; ``train/`` with ``annotations/instances_train.json``;
-    the same two under ``images/``; ``train/_annotations.coco.json``; ``annotations/train.json``.
-    Paths in the configuration override what is found.
+    Where a folder's annotations and images are looked for stands in
+    :mod:`fastcov_detection.layouts`; paths in the configuration override what is found.
 
     Raises:
-        DataError: If nothing of that kind is there, or a file is bad.
+        DataError: If nothing of that kind is there, or with a list of everything that is bad.
     """
+    findings, splits, checked = _find_and_check(config, with_masks, progress)
+    refuse_faults(findings)
+    if rank() == 0:
+        tell_notes(findings)
+    roots = synthetic_roots([split.sheet for split in splits.values()])
+    halves = {}
+    for name, split in splits.items():
+        file = build_file(split.sheet, roots)
+        for record in file.images:
+            record.path = checked[name].paths[record.image_id]
+        halves[name] = CocoDataset(
+            split.images_dir, file, with_masks=with_masks, turn=config.exif == "turn"
+        )
+    train, val = halves["train"], halves["val"]
+    if not config.keep_empty:
+        train.drop_empty()
+    content = {}
+    if config.name != "mini":
+        content = {f"{name}_annotations": split.sheet.digest for name, split in splits.items()}
+        content |= {f"{name}_images": one.images_digest for name, one in checked.items()}
+    return LoadedData(train, val, train.class_names, content)
+
+
+def check_data(
+    config: DataConfig, *, with_masks: bool = False, progress: bool = True
+) -> list[Finding]:
+    """Everything that is wrong with a data set, and all that training goes on with.
+
+    Raises:
+        DataError: If an annotation file or a folder of images is missing.
+    """
+    return _find_and_check(config, with_masks, progress)[0]
+
+
+def one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches of a DataLoader, whose workers' errors become the one line that they are.
+
+    Raises:
+        DataError: If an image cannot be read, or a worker was killed.
+    """
+    try:
+        yield from batches
+    except DataError as error:
+        # A worker's error arrives with its traceback as text; the last line is what was raised.
+        raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"{str(error).splitlines()[0].rstrip('. ')}; it read images: free memory, or set "
+            "data.workers lower"
+        ) from None
+
+
+def _read_alone(images_dir: Path, annotations: Path, with_masks: bool) -> CocoFile:
+    """Objects of one annotation file, checked but for its images' headers."""
+    split = Split("train", read_sheet(annotations), images_dir, with_masks=with_masks)
+    listed, findings = list_images(split)
+    findings = check_entries(split) + findings
+    refuse_faults(findings)
+    tell_notes(findings)
+    file = build_file(split.sheet)
+    paths = {one.image_id: one.path for one in listed}
+    for record in file.images:
+        record.path = paths[record.image_id]
+    return file
+
+
+def _find_and_check(
+    config: DataConfig, with_masks: bool, progress: bool
+) -> tuple[list[Finding], dict[str, Split], dict[str, Checked]]:
+    """Both halves of a data set and every finding about them."""
+    splits: dict[str, Split] = {}
+    missing = []
+    for name in ("train", "val"):
+        try:
+            splits[name] = _find_split(config, name, with_masks, progress)
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError("\n  ".join(dict.fromkeys(missing)))
+    checked = {name: check_split(split, progress=progress) for name, split in splits.items()}
+    findings = [finding for one in checked.values() for finding in one.findings]
+    findings += check_pair(*splits.values())
+    sheets = [split.sheet for split in splits.values()]
+    for root in sorted(synthetic_roots(sheets)):
+        text = "is every other category's supercategory and has no object"
+        problem = Problem(text, "it is no class of its own", is_fault=False)
+        findings.append(Finding(str(sheets[0].path), f"category {root}", problem, "root"))
+    if sheets[0].path == sheets[1].path:  # one file for both: each finding once
+        findings = list(dict.fromkeys(findings))
+    return findings, splits, checked
+
+
+def _find_split(config: DataConfig, name: str, with_masks: bool, progress: bool) -> Split:
+    images = getattr(config, f"{name}_images")
+    annotations = getattr(config, f"{name}_annotations")
     if config.name == "mini":
         folder = make_mini(config.root, config.mini, progress=progress)
     else:
         folder = Path(config.name)
-    splits = []
-    for split in ("train", "val"):
-        images = getattr(config, f"{split}_images")
-        annotations = getattr(config, f"{split}_annotations")
-        if images is None or annotations is None:
-            found_images, found_annotations = _find_split(folder, split)
-            images, annotations = images or found_images, annotations or found_annotations
-        splits.append(CocoDataset(images, annotations, with_masks=with_masks))
-    train, val = splits
-    if train.file.categories != val.file.categories:
-        raise DataError(
-            f"{train.file.path} and {val.file.path} list different categories: "
-            f"{_difference(train.file.categories, val.file.categories)}"
-        )
-    if not config.keep_empty:
-        train.drop_empty()
-    return LoadedData(train, val, train.class_names)
-
-
-def _difference(first: dict[int, str], second: dict[int, str]) -> str:
-    keys = sorted(set(first) | set(second))
-    key = next(key for key in keys if first.get(key) != second.get(key))
-    return f"id {key} is {first.get(key)!r} and {second.get(key)!r}"
-
-
-def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
-    if not folder.is_dir():
-        raise DataError(f"data folder {folder} is missing; give mini or a folder in COCO layout")
-    for images, labels in _LAYOUTS:
-        pair = folder / images.format(split=split), folder / labels.format(split=split)
-        if pair[0].is_dir() and pair[1].is_file():
-            return pair
-    tried = ", ".join(f"{i} with {a}".format(split=split) for i, a in _LAYOUTS)
-    raise DataError(
-        f"no {split} split in {folder}: tried {tried}; "
-        f"set data.{split}_images and data.{split}_annotations"
-    )
+    place: str | None = name
+    if annotations is None:
+        annotations, place = find_annotations(folder, name)
+    sheet = read_sheet(Path(annotations))
+    if images is None:
+        listed = [i.get("file_name") for i in sheet.images if isinstance(i, dict)]
+        files = [file for file in listed if isinstance(file, str)]
+        images = find_images(folder, place, Path(annotations), files)
+    if not Path(images).is_dir():
+        raise DataError(f"image folder {images} is missing; check the path{nearby(Path(images))}")
+    return Split(name, sheet, Path(images), with_masks=with_masks, turn=config.exif == "turn")
 
 
 def plain_transform(image: tv_tensors.Image, target: Target) -> tuple[Tensor, Target]:

@@ -24,9 +24,10 @@ from fastcov_detection import checkpoint as checkpoints
 from fastcov_detection.batches import AugmentedView, BatchPlan, mix_seed
 from fastcov_detection.config import TrainConfig, save_config, to_dict
 from fastcov_detection.cost import count_cost
-from fastcov_detection.data import LoadedData, Target, load_data, training_transform
+from fastcov_detection.data import LoadedData, Target, load_data, one_line, training_transform
 from fastcov_detection.distributed import barrier, pick_device, process_group, rank, world_size
-from fastcov_detection.evaluate import evaluate
+from fastcov_detection.errors import CheckpointError
+from fastcov_detection.evaluate import evaluate, tell_limits
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.init import load_start
 from fastcov_detection.logbook import Logbook
@@ -35,7 +36,12 @@ from fastcov_detection.model import build_model, parse_name, save_widths
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.provenance import made_by
 from fastcov_detection.runs import RunResult, has_weights, load_run, read_run_result
-from fastcov_detection.schedule import build_optimizer, learning_rate, set_learning_rate
+from fastcov_detection.schedule import (
+    build_optimizer,
+    calmer_settings,
+    learning_rate,
+    set_learning_rate,
+)
 
 __all__ = ["RunResult", "has_weights", "load_run", "measure_spectra", "train"]
 
@@ -67,8 +73,9 @@ def train(
         seed: Of everything random.
         start: File of a state_dict of the whole detector, of these widths, to start from; the run
             remembers its digest. None: as ``config.model.init`` says.
-        resume: Go on where an earlier process stopped; a finished run is returned at once. False:
-            start over.
+        resume: Go on where an earlier process stopped, with another rate, clipping or number of
+            steps where they are given; a finished run is returned at once, or goes on to more
+            steps. False: start over.
         progress: Show bars.
 
     Raises:
@@ -90,6 +97,7 @@ def train(
             "config": to_dict(config),
             "widths": dict(model.widths),
             "start": None if start is None else load_start(model, Path(start)),
+            "data": data.content,
         }
         finished = _open_folder(folder, identity, resume)
         if finished is not None:
@@ -97,6 +105,7 @@ def train(
         if is_main:
             save_config(config, folder / "config.json")
             save_widths(model.widths, folder / "widths.json")
+            tell_limits(data.val, config.model.detections_per_image)
             write_text(folder / "classes.json", json.dumps(list(data.class_names)) + "\n")
         return _Run(config, model, data, folder, identity, device, progress).run()
 
@@ -126,7 +135,9 @@ class _Run:
         self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
         self.tracker = self._track()
         self._restore()
-        self.logbook = Logbook(folder if self.is_main else None, self.step)
+        self.logbook = Logbook(
+            folder if self.is_main else None, self.step, remedy=calmer_settings(config)
+        )
         self.replica: nn.Module = self.model
         if world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -192,7 +203,7 @@ class _Run:
         start_s, before_s = time.monotonic(), self.train_s
         start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
         with bar as advance:
-            for batch in loader:
+            for batch in one_line(loader):
                 rate = learning_rate(config, self.step)
                 self._step(batch, rate)
                 self.step += 1
@@ -265,6 +276,7 @@ class _Run:
         )
 
     def _save(self) -> None:
+        self.logbook.refuse_weights(self.model.state_dict(), self.step)
         if self.tracker is not None and world_size() > 1:
             self.tracker.sync()
         if self.is_main:
@@ -322,11 +334,19 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunRes
     if finished is not None:
         content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         before = {key: content.get(key) for key in identity}
-        checkpoints.check_same_run(before, identity, folder)
-        return finished
+        checkpoints.check_same_run(
+            before, identity, folder, reached=finished.steps, is_finished=True
+        )
+        if finished.steps >= identity["config"]["steps"]:
+            return finished
     saved = checkpoints.load_checkpoint(folder)
     if saved is not None:
-        checkpoints.check_same_run({key: saved.get(key) for key in identity}, identity, folder)
+        checkpoints.resume_from(saved, identity, folder)
+    elif finished is not None:
+        raise CheckpointError(
+            f"{folder} has a result after {finished.steps} steps and no checkpoint to go on from; "
+            "start over with --restart, or choose another folder"
+        )
     return None
 
 

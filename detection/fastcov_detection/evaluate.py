@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from fastcov_detection.data import CocoDataset, DataError, Target
+from fastcov_detection.data import CocoDataset, DataError, Target, one_line
 from fastcov_detection.distributed import all_gather, rank, world_size
 from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
 
+log = logging.getLogger("fastcov_detection")
+
+_MOST_SCORED = 100
 _TRUTH_COLOUR, _FOUND_COLOUR = (255, 255, 255), (255, 80, 0)
 
 
@@ -75,6 +80,43 @@ def evaluate(
         "segm_ap50": segm_ap50,
         "seconds": time.monotonic() - start_s,
     }
+
+
+def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
+    """Warnings about images with more objects than can be found in them.
+
+    Args:
+        dataset: Of validation.
+        detections_per_image: What the detector returns at most.
+    """
+    counts = [sum(not a.is_crowd for a in record.annotations) for record in dataset.records]
+    most = max(counts, default=0)
+    if most > detections_per_image:
+        log.warning(
+            "%s: image %s has %d objects, the detector returns at most %d: raise "
+            "model.detections_per_image",
+            dataset.file.path,
+            dataset.records[counts.index(most)].file_name,
+            most,
+            detections_per_image,
+        )
+    classes = [
+        (Counter(a.category_id for a in record.annotations if not a.is_crowd), record.file_name)
+        for record in dataset.records
+    ]
+    crowded = [
+        (count, name) for found, name in classes for count in found.values() if count > _MOST_SCORED
+    ]
+    if crowded:
+        most, name = max(crowded)
+        log.warning(
+            "%s: image %s has %d objects of one class; AP as COCO defines it counts %d detections "
+            "of a class and image",
+            dataset.file.path,
+            name,
+            most,
+            _MOST_SCORED,
+        )
 
 
 def draw_detections(
@@ -135,7 +177,7 @@ def _detect(
     )
     done = 0
     try:
-        for batch in loader:
+        for batch in one_line(loader):
             outputs = model([image.to(device) for image, _ in batch])
             now = list(indices[done : done + len(batch)])
             done += len(batch)
@@ -174,7 +216,7 @@ def _average_precision(
     """AP and AP50; no detection at all is an AP of zero."""
     if not detections:
         return 0.0, 0.0
-    truth = dataset.file.ground_truth()
+    truth = dataset.file.ground_truth(with_masks=kind == "segm")
     # pycocotools takes a detection's area from its box where there is one, even when it compares
     # masks.
     unused = "bbox" if kind == "segm" else "segmentation"

@@ -32,6 +32,11 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
     if config.init == "random":
         return
     if config.init == "imagenet":
+        if config.norm == "group":
+            raise ConfigError(
+                "the ImageNet weights are of a BatchNorm, model.norm is 'group'; set model.norm "
+                "to batch, sync or frozen, or model.init to random or to weights of a GroupNorm"
+            )
         state, source = _imagenet_state(depth), "the ImageNet weights"
     else:
         path = Path(config.init)
@@ -106,6 +111,24 @@ def _load_body(body: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         raise ConfigError(
             f"{source} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; "
             "depth and norm must be those of this model"
+        )
+    # What a ResNet of these names has and this one lacks would be dropped without a word: the
+    # statistics of a BatchNorm that meets a GroupNorm, blocks of a deeper network.
+    parts = tuple(f"{name}." for name, _ in body.named_children())
+    own = [n.removeprefix(prefix) for n in state if n.startswith(prefix)]
+    surplus = [n for n in own if n.startswith(parts) and n not in wanted]
+    surplus = [n for n in surplus if not n.endswith("num_batches_tracked")]
+    if surplus:
+        is_norm = surplus[0].endswith(("running_mean", "running_var"))
+        remedy = (
+            "these are weights of a BatchNorm: set model.norm=batch or frozen, or give weights "
+            "that were trained with this norm"
+            if is_norm
+            else "depth and norm must be those of this model"
+        )
+        raise ConfigError(
+            f"{source} has {len(surplus)} tensors that this model lacks, the first is "
+            f"{surplus[0]}; {remedy}"
         )
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:

@@ -14,6 +14,7 @@ from fastcov_detection.files import write_file
 
 _KEPT = (
     "config.json",
+    "data.json",
     "widths/*.json",
     "spectra/*.npz",
     "arms/*/seed*/run.json",

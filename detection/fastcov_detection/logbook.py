@@ -28,10 +28,11 @@ class Logbook:
         run_dir: Gets ``log.jsonl`` and ``tensorboard/``; None: nothing is written.
         first_step: Where this process starts; what an earlier one wrote about later steps is
             dropped, so that every step is told once.
+        remedy: Options that make a run calmer, named where a loss is not finite.
     """
 
-    def __init__(self, run_dir: Path | None, first_step: int) -> None:
-        self.first_step = first_step
+    def __init__(self, run_dir: Path | None, first_step: int, remedy: str = "") -> None:
+        self.first_step, self.remedy = first_step, remedy
         self.window: list[dict[str, Tensor]] = []
         self.lines = None
         self.board = None
@@ -79,6 +80,20 @@ class Logbook:
             self.lines.close()
             self.board.close()
 
+    def refuse_weights(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Refusal of weights that no lower rate could mend, before a checkpoint is written.
+
+        Args:
+            state: A model's state_dict.
+            step: After which it is.
+
+        Raises:
+            LossError: If a tensor is not finite; the last checkpoint stays as it is.
+        """
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise LossError(f"{name} is not finite after step {step}; {self._advice()}")
+
     def _refuse_non_finite(self, names: list[str], values: Tensor, step: int) -> None:
         bad = (~values.isfinite()).nonzero()
         if len(bad) == 0:
@@ -86,9 +101,13 @@ class Logbook:
         row, column = bad[0].tolist()
         raise LossError(
             f"{names[column]} is {values[row, column].item()} at step "
-            f"{step - len(values) + row + 1}; "
-            "lower lr, lengthen warmup_steps or set clip_norm, then start again: "
-            "the last checkpoint is from before"
+            f"{step - len(values) + row + 1}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        return (
+            f"lower lr or clip_norm: the same command with {self.remedy} goes on from the last "
+            "checkpoint, which is from before; with --restart as well, from the beginning"
         )
 
 

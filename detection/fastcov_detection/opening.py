@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastcov_detection.config import ConfigError, SearchConfig, load_config, to_dict
+from fastcov_detection.files import write_text
 from fastcov_detection.proposals import PEERS, check_arms
 from fastcov_detection.pruning import check_peer
 from fastcov_detection.results import read_result
 
 # What a search may change when it goes on in a folder: everything else would mix two experiments.
 _MAY_GROW = ("arms", "seeds", "peer_seeds", "jobs", "latency_runs")
+# Where the data lies; its content is compared instead.
+_PLACES = (
+    "train.data.name",
+    "train.data.root",
+    "train.data.train_images",
+    "train.data.train_annotations",
+    "train.data.val_images",
+    "train.data.val_annotations",
+)
+_DATA = "data.json"
 
 
 def checked(config: SearchConfig) -> SearchConfig:
@@ -45,12 +58,38 @@ def check_same_search(folder: Path, config: SearchConfig) -> None:
     if path.exists():
         # A setting that came later had its default then.
         known = to_dict(load_config(SearchConfig, path))
+        free = _PLACES if (folder / _DATA).exists() else ()
         for name, before, now in _differences(known, to_dict(config)):
+            if name in free:
+                continue
             if name.split(".")[0] not in _MAY_GROW:
                 raise ConfigError(
                     f"{folder} holds a search with {name} = {before!r}, not {now!r}; "
                     "choose another folder, or the same settings to go on with it"
                 )
+
+
+def check_same_data(folder: Path, content: Mapping[str, str]) -> None:
+    """Comparison of a search's data with what its folder remembers; a new folder remembers it.
+
+    Args:
+        folder: Of the search.
+        content: Digests of the data set, as :func:`fastcov_detection.data.load_data` gives them.
+
+    Raises:
+        ConfigError: Naming what has changed.
+    """
+    path = folder / _DATA
+    if not path.exists():
+        write_text(path, json.dumps(dict(content), indent=2) + "\n")
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in {**known, **content} if known.get(key) != content.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a search on other data: {', '.join(sorted(changed))} changed since; "
+            "choose another folder"
+        )
 
 
 def recorded_latency(folder: Path) -> dict[str, float]:

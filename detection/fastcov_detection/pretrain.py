@@ -25,7 +25,7 @@ from fastcov_detection import checkpoint as checkpoints
 from fastcov_detection.backbone import build_resnet, norm_layer
 from fastcov_detection.batches import BatchPlan, mix_seed
 from fastcov_detection.config import ConfigError, TrainConfig, save_config, to_dict
-from fastcov_detection.data import load_data
+from fastcov_detection.data import load_data, one_line
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.engine import PRECISIONS, run_settings
 from fastcov_detection.errors import CheckpointError
@@ -36,7 +36,12 @@ from fastcov_detection.model import check_widths, parse_name, save_widths
 from fastcov_detection.objects import ObjectCrops
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.provenance import made_by
-from fastcov_detection.schedule import build_optimizer, learning_rate, set_learning_rate
+from fastcov_detection.schedule import (
+    build_optimizer,
+    calmer_settings,
+    learning_rate,
+    set_learning_rate,
+)
 
 RESULT = "pretrain.json"
 
@@ -155,6 +160,7 @@ def pretrain(
             "config": to_dict(config.train),
             "widths": complete,
             "pretrain": settings,
+            "data": data.content,
         }
         finished = _open_folder(folder, identity, resume)
         if finished is not None:
@@ -194,7 +200,7 @@ class _Pretraining:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-        self.logbook = Logbook(folder, self.step)
+        self.logbook = Logbook(folder, self.step, remedy=calmer_settings(self.train))
 
     def run(self) -> PretrainResult:
         """Trains what is left, measures the accuracy, and leaves the result."""
@@ -242,7 +248,7 @@ class _Pretraining:
         start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
         label = f"pretraining {self.folder.name}"
         with progress_bar(label, train.steps, done=self.step, enabled=self.progress) as advance:
-            for pixels, classes in loader:
+            for pixels, classes in one_line(loader):
                 rate = learning_rate(train, self.step)
                 self._step(pixels, classes, rate)
                 self.step += 1
@@ -285,7 +291,7 @@ class _Pretraining:
         loader = DataLoader(crops, self.config.objects, num_workers=self.train.data.workers)
         right, loss = 0, 0.0
         with progress_bar("evaluating", len(crops), enabled=self.progress) as advance:
-            for pixels, classes in loader:
+            for pixels, classes in one_line(loader):
                 logits = self._logits(pixels)
                 right += int((logits.argmax(dim=1).cpu() == classes).sum())
                 loss += float(self._loss(logits, classes)) * len(classes)
@@ -293,6 +299,7 @@ class _Pretraining:
         return {"accuracy": right / len(crops), "loss": loss / len(crops)}
 
     def _save(self) -> None:
+        self.logbook.refuse_weights(self.model.state_dict(), self.step)
         content = {
             **self.identity,
             "step": self.step,
@@ -319,15 +326,21 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Pretra
     if path.exists():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            before = {key: content[key] for key in identity}
+            before = {key: content.get(key) for key in identity}
             result = PretrainResult(**{**content["result"], "run_dir": str(folder)})
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is not a pretraining's result ({error}); delete it to finish the run again"
             ) from None
-        checkpoints.check_same_run(before, identity, folder)
-        return result
+        checkpoints.check_same_run(before, identity, folder, reached=result.steps, is_finished=True)
+        if result.steps >= identity["config"]["steps"]:
+            return result
     saved = checkpoints.load_checkpoint(folder)
     if saved is not None:
-        checkpoints.check_same_run({key: saved.get(key) for key in identity}, identity, folder)
+        checkpoints.resume_from(saved, identity, folder)
+    elif path.exists():
+        raise CheckpointError(
+            f"{folder} has a result and no checkpoint to go on from; start over with --restart, "
+            "or choose another folder"
+        )
     return None

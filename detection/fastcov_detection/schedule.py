@@ -61,3 +61,9 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Gives every parameter group the same rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def calmer_settings(config: TrainConfig) -> str:
+    """Options for the command line under which a run that left the finite numbers may go on."""
+    clip = 10.0 if config.clip_norm is None else config.clip_norm / 2
+    return f"--set lr={config.lr / 4:g} --set clip_norm={clip:g}"

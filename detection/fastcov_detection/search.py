@@ -38,6 +38,7 @@ from fastcov_detection.layout import (
 from fastcov_detection.measurements import Measurements
 from fastcov_detection.model import build_model, parse_name, save_widths
 from fastcov_detection.opening import (
+    check_same_data,
     check_same_search,
     checked,
     recorded_latency,
@@ -126,6 +127,7 @@ class _Search:
         self.data: LoadedData = load_data(
             config.train.data, with_masks=predicts_masks, progress=progress
         )
+        check_same_data(folder, self.data.content)
         classes = len(self.data.class_names) + 1
         self.model_config = replace(config.train.model, num_classes=classes)
         self.image_size = config.image_size or self.model_config.min_size

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from fastcov_detection.coco import read_coco
+from fastcov_detection.checking import check_entries
+from fastcov_detection.checks import Split
+from fastcov_detection.coco import read_sheet
 from fastcov_detection.data import CocoDataset
 from fastcov_detection.errors import DataError
+from fastcov_detection.findings import refuse_faults
 
 # A 4x4 square at (2, 3) in a 32x24 image, in each of the three ways that COCO writes masks.
 SQUARE = np.zeros((24, 32), dtype=np.uint8)
@@ -64,6 +67,10 @@ def _open(root: Path, with_masks: bool = False) -> CocoDataset:
         root / "annotations" / "instances_train2017.json",
         with_masks=with_masks,
     )
+
+
+def _check(path: Path) -> None:
+    refuse_faults(check_entries(Split("train", read_sheet(path), path.parent)))
 
 
 def test_a_file_in_cocos_format_is_read_right(coco_folder: CocoFolder) -> None:
@@ -119,10 +126,11 @@ def test_boxes_without_area_are_skipped_and_counted(
     )
     with caplog.at_level(logging.WARNING):
         dataset = _open(root)
-    (line,) = caplog.messages
-    assert "skipped 3 annotations whose box has no area" in line
+    (line,) = (line for line in caplog.messages if "no area" in line)
+    assert "3 times: annotation 1 has bbox [2, 3, 0, 0]" in line
+    assert "so annotation 2, annotation 3; training skips it" in line
     assert dataset[0][1]["boxes"].tolist() == [[0, 0, 2, 2], [30, 20, 32, 24]]
-    assert len(dataset.file.ground_truth().anns) == 2
+    assert len(dataset.file.ground_truth().anns) == 5
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,7 @@ def test_boxes_without_area_are_skipped_and_counted(
         ({"bbox": [1, 2, 3]}, r"annotation 1 has bbox \[1, 2, 3\]"),
         ({"bbox": [1, 2, 3, float("nan")]}, "annotation 1 has bbox"),
         ({"bbox": None}, "annotation 1 has bbox None"),
-        ({"segmentation": {"size": [24, 32]}}, "neither an area nor a readable segmentation"),
+        ({"segmentation": {"size": [24, 32]}}, r"annotation 1 has RLE counts None"),
     ],
 )
 def test_a_bad_annotation_is_named(
@@ -161,7 +169,7 @@ def test_a_missing_key_is_named(coco_folder: CocoFolder, key: str) -> None:
         ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "lists no image"),
         (
             '{"images": [{"id": 1, "file_name": "a"}], "annotations": [], "categories": []}',
-            "image 1 has no 'width'",
+            r"image 1 \(a\) has no 'width'",
         ),
         (
             json.dumps(
@@ -171,7 +179,7 @@ def test_a_missing_key_is_named(coco_folder: CocoFolder, key: str) -> None:
                     "categories": [{"id": 1}],
                 }
             ),
-            "image id 1 twice",
+            r"image 1 \(a\) has id 1 as image number 1 has; every image needs its own",
         ),
         (
             '{"images": [{"id": 1, "file_name": "a", "width": 1, "height": 1}],'
@@ -183,9 +191,9 @@ def test_a_missing_key_is_named(coco_folder: CocoFolder, key: str) -> None:
 def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=message):
-        read_coco(tmp_path / "a.json")
+        _check(tmp_path / "a.json")
 
 
 def test_a_missing_annotation_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"annotation file .*a\.json is missing"):
-        read_coco(tmp_path / "a.json")
+        _check(tmp_path / "a.json")

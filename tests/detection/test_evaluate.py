@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from fastcov_detection.config import ModelConfig
 from fastcov_detection.data import CocoDataset
 from fastcov_detection.errors import DataError
-from fastcov_detection.evaluate import draw_detections, evaluate
+from fastcov_detection.evaluate import draw_detections, evaluate, tell_limits
 from fastcov_detection.model import build_model
+
+_SEED = torch.Generator().manual_seed(0)
 
 
 class _Oracle(nn.Module):
@@ -112,6 +116,90 @@ def test_a_crowd_costs_nothing(coco_folder: Callable[..., Path]) -> None:
         "scores": torch.tensor([0.5, 0.9, 0.8]),
     }
     assert evaluate(_Oracle([found, nothing]), dataset)["ap"] == pytest.approx(1.0)
+
+
+UNLEARNED = [
+    *([2 + i, 3, 0, 0] for i in range(4)),
+    *([40 + i, 3, 5, 5] for i in range(3)),
+    [4, 6, 1e-9, 8],
+    [4, 6, -3, 8],
+    [31.99999999, 2, 5, 5],
+]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_objects_that_training_skips_stay_in_the_official_score(
+    coco_folder: Callable[..., Path], tmp_path: Path, with_masks: bool
+) -> None:
+    """The same as pycocotools alone finds on the same file, with ten such boxes in it."""
+    draw = np.random.default_rng(3)
+    annotations: list[dict[str, Any]] = []
+    for _ in range(18):
+        left, top = draw.integers(0, 20), draw.integers(0, 12)
+        annotations.append({"bbox": [int(left), int(top), 8, 9], "area": 72.0})
+    annotations += [{"bbox": box, "area": 20.0} for box in UNLEARNED]
+    for number, annotation in enumerate(annotations, 1):
+        x, y, w, h = annotation["bbox"]
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        annotation |= {"segmentation": [polygon]} if number <= 18 else {"segmentation": []}
+        annotation |= {"id": number, "image_id": number % 2 + 1, "iscrowd": int(number == 5)}
+        annotation["category_id"] = 5 if number % 3 else 1
+    root = coco_folder(annotations)
+    path = root / "annotations" / "instances_val2017.json"
+    dataset = CocoDataset(root / "val2017", path, with_masks=with_masks)
+    assert sum(len(record.unlearned) for record in dataset.records) == 10
+    found = _truth(dataset)
+    for one in found:
+        one["boxes"] = one["boxes"] + torch.rand(one["boxes"].shape, generator=_SEED)
+        one["scores"] = torch.rand(len(one["boxes"]), generator=_SEED)
+    scores = evaluate(_Oracle(found), dataset)
+    results = [
+        {
+            "image_id": dataset.records[index].image_id,
+            "category_id": dataset.category_of[int(label)],
+            "bbox": [float(v) for v in (x, y, right - x, bottom - y)],
+            "score": float(score),
+        }
+        for index, one in enumerate(found)
+        for (x, y, right, bottom), label, score in zip(
+            one["boxes"].double().numpy(), one["labels"], one["scores"], strict=True
+        )
+    ]
+    official = COCO(str(path))
+    scoring = COCOeval(official, official.loadRes(results), "bbox")
+    scoring.evaluate()
+    scoring.accumulate()
+    scoring.summarize()
+    assert scores["ap"] == scoring.stats[0]
+    assert scores["ap50"] == scoring.stats[1]
+    assert 0.1 < scoring.stats[0] < 0.9
+    if with_masks:
+        assert scores["segm_ap"] is not None
+        assert scores["segm_ap50"] < 18 / 27, "what cannot be found is missed"
+
+
+@pytest.mark.parametrize(
+    ("objects", "limit", "messages"),
+    [
+        (101, 100, ["101 objects, the detector returns at most 100", "101 objects of one class"]),
+        (101, 300, ["101 objects of one class; AP as COCO defines it counts 100 detections"]),
+        (30, 20, ["image 1.png has 30 objects, the detector returns at most 20: raise model.det"]),
+        (100, 100, []),
+    ],
+)
+def test_more_objects_than_can_be_found_are_told(
+    coco_folder: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    objects: int,
+    limit: int,
+    messages: list[str],
+) -> None:
+    box = {"image_id": 1, "category_id": 5, "area": 4}
+    root = coco_folder([{**box, "id": i, "bbox": [i / 8, 2, 2, 2]} for i in range(objects)])
+    dataset = CocoDataset(root / "val2017", root / "annotations" / "instances_val2017.json")
+    tell_limits(dataset, limit)
+    for line, expected in zip(caplog.messages, messages, strict=True):
+        assert expected in line
 
 
 def test_no_object_means_no_average_precision(coco_folder: Callable[..., Path]) -> None:

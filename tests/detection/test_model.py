@@ -232,6 +232,35 @@ def test_a_backbone_starts_from_a_classifier_or_another_detector(
         build_model(replace(wide, name="fasterrcnn_resnet34_fpn"), num_classes=3)
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_weights_of_another_norm_or_depth_are_refused(
+    tiny_model: ModelConfig, tmp_path: Path, norm: str
+) -> None:
+    """Nothing of a file is dropped without a word."""
+    wide = replace(tiny_model, width_multiplier=1.0, norm=norm)
+    torch.save(build_model(wide, num_classes=3).state_dict(), tmp_path / "own.pth")
+    other = replace(wide, norm="group" if norm == "batch" else "batch")
+    given = replace(other, init=str(tmp_path / "own.pth"))
+    expected = {
+        "batch": r"own\.pth has 40 tensors .*first is bn1\.running_mean; these are weights of",
+        "group": r"own\.pth lacks 40 of 120 tensors, the first is bn1\.running_mean; depth",
+    }
+    with pytest.raises(ConfigError, match=expected[norm]):
+        build_model(given, num_classes=3)
+    deeper = torchvision.models.resnet34(
+        weights=None, norm_layer=None if norm == "batch" else norm_layer("group")
+    )
+    torch.save(deeper.state_dict(), tmp_path / "deeper.pth")
+    with pytest.raises(ConfigError, match=r"first is layer1\.2\.conv1\.weight; depth and norm"):
+        build_model(replace(wide, init=str(tmp_path / "deeper.pth")), num_classes=3)
+
+
+def test_imagenet_weights_for_a_group_norm_are_not_fetched(tiny_model: ModelConfig) -> None:
+    config = replace(tiny_model, norm="group", init="imagenet")
+    with pytest.raises(ConfigError, match=r"are of a BatchNorm, model\.norm is 'group'"):
+        build_model(config, num_classes=3)
+
+
 def test_weights_that_cannot_be_read_are_named(tiny_model: ModelConfig, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     config = replace(tiny_model, init=str(path))
