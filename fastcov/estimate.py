@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastcov.arguments import check_model, check_reading
 from fastcov.ops.backend import service_of
 from fastcov.rows.policy import LayerLoad, Rows, policy_of
-from fastcov.rows.view import plain_tensor, row_view
+from fastcov.rows.view import plain_tensor, row_order, row_view
 from fastcov.stats.buffering import buffer_rows, device_buffer_rows, direct_rows
 from fastcov.stats.workspace import update_workspace_bytes
 from fastcov.watch.select import Selector, Tap, find_taps, first_tensor
@@ -343,7 +343,8 @@ class _Survey:
         count = rows.numel() // channels
         self._macs[number] += count * tap.macs_per_row
         if tap.position == "input":
-            self._shared.see(number, activation, tap.name in self.seen)
+            order = row_order(plain.dim(), tap.layout, tap.batched_rank)
+            self._shared.see(number, activation, order, tap.name in self.seen)
         seen = self.seen.setdefault(tap.name, _Seen(channels, rows.dtype, rows.device))
         seen.calls.append(count)
         if seen.device.type != "cpu":

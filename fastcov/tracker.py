@@ -527,7 +527,7 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where)
-    _meet_others(model, replace)
+    _meet_others(model, taps, replace)
     return Tracker(
         model,
         taps,
@@ -542,16 +542,17 @@ def track(
     )
 
 
-def _meet_others(model: nn.Module, replace: bool) -> None:
-    others = watchers_of(model)
+def _meet_others(model: nn.Module, taps: list[tuple[Tap, nn.Module]], replace: bool) -> None:
+    names = {tap.name for tap, _ in taps}
+    others = [each for each in watchers_of(model) if replace or names & set(each.names())]
     if replace:
         for watcher in others:
             watcher.close()
     elif others:
         one = len(others) == 1
         warnings.warn(
-            f"this {type(model).__name__} is tracked already: {len(others)} earlier "
-            f"tracker{'' if one else 's'} go{'es' if one else ''} on reading, at the same cost "
-            "each; call close() on them, or track(model, replace=True)",
+            f"layers of this {type(model).__name__} are tracked already: {len(others)} earlier "
+            f"tracker{'' if one else 's'} go{'es' if one else ''} on reading them, at the same "
+            "cost each; call close() on them, or track(model, replace=True)",
             stacklevel=3,
         )

@@ -41,12 +41,12 @@ class ActivationLayout:
         channel_dim: Dimension of :meth:`source` that holds the channels.
         numbers: The layout as operators compare it, from :func:`layout_numbers`; None where they
             cannot: on a GPU, or where the order of dimensions changes.
+        order: As given.
         key: What tells this layout from others on the same device; None where it never repeats.
     """
 
     __slots__ = (
         "_is_cpu",
-        "_order",
         "_shape",
         "_stride",
         "channel_dim",
@@ -55,6 +55,7 @@ class ActivationLayout:
         "dtype",
         "key",
         "numbers",
+        "order",
         "positions",
         "rows",
         "run_length",
@@ -77,9 +78,9 @@ class ActivationLayout:
         self.numbers: array[int] | None = None
         self.key: Key | None = None
         self._is_cpu = rows.is_cpu
-        self._order: tuple[int, ...] | None = None
+        self.order: tuple[int, ...] | None = None
         if activation is not None and order is not None:
-            self._order = order
+            self.order = order
             self._shape, self._stride = activation.shape, activation.stride()
             self.key = (self._shape, self._stride, self.dtype)
             if order[:-1] == tuple(sorted(order[:-1])):  # operators can take it as it is
@@ -109,7 +110,7 @@ class ActivationLayout:
 
     def view(self, activation: Tensor) -> Tensor:
         """Row view of an activation that fits; rows stay as they are. [B, ..., C]"""
-        order = self._order
+        order = self.order
         return activation if order is None else activation.detach().permute(*order)
 
 

@@ -60,14 +60,17 @@ class Route:
     Args:
         routes: Routes of the tap.
         layout: Layout of the calls.
+
+    Attributes:
+        layout: As given.
     """
 
-    __slots__ = ("_layer", "_layout", "_routes")
+    __slots__ = ("_layer", "_routes", "layout")
 
     def __init__(self, routes: Routes, layout: ActivationLayout) -> None:
         self._routes = routes
         self._layer = routes.layer
-        self._layout = layout
+        self.layout = layout
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """Reads a call.
@@ -80,10 +83,10 @@ class Route:
         Returns:
             False, with nothing done, where the layout does not fit.
         """
-        if not self._layout.fits(value):
+        if not self.layout.fits(value):
             return False
-        self._layer.read(value, self._layout, self._routes.source(module, args, value))
-        self._routes.settle(self._layout, value)
+        self._layer.read(value, self.layout, self._routes.source(module, args, value))
+        self._routes.settle(self.layout, value)
         return True
 
 
@@ -102,10 +105,10 @@ class AddOnHost(Route):
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`Route.take`."""
         cursor = self._cursor
-        if cursor.layout is not self._layout:
-            if not self._layout.fits(value):
+        if cursor.layout is not self.layout:
+            if not self.layout.fits(value):
                 return False
-            cursor.expect(self._layout)
+            cursor.expect(self.layout)
         # Fails where the layout differs: only then it is looked at here.
         if library.accumulate_again_(cursor.tensor, *self._state, value) >= 0:
             return True
@@ -128,10 +131,10 @@ class SampleOnHost(Route):
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`Route.take`."""
         cursor = self._cursor
-        if cursor.layout is not self._layout:
-            if not self._layout.fits(value):
+        if cursor.layout is not self.layout:
+            if not self.layout.fits(value):
                 return False
-            cursor.expect(self._layout)
+            cursor.expect(self.layout)
         # Fails where the layout differs, and where the buffer is full.
         due = library.gather_again_(cursor.tensor, self._storage, value)
         if due < 0:
@@ -148,9 +151,9 @@ class AddThroughInput(Route):
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`Route.take`."""
-        if not self._layout.fits(value):
+        if not self.layout.fits(value):
             return False
-        self._layer.read(value, self._layout, self._routes.source(module, args, value))
+        self._layer.read(value, self.layout, self._routes.source(module, args, value))
         return True
 
 
@@ -168,7 +171,7 @@ class LaunchAdd(Route):
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`Route.take`."""
-        layout = self._layout
+        layout = self.layout
         if not layout.fits(value):
             return False
         numbers = self._numbers
@@ -196,7 +199,7 @@ class LaunchSample(Route):
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`Route.take`."""
-        layout = self._layout
+        layout = self.layout
         if not layout.fits(value):
             return False
         numbers, buffer = self._numbers, self._buffer

@@ -2,7 +2,8 @@
 
 Two modules see the same tensor if they are given the same object in the same version: an in-place
 operation between them keeps the object and raises its version. Inference tensors have no version,
-and compiled code writes to tensors without raising it: there nothing is shared.
+and compiled code writes to tensors without raising it: there nothing is shared. Nor is it where the
+two hold their channels in different dimensions: one tensor is then other rows to each.
 """
 
 from __future__ import annotations
@@ -16,15 +17,32 @@ from torch import Tensor, nn
 
 from fastcov.stats.route import Route
 
-_Sighting = tuple["ref[Tensor]", int | None]
+Order = tuple[int, ...] | None
+"""Dimensions of a tensor in the order of its row view, from fastcov.rows.view.row_order."""
 
 
-def _sighting(tensor: Tensor) -> _Sighting:
-    return ref(tensor), None if tensor.is_inference() else tensor._version
+class _Sighting:
+    """A tensor as a tap has seen it, without keeping the tensor alive."""
+
+    __slots__ = ("_order", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, order: Order) -> None:
+        self._tensor = ref(tensor)
+        self._version = _version_of(tensor)
+        self._order = order
+
+    def is_of(self, tensor: Tensor, version: int | None, order: Order) -> bool:
+        return (
+            version is not None
+            and order is not None
+            and self._version == version
+            and self._order == order
+            and self._tensor() is tensor
+        )
 
 
-def _is_of(sighting: _Sighting, tensor: Tensor, version: int | None) -> bool:
-    return version is not None and sighting[1] == version and sighting[0]() is tensor
+def _version_of(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class SharedInputs:
@@ -70,17 +88,20 @@ class SharedInputs:
         """True if other taps may ask which tensors a tap has seen."""
         return tap not in self._settled or tap in self.owner.values()
 
-    def note(self, tap: int, tensor: Tensor) -> None:
+    def note(self, tap: int, tensor: Tensor, order: Order) -> None:
         """Keeps the tensor that a tap has just seen."""
-        self._sightings[tap].append(_sighting(tensor))
+        self._sightings[tap].append(_Sighting(tensor, order))
         self._order.append(tap)
 
-    def see(self, tap: int, tensor: Tensor, has_rows: bool) -> Literal["reads", "shares", "splits"]:
+    def see(
+        self, tap: int, tensor: Tensor, order: Order, has_rows: bool
+    ) -> Literal["reads", "shares", "splits"]:
         """Role of a tap in one call.
 
         Args:
             tap: The tap.
             tensor: Input of its module.
+            order: Where the tap takes the tensor's channels to be; None shares with nobody.
             has_rows: True if the tap has read rows of its own.
 
         Returns:
@@ -89,29 +110,29 @@ class SharedInputs:
         """
         owner = self.owner.get(tap)
         if owner is None:
-            first = None if has_rows or tap in self._apart else self._first(tensor)
-            self.note(tap, tensor)
+            first = None if has_rows or tap in self._apart else self._first(tensor, order)
+            self.note(tap, tensor, order)
             if first is None or first == tap:
                 return "reads"
             self.owner[tap] = first
             return "shares"
-        is_shared = self.is_seen_by(owner, tensor)
-        self.note(tap, tensor)
+        is_shared = self.is_seen_by(owner, tensor, order)
+        self.note(tap, tensor, order)
         if is_shared:
             return "shares"
         self.split(tap)
         return "splits"
 
-    def is_seen_by(self, tap: int, tensor: Tensor) -> bool:
-        """True if a tap has seen a tensor in this step, in the version that it has now."""
-        version = None if tensor.is_inference() else tensor._version
-        return any(_is_of(sighting, tensor, version) for sighting in self._sightings[tap])
+    def is_seen_by(self, tap: int, tensor: Tensor, order: Order) -> bool:
+        """True if a tap has seen the same rows in this step: see the module's description."""
+        version = _version_of(tensor)
+        return any(sighting.is_of(tensor, version, order) for sighting in self._sightings[tap])
 
-    def _first(self, tensor: Tensor) -> int | None:
-        version = None if tensor.is_inference() else tensor._version
+    def _first(self, tensor: Tensor, order: Order) -> int | None:
+        version = _version_of(tensor)
         calls = {tap: iter(sightings) for tap, sightings in self._sightings.items()}
         for tap in self._order:
-            if _is_of(next(calls[tap]), tensor, version) and tap not in self._settled:
+            if next(calls[tap]).is_of(tensor, version, order) and tap not in self._settled:
                 return tap
         return None
 
@@ -137,20 +158,22 @@ class Leading(Route):
 
     Args:
         route: How the calls are read.
-        note: Function that keeps the tensor: :meth:`SharedInputs.note` of the tap.
+        note: Function that keeps a tensor and its order: :meth:`SharedInputs.note` of the tap.
+        order: Order of the route's layout.
     """
 
-    __slots__ = ("_note", "_route")
+    __slots__ = ("_note", "_order", "_route")
 
-    def __init__(self, route: Route, note: Callable[[Tensor], None]) -> None:
+    def __init__(self, route: Route, note: Callable[[Tensor, Order], None], order: Order) -> None:
         self._route = route
         self._note = note
+        self._order = order
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`fastcov.stats.route.Route.take`."""
         if not self._route.take(value, module, args):
             return False
-        self._note(value)
+        self._note(value, self._order)
         return True
 
 
@@ -161,20 +184,24 @@ class Following(Route):
         inputs: All sightings.
         tap: The following tap.
         leader: The tap that reads.
+        order: Order of the following tap, for tensors of as many dimensions.
     """
 
-    __slots__ = ("_inputs", "_leader", "_tap")
+    __slots__ = ("_inputs", "_leader", "_order", "_tap")
 
-    def __init__(self, inputs: SharedInputs, tap: int, leader: int) -> None:
+    def __init__(self, inputs: SharedInputs, tap: int, leader: int, order: tuple[int, ...]) -> None:
         self._inputs = inputs
         self._tap = tap
         self._leader = leader
+        self._order = order
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
         """See :meth:`fastcov.stats.route.Route.take`."""
         del module, args
         inputs = self._inputs
-        if not inputs.is_seen_by(self._leader, value):
+        if value.dim() != len(self._order):
             return False
-        inputs.note(self._tap, value)
+        if not inputs.is_seen_by(self._leader, value, self._order):
+            return False
+        inputs.note(self._tap, value, self._order)
         return True

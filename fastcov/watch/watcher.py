@@ -35,7 +35,7 @@ from fastcov.watch.isolation import (
 )
 from fastcov.watch.layers import is_sharded
 from fastcov.watch.select import Tap
-from fastcov.watch.sharing import Following, Leading, SharedInputs
+from fastcov.watch.sharing import Following, Leading, Order, SharedInputs
 from fastcov.watch.steps import OVERLAP, Steps
 
 _NUMBERS = itertools.count(1)
@@ -374,8 +374,11 @@ class Watcher:
             return
         order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
         layout = ActivationLayout(rows, plain, order)
-        if spec.position == "input" and not self._reads_input(tap, activation, module is None):
-            return
+        if spec.position == "input":
+            # Compiled code reuses memory behind the same tensor object.
+            shareable = None if module is None or batch_dims else order
+            if not self._reads_input(tap, activation, shareable):
+                return
         routes = self._routes[tap]
         layer = routes.layer
         if self.steps.is_captured and self._counters and self._counters.leaves_out(layer, layout):
@@ -390,30 +393,22 @@ class Watcher:
         if is_plain and not self.steps.is_captured:
             routes.remember(layout, plain)
 
-    def _reads_input(self, tap: int, activation: Tensor, is_compiled: bool) -> bool:
-        # False where another tap has read the same tensor already.
-        routes, inputs = self._routes[tap], self._inputs
-        if is_compiled:
-            # Compiled code reuses memory behind the same tensor object.
-            if tap in inputs.owner:
-                inputs.split(tap)
-                self._split(tap)
-            return True
-        role = inputs.see(tap, activation, routes.layer.total_calls > 0)
+    def _reads_input(self, tap: int, activation: Tensor, order: Order) -> bool:
+        # False where another tap has read the same rows already.
+        has_rows = self._routes[tap].layer.total_calls > 0
+        role = self._inputs.see(tap, activation, order, has_rows)
         if role == "splits":
             self._split(tap)
         elif role == "shares":
-            self._share(tap)
+            assert order is not None
+            owner = self._inputs.owner[tap]
+            self._assign(tap, self._routes[owner].layer)
+            self._routes[tap].follow(Following(self._inputs, tap, owner, order))
         return role != "shares"
-
-    def _share(self, tap: int) -> None:
-        owner = self._inputs.owner[tap]
-        self._assign(tap, self._routes[owner].layer)
-        self._routes[tap].follow(Following(self._inputs, tap, owner))
 
     def _noted(self, tap: int, route: Route) -> Route:
         if self._inputs.is_noted(tap):
-            return Leading(route, partial(self._inputs.note, tap))
+            return Leading(route, partial(self._inputs.note, tap), route.layout.order)
         return route
 
     def note(self, name: str) -> str:
@@ -488,7 +483,7 @@ class Watcher:
         number_of = {tap.name: number for number, tap in enumerate(self.taps)}
         for name, owner in shared.items():
             self._inputs.owner[number_of[name]] = number_of[owner]
-            self._share(number_of[name])
+            self._assign(number_of[name], self._routes[number_of[owner]].layer)
         for owner in set(shared.values()):
             self._routes[number_of[owner]].reconsider()
 

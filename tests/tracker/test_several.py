@@ -21,7 +21,7 @@ def model_of(seed: int = 0) -> nn.Module:
 def test_a_second_tracker_is_announced_and_can_replace_the_first() -> None:
     model = model_of()
     first = fastcov.track(model, rows="all")
-    with pytest.warns(UserWarning, match="tracked already: 1 earlier tracker goes on reading"):
+    with pytest.warns(UserWarning, match="tracked already: 1 earlier tracker goes on reading them"):
         second = fastcov.track(model, rows="all")
     model(torch.randn(4, 8))
     assert first.count("0") == second.count("0") == 4

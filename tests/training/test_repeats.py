@@ -124,10 +124,10 @@ def test_sharing_ends_at_once_when_inputs_part(model: Branches) -> None:
 
 def test_the_first_that_sees_a_tensor_reads_it() -> None:
     shared, early, late = SharedInputs(), torch.ones(1), torch.ones(1)
-    assert shared.see(0, early, has_rows=False) == "reads"
-    assert shared.see(1, late, has_rows=False) == "reads"
-    assert shared.see(0, late, has_rows=True) == "reads"
-    assert shared.see(2, late, has_rows=False) == "shares"
+    assert shared.see(0, early, (0,), has_rows=False) == "reads"
+    assert shared.see(1, late, (0,), has_rows=False) == "reads"
+    assert shared.see(0, late, (0,), has_rows=True) == "reads"
+    assert shared.see(2, late, (0,), has_rows=False) == "shares"
     assert shared.owner == {2: 1}
 
 
