@@ -79,6 +79,68 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+bool is_multiplied_by_matrix(const Update& update) {
+  return update.dtype != Dtype::kFloat64 && level().matrix &&
+         MatrixGram::pays_for(update.dtype, update.rows.channels);
+}
+
+void add_rows(const Update& update) {
+  if (update.dtype == Dtype::kFloat64) {
+    Accumulator<double, VectorGram<double>>(update).run();
+  } else if (is_multiplied_by_matrix(update)) {
+    Accumulator<float, MatrixGram>(update).run();
+  } else {
+    Accumulator<float, VectorGram<float>>(update).run();
+  }
+}
+
+// The number that the rows' working type subtracts for a shift; the rest is left to float64.
+inline double usable_shift(double shift) {
+  return std::abs(shift) < kLargestFloatShift ? static_cast<double>(static_cast<float>(shift)) : 0;
+}
+
+bool is_usable(const Update& update) {
+  if (update.dtype == Dtype::kFloat64) return true;
+  bool usable = true;
+  for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
+    usable &= usable_shift(update.shift[channel]) == update.shift[channel];
+  }
+  return usable;
+}
+
+// Rows of another dtype have chosen the shift, and the working type does not hold it: sums about
+// the nearest number that it holds are formed apart, and translated.
+void add_rows_about_nearest(const Update& update) {
+  const int64_t channels = update.rows.channels;
+  std::vector<double> moment(channels * channels), sum(channels), usable(channels);
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    usable[channel] = usable_shift(update.shift[channel]);
+  }
+  double weight = 0;
+  Update part = update;
+  part.decay = 1;
+  part.moment = moment.data();
+  part.sum = sum.data();
+  part.shift = usable.data();
+  part.weight = &weight;
+  add_rows(part);
+  translate(part, std::vector<double>(update.shift, update.shift + channels));
+  for (int64_t row = 0; row < channels; ++row) {
+    for (int64_t column = 0; column <= row; ++column) {
+      double& to = update.moment[row * channels + column];
+      to = to * update.decay + moment[row * channels + column];
+    }
+    update.sum[row] = update.sum[row] * update.decay + sum[row];
+  }
+  *update.weight = *update.weight * update.decay + weight;
+}
+
+// Whether the number of rows grows past a power of two: how often, it costs nothing to look again
+// whether the shift is where the rows are.
+bool passes_power_of_two(int64_t before, int64_t added) {
+  return (before ^ (before + added)) > before;
+}
+
 void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor count, Tensor rows,
                  int64_t channel_dim, std::optional<Tensor> row_weight, double row_scale,
                  double decay) {
@@ -101,13 +163,16 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
     update.row_weight = {row_weight->const_data_ptr(), is_double};
   }
   if (channels == 0 || (update.rows.rows == 0 && decay == 1)) return;
-  if (update.count[0] == 0) choose_shift(update);
-  if (update.dtype == Dtype::kFloat64) {
-    Accumulator<double, VectorGram<double>>(update).run();
-  } else if (level().matrix && MatrixGram::pays_for(update.dtype, channels)) {
-    Accumulator<float, MatrixGram>(update).run();
+  if (update.row_weight.data) update.row_weight.choose_unit(update.rows.rows);
+  if (update.count[0] == 0) {
+    choose_shift(update, is_multiplied_by_matrix(update));
+  } else if (decay != 1 || passes_power_of_two(update.count[0], update.rows.rows)) {
+    follow_mean(update, is_multiplied_by_matrix(update));
+  }
+  if (is_usable(update)) {
+    add_rows(update);
   } else {
-    Accumulator<float, VectorGram<float>>(update).run();
+    add_rows_about_nearest(update);
   }
 }
 

@@ -52,7 +52,8 @@ class Accumulator {
     }();
     const double read_weight =
         update_.row_weight.data ? tally.weight : static_cast<double>(tally.finite);
-    *update_.weight = *update_.weight * update_.decay + read_weight * update_.row_scale;
+    const double scale = update_.row_scale * update_.row_weight.unit;
+    *update_.weight = *update_.weight * update_.decay + read_weight * scale;
     update_.count[0] += tally.finite;
     update_.count[1] += tally.rows - tally.finite;
   }
@@ -113,7 +114,7 @@ class Accumulator {
 
   void multiply(const Block<T>& block, int64_t rows, T factor, double* triangle,
                 double* sum) const {
-    const double linear = update_.row_scale / static_cast<double>(factor);
+    const double linear = update_.row_scale * update_.row_weight.unit / static_cast<double>(factor);
     const double square = linear / static_cast<double>(factor);
     for (int64_t i = 0; i < sides_; ++i) {
       for (int64_t j = 0; j <= i; ++j, triangle += kSide * kSide) {
@@ -233,7 +234,7 @@ class Accumulator {
 
   void tile_range(const Block<T>& block, int64_t rows, T factor, double keep, int64_t begin,
                   int64_t end) const {
-    const double linear = update_.row_scale / static_cast<double>(factor);
+    const double linear = update_.row_scale * update_.row_weight.unit / static_cast<double>(factor);
     const double square = linear / static_cast<double>(factor);
     for_each_tile(sides_, Gram::group_columns(rows), begin, end, [&](int64_t i, int64_t j) {
       const int64_t row_end = std::min(kSide, channels_ - i * kSide);
@@ -259,11 +260,12 @@ class Accumulator {
   Tally pack(const Block<T>& block, int64_t offset, int64_t begin, int64_t end) const {
     T* roots = block.root_weight + offset;
     const bool weighted = update_.row_weight.data != nullptr;
-    for (int64_t row = begin; weighted && row < end; ++row) {
-      roots[row - begin] = static_cast<T>(std::sqrt(update_.row_weight.at(row)));
-    }
     Tally tally;
     tally.rows = end - begin;
+    for (int64_t row = begin; weighted && row < end; ++row) {
+      roots[row - begin] = static_cast<T>(std::sqrt(update_.row_weight.at(row)));
+      tally.rows -= !update_.row_weight.is_read(row);
+    }
     for_each_run(update_.rows, begin, end, [&](int64_t row, int64_t count, int64_t element) {
       PackRun<T> run;
       run.source = update_.rows.data + element * update_.rows.item_bytes;
@@ -279,7 +281,7 @@ class Accumulator {
       tally.peak = std::max(tally.peak, kernels<T>().pack(run));
     });
     tally.finite = tally.rows;
-    if (tally.peak >= kInfinity) mask(block, offset, tally);
+    if (tally.peak >= kInfinity) mask(block, offset, begin, end, tally);
     for (int64_t row = begin; weighted && row < end; ++row) {
       const T root = roots[row - begin];
       if (root >= 0) tally.weight += update_.row_weight.at(row);
@@ -287,11 +289,12 @@ class Accumulator {
     return tally;
   }
 
-  // Rare: some row holds a value that is not finite. Such rows become zero and are counted.
-  void mask(const Block<T>& block, int64_t offset, Tally& tally) const {
+  // Rare: some row holds a value that is not finite, or cannot be weighed. Such rows become zero
+  // and are counted, but for those of weight 0.
+  void mask(const Block<T>& block, int64_t offset, int64_t begin, int64_t end, Tally& tally) const {
     tally.peak = 0;
     tally.finite = 0;
-    for (int64_t row = offset; row < offset + tally.rows; ++row) {
+    for (int64_t row = offset; row < offset + end - begin; ++row) {
       uint64_t peak = 0;
       for (int64_t panel = 0; panel < panels_; ++panel) {
         const T* values = block.panels + (panel * block.capacity + row) * W;
@@ -300,7 +303,7 @@ class Accumulator {
         }
       }
       if (peak < kInfinity) {
-        ++tally.finite;
+        tally.finite += update_.row_weight.is_read(begin + row - offset);
         tally.peak = std::max(tally.peak, peak);
         continue;
       }

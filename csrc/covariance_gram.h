@@ -171,13 +171,19 @@ class MatrixGram {
   }
 
  private:
-  // The parts that hold a value exactly: 8 bits each.
+  // The parts that hold a value exactly, 8 bits each: bfloat16 less a shift of one part in two of
+  // them, but for rows that are 256 times smaller than the shift.
   static int parts_of(const Update& update) {
     if (update.row_weight.data) return 3;
+    const bool is_bfloat16 = update.dtype == Dtype::kBFloat16;
+    int parts = is_bfloat16 ? 1 : 2;
     for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
-      if (update.shift[channel] != 0) return 3;
+      const double shift = update.shift[channel];
+      if (shift == 0) continue;
+      if (!is_bfloat16 || shift != rounded_to_bfloat16(shift)) return 3;
+      parts = 2;
     }
-    return update.dtype == Dtype::kFloat16 ? 2 : 1;
+    return parts;
   }
 
   int64_t part_values(const Block<float>& block) const { return block.capacity * kPanel<float>; }

@@ -1,4 +1,4 @@
-// One call of accumulate_ on the CPU: what it brings, and the shift that a first call fixes.
+// One call of accumulate_ on the CPU: its rows and weights, and the shift that rows are read about.
 #pragma once
 
 #include <algorithm>
@@ -6,14 +6,17 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "boxing.h"
 #include "covariance.h"
 #include "rows.h"
+#include "vectors.h"
 
 namespace fastcov {
 
 constexpr int64_t kShiftRows = 64;
+constexpr int64_t kFollowRows = 8;
 
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -41,13 +44,32 @@ T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Rows of weight 0 are left out; negative weights and those that are not finite count as broken
+// rows: fastcov/ops/covariance.py refuses them before.
 struct RowWeights {
   const void* data = nullptr;
   bool is_double = false;
+  double unit = 1;  // a power of two near the largest: no product of a row and a root overflows
 
-  double at(int64_t row) const {
+  double raw(int64_t row) const {
     return is_double ? static_cast<const double*>(data)[row]
                      : static_cast<double>(static_cast<const float*>(data)[row]);
+  }
+  // In units of `unit`; NaN where it cannot weigh a row.
+  double at(int64_t row) const {
+    const double weight = raw(row);
+    return weight >= 0 && std::isfinite(weight) ? weight / unit
+                                                : std::numeric_limits<double>::quiet_NaN();
+  }
+  bool is_read(int64_t row) const { return !data || raw(row) != 0; }
+
+  void choose_unit(int64_t rows) {
+    double largest = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const double weight = raw(row);
+      if (weight > largest && std::isfinite(weight)) largest = weight;
+    }
+    if (largest > 0) unit = std::ldexp(1.0, std::ilogb(largest));
   }
 };
 
@@ -79,52 +101,158 @@ struct Tally {
   }
 };
 
-inline double read(const RowsView& rows, Dtype dtype, int64_t offset) {
-  const char* at = rows.data + offset * rows.item_bytes;
-  switch (dtype) {
-    case Dtype::kFloat64: {
-      double value;
-      std::memcpy(&value, at, sizeof(value));
-      return value;
-    }
-    case Dtype::kFloat32: {
-      float value;
-      std::memcpy(&value, at, sizeof(value));
-      return value;
-    }
-    default:
-      return 0;  // the shift of 16-bit rows is zero: they are never read here
+template <typename S>
+void read_values(const RowsView& rows, int64_t offset, double* values) {
+  const S* at = reinterpret_cast<const S*>(rows.data) + offset;
+  for (int64_t channel = 0; channel < rows.channels; ++channel) {
+    values[channel] = static_cast<double>(widen(at[channel * rows.channel_stride]));
   }
 }
 
-// Mean of the first finite rows, rounded to the rows' dtype so that it is subtracted exactly.
-inline void choose_shift(const Update& update) {
-  const RowsView& rows = update.rows;
-  const int64_t channels = rows.channels;
-  std::fill(update.shift, update.shift + channels, 0.0);
-  if (update.dtype == Dtype::kBFloat16 || update.dtype == Dtype::kFloat16) return;
-  int64_t found = 0;
-  for (int64_t row = 0; row < rows.rows && found < kShiftRows; ++row) {
-    const int64_t offset = row_offset(rows, row);
-    bool finite = true;
-    for (int64_t channel = 0; channel < channels && finite; ++channel) {
-      finite = std::isfinite(read(rows, update.dtype, offset + channel * rows.channel_stride));
-    }
-    if (!finite) continue;
-    ++found;
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      update.shift[channel] += read(rows, update.dtype, offset + channel * rows.channel_stride);
-    }
+// One row. [channels]
+inline void read_row(const RowsView& rows, Dtype dtype, int64_t row, double* values) {
+  const int64_t offset = row_offset(rows, row);
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return read_values<double>(rows, offset, values);
+    case Dtype::kFloat32:
+      return read_values<float>(rows, offset, values);
+    case Dtype::kBFloat16:
+      return read_values<BFloat16>(rows, offset, values);
+    default:
+      return read_values<Float16>(rows, offset, values);
   }
-  bool finite = true;
+}
+
+inline bool is_half(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
+
+// To eight significant bits, ties to even: what is left of a 16-bit row near it is short as well.
+inline double rounded_to_bfloat16(double value) {
+  const float single = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &single, sizeof(bits));
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof(rounded));
+  return rounded;
+}
+
+// Half of the last bit of the largest number of a working type: below it, that number less a shift
+// does not overflow.
+constexpr double kLargestFloatShift = 0x1p103;
+constexpr double kLargestDoubleShift = 0x1p970;
+
+// Means and variances of the first finite rows that weigh something. [channels] each
+struct FirstRows {
+  std::vector<double> mean;
+  std::vector<double> variance;
+  int64_t rows = 0;
+
+  FirstRows(const Update& update, int64_t most_rows)
+      : mean(update.rows.channels, 0.0), variance(update.rows.channels, 0.0) {
+    const int64_t channels = update.rows.channels;
+    std::vector<double> values(channels);
+    for (int64_t row = 0; row < update.rows.rows && rows < most_rows; ++row) {
+      if (!update.row_weight.is_read(row)) continue;
+      read_row(update.rows, update.dtype, row, values.data());
+      bool finite = true;
+      for (const double value : values) finite = finite && std::isfinite(value);
+      if (!finite) continue;
+      const double share = 1.0 / static_cast<double>(++rows);
+      // Welford's update: it neither overflows nor cancels.
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const double step = values[channel] - mean[channel];
+        mean[channel] += step * share;
+        variance[channel] += step * (values[channel] - mean[channel]);
+      }
+    }
+    for (double& value : variance) value /= static_cast<double>(std::max<int64_t>(rows, 1));
+  }
+
+  // Mean in as many digits as the rows' own dtype subtracts exactly; 0 where a row less the mean
+  // might overflow: sums about 0 are right too, only less exact.
+  double shift(Dtype dtype, int64_t channel) const {
+    double value = mean[channel];
+    if (dtype == Dtype::kFloat32) value = static_cast<double>(static_cast<float>(value));
+    if (is_half(dtype)) value = rounded_to_bfloat16(value);
+    const double limit = dtype == Dtype::kFloat64 ? kLargestDoubleShift : kLargestFloatShift;
+    return std::abs(value) < limit ? value : 0.0;
+  }
+};
+
+// Squares of standard deviations. A mean that is nearer to the shift costs centred sums no more
+// than 17 times the rounding of plain ones.
+constexpr double kNear = 16;
+
+// Fixes the shift of a state without rows. keeps_exact: products of 16-bit rows that are not
+// shifted take one instruction instead of three; they are shifted only where the mean is far.
+inline void choose_shift(const Update& update, bool keeps_exact) {
+  const FirstRows first(update, kShiftRows);
+  for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
+    const double mean = first.mean[channel];
+    const bool is_near = mean * mean <= kNear * first.variance[channel];
+    update.shift[channel] = keeps_exact && is_near ? 0.0 : first.shift(update.dtype, channel);
+  }
+}
+
+// Expresses the sums of a state about another shift. Exact but for float64's rounding.
+inline void translate(const Update& update, const std::vector<double>& shift) {
+  const int64_t channels = update.rows.channels;
+  const double weight = *update.weight;
+  std::vector<double> step(channels);
   for (int64_t channel = 0; channel < channels; ++channel) {
-    double mean = found ? update.shift[channel] / static_cast<double>(found) : 0.0;
-    if (update.dtype == Dtype::kFloat32) mean = static_cast<double>(static_cast<float>(mean));
-    update.shift[channel] = mean;
-    finite = finite && std::isfinite(mean);
+    step[channel] = update.shift[channel] - shift[channel];
   }
-  // A mean of huge rows may leave their range; an unshifted state is right, only less exact.
-  if (!finite) std::fill(update.shift, update.shift + channels, 0.0);
+  for (int64_t row = 0; row < channels; ++row) {
+    double* moment = update.moment + row * channels;
+    const double sum = update.sum[row] + weight * step[row];
+    for (int64_t column = 0; column <= row; ++column) {
+      moment[column] += step[row] * update.sum[column] + sum * step[column];
+    }
+    moment[row] = std::max(0.0, moment[row]);  // a sum of squares, whatever rounding says
+  }
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    update.sum[channel] += weight * step[channel];
+    update.shift[channel] = shift[channel];
+  }
+}
+
+// The shift moved to these rows' mean in each channel where the mean has left it, and back to 0
+// where exact products serve: the first rows may have been too few to tell.
+inline std::vector<double> followed_shift(const Update& update, const FirstRows& first,
+                                          bool keeps_exact) {
+  std::vector<double> shift(update.shift, update.shift + update.rows.channels);
+  if (first.rows == 0) return shift;
+  const int64_t channels = update.rows.channels;
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    const double distance = first.mean[channel] - shift[channel];
+    double variance = first.variance[channel];
+    if (*update.weight > 0) {  // that of the state: a single row has none
+      const double own = update.sum[channel] / *update.weight;
+      const double square = update.moment[channel * (channels + 1)] / *update.weight;
+      variance += std::max(0.0, square - own * own);
+    }
+    const double mean = first.mean[channel];
+    if (keeps_exact && 4 * mean * mean <= kNear * variance) {
+      shift[channel] = 0;
+      continue;
+    }
+    if (distance * distance <= kNear * variance) continue;
+    shift[channel] = first.shift(update.dtype, channel);
+  }
+  return shift;
+}
+
+// Moves the shift where the rows of this call have left it: sums about a shift that is far from
+// the rows cancel. A few rows tell whether to look closer.
+inline void follow_mean(const Update& update, bool keeps_exact) {
+  const auto moves = [&](const std::vector<double>& shift) {
+    return !std::equal(shift.begin(), shift.end(), update.shift);
+  };
+  if (!moves(followed_shift(update, FirstRows(update, kFollowRows), keeps_exact))) return;
+  const std::vector<double> shift =
+      followed_shift(update, FirstRows(update, kShiftRows), keeps_exact);
+  if (moves(shift)) translate(update, shift);
 }
 
 }  // namespace fastcov

@@ -240,12 +240,12 @@ def flush_kernel(
         total_square = total_weight
         if HAS_DECAY:
             total_square = tl.sum(squares)
-        # Squared weights less weights: what decay leaves of those before, and the rows'.
-        weight_before = tl.load(weight) * factor
-        excess_before = tl.load(excess) * factor * factor + weight_before * (factor - 1)
-        excess_added = (total_square * row_scale - total_weight) * row_scale
-        tl.store(excess, excess_before + excess_added)
-        tl.store(weight, weight_before + total_weight * row_scale)
+        # Squared weights of all rows: those that it does not count have weighed 1 since.
+        plain_before = rows_before.to(tl.float64) - tl.load(excess + 1)
+        squares_before = (tl.load(excess) + plain_before) * factor * factor
+        tl.store(excess, squares_before + total_square * row_scale * row_scale)
+        tl.store(excess + 1, (rows_before + read).to(tl.float64))
+        tl.store(weight, tl.load(weight) * factor + total_weight * row_scale)
         tl.store(count, rows_before + read)
         tl.store(count + 1, tl.load(count + 1) + fill - read)
         tl.store(cursor + STATE_STEP, now)
@@ -264,7 +264,8 @@ class BufferedLayer:
         shift: float64. [C]
         weight: float64. []
         count: int64. [2]
-        excess: Sum of squared weights less sum of weights, float64. []
+        excess: Sum of squared weights of rows not simply added with weight 1, and their number,
+            float64. [2]
         buffer: Contiguous rows. [capacity, C]
         row_step: int32, see :func:`fastcov.kernels.gather.launch_cursor_gather_`. [capacity]
         cursor: int64. [CURSOR_FIELDS]

@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.ops.reference import GOLDEN_RATIO_64, SHIFT_ROWS
-from fastcov.rows.dtypes import ROW_DTYPES
+from fastcov.ops.reference import (
+    GOLDEN_RATIO_64,
+    LARGEST_FLOAT_SHIFT,
+    LARGEST_SHIFT,
+    SHIFT_ROWS,
+)
 
 CHAIN_ROWS = 4096
 # As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, about its
@@ -27,15 +31,70 @@ _SMALLEST, _LARGEST = 1e-20, 1e30
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
 
 
-def _initial_shift(flat: Tensor) -> Tensor:
-    if not ROW_DTYPES[flat.dtype].is_centred:
-        return torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
+_NEAR = 16  # squared standard deviations from shift to mean, as in csrc/covariance_update.h
+
+
+def _first_rows(flat: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and variances of the first finite rows that weigh something, and their number."""
     head = flat[:_SHIFT_WINDOW]
-    finite = torch.isfinite(head).all(1)
-    chosen = finite & (finite.cumsum(0) <= SHIFT_ROWS)
-    total = torch.where(chosen[:, None], head, 0).double().sum(0)
-    shift = (total / chosen.sum().clamp(min=1)).to(flat.dtype).double()
-    return torch.where(torch.isfinite(shift).all(), shift, 0.0)
+    is_used = torch.isfinite(head).all(1)
+    if row_weight is not None:
+        is_used &= row_weight[:_SHIFT_WINDOW] != 0
+    is_chosen = is_used & (is_used.cumsum(0) <= SHIFT_ROWS)
+    found = is_chosen.sum()
+    share = is_chosen[:, None] / found.clamp(min=1)
+    values = torch.where(is_chosen[:, None], head, 0).double()
+    mean = (values * share).sum(0)
+    return mean, ((values - mean).square() * share).sum(0), found
+
+
+def _passes_power_of_two(count: Tensor, rows: int) -> bool:
+    # How often a state of many rows looks again whether its shift is where they are. On a GPU the
+    # count would have to be waited for.
+    return count.is_cpu and int(count[0]).bit_length() < (int(count[0]) + rows).bit_length()
+
+
+def _rounded_shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    # In digits that such rows subtract exactly; 0 where a row less the mean might overflow.
+    shift = mean.to(torch.bfloat16 if dtype.itemsize == 2 else dtype).double()
+    limit = LARGEST_SHIFT.get(dtype, LARGEST_FLOAT_SHIFT)
+    return torch.where(shift.abs() < limit, shift, 0.0)
+
+
+def follow_mean_(
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    flat: Tensor,
+    row_weight: Tensor | None = None,
+) -> None:
+    """Moves the shift of a state to the mean of the rows to come, where the mean has left it.
+
+    Sums about a shift that is far from the rows cancel. No host synchronisation.
+
+    Args:
+        moment: Of the state. [C, C]
+        sum: Of the state. [C]
+        shift: Of the state. [C]
+        weight: Of the state. []
+        count: Of the state. [2]
+        flat: At least one row. [N, C]
+        row_weight: Rows of weight 0 are passed over. [N]
+    """
+    mean, variance, found = _first_rows(flat, row_weight)
+    own = sum / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    own_variance = moment.diagonal() / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    variance = variance + (own_variance - own.square()).clamp(min=0)
+    has_left = (mean - shift).square() > _NEAR * variance
+    has_left &= (found > 0) & (count[0] > 0)
+    step = torch.where(has_left, shift - _rounded_shift(mean, flat.dtype), 0.0)
+    outer = torch.outer(step, sum)
+    moment.add_(outer + outer.T + weight * torch.outer(step, step))
+    moment.diagonal().clamp_(min=0)  # sums of squares, whatever rounding says
+    sum.add_(weight * step)
+    shift.sub_(step)
 
 
 def channels_to_end(rows: Tensor, channel_dim: int) -> Tensor:
@@ -62,23 +121,35 @@ def accumulate_(
         for tensor in (moment, sum, weight):
             tensor.mul_(decay)
         return
-    shift.copy_(torch.where(count[0] == 0, _initial_shift(flat), shift))
+    mean, _, _ = _first_rows(flat, row_weight)
+    shift.copy_(torch.where(count[0] == 0, _rounded_shift(mean, flat.dtype), shift))
+    if decay != 1 or _passes_power_of_two(count, len(flat)):
+        follow_mean_(moment, sum, shift, weight, count, flat, row_weight)
     work = torch.float64 if flat.dtype == torch.float64 else torch.float32
     for tensor in (moment, sum, weight):
         tensor.mul_(decay)
     with _full_precision(rows.device.type):
         for start in range(0, len(flat), CHAIN_ROWS):
             chain = flat[start : start + CHAIN_ROWS]
-            finite = torch.isfinite(chain).all(1)
-            centred = torch.where(finite[:, None], chain.to(work) - shift.to(work), 0)
-            weights = finite * row_scale
+            is_read = torch.isfinite(chain).all(1)
+            is_skipped = ~is_read
+            centred = chain.double() - shift
+            weights = is_read.double()
             if row_weight is not None:
-                weights = weights * row_weight[start : start + CHAIN_ROWS]
-            weighted = centred * weights.to(work)[:, None]
-            moment.add_(weighted.T @ centred)
-            sum.add_(weighted.sum(0, dtype=torch.float64))
-            weight.add_(weights.sum(dtype=torch.float64))
-            count.add_(torch.stack([finite.sum(), (~finite).sum()]))
+                given = row_weight[start : start + CHAIN_ROWS].double()
+                is_read &= torch.isfinite(given) & (given > 0)
+                is_skipped = ~is_read & (given != 0)
+                weights = torch.where(is_read, given, 0.0)
+            centred = torch.where(is_read[:, None], centred, 0.0)
+            sum.add_(weights @ centred, alpha=row_scale)
+            if row_weight is not None:
+                centred *= weights.sqrt()[:, None]
+            # A power of two above all values: neither they nor their squares leave float32.
+            unit = torch.ldexp(centred.new_ones(()), torch.frexp(centred.abs().amax()).exponent)
+            scaled = (centred / unit).to(work)
+            moment.add_((scaled.T @ scaled).double() * (row_scale * unit) * unit)
+            weight.add_(weights.sum(), alpha=row_scale)
+            count.add_(torch.stack([is_read.sum(), is_skipped.sum()]))
 
 
 def accumulate_affine_(

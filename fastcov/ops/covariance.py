@@ -7,11 +7,14 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from fastcov.ops import aten
 from fastcov.rows.dtypes import ROW_DTYPES, dtype_names
 
 Precision = Literal["split", "tf32", "ieee"]
 """Products of float32 rows on a GPU: see :func:`accumulate_`."""
 _PRECISIONS = get_args(Precision)
+
+_LARGEST_WEIGHT = 1e150  # the square of a weight is a float64
 
 
 class MomentState(Protocol):
@@ -64,7 +67,16 @@ def accumulate_(
 
     Nothing is copied or cast: ``x`` is read through its strides, so pass views
     (``x.permute(0, 2, 3, 1)`` for NCHW). No host synchronisation. Rows that hold a NaN or an
-    infinity are skipped and counted in ``state.count[1]``.
+    infinity are skipped and counted in ``state.count[1]``; rows of weight 0 are left out.
+
+    Negative weights, and those that are not finite, are refused before anything is added. On a GPU,
+    and in a compiled graph, the answer would have to be waited for: there such rows are skipped and
+    counted in ``state.count[1]``.
+
+    One state takes one call at a time. :meth:`fastcov.CovarianceState.update` holds a lock, which
+    makes it safe on a CPU from several threads; this function holds none, and no lock orders the
+    streams of a GPU. A process that is forked after a call hangs in its next one, as it does in
+    torch's own operators that use OpenMP: start processes by "spawn".
 
     ``precision`` chooses how Triton's kernels multiply float32 rows, after the shift is subtracted:
 
@@ -82,14 +94,16 @@ def accumulate_(
         state: Where to add: ``moment`` [C, C], ``sum`` [C], ``shift`` [C], ``weight`` [] in
             float64, ``count`` [2] in int64.
         x: float32, bfloat16, float16 or float64, last dimension channels. [..., C]
-        row_weight: One weight a row, float32 or float64. [N]
-        row_scale: Factor on every row's weight.
-        decay: Factor on what the state holds.
+        row_weight: One weight a row, bool, float32 or float64, at most 1e150. Gradients do not
+            pass. [N] or [...]
+        row_scale: Factor on every row's weight, above 0.
+        decay: Factor on what the state holds, at least 0.
         precision: Of float32 rows on a GPU.
 
     Raises:
         TypeError: If ``x`` is not a tensor of one of these dtypes.
-        ValueError: If a shape or device does not fit ``state``, or ``precision`` is none of these.
+        ValueError: If a shape or device does not fit ``state``, a weight is negative or not finite,
+            or ``precision`` is none of these.
 
     Example:
         >>> from fastcov import CovarianceState
@@ -111,25 +125,91 @@ def accumulate_(
         raise ValueError(
             f"x is on {x.device}, the state on {state.moment.device}: move one of them"
         )
+    _check_factors(row_scale, decay)
+    x = x.detach()
     if row_weight is not None:
-        rows = x.numel() // channels
-        if row_weight.shape != (rows,):
-            raise ValueError(
-                f"row_weight has shape {tuple(row_weight.shape)}, expected ({rows},): one weight "
-                "for each row of x"
-            )
-        if row_weight.device != x.device or row_weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"row_weight is {row_weight.dtype} on {row_weight.device}, expected float32 or "
-                f"float64 on {x.device}"
-            )
-        row_weight = row_weight.contiguous()
-    tensors = (state.moment, state.sum, state.shift, state.weight, state.count, x.detach())
+        row_weight = _flat_weights(row_weight, x)
+    counted = None
+    if row_weight is not None and x.is_cuda:
+        # Triton's kernels count rows of weight 0 and add negative ones: weights are made fit before
+        # and counts right behind, without waiting.
+        is_read, is_skipped = are_read(x, row_weight)
+        row_weight = torch.where(is_read, row_weight, 0.0)
+        counted = state.count + torch.stack([is_read.sum(), is_skipped.sum()])
+    tensors = (state.moment, state.sum, state.shift, state.weight, state.count, x)
+    if decay != 1.0 and x.is_cuda and x.numel() and ROW_DTYPES[x.dtype].is_centred:
+        # Triton's kernels never move a shift. A CPU's do, and so does plain torch.
+        aten.follow_mean_(*tensors[:5], _first_matrix(x))
     weights = {"row_weight": row_weight, "row_scale": row_scale, "decay": decay}
     if precision == "split":
         torch.ops.fastcov.accumulate_(*tensors, **weights)
     else:
         torch.ops.fastcov.accumulate_at_precision_(*tensors, precision, **weights)
+    if counted is not None:
+        state.count.copy_(counted)
+
+
+def _first_matrix(x: Tensor) -> Tensor:
+    # Some first rows, without a copy of a strided activation. [N, C]
+    while x.dim() > 2:
+        x = x[0]
+    return x.reshape(-1, x.shape[-1])
+
+
+def are_read(x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that a weighted call of :func:`accumulate_` reads, and rows that it skips.
+
+    Args:
+        x: Last dimension channels. [..., C]
+        row_weight: One weight a row. [N]
+
+    Returns:
+        Two masks; rows of weight 0 are in neither. [N] each
+    """
+    is_read = torch.isfinite(x).all(-1).flatten()
+    is_read = is_read & torch.isfinite(row_weight) & (row_weight > 0)
+    return is_read, ~is_read & (row_weight != 0)
+
+
+def _flat_weights(row_weight: Tensor, x: Tensor) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if row_weight.shape not in ((rows,), x.shape[:-1]):
+        raise ValueError(
+            f"row_weight has shape {tuple(row_weight.shape)}, expected ({rows},) or "
+            f"{tuple(x.shape[:-1])}: one weight for each row of x"
+        )
+    is_weight = row_weight.dtype in (torch.bool, torch.float32, torch.float64)
+    if row_weight.device != x.device or not is_weight:
+        raise ValueError(
+            f"row_weight is {row_weight.dtype} on {row_weight.device}, expected bool, float32 or "
+            f"float64 on {x.device}"
+        )
+    flat = row_weight.detach().reshape(-1).contiguous()
+    if flat.dtype == torch.bool:
+        return flat.float()
+    if flat.is_cpu and not (torch.compiler.is_compiling() or _is_wrapped(flat)):
+        is_wrong = ~((flat >= 0) & (flat <= _LARGEST_WEIGHT))
+        if is_wrong.any():
+            index = int(is_wrong.nonzero()[0])
+            raise ValueError(
+                f"row_weight[{index}] is {float(flat[index])}, expected a number from 0 to "
+                f"{_LARGEST_WEIGHT:g}: give rows that are not to be read the weight 0"
+            )
+    return flat
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    # Values of a tensor under torch.func's transforms cannot be asked for.
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _check_factors(row_scale: float, decay: float) -> None:
+    if not 0 < row_scale <= _LARGEST_WEIGHT:
+        raise ValueError(
+            f"row_scale={row_scale}: expected a number above 0, at most {_LARGEST_WEIGHT:g}"
+        )
+    if not 0 <= decay <= _LARGEST_WEIGHT:
+        raise ValueError(f"decay={decay}: expected a number of at least 0, such as 0.99")
 
 
 def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "split") -> Tensor:

@@ -11,39 +11,47 @@ import math
 import torch
 from torch import Tensor
 
-from fastcov.rows.dtypes import ROW_DTYPES
-
 GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 """round(2**64 / golden ratio), odd: the step of the sampling sequence."""
 
 SHIFT_ROWS = 64
-"""Rows whose mean becomes the shift of a float32 or float64 state."""
+"""Rows whose mean becomes the shift of a state."""
 
 _MASK_64 = (1 << 64) - 1
 
 
-def initial_shift_reference(rows: Tensor) -> Tensor:
-    """Shift of a state that has not seen a row: near the mean, exact in the rows' dtype.
+LARGEST_SHIFT = {torch.float64: 2.0**970}
+"""Below it the largest float64 less a shift does not overflow: half of that number's last bit."""
 
-    bfloat16 and float16 rows take 0: their products are exact in float32 only unshifted.
+LARGEST_FLOAT_SHIFT = 2.0**103
+"""The same for float32, in which rows of all other dtypes are multiplied."""
+
+
+def initial_shift_reference(rows: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """Shift of a state that has not seen a row: near the mean, in digits that rows can subtract.
+
+    It has the digits of float64 or float32 for rows of that dtype, and eight significant bits for
+    16-bit rows. It is 0 in channels where a row less the mean might overflow.
 
     Args:
         rows: Rows in order. [..., C]
+        row_weight: Rows that weigh nothing are passed over. [N]
 
     Returns:
         Shift in float64. [C]
     """
     channels = rows.shape[-1]
-    zero = torch.zeros(channels, dtype=torch.float64, device=rows.device)
-    if not ROW_DTYPES[rows.dtype].is_centred:
-        return zero
     flat = rows.reshape(-1, channels)
-    first = flat[torch.isfinite(flat).all(1)][:SHIFT_ROWS].double()
+    is_used = torch.isfinite(flat).all(1)
+    if row_weight is not None:
+        is_used &= row_weight.flatten() != 0
+    first = flat[is_used][:SHIFT_ROWS].double()
     if len(first) == 0:
-        return zero
-    shift = first.mean(0).to(rows.dtype).double()
-    # A mean of huge rows may leave the rows' range; an unshifted state is right, only less exact.
-    return shift if bool(torch.isfinite(shift).all()) else zero
+        return torch.zeros(channels, dtype=torch.float64, device=rows.device)
+    is_half = rows.dtype.itemsize == 2
+    shift = first.mean(0).to(torch.bfloat16 if is_half else rows.dtype).double()
+    limit = LARGEST_SHIFT.get(rows.dtype, LARGEST_FLOAT_SHIFT)
+    return torch.where(shift.abs() < limit, shift, 0.0)
 
 
 def accumulate_reference_(
@@ -57,14 +65,15 @@ def accumulate_reference_(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    r"""Adds rows to a running second moment about a fixed shift.
+    r"""Adds rows to a running second moment about a shift.
 
     .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T, \quad
         m \leftarrow d m + \sum_r w_r (x_r - s), \quad W \leftarrow d W + \sum_r w_r
 
-    with d = ``decay``, w_r = ``row_scale`` times ``row_weight[r]``. Rows that hold a non-finite
-    value add nothing and are counted apart. The shift s is set by the first call that brings a
-    finite row.
+    with d = ``decay``, w_r = ``row_scale`` times ``row_weight[r]``. Rows of weight 0 are left out.
+    Rows that hold a non-finite value, or whose weight is negative or not finite, add nothing and
+    are counted apart. The shift s is set by the first call that brings a finite row; operators that
+    do not add up in float64 move it where later rows are far from it, which changes no covariance.
 
     Args:
         moment: Second moment about the shift, float64; only its lower half is defined. [C, C]
@@ -79,19 +88,20 @@ def accumulate_reference_(
     """
     channels = rows.shape[-1]
     flat = rows.reshape(-1, channels)
-    finite = torch.isfinite(flat).all(1)
-    if int(count[0]) == 0:
-        shift.copy_(initial_shift_reference(rows))
-    centred = flat[finite].double() - shift
-    weights = torch.full((len(flat),), row_scale, dtype=torch.float64, device=rows.device)
+    weights = torch.ones(len(flat), dtype=torch.float64, device=rows.device)
     if row_weight is not None:
-        weights *= row_weight.double()
-    weights = weights[finite]
+        weights = row_weight.double()
+    is_read = torch.isfinite(flat).all(1) & torch.isfinite(weights) & (weights > 0)
+    is_skipped = ~is_read & (weights != 0)
+    if int(count[0]) == 0:
+        shift.copy_(initial_shift_reference(rows, row_weight))
+    centred = flat[is_read].double() - shift
+    weights = weights[is_read] * row_scale
     weighted = centred * weights[:, None]
     moment.mul_(decay).add_(weighted.T @ centred)
     sum.mul_(decay).add_(weighted.sum(0))
     weight.mul_(decay).add_(weights.sum())
-    count += torch.stack([finite.sum(), (~finite).sum()])
+    count += torch.stack([is_read.sum(), is_skipped.sum()])
 
 
 def accumulate_affine_reference_(

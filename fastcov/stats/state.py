@@ -6,14 +6,15 @@ common one (Chan, Golub, LeVeque 1983: parallel updating of variances).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fastcov.ops.covariance import accumulate_, covariance_of
+from fastcov.ops.covariance import accumulate_, are_read, covariance_of
 
 
 class Declared(NamedTuple):
@@ -24,20 +25,28 @@ class Declared(NamedTuple):
         dtype: Of the values.
         reduction: How the tensors of two states about one shift become one: "sum", or "common",
             where both hold the same.
-        power: A factor f on every row's weight is a factor f**power on this tensor.
+        power: A factor f on every row's weight is a factor f**power on this tensor, or on each of
+            its entries.
         is_lower: Whether the lower half alone is valid.
     """
 
     shape: tuple[int | Literal["C"], ...]
     dtype: torch.dtype = torch.float64
     reduction: Literal["sum", "common"] = "sum"
-    power: int = 1
+    power: int | tuple[int, ...] = 1
     is_lower: bool = False
 
     def zeros(self, channels: int, device: torch.device | str | None) -> Tensor:
         """Tensor of a state that has seen no row."""
         sizes = [channels if size == "C" else size for size in self.shape]
         return torch.zeros(sizes, dtype=self.dtype, device=device)
+
+    def scaled(self, tensor: Tensor, factor: float) -> Tensor:
+        """Tensor of rows whose weights are multiplied; the given one where nothing changes."""
+        if isinstance(self.power, tuple):
+            entries = zip(tensor.unbind(), self.power, strict=True)
+            return torch.stack([entry * factor**power for entry, power in entries])
+        return tensor * factor**self.power if self.power else tensor
 
 
 class StateTensors(
@@ -49,7 +58,7 @@ class StateTensors(
             ("shift", Annotated[Tensor, Declared(("C",), reduction="common", power=0)]),
             ("weight", Annotated[Tensor, Declared(())]),
             ("count", Annotated[Tensor, Declared((2,), torch.int64, power=0)]),
-            ("excess", Annotated[Tensor, Declared((), power=2)]),
+            ("excess", Annotated[Tensor, Declared((2,), power=(2, 0))]),
         ],
     )
 ):
@@ -61,8 +70,8 @@ class StateTensors(
         shift: Fixed by the first finite rows. [C]
         weight: Sum of the rows' weights: the divisor. []
         count: Rows read and rows skipped as non-finite. [2]
-        excess: Sum of the squared weights less the sum of the weights: rows of weight 1 leave it
-            alone, so following it costs them nothing. []
+        excess: Sum of squared weights of the rows that were not simply added with weight 1, and
+            their number: rows of weight 1 leave it alone, so following it costs them nothing. [2]
     """
 
     __slots__ = ()
@@ -98,6 +107,7 @@ class CovarianceState:
             self.tensors = StateTensors._make(
                 declared.zeros(channels, device) for declared in DECLARED.values()
             )
+        self._lock = threading.RLock()
 
     @property
     def moment(self) -> Tensor:
@@ -126,7 +136,7 @@ class CovarianceState:
 
     @property
     def excess(self) -> Tensor:
-        """Sum of the squared weights less the sum of the weights, float64. []"""
+        """Squared weights, and number, of the rows not simply added with weight 1, float64. [2]"""
         return self.tensors.excess
 
     @property
@@ -137,7 +147,8 @@ class CovarianceState:
     @property
     def squared_weight(self) -> Tensor:
         """Sum of the rows' squared weights; decay d multiplies what was there by d^2. []"""
-        return self.weight + self.excess
+        squares, rows = self.excess.unbind()
+        return squares + (self.count[0] - rows)
 
     @property
     def effective_count(self) -> Tensor:
@@ -145,9 +156,11 @@ class CovarianceState:
 
         .. math:: \Bigl(\sum_r w_r\Bigr)^2 / \sum_r w_r^2
 
-        float64; NaN where no row was seen. []
+        float64, at most the number of rows; NaN where no row was seen. Holds for weights from 1e-150
+        to 1e150. []
         """
-        return self.weight**2 / self.squared_weight
+        # Neither square is formed: weights may have any size.
+        return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
     def covariance(self, centered: bool = False) -> Tensor:
         """Symmetric matrix of the rows seen so far. [C, C]"""
@@ -165,7 +178,14 @@ class CovarianceState:
         row_scale: float = 1.0,
         decay: float = 1.0,
     ) -> None:
-        """Adds rows; see :func:`fastcov.ops.accumulate_`."""
+        """Adds rows; see :func:`fastcov.ops.accumulate_`. Several threads may call it."""
+        if torch.compiler.is_compiling():
+            self._add(rows, row_weight, row_scale, decay)
+        else:
+            with self._lock:
+                self._add(rows, row_weight, row_scale, decay)
+
+    def _add(self, rows: Tensor, row_weight: Tensor | None, row_scale: float, decay: float) -> None:
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
             accumulate_(self, rows)
             return
@@ -186,32 +206,29 @@ class CovarianceState:
             row_scale: Factor on every row's weight that the operator is given.
             decay: Factor on the state that the operator is given.
         """
-        before = self.weight * decay
+        squares, rows_before = self.squared_weight * decay**2, self.count[0].clone()
         yield
-        if decay != 1.0:
-            # Squares carry d^2: d^2 (excess + weight) - d weight, of what was there before.
-            self.excess.mul_(decay**2).add_(before, alpha=decay - 1)
         if row_weight is None:
-            self.excess.add_(self.weight - before, alpha=row_scale - 1)
+            added = (self.count[0] - rows_before).double() * row_scale**2
         else:
-            is_read = torch.isfinite(rows.detach()).all(-1).flatten()
-            weights = torch.where(is_read, row_weight.double() * row_scale, 0.0)
-            self.excess.add_((weights * (weights - 1)).sum())
+            weights = row_weight.detach().flatten().double() * row_scale
+            is_read, _ = are_read(rows.detach(), weights)
+            added = torch.where(is_read, weights, 0.0).square().sum()
+        self.excess.copy_(torch.stack([squares + added, self.count[0].double()]))
 
     def translate_(self, shift: Tensor) -> None:
         """Expresses the sums about another shift. [C]"""
-        moment, sum = _about(self.tensors, shift)
-        self.moment.copy_(moment)
-        self.sum.copy_(sum)
-        self.shift.copy_(shift)
+        with self._lock:
+            moment, sum = _about(self.tensors, shift)
+            self.moment.copy_(moment)
+            self.sum.copy_(sum)
+            self.shift.copy_(shift)
 
     def scale_(self, factor: float) -> None:
         """Multiplies every row's weight."""
-        weight = self.weight.clone()
-        for tensor, declared in zip(self.tensors, DECLARED.values(), strict=True):
-            if declared.power:
-                tensor.mul_(factor**declared.power)
-        self.excess.add_(weight, alpha=factor**2 - factor)
+        with self._lock:
+            for declared, tensor, settled in self._declared(_settled(self.tensors)):
+                tensor.copy_(declared.scaled(settled, factor))
 
     def merge(self, other: CovarianceState, scale: float = 1.0) -> None:
         """Adds what another state has seen, leaving that state as it is.
@@ -230,62 +247,68 @@ class CovarianceState:
                 "merge states of the same layer"
             )
         device = self.moment.device
-        added = StateTensors._make(tensor.to(device) for tensor in other.tensors)
-        # An empty state takes the other's shift, without a host synchronisation. The other's sums
-        # are then expressed about the common shift, in tensors of their own.
-        self.shift.copy_(torch.where(self.count[0] == 0, added.shift, self.shift))
-        moment, sum = _about(added, self.shift)
-        added = added._replace(moment=moment, sum=sum)
-        for declared, own, part in zip(DECLARED.values(), self.tensors, added, strict=True):
-            if declared.reduction == "sum":
-                own.add_(part * scale**declared.power if declared.power else part)
-        self.excess.add_(added.weight, alpha=scale**2 - scale)
+        added = _settled(StateTensors._make(tensor.to(device) for tensor in other.tensors))
+        with self._lock:
+            # An empty state takes the other's shift, without a host synchronisation. The other's
+            # sums are then expressed about the common shift, in tensors of their own.
+            self.shift.copy_(torch.where(self.count[0] == 0, added.shift, self.shift))
+            moment, sum = _about(added, self.shift)
+            added = added._replace(moment=moment, sum=sum)
+            for declared, own, part in self._declared(added):
+                if declared.reduction == "sum":
+                    own.add_(declared.scaled(part, scale))
+
+    def _declared(self, others: StateTensors) -> Iterator[tuple[Declared, Tensor, Tensor]]:
+        # Declaration, own tensor and another state's, for each tensor.
+        return zip(DECLARED.values(), self.tensors, others, strict=True)
 
     def reset(self) -> None:
         """Forgets every row."""
-        for tensor in self.tensors:
-            tensor.zero_()
+        with self._lock:
+            for tensor in self.tensors:
+                tensor.zero_()
 
     def to(self, device: torch.device | str) -> CovarianceState:
         """Moves the tensors, in place."""
-        self.tensors = StateTensors._make(tensor.to(device) for tensor in self.tensors)
+        with self._lock:
+            self.tensors = StateTensors._make(tensor.to(device) for tensor in self.tensors)
         return self
 
     def copy(self) -> CovarianceState:
         """State of its own with the same content."""
-        twin = CovarianceState.__new__(CovarianceState)
-        with torch.inference_mode(False):
-            twin.tensors = StateTensors._make(tensor.clone() for tensor in self.tensors)
-        return twin
+        with self._lock, torch.inference_mode(False):
+            return _state_of(StateTensors._make(tensor.clone() for tensor in self.tensors))
+
+    def __reduce__(self) -> tuple[Callable[[StateTensors], CovarianceState], tuple[StateTensors]]:
+        # A lock can be neither copied nor pickled.
+        return _state_of, (self.tensors,)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the tensors, by name."""
-        return {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
+        with self._lock:
+            return {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`, whole or not at all: everything is checked before.
 
-        One that an older version saved has no ``excess``: its rows count as equal, so that
+        In one that an older version saved without ``excess`` the rows count as equal, so that
         :attr:`effective_count` is ``count[0]``.
 
         Raises:
-            KeyError: If another tensor is missing.
-            ValueError: If a shape differs.
+            KeyError: If a tensor is missing.
+            TypeError: If a value is not a plain tensor of its dtype.
+            ValueError: If a shape differs, or values cannot be those of a state.
         """
-        if "excess" not in state_dict and {"weight", "count"} <= state_dict.keys():
-            weight, count = state_dict["weight"], state_dict["count"]
-            excess = weight**2 / count[0].clamp(min=1) - weight
-            state_dict = {**state_dict, "excess": excess}
-        for name, own in self.tensors._asdict().items():
-            if name not in state_dict:
-                raise KeyError(f"state has no tensor {name!r}; it holds {sorted(state_dict)}")
-            tensor = state_dict[name]
-            if tensor.shape != own.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}: "
-                    "the file belongs to a layer of another width"
-                )
-            own.copy_(tensor)
+        loaded = _checked(state_dict, self.tensors)
+        with self._lock:
+            for own, tensor in zip(self.tensors, loaded, strict=True):
+                own.copy_(tensor)
+
+
+def _state_of(tensors: StateTensors) -> CovarianceState:
+    state = CovarianceState(0)
+    state.tensors = tensors
+    return state
 
 
 def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,4 +316,95 @@ def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
     step = tensors.shift - shift
     outer = torch.outer(step, tensors.sum)
     moment = tensors.moment + outer + outer.T + tensors.weight * torch.outer(step, step)
+    moment.diagonal().clamp_(min=0)  # sums of squares, whatever rounding says
     return moment, tensors.sum + tensors.weight * step
+
+
+def _settled(tensors: StateTensors) -> StateTensors:
+    # The same rows, all of whose weights are squared in `excess`: then they may be scaled.
+    squares, rows = tensors.excess.unbind()
+    count = tensors.count[0]
+    return tensors._replace(excess=torch.stack([squares + (count - rows), count.double()]))
+
+
+def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
+    """Tensors of a saved state, on the own ones' device.
+
+    Args:
+        state_dict: As :meth:`CovarianceState.state_dict` gives it, or from a file of any origin.
+        own: Tensors of the state that is to be restored.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected a dict of tensors")
+    given = dict(state_dict)
+    if "excess" not in given:
+        given["excess"] = None
+    loaded: dict[str, Tensor] = {}
+    for name, tensor in own._asdict().items():
+        if name not in given:
+            raise KeyError(f"state has no tensor {name!r}; it holds {sorted(state_dict)}")
+        if name == "excess":
+            given[name] = _modern_excess(given[name], loaded["weight"], loaded["count"][0])
+        loaded[name] = _checked_tensor(name, given[name], tensor)
+    tensors = StateTensors._make(loaded.values())
+    problem = _contradiction(tensors)
+    if problem:
+        raise ValueError(f"{problem}: the file is damaged, or no state of fastcov")
+    return StateTensors._make(
+        tensor.to(place.device) for tensor, place in zip(tensors, own, strict=True)
+    )
+
+
+def _modern_excess(excess: Any, weight: Tensor, count: Tensor) -> Any:
+    # Earlier versions kept no squared weights, then their sum less that of the weights.
+    if excess is None:
+        return torch.stack([weight * (weight / count.clamp(min=1)), count.double()])
+    if isinstance(excess, Tensor) and excess.dim() == 0 and not excess.is_meta:
+        return torch.stack([(weight + excess.to(weight)).clamp(min=0), count.double()])
+    return excess
+
+
+def _checked_tensor(name: str, tensor: Any, own: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else str(tensor.layout)
+        raise TypeError(f"{name} is a {kind} tensor, expected a dense one that holds values")
+    if tensor.shape != own.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}: "
+            "the file belongs to a layer of another width"
+        )
+    if tensor.dtype != own.dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {own.dtype}: save states unconverted")
+    if tensor.requires_grad:
+        raise TypeError(f"{name} requires a gradient, which statistics do not have: detach it")
+    values = tensor.tril() if DECLARED[name].is_lower else tensor
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} holds a NaN or an infinity: the file is damaged")
+    return tensor
+
+
+# Of the largest: what rounding of float32 may leave of a channel without variance.
+_ROUNDING = 1e-5
+
+
+def _contradiction(tensors: StateTensors) -> str:
+    """Reason why no rows can have these sums; empty where some can."""
+    rows, skipped = tensors.count.tolist()
+    weight = float(tensors.weight)
+    squares, settled = tensors.excess.tolist()
+    diagonal = tensors.moment.diagonal()
+    if rows < 0 or skipped < 0:
+        return f"count is {[rows, skipped]}, expected numbers of rows of at least 0"
+    if weight < 0 or squares < 0:
+        return f"weight is {weight}, its squares' sum {squares}, expected at least 0"
+    if not 0 <= settled <= rows:
+        return f"excess counts {settled:g} of {rows} rows"
+    if rows == 0 and (weight or squares or tensors.moment.any() or tensors.sum.any()):
+        return "sums without a row that was read"
+    if weight == 0 and (diagonal.any() or tensors.sum.any()):
+        return "sums of rows whose weight is 0"
+    if diagonal.numel() and float(diagonal.min()) < -_ROUNDING * float(diagonal.max().clamp(min=0)):
+        return f"moment has {float(diagonal.min())} on its diagonal, a sum of squares"
+    return ""

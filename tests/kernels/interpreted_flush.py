@@ -48,7 +48,7 @@ def flushed(rows: Tensor, decay: float) -> State:
     state, cursor = State(channels), torch.zeros(CURSOR_FIELDS, dtype=torch.int64)
     cursor[FILL.value] = count
     row_step = torch.zeros(count, dtype=torch.int32)
-    layer = BufferedLayer(*state.weighted, rows, row_step, cursor, count)
+    layer = BufferedLayer(*state.tensors, rows, row_step, cursor, count)
     launch_flush_(FlushTable([layer]), torch.zeros((), dtype=torch.int64), decay=decay)
     assert int(state.count[0]) == count
     return state

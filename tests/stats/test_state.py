@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,7 +131,148 @@ def test_a_state_saved_without_squared_weights_counts_its_rows_as_equal() -> Non
     twin.load_state_dict(older)
     assert float(twin.effective_count) == pytest.approx(50, rel=1e-12)
     twin.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in older.items()})
-    assert float(twin.excess) == 0
+    assert not twin.excess.any()
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-20, 1e-9, 1.0, 1e20, 1e150])
+def test_an_effective_count_neither_cancels_nor_overflows(size: float) -> None:
+    state = CovarianceState(5)
+    weights = torch.full((40,), size, dtype=torch.float64)
+    state.update(draw(40, 1, 0.0), weights)
+    assert float(state.effective_count) == pytest.approx(40, rel=1e-12)
+    state.update(draw(40, 2, 0.0), weights * 3 if size < 1e150 else weights / 3)
+    assert float(state.effective_count) == pytest.approx(64, rel=1e-12)
+    twin = state.copy()
+    twin.merge(state, scale=1e-9)
+    assert float(twin.effective_count) == pytest.approx(64, rel=1e-7)
+    state.scale_(1e-120 if size > 1e20 else 1e-3)
+    assert float(state.effective_count) == pytest.approx(64, rel=1e-12)
+    state.update(draw(7, 3, 0.0))
+    expected = 7 if size < 1e-5 else None
+    if expected:
+        assert float(state.effective_count) == pytest.approx(expected, rel=1e-4)
+
+
+def test_decay_to_nothing_leaves_a_count_of_rows() -> None:
+    state = CovarianceState(5)
+    state.update(draw(40, 1, 0.0))
+    for _ in range(40):
+        state.scale_(1e-8)
+    assert 0 < float(state.effective_count) <= 40
+
+
+def damaged(name: str, change: Any) -> dict[str, Any]:
+    saved = CovarianceState(5)
+    saved.update(draw(20, 3, 1.0))
+    state_dict: dict[str, Any] = saved.state_dict()
+    state_dict[name] = change(state_dict[name])
+    return state_dict
+
+
+def set_entry(index: Any, value: float) -> Any:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+DAMAGES = {
+    "another width": ("moment", lambda t: t[:4, :4], ValueError, r"\(4, 4\), expected \(5, 5\)"),
+    "a count of one": ("count", lambda t: t[:1], ValueError, r"count has shape \(1,\)"),
+    "bool": (
+        "weight",
+        lambda t: t.bool(),
+        TypeError,
+        "weight is torch.bool, expected torch.float64",
+    ),
+    "float32": ("sum", lambda t: t.float(), TypeError, "sum is torch.float32"),
+    "counts as floats": ("count", lambda t: t.double(), TypeError, "count is torch.float64"),
+    "no tensor": ("shift", lambda t: t.tolist(), TypeError, "shift is a list"),
+    "None": ("shift", lambda t: None, TypeError, "shift is a NoneType"),
+    "meta": ("moment", lambda t: t.to("meta"), TypeError, "moment is a meta tensor"),
+    "sparse": ("moment", lambda t: t.to_sparse(), TypeError, "moment is a torch.sparse_coo tensor"),
+    "a gradient": ("sum", lambda t: t.requires_grad_(), TypeError, "sum requires a gradient"),
+    "NaN": ("moment", set_entry((3, 1), float("nan")), ValueError, "moment holds a NaN"),
+    "infinity": ("shift", set_entry(2, float("inf")), ValueError, "shift holds a NaN"),
+    "NaN weight": ("weight", lambda t: t * float("nan"), ValueError, "weight holds a NaN"),
+    "negative count": ("count", set_entry(0, -1), ValueError, r"count is \[-1, 0\]"),
+    "negative skips": ("count", set_entry(1, -2), ValueError, r"count is \[20, -2\]"),
+    "negative weight": ("weight", lambda t: -t, ValueError, "weight is -20.0"),
+    "no weight": ("weight", lambda t: t * 0, ValueError, "rows whose weight is 0"),
+    "no row": ("count", lambda t: t * 0, ValueError, "without a row"),
+    "negative diagonal": ("moment", set_entry((2, 2), -1.0), ValueError, "-1.0 on its diagonal"),
+    "negative squares": ("excess", set_entry(0, -1.0), ValueError, "squares' sum -1.0"),
+    "too many squares": ("excess", set_entry(1, 21.0), ValueError, "counts 21 of 20"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_refused_and_changes_nothing(damage: str) -> None:
+    name, change, error, message = DAMAGES[damage]
+    state = CovarianceState(5)
+    state.update(draw(30, 4, 2.0), torch.linspace(0.1, 1, 30))
+    before = state.state_dict()
+    with pytest.raises(error, match=message):
+        state.load_state_dict(damaged(name, change))
+    assert all(torch.equal(before[key], value) for key, value in state.state_dict().items())
+
+
+def test_what_stands_above_the_diagonal_is_not_read() -> None:
+    state = CovarianceState(5)
+    state.load_state_dict(damaged("moment", set_entry((1, 3), float("nan"))))
+    assert bool(torch.isfinite(state.covariance()).all())
+
+
+def test_every_state_that_the_project_makes_loads() -> None:
+    state = CovarianceState(5)
+    twin = CovarianceState(5)
+    for seed, offset in enumerate((0.0, 1e8, -1e8, 1.0)):
+        state.update(torch.full((30, 5), offset, dtype=torch.float64), decay=0.5)
+        state.update(draw(30, seed, offset).float())
+        state.translate_(state.mean())
+        twin.load_state_dict(state.state_dict())
+        twin.merge(state)
+        state.load_state_dict(twin.state_dict())
+    assert state.count.tolist() == twin.count.tolist()
+
+
+def test_a_state_of_the_version_before_keeps_its_squared_weights() -> None:
+    state = CovarianceState(5)
+    state.update(draw(50, 1, 0.0), torch.linspace(0.01, 1, 50))
+    squares = state.squared_weight
+    older = {**state.state_dict(), "excess": squares - state.weight}
+    twin = CovarianceState(5)
+    twin.load_state_dict(older)
+    torch.testing.assert_close(twin.squared_weight, squares)
+
+
+def test_threads_that_update_one_state_lose_no_row() -> None:
+    state = CovarianceState(8)
+    parts = [draw(200, seed, 0.0)[:, :1].expand(-1, 8).contiguous() for seed in range(8)]
+
+    def run(part: torch.Tensor) -> None:
+        for number in range(150):
+            state.update(part, row_scale=2.0 if number % 2 else 1.0)
+
+    threads = [threading.Thread(target=run, args=(part,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert state.count.tolist() == [8 * 150 * 200, 0]
+    assert float(state.weight) == 8 * 150 * 200 * 1.5
+    expected = torch.cat(parts).square().mean()
+    torch.testing.assert_close(state.covariance()[3, 3], expected, rtol=1e-9, atol=0)
+
+
+def test_a_state_is_copied_and_pickled_with_its_lock_left_behind() -> None:
+    state = CovarianceState(5)
+    state.update(draw(20, 1, 0.0))
+    for twin in (copy.deepcopy(state), copy.copy(state), pickle.loads(pickle.dumps(state))):
+        twin.update(draw(1, 2, 0.0))
+        assert twin.channels == 5
+    assert state.count.tolist() == [21, 0]  # copy.copy shares the tensors
 
 
 def test_bad_input_is_named() -> None:
