@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.rows.sequence import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.spectra.spectrum import Spectrum
 
 try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcov.rows.sequence import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.axes import (
     DARK,
     FEW,
