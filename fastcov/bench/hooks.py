@@ -186,7 +186,8 @@ def _prepared(setting: Setting, model: nn.Module, image: Tensor, hooks: int) -> 
                 calls.clear()
                 model(image)
         launched = Counter(calls)
-        added, copied = launched["gram_kernel"], launched["cursor_gather_kernel"]
+        added = launched["gram_kernel"]
+        copied = launched["gather_counted_"] + launched["cursor_gather_kernel"]
         # Every row is added at once, but for maps that are too small.
         is_right = added == launched["reduce_kernel"] and (added > 0) == (name == ALL)
         if added + copied != hooks or not is_right:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcov import kernels
 from fastcov.bench.peers import MissingPeerError
 from fastcov.bench.stand_in import stand_in_gpu
-from fastcov.ops import library
+from fastcov.ops import counted, library
 from fastcov.sampling import direct_rows
 from fastcov.state import CovarianceState
 
@@ -87,7 +87,7 @@ class OperatorStubs(Stubs):
 
 
 class KernelStubs(Stubs):
-    """A launch of a Triton kernel as far as the driver's call: of no program, it is left out.
+    """Launches of kernels as far as the driver's call: of no program, it is left out.
 
     On a CPU its tensors stand for those of an H100 (stand_in.py), and nothing reads them.
 
@@ -113,7 +113,9 @@ class KernelStubs(Stubs):
         def of_no_program(*arguments: Any, **options: Any) -> Launch:
             return replace(of(*arguments, **options), grid=(0, 1, 1))
 
-        super().__init__(*simulated, (Launch, "of", of_no_program))
+        super().__init__(
+            *simulated, (Launch, "of", of_no_program), (counted, "blocks_of", lambda *_: 0)
+        )
 
     def __enter__(self) -> None:
         _forget_launches()
@@ -133,8 +135,14 @@ class KernelStubs(Stubs):
         def note(launch: Any) -> None:
             calls.append(launch.get()["name"])
 
+        gather_ = library.gather_counted_
+
+        def gather_counted_(*arguments: Any) -> int:
+            calls.append("gather_counted_")
+            return gather_(*arguments)
+
         hooks = knobs.runtime.launch_enter_hook
-        with self:
+        with self, Stubs((library, "gather_counted_", gather_counted_)):
             hooks.add(note)
             try:
                 yield calls
@@ -159,6 +167,7 @@ def _simulated_gpu() -> list[tuple[Any, str, Any]]:
     return [
         (job, "architecture_of", lambda _device: architecture),
         (library, "has_again", False),
+        (counted, "serves", lambda _device: library.has_kernel("gather_counted_", "CPU")),
         (library, "_use_triton", lambda _rows: True),
         (library, "accumulate_", library._accumulate_cuda),
         (library, "gather_", library._gather_cuda),

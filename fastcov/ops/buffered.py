@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastcov.ops import counted
+from fastcov.ops.counted import CountedGather
 from fastcov.ops.covariance import WeightedState
 from fastcov.ops.library import backends
 from fastcov.seen import MOST_LAYOUTS
@@ -101,14 +103,14 @@ class DeviceBuffer:
             first_threshold=first_threshold,
         )
         self._table = flush.FlushTable([self.layer])
-        self._prepared: dict[Seen, CursorGather] = {}  # for calls that are alike
+        self._prepared: dict[Seen, CountedGather | CursorGather] = {}  # for calls that are alike
         self._step: Tensor | None = None
         self._fraction = 0
 
     def gather(
         self, activation: Tensor, seen: Seen, step: Tensor, fraction: int, phase: int
     ) -> None:
-        """Copies the rows that are due; see :class:`fastcov.kernels.gather.CursorGather`.
+        """Copies the rows that are due; see :class:`fastcov.ops.counted.CountedGather`.
 
         Args:
             activation: One that ``seen`` fits.
@@ -127,10 +129,11 @@ class DeviceBuffer:
 
     def _prepare(
         self, rows: Tensor, seen: Seen, step: Tensor, fraction: int, phase: int
-    ) -> CursorGather:
+    ) -> CountedGather | CursorGather:
         from fastcov.kernels.gather import CursorGather
 
-        prepared = CursorGather(
+        gather = CountedGather if counted.serves(self.device) else CursorGather
+        prepared = gather(
             self._buffer, self._row_step, self._cursor, step, rows, fraction, seen.run_length, phase
         )
         if len(self._prepared) >= MOST_LAYOUTS:
