@@ -11,14 +11,18 @@ import triton.language as tl
 from fastcov.kernels.layout import Geometry
 from fastcov.kernels.tiles import (
     DIRECT,
+    begin_update,
+    has_broken,
     is_finite,
     kernel,
     load_tile,
     locate,
     multiply_tiles,
+    note_broken,
     slot_size,
     triangle_row,
     triangle_size,
+    wait_for_previous,
     workspace,
 )
 
@@ -150,7 +154,7 @@ def mask_kernel(
     rows,
     row_weight,
     partial,  # float32; written is what lies behind:
-    #   notes, int32 [chains + 1]: rows skipped; whether the state had seen no row
+    #   notes, int32 [chains + 3]: rows skipped; behind them see begin_update
     #   is_row_finite, uint8 [N]
     chain_weight,  # float64 [chains], written where rows are weighted
     count,
@@ -192,8 +196,11 @@ def mask_kernel(
     last_step = tl.minimum(first_step + steps_per_chain, steps)
     number = mask_rows(rows, is_row_finite, first_step, last_step, geometry, STEP, EDGE, IS_DEEP)
     tl.store(notes + chain, number)
+    ends = notes + tl.num_programs(0)
+    if number > 0:
+        note_broken(ends, count)
     if chain == 0:
-        tl.store(notes + tl.num_programs(0), (tl.load(count) == 0).to(tl.int32))
+        begin_update(ends, count)
     if row_weight is not None:
         # The mask is read back by other threads than those that wrote it.
         tl.debug_barrier()
@@ -215,7 +222,7 @@ def block_kernel(
     shift,
     row_weight,
     partial,  # float32 [chunks, slot_size], written; behind lie
-    #   notes, int32 [chains, flags], rows skipped; read if ONLY_BROKEN
+    #   notes, int32 [chains, flags], rows skipped, and the update's: read if ONLY_BROKEN
     #   is_row_finite, uint8 [N]
     flags: tl.int32,
     partial_entries: tl.int64,
@@ -240,6 +247,7 @@ def block_kernel(
     IS_DEEP: tl.constexpr,
     ONLY_BROKEN: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch before
     IS_INTERPRETED: tl.constexpr,
 ):
     """One block and chunk a program. ONLY_BROKEN: repairs chunks that hold non-finite rows."""
@@ -260,7 +268,10 @@ def block_kernel(
     chunk = tl.program_id(1)
     first_step = chunk * steps_per_chunk
     last_step = tl.minimum(first_step + steps_per_chunk, steps)
+    wait_for_previous(OVERLAPS)
     if ONLY_BROKEN:
+        if not has_broken(notes + tl.cdiv(steps, steps_per_chain) * flags):
+            return
         number = 0
         for first in range(first_step, last_step, steps_per_chain):
             number += rows_noted(notes, first // steps_per_chain, flags)

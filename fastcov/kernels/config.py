@@ -41,6 +41,11 @@ class Architecture:
     family: Family
     multiprocessors: int
 
+    @property
+    def overlaps_launches(self) -> bool:
+        """Whether a launch may come while the one before it runs, and wait: from sm_90 on."""
+        return self.family != "sm_80"
+
     @staticmethod
     def of(capability: tuple[int, int], multiprocessors: int) -> Architecture:
         """Family of a compute capability."""

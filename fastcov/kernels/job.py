@@ -137,6 +137,8 @@ def cached_job(
     is_deep = layout.kind == "strided"
     case = None if is_weighted else gram_case(architecture, layout, mode)
     most_rows = chain_rows(architecture, mode, dtype)
+    overlaps = architecture.overlaps_launches and not IS_INTERPRETED
+    waits = {"launch_pdl": True} if overlaps else {}
     gram = matrix = None
     has_blocks = True
     if case is not None:
@@ -173,6 +175,7 @@ def cached_job(
                 "ONE_CHAIN": plan.steps_per_chunk == plan.steps_per_chain,
                 "HOISTS": config.hoists,
                 "STAGES": config.stages,
+                "OVERLAPS": overlaps,
                 "IS_INTERPRETED": IS_INTERPRETED,
             },
             num_warps=config.warps,
@@ -217,9 +220,11 @@ def cached_job(
                 "IS_DEEP": is_deep,
                 "ONLY_BROKEN": gram is not None,
                 "STAGES": stages,
+                "OVERLAPS": overlaps,
                 "IS_INTERPRETED": IS_INTERPRETED,
             },
             num_warps=warps,
+            **waits,
         )
     if gram is None:
         mask = Launch.of(
@@ -255,15 +260,17 @@ def cached_job(
                 "SEGMENT": segment,
                 "FOLD": _NARROW_FOLD if is_narrow and not is_weighted else _FOLD,
                 "IS_CENTRED": is_centred,
+                "OVERLAPS": overlaps,
             },
             num_warps=4,
+            **waits,
         ),
     )
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:
     """Entries of the partial results and of the notes behind them."""
-    return plan.chunks * plan.slot, plan.chains * plan.triangles + 1
+    return plan.chunks * plan.slot, plan.chains * plan.triangles + 3
 
 
 def _shift(layout: RowLayout) -> Launch:

@@ -53,6 +53,8 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# The same in all specialisations of a kernel for one architecture, or in the name elsewhere.
+_UNNAMED = ("IS_INTERPRETED", "STAGES", "FIELDS", "VALUES", "OVERLAPS")
 _MODES = {0: "direct", 1: "split", 2: "tf32", 3: "ieee"}
 
 
@@ -64,8 +66,17 @@ class Specialization:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
-    warps: int
-    stages: int
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return dict(self.options)["num_warps"]
+
+    @property
+    def stages(self) -> int:
+        """Of its pipelines."""
+        return dict(self.options)["num_stages"]
 
     @property
     def name(self) -> str:
@@ -78,7 +89,7 @@ class Specialization:
             if kind != "constexpr":
                 words.append(f"{argument}={kind}")
         for key, value in self.constants:
-            if value is None or key in ("IS_INTERPRETED", "STAGES", "FIELDS", "VALUES"):
+            if value is None or key in _UNNAMED:
                 continue
             words.append(f"{key}={_MODES[value] if key == 'MODE' else value}")
         if "VALUES" in constants:
@@ -97,7 +108,8 @@ def specialization(kernel: JITFunction[Any], args: tuple[Any, ...], options: dic
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         elif isinstance(value, TensorDescriptor):
-            block = ",".join(str(size) for size in value.block_shape)
+            # As Triton writes it at run time: its cache key holds this text.
+            block = ", ".join(str(size) for size in value.block_shape)
             signature.append((parameter.name, f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"))
         elif isinstance(value, Tensor):
             signature.append((parameter.name, "*" + _TYPES[value.dtype]))
@@ -112,8 +124,7 @@ def specialization(kernel: JITFunction[Any], args: tuple[Any, ...], options: dic
         tuple(signature),
         tuple(constants),
         tuple(aligned),
-        options.get("num_warps", 4),
-        options.get("num_stages", 3),
+        tuple(sorted({"num_warps": 4, "num_stages": 3, **options}.items())),
     )
 
 
@@ -219,7 +230,7 @@ def compile_resources(item: Specialization, target: int) -> dict[str, int]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", target, 32),
-        options={"num_warps": item.warps, "num_stages": item.stages},
+        options=dict(item.options),
     )
     ptxas = _TOOLS / ("ptxas-blackwell" if target >= 100 else "ptxas")
     ptx = compiled.asm["ptx"]
