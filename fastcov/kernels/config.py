@@ -10,10 +10,11 @@ every launch looks up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from fastcov.kernels.gpus import GPUS, Pace, gpu_told
 from fastcov.kernels.layout import RowLayout
 
 MAX_CHAIN_ROWS = 4096
@@ -32,7 +33,7 @@ Kind = Literal["matrix", "rows", "planes", "unaligned"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the choices depend on.
+    """Kind of GPU that the choices depend on.
 
     Families sm_80 and sm_120: pointers and mma.sync, at most 99 KB of shared memory, which 8.6, 8.9
     and 12.x have; sm_90: descriptors and wgmma; sm_100: descriptors and tcgen05.
@@ -40,6 +41,7 @@ class Architecture:
 
     family: Family
     multiprocessors: int
+    pace: Pace = GPUS["H100"].pace
 
     @property
     def overlaps_launches(self) -> bool:
@@ -47,10 +49,15 @@ class Architecture:
         return self.family != "sm_80"
 
     @staticmethod
-    def of(capability: tuple[int, int], multiprocessors: int) -> Architecture:
-        """Family of a compute capability."""
+    def of(properties: Any) -> Architecture:
+        """Architecture of a GPU.
+
+        Args:
+            properties: From ``torch.cuda.get_device_properties``.
+        """
         families: dict[int, Family] = {9: "sm_90", 10: "sm_100", 12: "sm_120"}
-        return Architecture(families.get(capability[0], "sm_80"), multiprocessors)
+        gpu = gpu_told(properties)
+        return Architecture(families.get(properties.major, "sm_80"), gpu.multiprocessors, gpu.pace)
 
 
 @dataclass(frozen=True)

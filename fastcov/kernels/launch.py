@@ -35,8 +35,7 @@ def architecture_of(device: torch.device) -> Architecture:
     """Kind of GPU that a tensor lies on; the interpreter stands for an sm_90 of two."""
     if IS_INTERPRETED:
         return Architecture("sm_90", 2)
-    properties = torch.cuda.get_device_properties(device)
-    return Architecture.of((properties.major, properties.minor), properties.multi_processor_count)
+    return Architecture.of(torch.cuda.get_device_properties(device))
 
 
 def is_current(device: int) -> bool:
