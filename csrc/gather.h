@@ -29,7 +29,7 @@ inline void check_gather(const Tensor& buffer, const Tensor& rows, const RowsVie
                   "the samples do not fit the buffer");
 }
 
-// What fastcov/ops/counted.py has prepared, or null where rows are not laid out as it says.
+// Prepared by fastcov/ops/counted.py; null where rows are not laid out as it says.
 inline const CountedGather* counted_gather(const Tensor& prepared, const Tensor& rows) {
   constexpr int64_t kFields = sizeof(CountedGather) / sizeof(int64_t);
   STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Long && prepared.is_cpu() &&

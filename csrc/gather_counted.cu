@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 32 * kGatherRows;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// What one access moves: a value of two bytes, or whole words.
+// Moved by one access: a value of two bytes, or whole words.
 template <int Words>
 struct alignas(4 * Words) Item {
   uint32_t word[Words];

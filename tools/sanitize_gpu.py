@@ -10,7 +10,7 @@ import sys
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TEST = "tests/ops/test_eigen_gpu.py"
 ERROR_STATUS = 9
-# What the sanitizer says where a container or driver does not let it look into kernels.
+# Words of the sanitizer where a container or driver does not let it look into kernels.
 REFUSALS = (
     "Device not supported",
     "not supported on this device",

@@ -1,4 +1,4 @@
-"""What a machine is, and what it can do: recorded beside every result."""
+"""Description and measured rates of a machine, recorded beside every result."""
 
 from __future__ import annotations
 

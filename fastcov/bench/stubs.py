@@ -33,7 +33,7 @@ class Stubs:
 
     def __enter__(self) -> None:
         for owner, name, value in self._replaced:
-            # What a class inherits is not its own to give back.
+            # An inherited attribute is not the class's own to give back.
             self._saved.append((owner, name, vars(owner).get(name, _INHERITED)))
             setattr(owner, name, value)
 
@@ -51,7 +51,7 @@ class OperatorStubs(Stubs):
 
     Attributes:
         has_again: Whether they include those that read a call like the last one. These are no
-            stubs: what they do beside copying and adding rows stays.
+            stubs: all that they do beside copying and adding rows stays.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What this package promises of its speed, and whether a machine's results keep it."""
+"""Promises of speed, and whether a machine's results keep them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Target:
         case: That measures it.
         work: Name of its row's work.
         contender: Name of its row's contender.
-        measure: What of the row counts. "share of floor" and "times faster" (a peer's time over
-            ours) must be at least the bound, the others at most.
+        measure: Number of the row that counts. "share of floor" and "times faster" (a peer's time
+            over ours) must be at least the bound, the others at most.
         bound: In the measure's unit.
-        ceiling: What tiles allow at best, where that is near.
+        ceiling: Best value that tiles allow, where that is near.
     """
 
     kind: Kind
@@ -79,7 +79,7 @@ def _gpu(
 
 
 def tiles_saved(channels: int) -> float:
-    """How much less than a full product whole tiles of a triangle are, at the same rate.
+    """Full product's work over that of a triangle's whole tiles: the most they can be faster.
 
     Example:
         >>> round(tiles_saved(1024), 2), round(tiles_saved(2048), 2)
@@ -125,7 +125,7 @@ TARGETS: tuple[Target, ...] = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured.
+    """A target beside its measurement.
 
     Attributes:
         target: Which.

@@ -1,8 +1,8 @@
 """One block of the packed triangle over one chunk of rows: any layout, weights, non-finite rows.
 
-This is the careful path: the way of weighted rows, of arbitrary strides and of the float32 modes
-other than the default, and what repairs a chunk in which the fast path (gram.py) met a non-finite
-value. It reads rows through a mask that :func:`mask_rows` has written.
+The careful path takes weighted rows, arbitrary strides and the float32 modes other than the
+default, and repairs a chunk in which the fast path (gram.py) met a non-finite value. It reads rows
+through a mask that :func:`mask_rows` has written.
 """
 
 import triton
@@ -38,7 +38,7 @@ def mask_rows(
     EDGE: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """Tells rows whose values are all finite from others. Returns the number of others."""
+    """Number of rows that hold a non-finite value; writes the mask of the others."""
     skipped = tl.zeros([STEP], tl.int32)
     row = tl.arange(0, STEP)
     for step in tl.range(first_step, last_step, num_stages=1):
@@ -57,7 +57,7 @@ def mask_rows(
 
 @triton.jit
 def rows_noted(notes, chain, flags):
-    """Of all programs that read a chain, the non-finite rows noted: 0 if and only if none is."""
+    """Sum of the non-finite rows that the programs of one chain noted: 0 only if all are finite."""
     number = 0
     for flag in range(flags):
         number += tl.load(notes + chain * flags + flag)
@@ -153,7 +153,7 @@ def sum_block(
 def mask_kernel(
     rows,
     row_weight,
-    partial,  # float32; written is what lies behind:
+    partial,  # float32; behind it are written:
     #   notes, int32 [chains + 3]: rows skipped; behind them see begin_update
     #   is_row_finite, uint8 [N]
     chain_weight,  # float64 [chains], written where rows are weighted
@@ -177,7 +177,7 @@ def mask_kernel(
     EDGE: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """Before :func:`block_kernel`, a chain a program: finite rows, how many are not, weights."""
+    """Mask, notes and weight of one chain a program, for :func:`block_kernel` behind it."""
     geometry = Geometry(
         steps_per_image,
         channels,

@@ -65,8 +65,8 @@ class GramConfig:
     """Shapes of gram_kernel. ``left`` and ``right`` count the panels of a rectangle.
 
     ``residents`` is how many programs share a multiprocessor, by registers and shared memory, eight
-    at most; ``hoists`` whether the compiler may compute ahead of all chains what each one needs:
-    which way takes fewer registers is found by trying.
+    at most; ``hoists`` tells whether the compiler may compute addresses ahead of all chains:
+    the way that takes fewer registers is found by trying.
     """
 
     panel: int
@@ -117,7 +117,7 @@ class GramCase:
 
 
 def chain_rows(architecture: Architecture, mode: Mode, dtype: torch.dtype) -> int:
-    """Rows that one chain of matrix instructions may add up: what it loses stays near 5e-6.
+    """Rows that one chain of matrix instructions may add up and lose about 5e-6.
 
     The instructions cut every addend at the last bit of the largest plus a few, then the sum; with
     numbers of one sign all cuts go one way. One instruction adds 8 rows and keeps 1 bit more on

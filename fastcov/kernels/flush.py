@@ -109,7 +109,7 @@ def flush_kernel(
     STAGES: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """One block of one layer's triangle a program; the layer's last program moves its counters."""
+    """Block of one layer's triangle, one a program; the layer's last program moves its counters."""
     program = tl.program_id(0)
     layer = table + tl.load(programs + 2 * program) * FIELDS
     block = tl.load(programs + 2 * program + 1)
@@ -240,7 +240,7 @@ def flush_kernel(
         total_square = total_weight
         if HAS_DECAY:
             total_square = tl.sum(squares)
-        # Squared weights less weights: what decay leaves of those before, and the rows'.
+        # Squared weights less weights, of the rows before after their decay and of these rows.
         weight_before = tl.load(weight) * factor
         excess_before = tl.load(excess) * factor * factor + weight_before * (factor - 1)
         excess_added = (total_square * row_scale - total_weight) * row_scale

@@ -1,4 +1,4 @@
-"""What a GPU can do: rates by device name, and those that its driver tells.
+"""Rates of GPUs, by device name and as their driver tells.
 
 A plan (plan.py) needs their ratios alone, on a multiprocessor and a clock; a floor
 (benchmarks/roofline.py, fastcov bench) the rates that a copy and a large product reach.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 # Shares of the data sheet that a large copy and a large product reach, on an H100 and an H200.
 _COPY_SHARE, _MATMUL_SHARE = 0.9, 0.8
-# Of the last-level cache, what rows that pass through leave to partial results.
+# Share of the last-level cache that rows which pass through leave to partial results.
 _CACHE_SHARE = 0.64
 
 
@@ -21,7 +21,7 @@ class Pace(NamedTuple):
         macs: Products of bfloat16 with float32 sums.
         load_bytes: Its share of what memory delivers.
         cached_load_bytes: Its share of what the last-level cache delivers.
-        cache_bytes: Of the whole cache, what partial results may take.
+        cache_bytes: Part of the whole cache that partial results may take.
     """
 
     macs: int
@@ -90,7 +90,7 @@ GPUS: dict[str, Gpu] = {
     "RTX 5090": Gpu(170, 2.41e9, 1.79e12, 96 * _MIB, 256),
     "RTX PRO 6000": Gpu(188, 2.60e9, 1.79e12, 128 * _MIB, 512),
 }
-"""By a part of the name that the driver gives them; H100 and H200 are the SXM modules."""
+"""Data sheets by a part of the driver's name; H100 and H200 are the SXM modules."""
 
 
 def gpu_named(name: str) -> Gpu | None:

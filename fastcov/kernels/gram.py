@@ -35,7 +35,7 @@ def gram_kernel(
     aligned_rows,  # the same where VECTOR > 1: its address picks a compilation; else None
     matrix,  # descriptor of the rows with blocks [STEP, PANEL], or None
     shift,  # float64 [C], read where MODE splits
-    partial,  # float32 [chunks, slot_size], written; see workspace() for what lies behind:
+    partial,  # float32 [chunks, slot_size], written; workspace() says what lies behind:
     #   notes, int32 [chains * triangles + 3], written: rows skipped; behind them see begin_update
     #   is_row_finite, uint8 [N], written for chains that hold non-finite rows
     aligned_partial,  # the same, or None: neighbouring threads take neighbouring entries, not four
@@ -62,7 +62,7 @@ def gram_kernel(
     IS_PLANES: tl.constexpr,
     LOADS_TWICE: tl.constexpr,
     ONE_CHAIN: tl.constexpr,  # steps_per_chunk is steps_per_chain
-    HOISTS: tl.constexpr,  # whether what the end of a chain needs is computed ahead of all chains
+    HOISTS: tl.constexpr,  # whether a chain's end has its addresses computed ahead
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,  # with the next launch
     IS_INTERPRETED: tl.constexpr,
@@ -74,7 +74,7 @@ def gram_kernel(
     notes, is_row_finite = workspace(partial, partial_entries, notes_entries)
     if aligned_rows is not None:
         rows = aligned_rows
-        # Tells the compiler what the launcher has checked.
+        # Multiples that the launcher has checked, told to the compiler.
         stride_2 = stride_2 // VECTOR * VECTOR
         if IS_PLANES:
             stride_channel = stride_channel // VECTOR * VECTOR

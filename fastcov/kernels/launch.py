@@ -1,4 +1,4 @@
-"""Starting kernels: through Triton the first time, then by the compiled kernel's launcher alone.
+"""Start of kernels: through Triton the first time, then by the compiled kernel's launcher alone.
 
 ``JITFunction.run`` binds some 25 arguments, looks up a compilation and compares every constant of
 the module: 10 us a launch on two cores of an AMD EPYC, in every hook. Nothing of that can change
@@ -123,7 +123,7 @@ class Launch:
         return cls(kernel, whole_grid, (*numbers, *(constants[n] for n in names)), options)
 
     def start(self, *tensors: Any) -> Any:
-        """Launches through Triton, which compiles what it has not compiled yet.
+        """Launches through Triton, which compiles the kernel if that has not been done.
 
         Args:
             tensors: Tensors, descriptors or None in the kernel's order, and numbers that follow

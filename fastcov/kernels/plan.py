@@ -1,4 +1,4 @@
-"""How the rows of one update are cut into chunks, so that all multiprocessors end together."""
+"""Plan of an update: its rows cut into chunks, so that all multiprocessors end together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ the largest entry of S (rows' products of one sign grow; others are bounded by t
 Cauchy and Schwarz): all of them by 63 * 2**-24 = 3.8e-6 at the worst, and about 0.3e-6 where
 roundings go either way. With the 5.1e-6 of a chain (config.chain_rows) that is below 1e-5 for any
 rows. Slots are added in float64. A slot overflows where rows above 5e16 fill all its chains, and
-what is below 1.2e-38 counts as 0.
+numbers below 1.2e-38 count as 0.
 """
 
 

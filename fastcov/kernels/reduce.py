@@ -1,4 +1,4 @@
-"""Adds the partial results of all chunks to a state, in float64 and in a fixed order."""
+"""Reduction of all chunks' partial results into a state, in float64 and in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -56,7 +56,7 @@ def rows_skipped(notes, chains, flags, FOLD: tl.constexpr):
 
 @triton.jit
 def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
-    """What remains to be subtracted from rows: nothing, unless kinds of rows are mixed.
+    """Shift that remains to be subtracted from rows: none, unless kinds of rows are mixed.
 
     float32 rows came with the shift rounded to float32 subtracted, others with nothing; a state
     without rows gets shift 0 from those others.

@@ -181,8 +181,8 @@ def is_finite(values):
 def keep(address, values, mask, ADDS: tl.constexpr):
     """Stores into entries that no other program touches, or adds to what they hold.
 
-    The addition is L2's, rounded to nearest, and in the order of the calls. What several threads
-    hold alike is added once.
+    The addition is L2's, rounded to nearest, and in the order of the calls. A value that several
+    threads hold alike is added once.
     """
     if ADDS:
         tl.atomic_add(address, values, mask=mask, sem="relaxed")
@@ -194,7 +194,7 @@ def keep(address, values, mask, ADDS: tl.constexpr):
 def workspace(partial, partial_entries, notes_entries):
     """Notes and the mask of rows, which lie behind the partial results.
 
-    One allocation for all three: it takes the host nearly half of what preparing an update does.
+    One allocation for all three: allocating takes nearly half of the host's time for an update.
     """
     notes = (partial + partial_entries).to(tl.pointer_type(tl.int32))
     is_row_finite = (notes + notes_entries).to(tl.pointer_type(tl.uint8))

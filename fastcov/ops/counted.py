@@ -36,7 +36,7 @@ def blocks_of(most_rows: int, is_contiguous: bool) -> int:
 
 
 class CountedGather:
-    """Copies the rows that are due, with all counters on the device.
+    """Repeated copy of the rows that are due, with all counters on the device.
 
     It takes the same arguments as :class:`fastcov.kernels.gather.CursorGather` and does the same.
 
