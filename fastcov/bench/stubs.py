@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastcov import kernels
 from fastcov.bench.peers import MissingPeerError
-from fastcov.bench.stand_in import stand_in_gpu
 from fastcov.ops import counted, library
 from fastcov.sampling import direct_rows
 from fastcov.state import CovarianceState
@@ -89,7 +88,7 @@ class OperatorStubs(Stubs):
 class KernelStubs(Stubs):
     """Launches of kernels as far as the driver's call: of no program, it is left out.
 
-    On a CPU its tensors stand for those of an H100 (stand_in.py), and nothing reads them.
+    On a CPU its tensors stand for those of an H100 (kernels/stand_in.py), and nothing reads them.
 
     Args:
         device: A GPU, or a CPU.
@@ -105,7 +104,7 @@ class KernelStubs(Stubs):
 
         simulated: list[tuple[Any, str, Any]] = []
         if device.type == "cpu":
-            simulated = [*stand_in_gpu(), *_simulated_gpu()]
+            simulated = [*_stand_in_gpu(), *_simulated_gpu()]
         elif not (backend := library.backends()["triton"]).active:
             raise MissingPeerError(f"needs Triton: {backend.reason}")
         of = Launch.of
@@ -128,12 +127,7 @@ class KernelStubs(Stubs):
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
         """Names of the kernels that hooks launch inside: takes time of its own."""
-        from triton import knobs
-
-        calls: list[str] = []
-
-        def note(launch: Any) -> None:
-            calls.append(launch.get()["name"])
+        from fastcov.kernels.launch import noted_launches
 
         gather_ = library.gather_counted_
 
@@ -141,13 +135,12 @@ class KernelStubs(Stubs):
             calls.append("gather_counted_")
             return gather_(*arguments)
 
-        hooks = knobs.runtime.launch_enter_hook
-        with self, Stubs((library, "gather_counted_", gather_counted_)):
-            hooks.add(note)
-            try:
-                yield calls
-            finally:
-                hooks.remove(note)
+        with (
+            self,
+            Stubs((library, "gather_counted_", gather_counted_)),
+            noted_launches() as calls,
+        ):
+            yield calls
 
 
 def _forget_launches() -> None:
@@ -155,6 +148,15 @@ def _forget_launches() -> None:
     from fastcov.kernels.job import cached_job
 
     cached_job.cache_clear()
+
+
+def _stand_in_gpu() -> list[tuple[Any, str, Any]]:
+    from fastcov.kernels.stand_in import stand_in_gpu
+
+    try:
+        return stand_in_gpu()
+    except RuntimeError as error:
+        raise MissingPeerError(str(error)) from error
 
 
 def _simulated_gpu() -> list[tuple[Any, str, Any]]:

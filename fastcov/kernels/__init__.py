@@ -12,6 +12,7 @@ layout, plan,    pure: strides, grids, tile shapes, rates of a GPU
 config, gpus
 launch.py        starting kernels; the GPU that a tensor lies on
 panels, tiles    device code that the kernels share
+stand_in.py      a driver for where there is no GPU: benchmarks of the host's time
 ===============  ====================================================================
 """
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -69,6 +70,22 @@ def has_known_convention(run: Callable[..., Any]) -> bool:
 
 STARTS_DIRECTLY = has_known_convention(JITFunction.run)
 """Whether compiled kernels are started without Triton's own call: decided at import."""
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[str]]:
+    """Names of the kernels that are launched inside, through Triton's hooks: takes time."""
+    names: list[str] = []
+
+    def note(launch: Any) -> None:
+        names.append(launch.get()["name"])
+
+    hooks = knobs.runtime.launch_enter_hook
+    hooks.add(note)
+    try:
+        yield names
+    finally:
+        hooks.remove(note)
 
 
 def is_watched() -> bool:
