@@ -82,11 +82,11 @@ bench-full: setup  ## the same over the whole grid
 bench-gpu: setup  ## the GPU's target table, at most 9 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench --gpu
 
-sanitize-gpu: setup  ## eigenvalue kernels on a GPU under compute-sanitizer
-	@$(INSTALLED) $(BIN)/python tools/sanitize_gpu.py
+sanitize-gpu: setup  ## TOOL=memcheck|racecheck|synccheck over the eigenvalue kernels on a GPU
+	@$(INSTALLED) $(BIN)/python tools/sanitize_gpu.py $(or $(TOOL),memcheck)
 
-gpu-session:  ## PART=build|test|sanitize|bench|compiled on a GPU with the python3 there, no installation
-	@tools/gpu_session.sh $(or $(PART),build test sanitize bench compiled)
+gpu-session:  ## PART="build kernels test ..." (`list` shows all) on a GPU with the python3 there
+	@tools/gpu_session.sh $(or $(PART),$(shell tools/gpu_session.sh list))
 
 wheels: $(STAMPS)/environment  ## release wheel and Triton's resources, for all architectures; tagged honestly
 	@$(BIN)/python tools/build_release.py dist/release

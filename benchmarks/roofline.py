@@ -2,9 +2,9 @@
 
 A layer's rows must be read once, and its lower triangle takes half the flops of a full product,
 rounded up to whole tiles: the floor is the longer of the two. ``python benchmarks/roofline.py``
-prints ResNet-50's 53 convolution outputs for a training batch and for a detection batch, or any
-layers: ``python benchmarks/roofline.py 802816x256 50176x1024*6``. Give measured rates to hold a
-measurement against its own machine.
+prints ResNet-50's 53 convolution outputs for a training batch and for a detection batch on an H200
+and an H100, or any layers: ``python benchmarks/roofline.py --gpu A100 802816x256 50176x1024*6``.
+Give measured rates to hold a measurement against its own machine.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-BANDWIDTH = 3.0e12
-"""Bytes a second that a copy on an H100 SXM reaches, about 90 % of its data sheet."""
-MATMUL_FLOPS = 800e12
-"""bfloat16 flops a second that a large product on an H100 SXM reaches, about 80 %."""
+from fastcov.kernels.gpus import GPUS
+
+PLANNED = ("H200", "H100")
+"""GPUs that targets are set for."""
 TILE = 128
 """Channels of one tile: a triangle is paid for in whole tiles."""
 PRODUCTS = {"bfloat16": 1, "float16": 1, "float32": 6}
@@ -66,9 +66,7 @@ class Floor:
         return "memory" if self.read_s >= self.matmul_s else "matmul"
 
 
-def layer_floor(
-    layer: Layer, bandwidth: float = BANDWIDTH, matmul_flops: float = MATMUL_FLOPS
-) -> Floor:
+def layer_floor(layer: Layer, bandwidth: float, matmul_flops: float) -> Floor:
     """Floor of one layer.
 
     Args:
@@ -82,9 +80,7 @@ def layer_floor(
     return Floor(layer.bytes_read / bandwidth, layer.flops / matmul_flops)
 
 
-def total_floor_s(
-    layers: Iterable[Layer], bandwidth: float = BANDWIDTH, matmul_flops: float = MATMUL_FLOPS
-) -> float:
+def total_floor_s(layers: Iterable[Layer], bandwidth: float, matmul_flops: float) -> float:
     """Seconds of all layers, one after the other, as hooks call them."""
     return sum(layer_floor(layer, bandwidth, matmul_flops).wall_s for layer in layers)
 
@@ -109,12 +105,7 @@ def resnet50_layers(batch: int, height: int, width: int, dtype: str = "bfloat16"
     return layers
 
 
-def format_table(
-    title: str,
-    layers: list[Layer],
-    bandwidth: float = BANDWIDTH,
-    matmul_flops: float = MATMUL_FLOPS,
-) -> str:
+def format_table(title: str, layers: list[Layer], bandwidth: float, matmul_flops: float) -> str:
     """Floors by shape, and their sum."""
     lines = [
         title,
@@ -154,24 +145,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints the floors of layers; without any, those of ResNet-50 at two sizes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("layers", nargs="*", help="ROWSxCHANNELS or ROWSxCHANNELS*COUNT")
-    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes a second")
-    parser.add_argument("--matmul-flops", type=float, default=MATMUL_FLOPS, help="flops a second")
+    parser.add_argument("--gpu", action="append", choices=sorted(GPUS), help="default: H200, H100")
+    parser.add_argument("--bandwidth", type=float, help="bytes a second, in place of the GPU's")
+    parser.add_argument("--matmul-flops", type=float, help="flops a second, in place of the GPU's")
     parser.add_argument("--dtype", choices=sorted(PRODUCTS), default="bfloat16")
     options = parser.parse_args(arguments)
     try:
         layers = [layer for word in options.layers for layer in parsed_layers(word, options.dtype)]
     except ValueError as error:
         parser.error(str(error))
-    print(f"at {options.bandwidth / 1e12:.2f} TB/s and {options.matmul_flops / 1e12:.0f} TFLOP/s")
-    if layers:
-        print("\n" + format_table("layers", layers, options.bandwidth, options.matmul_flops))
-        return
-    for title, sizes in (
-        ("ResNet-50, batch 256 at 224x224, every row", (256, 224, 224)),
-        ("ResNet-50 as a detector's backbone, batch 2 at 800x1344, every row", (2, 800, 1344)),
-    ):
-        layers = resnet50_layers(*sizes, dtype=options.dtype)
-        print("\n" + format_table(title, layers, options.bandwidth, options.matmul_flops))
+    batches = {
+        "ResNet-50, batch 256 at 224x224, every row": (256, 224, 224),
+        "ResNet-50 as a detector's backbone, batch 2 at 800x1344, every row": (2, 800, 1344),
+    }
+    tables = {"layers": layers} if layers else {}
+    for title, sizes in {} if layers else batches.items():
+        tables[title] = resnet50_layers(*sizes, dtype=options.dtype)
+    for name in options.gpu or PLANNED:
+        bandwidth = options.bandwidth or GPUS[name].copy_bytes_s
+        matmul_flops = options.matmul_flops or GPUS[name].matmul_flop_s
+        rates = f"{bandwidth / 1e12:.2f} TB/s and {matmul_flops / 1e12:.0f} TFLOP/s"
+        print(f"{name}: at {rates}")
+        for title, found in tables.items():
+            print("\n" + format_table(title, found, bandwidth, matmul_flops) + "\n")
 
 
 if __name__ == "__main__":

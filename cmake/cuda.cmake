@@ -2,7 +2,7 @@
 # DT_NEEDED entry for libtorch.so. cudart is static, so that any CUDA build of torch can load it.
 
 set(cuda_sources csrc/eigen.cu csrc/eigen_jacobi.cu csrc/eigen_library.cu csrc/eigen_members.cu
-    csrc/eigen_registers.cu csrc/eigen_triangle.cu csrc/gather.cu)
+    csrc/eigen_registers.cu csrc/eigen_triangle.cu csrc/gather.cu csrc/gather_counted.cu)
 
 # nvcc says where its toolkit is: what is on PATH may be a script that calls the real one.
 file(WRITE "${CMAKE_BINARY_DIR}/empty.cu" "")

@@ -1,11 +1,12 @@
-// gather_ on a GPU: copies sampled rows into a buffer on the current stream, whatever the
-// activation's strides. No synchronisation, no allocation.
+// gather_ and gather_counted_ on a GPU: sampled rows into a buffer on the current stream, whatever
+// the activation's strides. No synchronisation, no allocation.
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
 #include "gather.h"
+#include "gather_counted_cuda.h"
 #include "rows.h"
 
 namespace fastcov {
@@ -134,7 +135,36 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The stream of the calling thread on a device that is current.
+cudaStream_t current_stream(int32_t device) {
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  return static_cast<cudaStream_t>(current);
+}
+
+// Copies the rows that are due, counted on the device; 0, and nothing is done, where rows are not
+// laid out as was prepared for. It reads no counter: whether a row was due only the device knows.
+int64_t gather_counted_(Tensor prepared, Tensor rows) {
+  const CountedGather* const at = counted_gather(prepared, rows);
+  if (at == nullptr) return 0;
+  const auto device = static_cast<int32_t>(at->device);
+  int current = -1;
+  STD_CUDA_CHECK(cudaGetDevice(&current));
+  cudaError_t status = cudaSuccess;
+  if (current == device) {
+    status = launch_gather_counted(*at, rows.const_data_ptr(), current_stream(device));
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    status = launch_gather_counted(*at, rows.const_data_ptr(), current_stream(device));
+  }
+  STD_CUDA_CHECK(status);
+  return 1;
+}
+
 }  // namespace
 }  // namespace fastcov
 
-STABLE_TORCH_LIBRARY_IMPL(fastcov, CUDA, m) { m.impl("gather_", TORCH_BOX(&fastcov::gather_)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcov, CUDA, m) {
+  m.impl("gather_", TORCH_BOX(&fastcov::gather_));
+  m.impl("gather_counted_", TORCH_BOX(&fastcov::gather_counted_));
+}

@@ -1,42 +1,14 @@
-// Which rows a sampled step reads: one definition for host and device.
-// The sequence is defined in fastcov/ops/reference.py (sample_index_reference).
+// Arguments of the gather operators: checked, and as the code of host and device takes them.
 #pragma once
 
 #include <cstdint>
 
+#include "cursor.h"
+#include "gather_counted.h"
 #include "rows.h"
+#include "sampling.h"
 
 namespace fastcov {
-
-struct Sampling {
-  int64_t first_sample;
-  int64_t run_length;
-  uint64_t phase;
-  int64_t rows;       // of the whole batch
-  int64_t positions;  // of one image
-};
-
-FASTCOV_HOST_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) {
-#if defined(__CUDA_ARCH__)
-  return __umul64hi(a, b);
-#else
-  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
-#endif
-}
-
-// Row number, row-major over (image, position), of the sample first_sample + index.
-FASTCOV_HOST_DEVICE int64_t sampled_row(const Sampling& sampling, int64_t index) {
-  constexpr uint64_t kGoldenRatio = 0x9E3779B97F4A7C15ull;
-  const int64_t sample = sampling.first_sample + index;
-  const int64_t run = sample / sampling.run_length;
-  const int64_t offset = sample - run * sampling.run_length;
-  const uint64_t point = sampling.phase + static_cast<uint64_t>(run) * kGoldenRatio;
-  const int64_t start =
-      static_cast<int64_t>(multiply_high(point, static_cast<uint64_t>(sampling.rows)));
-  const int64_t image = start / sampling.positions;
-  const int64_t position = (start - image * sampling.positions + offset) % sampling.positions;
-  return image * sampling.positions + position;
-}
 
 inline Sampling sampling_of(const Tensor& rows, const RowsView& view, int64_t first_sample,
                             int64_t run_length, int64_t phase) {
@@ -55,6 +27,19 @@ inline void check_gather(const Tensor& buffer, const Tensor& rows, const RowsVie
   STD_TORCH_CHECK(samples >= 0 && run_length >= 1 && first_sample >= 0 && buffer_row >= 0 &&
                       buffer_row + samples <= buffer.size(0),
                   "the samples do not fit the buffer");
+}
+
+// Prepared by fastcov/ops/counted.py; null where rows are not laid out as it says.
+inline const CountedGather* counted_gather(const Tensor& prepared, const Tensor& rows) {
+  constexpr int64_t kFields = sizeof(CountedGather) / sizeof(int64_t);
+  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Long && prepared.is_cpu() &&
+                      prepared.numel() == kFields && prepared.is_contiguous(),
+                  "prepared must be contiguous int64 on the CPU, one value for each field");
+  const auto* const at = static_cast<const CountedGather*>(prepared.const_data_ptr());
+  const bool fits = rows.get_device_index() == at->device &&
+                    rows.numel() == at->rows * at->channels &&
+                    static_cast<int64_t>(rows.element_size()) == at->item_bytes;
+  return fits ? at : nullptr;
 }
 
 }  // namespace fastcov

@@ -1,4 +1,5 @@
-// gather_ and gather_again_ for the CPU: sampled rows into a buffer, whatever their strides.
+// gather_, gather_again_ and gather_counted_ for the CPU: sampled rows into a buffer, whatever
+// their strides.
 #include "gather.h"
 
 #include <cstring>
@@ -86,10 +87,39 @@ int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   return due;
 }
 
+// gather_counted_ where the host stands for a GPU: in tests, and where the time of hooks is taken.
+int64_t gather_counted_(Tensor prepared, Tensor rows) {
+  const CountedGather* const at = counted_gather(prepared, rows);
+  if (at == nullptr) return 0;
+  if (at->blocks == 0) return 1;
+  auto& cursor = *reinterpret_cast<DeviceCursor*>(at->cursor);
+  const DueRows due = due_rows(*at, cursor);
+  const auto* const source = static_cast<const char*>(rows.const_data_ptr());
+  const auto step = static_cast<int32_t>(*reinterpret_cast<const int64_t*>(at->step));
+  for (int64_t sample = 0; sample < due.samples; ++sample) {
+    const int64_t buffer_row = cursor.fill + sample;
+    const char* from = source + row_start(*at, cursor, sample) * at->item_bytes;
+    char* to = reinterpret_cast<char*>(at->buffer) + buffer_row * at->channels * at->item_bytes;
+    bool broken = false;
+    for (int64_t channel = 0; channel < at->channels; ++channel) {
+      uint32_t bits = 0;
+      std::memcpy(&bits, from, static_cast<size_t>(at->item_bytes));
+      std::memcpy(to, &bits, static_cast<size_t>(at->item_bytes));
+      broken |= is_broken(bits, *at);
+      from += at->stride_channel * at->item_bytes;
+      to += at->item_bytes;
+    }
+    reinterpret_cast<int32_t*>(at->row_step)[buffer_row] = broken ? -1 : step;
+  }
+  count_gathered(cursor, due);
+  return 1;
+}
+
 }  // namespace
 }  // namespace fastcov
 
 STABLE_TORCH_LIBRARY_IMPL(fastcov, CPU, m) {
   m.impl("gather_", TORCH_BOX(&fastcov::gather_));
   m.impl("gather_again_", TORCH_BOX(&fastcov::gather_again_));
+  m.impl("gather_counted_", TORCH_BOX(&fastcov::gather_counted_));
 }

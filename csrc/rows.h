@@ -4,12 +4,7 @@
 #include <cstdint>
 
 #include "boxing.h"
-
-#if defined(__CUDACC__)
-#define FASTCOV_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTCOV_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace fastcov {
 

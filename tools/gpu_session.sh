@@ -1,23 +1,31 @@
 #!/usr/bin/env bash
-# What a machine with a GPU has to answer, in parts of less than ten minutes each:
+# What a machine with a GPU has to answer, in calls of at most eight minutes each:
 #
-#   tools/gpu_session.sh build      the compiled libraries, for this machine's GPU
-#   tools/gpu_session.sh test       pytest -m gpu
-#   tools/gpu_session.sh sanitize   the CUDA kernels under compute-sanitizer
-#   tools/gpu_session.sh bench      the table of targets (fastcov bench --gpu)
-#   tools/gpu_session.sh compiled   compiled training steps
+#   tools/gpu_session.sh build             the compiled libraries, for this machine's GPU
+#   tools/gpu_session.sh kernels           Triton's kernels into its cache, 16 processes at a time
+#   tools/gpu_session.sh test              pytest -m gpu, each file in a process of its own
+#   tools/gpu_session.sh sanitize-TOOL     memcheck, racecheck or synccheck of the CUDA kernels
+#   tools/gpu_session.sh bench-CASE        one case of fastcov bench --gpu: covariance, eigen, hooks, snapshot,
+#                                          training-NETWORK or training-NETWORK-compiled
+#   tools/gpu_session.sh list              these parts, one a line, in the order in which they should run
 #
-# Several parts may be named. Needs Python 3.11 or newer with torch, numpy and pytest, and nvcc, cmake and
-# ninja; installs nothing. Every part first builds what has changed. PYTHON names the interpreter
-# (default python3); OUT the folder of logs and results (default runs/gpu). With PACK=1 a part that has
-# ended leaves one file, PART.tgz.
+# Several parts may be named; each has eight minutes. `test` called again goes on with the files that have not run.
+# Needs Python 3.11 or newer with torch, numpy and pytest, and nvcc, cmake and ninja; installs nothing. Every part first
+# builds what has changed. PYTHON names the interpreter (default python3); OUT the folder of results (default runs/gpu),
+# in which each part that has ended leaves one archive, PART.tgz, and one line in status.jsonl.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
-PARTS="build test sanitize bench compiled"
-LIMIT_S=570
+LIMIT_S=${LIMIT_S:-480}
+FILE_S=${FILE_S:-240} # of one file of tests
+NETWORKS="resnet50 vit faster_rcnn"
+PARTS="build kernels test bench-hooks bench-covariance bench-eigen bench-snapshot"
+for network in $NETWORKS; do PARTS+=" bench-training-$network"; done
+for tool in memcheck racecheck synccheck; do PARTS+=" sanitize-$tool"; done
+for network in $NETWORKS; do PARTS+=" bench-training-$network-compiled"; done
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:/usr/local/cuda/bin"
 export PYTHONPATH="$PWD:$PWD/detection${PYTHONPATH:+:$PYTHONPATH}"
 
 stop() {
@@ -25,6 +33,7 @@ stop() {
 	exit 2
 }
 
+[ "${1:-}" != list ] || { tr ' ' '\n' <<< "$PARTS"; exit 0; }
 [ $# -gt 0 ] || stop "name one or more of: $PARTS"
 for part in "$@"; do
 	[[ " $PARTS " == *" $part "* ]] || stop "no part '$part': choose of $PARTS"
@@ -35,7 +44,7 @@ done
 "$PYTHON" -c 'import numpy, pytest, torch' || stop "$PYTHON needs numpy, pytest and torch"
 capability=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2> /dev/null) ||
 	stop "torch finds no CUDA device here"
-mkdir -p "$OUT" build
+mkdir -p "$OUT" build/gpu
 OUT=$(cd "$OUT" && pwd)
 
 # Of the virtual environment's cmake or the system's: only the compilers and torch's headers matter.
@@ -51,33 +60,42 @@ for name, backend in fastcov.backends().items():
 assert fastcov.backends()["cuda"].active, "the CUDA library is not active"'
 }
 
+# A file's errors that stick to its process, and its hang, cost that file alone. None of the options that plugins bring:
+# other packages of the test environment may be missing here.
+gpu_tests() {
+	local folder=$OUT/test begin=$SECONDS file name left failed=0
+	mkdir -p "$folder"
+	for file in $(grep -rlE 'mark\.gpu' --include='test_*.py' tests | sort); do
+		name=$(tr '/' '-' <<< "${file%.py}")
+		[ ! -e "$folder/$name.status" ] || continue
+		left=$((LIMIT_S - 20 - (SECONDS - begin)))
+		[ "$left" -gt "$FILE_S" ] || [ "$left" -ge 60 ] || { echo "not run yet, call again: $file"; failed=3; continue; }
+		# A test that hangs in a kernel is told by its name and, after two minutes, by where it hangs.
+		timeout --kill-after=10 $((left < FILE_S ? left : FILE_S)) "$PYTHON" -u -m pytest "$file" -m gpu -v -ra -o addopts=--import-mode=importlib \
+			-o faulthandler_timeout=120 --junitxml="$folder/$name.xml" > "$folder/$name.log" 2>&1
+		echo $? > "$folder/$name.status"
+		echo "$file: status $(cat "$folder/$name.status"): $(tail -1 "$folder/$name.log")"
+		[ "$(cat "$folder/$name.status")" -eq 0 ] || failed=1
+	done
+	return $failed
+}
+
 run_part() {
 	case $1 in
 	build) build ;;
+	kernels) "$PYTHON" -m tests.kernels.aot --cache "$capability" --workers 16 ;;
 	test) gpu_tests ;;
-	sanitize) "$PYTHON" tools/sanitize_gpu.py ;;
-	bench) bench ;;
-	compiled) bench --only '*-compiled' ;;
+	sanitize-*) "$PYTHON" tools/sanitize_gpu.py "${1#sanitize-}" ;;
+	bench-*)
+		"$PYTHON" -u -c 'import sys; from fastcov.bench import main; sys.exit(main())' --gpu --only "${1#bench-}" \
+			--seconds $((LIMIT_S - 60)) --out "$OUT/$1"
+		;;
 	esac
 }
 
-# Files with GPU tests alone, and none of the options that plugins bring: other packages of the test
-# environment may be missing here.
-gpu_tests() {
-	# A test that hangs in a kernel is told by its name and, after two minutes, by where it hangs.
-	grep -rlE 'mark\.gpu' --include='test_*.py' tests | xargs "$PYTHON" -u -m pytest -m gpu -v -ra \
-		-o addopts=--import-mode=importlib -o faulthandler_timeout=120 -o timeout=150 \
-		-o timeout_method=thread --junitxml="$OUT/test.xml"
-}
-
-bench() {
-	"$PYTHON" -u -c 'import sys; from fastcov.bench import main; sys.exit(main())' \
-		--gpu --out "$OUT/bench" "$@"
-}
-
 note() {
-	PART=$1 STATUS=$2 SECONDS_TAKEN=$3 "$PYTHON" - "$OUT/$1.json" << 'PY'
-import json, os, pathlib, subprocess, sys
+	PART=$1 STATUS=$2 SECONDS_TAKEN=$3 "$PYTHON" - >> "$OUT/status.jsonl" << 'PY'
+import json, os, subprocess
 import torch
 
 def answer(*command):
@@ -87,7 +105,7 @@ def answer(*command):
         return None
     return done.stdout.strip() or None
 
-content = {
+print(json.dumps({
     "part": os.environ["PART"],
     "status": int(os.environ["STATUS"]),
     "seconds": int(os.environ["SECONDS_TAKEN"]),
@@ -95,11 +113,7 @@ content = {
     "driver": answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
     "torch": torch.__version__,
     "commit": answer("git", "rev-parse", "HEAD"),
-}
-path = pathlib.Path(sys.argv[1])
-part = path.with_suffix(".part")
-part.write_text(json.dumps(content, indent=1) + "\n")
-part.replace(path)
+}))
 PY
 }
 
@@ -107,23 +121,23 @@ pack() {
 	(
 		cd "$OUT" || exit
 		files=()
-		for file in "$1" "$1".json "$1".log "$1".xml; do [ ! -e "$file" ] || files+=("$file"); done
-		tar -czf "$1.tgz" "${files[@]}" && rm -rf "${files[@]}"
+		for file in "$1" "$1.log"; do [ ! -e "$file" ] || files+=("$file"); done
+		tar -czf "$1.tgz" "${files[@]}"
 	)
 }
 
-export -f build gpu_tests bench run_part
-export PYTHON OUT capability
+export -f build gpu_tests run_part
+export PYTHON OUT LIMIT_S FILE_S capability
 failed=""
 for part in "$@"; do
 	begin=$SECONDS
 	# What a part does counts from here; its build is the first thing that it does.
 	timeout --kill-after=10 "$LIMIT_S" bash -c '
-		if [ "$0" != build ]; then build > build/rebuild.log 2>&1 || { cat build/rebuild.log; exit 1; }; fi
+		if [ "$0" != build ]; then build > build/gpu/rebuild.log 2>&1 || { cat build/gpu/rebuild.log; exit 1; }; fi
 		run_part "$0"' "$part" 2>&1 | tee "$OUT/$part.log"
 	status=${PIPESTATUS[0]}
 	note "$part" "$status" $((SECONDS - begin))
-	[ "${PACK:-}" != 1 ] || pack "$part"
+	pack "$part"
 	echo "gpu_session: $part: status $status after $((SECONDS - begin)) s"
 	[ "$status" -eq 0 ] || failed="$failed $part"
 done

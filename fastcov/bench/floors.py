@@ -26,7 +26,7 @@ _SPLIT_PRODUCTS = 6
 
 
 class Floor(NamedTuple):
-    """Least seconds, and what sets them."""
+    """Least seconds, and the rate that sets them."""
 
     seconds: float
     of: str
@@ -64,7 +64,7 @@ def gram_floor(loads: Iterable[GramLoad], rates: Rates) -> Floor:
         rates: Of the machine.
 
     Returns:
-        The sum, named after what binds most of it.
+        The sum, named after the rate that binds most of it.
     """
     total = {"bandwidth": 0.0, "arithmetic": 0.0}
     for load in loads:
@@ -80,11 +80,11 @@ def gram_floor(loads: Iterable[GramLoad], rates: Rates) -> Floor:
 def eigenvalue_floor(sizes: Iterable[tuple[int, int]], dtype: torch.dtype, rates: Rates) -> Floor:
     """Floor of eigenvalues without vectors: 4/3 n^3 flops each, half a matrix read.
 
-    On a GPU also what bisection takes: a Sturm count of n dependent steps for every eigenvalue and
+    On a GPU also the time of bisection: a Sturm count of n dependent steps for every eigenvalue and
     bit, less the bits that counts at n evenly spaced points settle at once. A step needs a
     reciprocal, of which a multiprocessor starts few; and the largest matrix has a latency, of n
-    steps of tridiagonalisation with two reductions each and of those counts. What several blocks
-    of one matrix wait for each other comes on top.
+    steps of tridiagonalisation with two reductions each and of those counts. Waits of several
+    blocks of one matrix for each other come on top.
 
     Args:
         sizes: Matrix order and number of matrices.

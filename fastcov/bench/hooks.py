@@ -1,4 +1,4 @@
-"""Host time of one hook, nothing launched: what Python and dispatch cost.
+"""Host time of one hook, nothing launched: the cost of Python and dispatch.
 
 Two paths, each a contest: that of a CPU, whose operators are called with no row to read, and that
 of a GPU, whose launches run as far as the driver's call: all of Triton's Python and its launcher in
@@ -74,9 +74,9 @@ class Replay(nn.Sequential):
 
     @classmethod
     def laid_out(cls, maps: Sequence[tuple[int, int, int, int]], like: Tensor) -> Replay:
-        """Likewise, with the strides of channels_last: what is launched depends on them.
+        """Convolutions whose outputs have the strides of channels_last, on which launches depend.
 
-        They count as what most of them are, 1 x 1 convolutions without groups.
+        They count as 1 x 1 convolutions without groups, as most of them are.
         """
         # One memory, never written, for all; maps begin at places of their own, as aligned as any.
         most = max(b * c * h * w for b, c, h, w in maps)
@@ -191,7 +191,8 @@ def _prepared(setting: Setting, model: nn.Module, image: Tensor, hooks: int) -> 
                 calls.clear()
                 model(image)
         launched = Counter(calls)
-        added, copied = launched["gram_kernel"], launched["cursor_gather_kernel"]
+        added = launched["gram_kernel"]
+        copied = launched["gather_counted_"] + launched["cursor_gather_kernel"]
         # Every row is added at once, but for maps that are too small.
         is_right = added == launched["reduce_kernel"] and (added > 0) == (name == ALL)
         if added + copied != hooks or not is_right:

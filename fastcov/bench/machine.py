@@ -1,4 +1,4 @@
-"""What a machine is, and what it can do: recorded beside every result."""
+"""Description and measured rates of a machine, recorded beside every result."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
         device=device,
         copy_bytes_s=2 * 4 * size / seconds.pop("copy"),
         matmul={name: 2 * order**3 / time for name, time in seconds.items()},
-        clock_hz=_gpu_clock_hz() if is_cuda else None,
+        clock_hz=_gpu_clock_hz(device) if is_cuda else None,
         cache_bytes=cache_bytes(device),
         multiprocessors=(
             torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 0
@@ -200,9 +200,13 @@ def clocks(device: torch.device) -> dict[str, Any]:
     return {"cpu_mhz": cores, "load_1_min": os.getloadavg()[0]}
 
 
-def _gpu_clock_hz() -> float | None:
+def _gpu_clock_hz(device: torch.device) -> float | None:
+    # torch before 2.11 does not tell it.
+    told_khz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0)
     found = re.match(r"(\d+)", _nvidia_smi("clocks.max.sm") or "")
-    return float(found[1]) * 1e6 if found else None
+    if told_khz or found is None:
+        return told_khz * 1e3 or None
+    return float(found[1]) * 1e6
 
 
 def _nvidia_smi(fields: str) -> str | None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastcov import kernels
 from fastcov.bench.peers import MissingPeerError
-from fastcov.bench.stand_in import stand_in_gpu
-from fastcov.ops import backend, library
+from fastcov.ops import backend, counted, library
 from fastcov.ops.backend import service_of
 from fastcov.stats.state import CovarianceState
 
@@ -33,7 +32,7 @@ class Stubs:
 
     def __enter__(self) -> None:
         for owner, name, value in self._replaced:
-            # What a class inherits is not its own to give back.
+            # An inherited attribute is not the class's own to give back.
             self._saved.append((owner, name, vars(owner).get(name, _INHERITED)))
             setattr(owner, name, value)
 
@@ -90,9 +89,9 @@ class OperatorStubs(Stubs):
 
 
 class KernelStubs(Stubs):
-    """A launch of a Triton kernel as far as the driver's call: of no program, it is left out.
+    """Launches of kernels as far as the driver's call: of no program, it is left out.
 
-    On a CPU its tensors stand for those of an H100 (stand_in.py), and nothing reads them.
+    On a CPU its tensors stand for those of an H100 (kernels/stand_in.py), and nothing reads them.
 
     Args:
         device: A GPU, or a CPU.
@@ -108,7 +107,9 @@ class KernelStubs(Stubs):
 
         simulated: list[tuple[Any, str, Any]] = []
         if device.type == "cpu":
-            simulated = [*stand_in_gpu(), (backend, "active", backend.Pretended(backend.GPU))]
+            is_compiled = library.has_kernel("gather_counted_", "CPU")
+            gpu = backend.GPU._replace(has_compiled_gather=is_compiled)
+            simulated = [*_stand_in_gpu(), (backend, "active", backend.Pretended(gpu))]
         elif not (found := backend.backends()["triton"]).active:
             raise MissingPeerError(f"needs Triton: {found.reason}")
         of = Launch.of
@@ -116,7 +117,9 @@ class KernelStubs(Stubs):
         def of_no_program(*arguments: Any, **options: Any) -> Launch:
             return replace(of(*arguments, **options), grid=(0, 1, 1))
 
-        super().__init__(*simulated, (Launch, "of", of_no_program))
+        super().__init__(
+            *simulated, (Launch, "of", of_no_program), (counted, "blocks_of", lambda *_: 0)
+        )
 
     def __enter__(self) -> None:
         _forget_launches()
@@ -129,20 +132,20 @@ class KernelStubs(Stubs):
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
         """Names of the kernels that hooks launch inside: takes time of its own."""
-        from triton import knobs
+        from fastcov.kernels.launch import noted_launches
 
-        calls: list[str] = []
+        gather_ = library.gather_counted_
 
-        def note(launch: Any) -> None:
-            calls.append(launch.get()["name"])
+        def gather_counted_(*arguments: Any) -> int:
+            calls.append("gather_counted_")
+            return gather_(*arguments)
 
-        hooks = knobs.runtime.launch_enter_hook
-        with self:
-            hooks.add(note)
-            try:
-                yield calls
-            finally:
-                hooks.remove(note)
+        with (
+            self,
+            Stubs((library, "gather_counted_", gather_counted_)),
+            noted_launches() as calls,
+        ):
+            yield calls
 
 
 def _forget_launches() -> None:
@@ -150,6 +153,15 @@ def _forget_launches() -> None:
     from fastcov.kernels.job import cached_job
 
     cached_job.cache_clear()
+
+
+def _stand_in_gpu() -> list[tuple[Any, str, Any]]:
+    from fastcov.kernels.stand_in import stand_in_gpu
+
+    try:
+        return stand_in_gpu()
+    except RuntimeError as error:
+        raise MissingPeerError(str(error)) from error
 
 
 def _accumulate_again() -> Callable[..., int]:

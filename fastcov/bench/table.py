@@ -99,6 +99,8 @@ def target_cells(verdict: Verdict) -> tuple[str, ...]:
         name = f"{target.work}: than {target.contender}"
     sign = "at least" if target.measure in AT_LEAST else "at most"
     promised = f"{sign} {_in_unit(target.measure, target.bound)}"
+    if target.ceiling is not None:
+        promised += f" ({target.ceiling:.2f}x at best)"
     measured = "" if verdict.measured_s is None else seconds(verdict.measured_s)
     floor = over = ""
     if verdict.floor_s:

@@ -8,10 +8,11 @@ covariance.py    launch_accumulate_: one update of one state (gram, block, reduc
 job.py           launches of one update, decided by the layout of its rows
 gather.py        launch_gather_, launch_cursor_gather_: sampled rows into a buffer
 flush.py         launch_flush_: all full buffers into their states, one launch
-layout, plan,    pure: strides, grids, tile shapes
-config
+layout, plan,    pure: strides, grids, tile shapes, rates of a GPU
+config, gpus
 launch.py        starting kernels; the GPU that a tensor lies on
 panels, tiles    device code that the kernels share
+stand_in.py      a driver for where there is no GPU: benchmarks of the host's time
 ===============  ====================================================================
 """
 

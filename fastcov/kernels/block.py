@@ -1,8 +1,8 @@
 """One block of the packed triangle over one chunk of rows: any layout, weights, non-finite rows.
 
-This is the careful path: the way of weighted rows, of arbitrary strides and of the float32 modes
-other than the default, and what repairs a chunk in which the fast path (gram.py) met a non-finite
-value. It reads rows through a mask that :func:`mask_rows` has written.
+The careful path takes weighted rows, arbitrary strides and the float32 modes other than the
+default, and repairs a chunk in which the fast path (gram.py) met a non-finite value. It reads rows
+through a mask that :func:`mask_rows` has written.
 """
 
 import triton
@@ -11,14 +11,18 @@ import triton.language as tl
 from fastcov.kernels.layout import Geometry
 from fastcov.kernels.tiles import (
     DIRECT,
+    begin_update,
+    has_broken,
     is_finite,
     kernel,
     load_tile,
     locate,
     multiply_tiles,
+    note_broken,
     slot_size,
     triangle_row,
     triangle_size,
+    wait_for_previous,
     workspace,
 )
 
@@ -34,7 +38,7 @@ def mask_rows(
     EDGE: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """Tells rows whose values are all finite from others. Returns the number of others."""
+    """Number of rows that hold a non-finite value; writes the mask of the others."""
     skipped = tl.zeros([STEP], tl.int32)
     row = tl.arange(0, STEP)
     for step in tl.range(first_step, last_step, num_stages=1):
@@ -53,7 +57,7 @@ def mask_rows(
 
 @triton.jit
 def rows_noted(notes, chain, flags):
-    """Of all programs that read a chain, the non-finite rows noted: 0 if and only if none is."""
+    """Sum of the non-finite rows that the programs of one chain noted: 0 only if all are finite."""
     number = 0
     for flag in range(flags):
         number += tl.load(notes + chain * flags + flag)
@@ -149,8 +153,8 @@ def sum_block(
 def mask_kernel(
     rows,
     row_weight,
-    partial,  # float32; written is what lies behind:
-    #   notes, int32 [chains + 1]: rows skipped; whether the state had seen no row
+    partial,  # float32; behind it are written:
+    #   notes, int32 [chains + 3]: rows skipped; behind them see begin_update
     #   is_row_finite, uint8 [N]
     chain_weight,  # float64 [chains], written where rows are weighted
     count,
@@ -173,7 +177,7 @@ def mask_kernel(
     EDGE: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """Before :func:`block_kernel`, a chain a program: finite rows, how many are not, weights."""
+    """Mask, notes and weight of one chain a program, for :func:`block_kernel` behind it."""
     geometry = Geometry(
         steps_per_image,
         channels,
@@ -192,8 +196,11 @@ def mask_kernel(
     last_step = tl.minimum(first_step + steps_per_chain, steps)
     number = mask_rows(rows, is_row_finite, first_step, last_step, geometry, STEP, EDGE, IS_DEEP)
     tl.store(notes + chain, number)
+    ends = notes + tl.num_programs(0)
+    if number > 0:
+        note_broken(ends, count)
     if chain == 0:
-        tl.store(notes + tl.num_programs(0), (tl.load(count) == 0).to(tl.int32))
+        begin_update(ends, count)
     if row_weight is not None:
         # The mask is read back by other threads than those that wrote it.
         tl.debug_barrier()
@@ -215,7 +222,7 @@ def block_kernel(
     shift,
     row_weight,
     partial,  # float32 [chunks, slot_size], written; behind lie
-    #   notes, int32 [chains, flags], rows skipped; read if ONLY_BROKEN
+    #   notes, int32 [chains, flags], rows skipped, and the update's: read if ONLY_BROKEN
     #   is_row_finite, uint8 [N]
     flags: tl.int32,
     partial_entries: tl.int64,
@@ -240,6 +247,7 @@ def block_kernel(
     IS_DEEP: tl.constexpr,
     ONLY_BROKEN: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch before
     IS_INTERPRETED: tl.constexpr,
 ):
     """One block and chunk a program. ONLY_BROKEN: repairs chunks that hold non-finite rows."""
@@ -260,7 +268,10 @@ def block_kernel(
     chunk = tl.program_id(1)
     first_step = chunk * steps_per_chunk
     last_step = tl.minimum(first_step + steps_per_chunk, steps)
+    wait_for_previous(OVERLAPS)
     if ONLY_BROKEN:
+        if not has_broken(notes + tl.cdiv(steps, steps_per_chain) * flags):
+            return
         number = 0
         for first in range(first_step, last_step, steps_per_chain):
             number += rows_noted(notes, first // steps_per_chain, flags)

@@ -10,10 +10,11 @@ every launch looks up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from fastcov.kernels.gpus import GPUS, Pace, gpu_told
 from fastcov.kernels.layout import RowLayout
 
 MAX_CHAIN_ROWS = 4096
@@ -32,7 +33,7 @@ Kind = Literal["matrix", "rows", "planes", "unaligned"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the choices depend on.
+    """Kind of GPU that the choices depend on.
 
     Families sm_80 and sm_120: pointers and mma.sync, at most 99 KB of shared memory, which 8.6, 8.9
     and 12.x have; sm_90: descriptors and wgmma; sm_100: descriptors and tcgen05.
@@ -40,12 +41,23 @@ class Architecture:
 
     family: Family
     multiprocessors: int
+    pace: Pace = GPUS["H100"].pace
+
+    @property
+    def overlaps_launches(self) -> bool:
+        """Whether a launch may come while the one before it runs, and wait: from sm_90 on."""
+        return self.family != "sm_80"
 
     @staticmethod
-    def of(capability: tuple[int, int], multiprocessors: int) -> Architecture:
-        """Family of a compute capability."""
+    def of(properties: Any) -> Architecture:
+        """Architecture of a GPU.
+
+        Args:
+            properties: From ``torch.cuda.get_device_properties``.
+        """
         families: dict[int, Family] = {9: "sm_90", 10: "sm_100", 12: "sm_120"}
-        return Architecture(families.get(capability[0], "sm_80"), multiprocessors)
+        gpu = gpu_told(properties)
+        return Architecture(families.get(properties.major, "sm_80"), gpu.multiprocessors, gpu.pace)
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,8 @@ class GramConfig:
     """Shapes of gram_kernel. ``left`` and ``right`` count the panels of a rectangle.
 
     ``residents`` is how many programs share a multiprocessor, by registers and shared memory, eight
-    at most; ``hoists`` whether the compiler may compute ahead of all chains what each one needs:
-    which way takes fewer registers is found by trying.
+    at most; ``hoists`` tells whether the compiler may compute addresses ahead of all chains:
+    the way that takes fewer registers is found by trying.
     """
 
     panel: int
@@ -105,7 +117,7 @@ class GramCase:
 
 
 def chain_rows(architecture: Architecture, mode: Mode, dtype: torch.dtype) -> int:
-    """Rows that one chain of matrix instructions may add up: what it loses stays near 5e-6.
+    """Rows that one chain of matrix instructions may add up and lose about 5e-6.
 
     The instructions cut every addend at the last bit of the largest plus a few, then the sum; with
     numbers of one sign all cuts go one way. One instruction adds 8 rows and keeps 1 bit more on

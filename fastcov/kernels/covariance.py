@@ -1,4 +1,4 @@
-"""Launches the covariance kernels: the contract of accumulate_ on CUDA tensors.
+"""Launchers of the covariance kernels: the contract of accumulate_ on CUDA tensors.
 
 One update is two launches (gram, reduce), three where a configuration has rectangles (a repair
 that returns at once where all rows are finite) and one more for float32 rows (the shift, which
@@ -45,12 +45,12 @@ def launch_accumulate_(
         rows: bfloat16, float16 or float32, any strides. [..., C]
         row_weight: float32 or float64, contiguous. [N]
         row_scale: Factor on every row's weight.
-        decay: Factor on what was there before.
+        decay: Factor on the state before.
         channel_dim: Dimension of ``rows`` that holds the channels: a permuted view takes longer to
             make than all that is launched here to prepare.
         precision: Of float32 rows: "split" in three bfloat16, "tf32", or "ieee" without tensor
             cores. Others are multiplied exactly.
-        architecture: Overrides what is known of the device; for tests.
+        architecture: Kind of GPU in place of the device's own; for tests.
     """
     state = (moment, sum, shift, weight, count)
     if rows.numel() > 0:
@@ -64,7 +64,7 @@ def launch_accumulate_(
 
 
 class _Prepared:
-    """Launches of a job for one state: first through Triton, then directly."""
+    """Launches of one job for one state: first through Triton, then directly."""
 
     __slots__ = ("directly", "job", "like", "starters", "through_triton")
 
@@ -79,14 +79,14 @@ class _Prepared:
         self.directly: list[Any] | None = None
 
     def keep_compiled(self) -> None:
-        """After a first launch: from now on directly, if all kernels allow it."""
+        """Switch to direct launches, after a first launch, if all kernels allow it."""
         starts = [starter and starter.directly for starter in self.starters]
         if starts.count(None) == self.starters.count(None):
             self.directly = starts
 
 
 class Accumulation:
-    """Adds rows to one state, always laid out the same: all is decided at the first calls.
+    """Repeated addition of rows to one state, decided at the first calls: layouts stay the same.
 
     The tensors of the state must stay where they are: later calls know their addresses alone.
 
@@ -198,8 +198,8 @@ def workspace_bytes(
     """Bytes that one call of :func:`launch_accumulate_` takes from torch's caching allocator.
 
     Transient: the call gives them back, and no state holds them. Most are slots of partial results,
-    whose number follows the programs that run at the same time rather than the rows; what grows
-    with the rows is a byte each for the mask, and slots where all are full (plan.MAX_CHAINS).
+    whose number follows the programs that run at the same time rather than the rows. A byte for
+    each row's mask grows with the rows, and so do slots where all are full (plan.MAX_CHAINS).
     """
     job = job_of(rows, is_weighted, "split", architecture)
     if job is None:

@@ -109,7 +109,7 @@ def flush_kernel(
     STAGES: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """One block of one layer's triangle a program; the layer's last program moves its counters."""
+    """Block of one layer's triangle, one a program; the layer's last program moves its counters."""
     program = tl.program_id(0)
     layer = table + tl.load(programs + 2 * program) * FIELDS
     block = tl.load(programs + 2 * program + 1)

@@ -1,4 +1,4 @@
-"""Copies sampled rows into a buffer: with counters on the host, or in a device cursor.
+"""Gather of sampled rows into a buffer: with counters on the host, or in a device cursor.
 
 The rows are those of :func:`fastcov.ops.reference.sample_index_reference`. With a cursor nothing
 that changes from step to step is an argument, so a CUDA graph replays the launch with right counts.
@@ -123,7 +123,7 @@ def gather_kernel(
     COLUMNS: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """ROWS samples a program, counters from the host."""
+    """Gather of ROWS samples a program, counters from the host."""
     geometry = Geometry(
         steps_per_image,
         channels,
@@ -185,7 +185,7 @@ def cursor_gather_kernel(
     COLUMNS: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """ROWS samples a program, counters on the device."""
+    """Gather of ROWS samples a program, counters on the device."""
     geometry = Geometry(
         steps_per_image,
         channels,
@@ -293,7 +293,7 @@ def launch_cursor_gather_(
 
 
 class CursorGather:
-    """Copies the rows that are due, with all counters on the device.
+    """Repeated copy of the rows that are due, with all counters on the device.
 
     The number due is ``(carry + N * fraction) >> 32``, as in ``rows.sequence.rows_due``;
     the rest is carried. Rows that find no room are dropped and counted: a buffer must hold its

@@ -16,8 +16,11 @@ from fastcov.kernels.layout import Geometry
 from fastcov.kernels.panels import clear_slot, sum_panels
 from fastcov.kernels.tiles import (
     SPLIT,
+    begin_update,
     kernel,
+    note_broken,
     slot_size,
+    start_next,
     triangle_row,
     triangle_size,
     workspace,
@@ -32,8 +35,8 @@ def gram_kernel(
     aligned_rows,  # the same where VECTOR > 1: its address picks a compilation; else None
     matrix,  # descriptor of the rows with blocks [STEP, PANEL], or None
     shift,  # float64 [C], read where MODE splits
-    partial,  # float32 [chunks, slot_size], written; see workspace() for what lies behind:
-    #   notes, int32 [chains * triangles + 1], written: rows skipped; whether the state was empty
+    partial,  # float32 [chunks, slot_size], written; workspace() says what lies behind:
+    #   notes, int32 [chains * triangles + 3], written: rows skipped; behind them see begin_update
     #   is_row_finite, uint8 [N], written for chains that hold non-finite rows
     aligned_partial,  # the same, or None: neighbouring threads take neighbouring entries, not four
     count,
@@ -59,17 +62,19 @@ def gram_kernel(
     IS_PLANES: tl.constexpr,
     LOADS_TWICE: tl.constexpr,
     ONE_CHAIN: tl.constexpr,  # steps_per_chunk is steps_per_chain
-    HOISTS: tl.constexpr,  # whether what the end of a chain needs is computed ahead of all chains
+    HOISTS: tl.constexpr,  # whether a chain's end has its addresses computed ahead
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the next launch
     IS_INTERPRETED: tl.constexpr,
 ):
     """One triangle or rectangle and chunk a program; a chunk's triangles come first."""
+    start_next(OVERLAPS)
     if aligned_partial is not None:
         partial = aligned_partial
     notes, is_row_finite = workspace(partial, partial_entries, notes_entries)
     if aligned_rows is not None:
         rows = aligned_rows
-        # Tells the compiler what the launcher has checked.
+        # Multiples that the launcher has checked, told to the compiler.
         stride_2 = stride_2 // VECTOR * VECTOR
         if IS_PLANES:
             stride_channel = stride_channel // VECTOR * VECTOR
@@ -123,9 +128,9 @@ def gram_kernel(
                 PANEL,
                 EDGE,
             )
+        ends = notes + triangles * tl.cdiv(steps, steps_per_chain)
         if tl.program_id(0) == 0:
-            chains = tl.cdiv(steps, steps_per_chain)
-            tl.store(notes + triangles * chains, (tl.load(count) == 0).to(tl.int32))
+            begin_update(ends, count)
         notes += triangle
         for first in range(first_step, last_step, steps_per_chain):
             tl.store(notes + first // steps_per_chain * triangles, 0)
@@ -164,6 +169,7 @@ def gram_kernel(
         for first in range(first_step, last_step, steps_per_chain):
             broken += tl.load(notes + first // steps_per_chain * triangles)
         if broken > 0:
+            note_broken(ends, count)
             first_step *= STEP // _REPAIR
             last_step *= STEP // _REPAIR
             steps_per_chain *= STEP // _REPAIR

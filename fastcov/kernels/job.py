@@ -72,9 +72,8 @@ class Job:
 
     def descriptor(self, rows: Tensor) -> TensorDescriptor:
         """Descriptor that bulk copies of rows read, where the rows are a matrix."""
-        # Its constructor checks, in 1 us of every hook, what is the same for all of the layout:
-        # the alignment of the address is part of what a job is looked up by. Fields with a default
-        # are attributes of the class.
+        # Its constructor would check sizes and alignment in 1 us of every hook, but a job is found
+        # by both. Fields with a default are attributes of the class.
         assert self.matrix is not None
         descriptor = object.__new__(TensorDescriptor)
         descriptor.base = rows
@@ -137,6 +136,8 @@ def cached_job(
     is_deep = layout.kind == "strided"
     case = None if is_weighted else gram_case(architecture, layout, mode)
     most_rows = chain_rows(architecture, mode, dtype)
+    overlaps = architecture.overlaps_launches and not IS_INTERPRETED
+    waits = {"launch_pdl": True} if overlaps else {}
     gram = matrix = None
     has_blocks = True
     if case is not None:
@@ -173,6 +174,7 @@ def cached_job(
                 "ONE_CHAIN": plan.steps_per_chunk == plan.steps_per_chain,
                 "HOISTS": config.hoists,
                 "STAGES": config.stages,
+                "OVERLAPS": overlaps,
                 "IS_INTERPRETED": IS_INTERPRETED,
             },
             num_warps=config.warps,
@@ -185,7 +187,7 @@ def cached_job(
         has_blocks = bool(config.left)
         block_step, warps, stages = _REPAIR_STEP, 4, 1
     else:
-        # Rows of one step: what fits into registers beside the two parts of float32 operands.
+        # Rows of one step, as many as fit into registers beside the parts of float32 operands.
         step = block_step = 16 if mode in ("split", "ieee") else 32
         # Triton 3.6 rounds exact products of 64 rows to TF32 on sm_100 without a word.
         edge = 32 if mode == "ieee" else _BLOCK_EDGE
@@ -217,9 +219,11 @@ def cached_job(
                 "IS_DEEP": is_deep,
                 "ONLY_BROKEN": gram is not None,
                 "STAGES": stages,
+                "OVERLAPS": overlaps,
                 "IS_INTERPRETED": IS_INTERPRETED,
             },
             num_warps=warps,
+            **waits,
         )
     if gram is None:
         mask = Launch.of(
@@ -255,15 +259,17 @@ def cached_job(
                 "SEGMENT": segment,
                 "FOLD": _NARROW_FOLD if is_narrow and not is_weighted else _FOLD,
                 "IS_CENTRED": is_centred,
+                "OVERLAPS": overlaps,
             },
             num_warps=4,
+            **waits,
         ),
     )
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:
     """Entries of the partial results and of the notes behind them."""
-    return plan.chunks * plan.slot, plan.chains * plan.triangles + 1
+    return plan.chunks * plan.slot, plan.chains * plan.triangles + 3
 
 
 def _shift(layout: RowLayout) -> Launch:
@@ -286,6 +292,6 @@ def _matrix(
     layout: RowLayout, dtype: torch.dtype, block: list[int]
 ) -> tuple[list[int], list[int], list[int]]:
     sizes, strides = [layout.positions, layout.channels], [layout.stride_position, 1]
-    # The constructor checks what is no address.
+    # The constructor checks sizes and strides.
     TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), sizes, strides, block)
     return sizes, strides, block

@@ -1,4 +1,4 @@
-"""Starting kernels: through Triton the first time, then by the compiled kernel's launcher alone.
+"""Start of kernels: through Triton the first time, then by the compiled kernel's launcher alone.
 
 ``JITFunction.run`` binds some 25 arguments, looks up a compilation and compares every constant of
 the module: 10 us a launch on two cores of an AMD EPYC, in every hook. Nothing of that can change
@@ -11,7 +11,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,8 +41,7 @@ def architecture_of(device: torch.device) -> Architecture:
         return Architecture("sm_90", 2)
     if device.type == "cpu":
         return Architecture("sm_90", 132)
-    properties = torch.cuda.get_device_properties(device)
-    return Architecture.of((properties.major, properties.minor), properties.multi_processor_count)
+    return Architecture.of(torch.cuda.get_device_properties(device))
 
 
 def is_current(device: int) -> bool:
@@ -75,6 +75,22 @@ def has_known_convention(run: Callable[..., Any]) -> bool:
 
 STARTS_DIRECTLY = has_known_convention(JITFunction.run)
 """Whether compiled kernels are started without Triton's own call: decided at import."""
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[str]]:
+    """Names of the kernels that are launched inside, through Triton's hooks: takes time."""
+    names: list[str] = []
+
+    def note(launch: Any) -> None:
+        names.append(launch.get()["name"])
+
+    hooks = knobs.runtime.launch_enter_hook
+    hooks.add(note)
+    try:
+        yield names
+    finally:
+        hooks.remove(note)
 
 
 def is_watched() -> bool:
@@ -129,7 +145,7 @@ class Launch:
         return cls(kernel, whole_grid, (*numbers, *(constants[n] for n in names)), options)
 
     def start(self, *tensors: Any) -> Any:
-        """Launches through Triton, which compiles what it has not compiled yet.
+        """Launches through Triton, which compiles the kernel if that has not been done.
 
         Args:
             tensors: Tensors, descriptors or None in the kernel's order, and numbers that follow

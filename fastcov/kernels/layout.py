@@ -1,4 +1,4 @@
-"""Where the rows of a row view lie in memory, in the few shapes that the kernels read natively."""
+"""Layouts: places of a row view's rows in memory, in the few shapes that kernels read natively."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def row_layout_of(
     is_address_aligned: bool,
     channel_dim: int = -1,
 ) -> RowLayout:
-    """As :func:`row_layout`, of a tensor that holds its channels anywhere.
+    """Layout as of :func:`row_layout`, for a tensor that holds its channels anywhere.
 
     Args:
         shape: Of the tensor.
-        strides: Likewise, in elements.
+        strides: Of the tensor, in elements.
         element_bytes: Of one.
         is_address_aligned: See :func:`is_address_aligned`.
         channel_dim: Where the channels are; rows run over the other dimensions, in order.

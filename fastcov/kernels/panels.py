@@ -2,8 +2,8 @@
 
 Each chain of matrix instructions is added to the program's own slot with rounding. The slot lies in
 the workspace, and L2 does the addition: a second set of sums would not fit into the registers
-beside the widest tiles, and nobody waits for what is not read back. No other program touches the
-slot, so its additions keep their order. A chunk of one chain is stored.
+beside the widest tiles, and nobody waits for an addition whose sum is not read back. No other
+program touches the slot, so its additions keep their order. A chunk of one chain is stored.
 """
 
 import triton
@@ -39,7 +39,7 @@ def load_panels(
     MODE: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
 ):
-    """COUNT neighbouring panels, shifted where MODE splits them, as loaded: see operands()."""
+    """COUNT neighbouring panels as loaded, shifted where MODE splits them."""
     panels = tl.tuple(())
     for index in tl.static_range(COUNT):
         first = channel + index * PANEL
@@ -129,7 +129,7 @@ def add_split_products(
     MODE: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """The same of panels in three parts."""
+    """Every such product of panels in three parts."""
     result = tl.tuple(())
     for i in tl.static_range(LEFT):
         for j in tl.static_range(RIGHT):
@@ -178,7 +178,7 @@ def add_split_sums(
     MODE: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """The same of panels in three parts, the small ones summed apart as in multiply_parts."""
+    """Column sums of panels in three parts, the small ones summed apart as in multiply_parts."""
     result = tl.tuple(())
     for index in tl.static_range(COUNT):
         ones = tl.full([ONES, STEP], 1.0, tl.float32).to(high[index].dtype)
@@ -430,7 +430,7 @@ def keep_chain(
     EDGE: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Accumulators into one chunk's slot; notes columns that are not finite."""
+    """Stores or adds accumulators into one chunk's slot; notes columns that are not finite."""
     edges = tl.cdiv(channels, EDGE)
     keep_panels(
         partial,
@@ -504,7 +504,7 @@ def keep_panels(
     EDGE: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Accumulators into one chunk's packed triangle of blocks."""
+    """Stores or adds accumulators into one chunk's packed triangle of blocks."""
     # Blocks first, then places inside one that are constant but for the thread: few addresses.
     place = tl.arange(0, PANEL) % EDGE
     block = tl.arange(0, PANEL) // EDGE

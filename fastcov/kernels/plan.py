@@ -1,4 +1,4 @@
-"""How the rows of one update are cut into chunks, so that all multiprocessors end together."""
+"""Plan of an update: its rows cut into chunks, so that all multiprocessors end together."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fastcov.kernels.config import Architecture, GramConfig
+from fastcov.kernels.gpus import Pace
 from fastcov.kernels.layout import RowLayout
 
-# A model of one H100-like multiprocessor, from its data sheet; only ratios matter.
-_MACS_PER_CLOCK = 2048  # bfloat16 with float32 sums
-_LOAD_BYTES_PER_CLOCK = 14  # its share of 3.35 TB/s
-_CACHE_BYTES_PER_CLOCK = 24  # its share of what L2 delivers
-_CACHE_BYTES = 32 << 20  # of L2's 50 MB, what rows that pass through leave
+# Beside the GPU's pace, of which only ratios matter.
 _START_CLOCKS = 2000  # launch, first address
 _CHAIN_CLOCKS = 1000  # emptying and filling the pipeline
 
@@ -24,7 +21,7 @@ the largest entry of S (rows' products of one sign grow; others are bounded by t
 Cauchy and Schwarz): all of them by 63 * 2**-24 = 3.8e-6 at the worst, and about 0.3e-6 where
 roundings go either way. With the 5.1e-6 of a chain (config.chain_rows) that is below 1e-5 for any
 rows. Slots are added in float64. A slot overflows where rows above 5e16 fill all its chains, and
-what is below 1.2e-38 counts as 0.
+numbers below 1.2e-38 count as 0.
 """
 
 
@@ -87,6 +84,7 @@ def gram_plan(
         layout.images * -(-layout.positions // config.step),
         element_bytes,
         architecture.multiprocessors,
+        architecture.pace,
         chain_rows,
     )
 
@@ -120,6 +118,7 @@ def _gram_plan(
     steps: int,
     element_bytes: int,
     multiprocessors: int,
+    pace: Pace,
     chain_rows: int,
 ) -> Plan:
     triangles = -(-channels // config.width)
@@ -146,6 +145,7 @@ def _gram_plan(
             per_chunk // per_chain,
             chunks,
             slots,
+            pace,
         )
         if best is None or clocks < best[0]:
             best = (clocks, per_chunk, per_chain, chunks)
@@ -163,27 +163,29 @@ def _clocks(
     chains: int,
     chunks: int,
     slots: int,
+    pace: Pace,
 ) -> float:
     rows = per_chunk * config.step
     products = 6 if element_bytes == 4 else 1
-    area = config.panel**2 * products * config.residents / _MACS_PER_CLOCK
+    area = config.panel**2 * products * config.residents / pace.macs
     row_bytes = element_bytes * config.residents
     triangle_row = max(
         area * config.panels * (config.panels + 1) / 2,
-        row_bytes * min(channels, config.width) / _LOAD_BYTES_PER_CLOCK,
+        row_bytes * min(channels, config.width) / pace.load_bytes,
     )
     tile_row = max(
         area * config.left * config.right,
-        row_bytes * config.panel * (config.left + config.right) / _CACHE_BYTES_PER_CLOCK,
+        row_bytes * config.panel * (config.left + config.right) / pace.cached_load_bytes,
     )
     entries = config.width * (config.width + config.edge) // 2
-    added = _CHAIN_CLOCKS + 4 * entries * config.residents / _CACHE_BYTES_PER_CLOCK
+    added = _CHAIN_CLOCKS + 4 * entries * config.residents / pace.cached_load_bytes
     fixed = _START_CLOCKS + chains * added
     longest = fixed + rows * max(triangle_row, tile_row)
     mean = fixed + rows * (triangles * triangle_row + tiles * tile_row) / (triangles + tiles)
     rounds, rest = divmod((triangles + tiles) * chunks, slots)
     partial_bytes = 4 * (channels * (channels + config.edge) // 2) * chunks
     # Read once from L2, or written to and read from memory where L2 is too small.
-    pace = _LOAD_BYTES_PER_CLOCK / 2 if partial_bytes > _CACHE_BYTES else _CACHE_BYTES_PER_CLOCK
-    reduction = partial_bytes * config.residents / (slots * pace)
+    is_cached = partial_bytes <= pace.cache_bytes
+    bytes_per_clock = pace.cached_load_bytes if is_cached else pace.load_bytes / 2
+    reduction = partial_bytes * config.residents / (slots * bytes_per_clock)
     return rounds * mean + (longest if rest else 0.0) + reduction

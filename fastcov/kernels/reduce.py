@@ -1,22 +1,32 @@
-"""Adds the partial results of all chunks to a state, in float64 and in a fixed order."""
+"""Reduction of all chunks' partial results into a state, in float64 and in a fixed order."""
 
 import triton
 import triton.language as tl
 
-from fastcov.kernels.tiles import kernel, slot_size, triangle_row, triangle_size
+from fastcov.kernels.tiles import (
+    has_broken,
+    kernel,
+    slot_size,
+    triangle_row,
+    triangle_size,
+    wait_for_previous,
+)
 
 
 @triton.jit
 def fold(values, stride, offset, chunks, FOLD: tl.constexpr, SEGMENT: tl.constexpr):
-    """Sum over chunks of values[chunk * stride + offset]. [SEGMENT] float64"""
-    total = tl.zeros([SEGMENT], tl.float64)
-    # FOLD loads of each entry are on their way at a time; a pipeline of them compiles for seconds.
+    """Sum over chunks of values[chunk * stride + offset]. [SEGMENT] float64
+
+    Each thread adds up its own chunks, and warps exchange their sums once at the end: in the loop,
+    an exchange would hold back the loads that follow it.
+    """
+    total = tl.zeros([FOLD, SEGMENT], tl.float64)
     for first in range(0, chunks, FOLD):
         chunk = first + tl.arange(0, FOLD)
         address = chunk[:, None].to(tl.int64) * stride + offset[None, :]
         part = tl.load(values + address, mask=(chunk < chunks)[:, None], other=0.0)
-        total += tl.sum(part.to(tl.float64), axis=0)
-    return total
+        total += part.to(tl.float64)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -33,19 +43,20 @@ def fold_weights(chain_weight, chains, FOLD: tl.constexpr):
 def rows_skipped(notes, chains, flags, FOLD: tl.constexpr):
     """Non-finite rows. Programs that saw none among their channels noted 0: take the largest."""
     total = tl.zeros([FOLD], tl.int64)
-    for first in range(0, chains, FOLD):
-        chain = first + tl.arange(0, FOLD)
-        number = tl.zeros([FOLD], tl.int32)
-        for flag in range(flags):
-            noted = tl.load(notes + chain * flags + flag, mask=chain < chains, other=0)
-            number = tl.maximum(number, noted)
-        total += number.to(tl.int64)
+    if has_broken(notes + chains * flags):
+        for first in range(0, chains, FOLD):
+            chain = first + tl.arange(0, FOLD)
+            number = tl.zeros([FOLD], tl.int32)
+            for flag in range(flags):
+                noted = tl.load(notes + chain * flags + flag, mask=chain < chains, other=0)
+                number = tl.maximum(number, noted)
+            total += number.to(tl.int64)
     return tl.sum(total)
 
 
 @triton.jit
 def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
-    """What remains to be subtracted from rows: nothing, unless kinds of rows are mixed.
+    """Shift that remains to be subtracted from rows: none, unless kinds of rows are mixed.
 
     float32 rows came with the shift rounded to float32 subtracted, others with nothing; a state
     without rows gets shift 0 from those others.
@@ -60,7 +71,7 @@ def shift_left(shift, column, channels, is_first, IS_CENTRED: tl.constexpr):
 
 @kernel("partial")
 def reduce_kernel(
-    partial,  # float32 [chunks, slot_size], then notes, int32 [chains * flags + 1]
+    partial,  # float32 [chunks, slot_size], then notes, int32 [chains * flags + 3]
     chain_weight,  # float64 [chains] where rows are weighted, else None
     moment,
     sum,
@@ -79,6 +90,7 @@ def reduce_kernel(
     SEGMENT: tl.constexpr,
     FOLD: tl.constexpr,
     IS_CENTRED: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch before
 ):
     """First programs: SEGMENT entries of the moment each; then of the sum; the last: counters."""
     segments = triangle_size(channels, EDGE) // SEGMENT
@@ -86,6 +98,7 @@ def reduce_kernel(
     stride = slot_size(channels, EDGE)
     column_sums = partial + triangle_size(channels, EDGE)
     notes = (partial + partial_entries).to(tl.pointer_type(tl.int32))
+    wait_for_previous(OVERLAPS)
     is_first = tl.load(notes + chains * flags)
     program = tl.program_id(0)
     if program < segments:

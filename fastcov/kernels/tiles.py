@@ -5,6 +5,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on the CPU: decided where triton is imported."""
@@ -180,8 +181,8 @@ def is_finite(values):
 def keep(address, values, mask, ADDS: tl.constexpr):
     """Stores into entries that no other program touches, or adds to what they hold.
 
-    The addition is L2's, rounded to nearest, and in the order of the calls. What several threads
-    hold alike is added once.
+    The addition is L2's, rounded to nearest, and in the order of the calls. A value that several
+    threads hold alike is added once.
     """
     if ADDS:
         tl.atomic_add(address, values, mask=mask, sem="relaxed")
@@ -193,11 +194,54 @@ def keep(address, values, mask, ADDS: tl.constexpr):
 def workspace(partial, partial_entries, notes_entries):
     """Notes and the mask of rows, which lie behind the partial results.
 
-    One allocation for all three: it takes the host nearly half of what preparing an update does.
+    One allocation for all three: allocating takes nearly half of the host's time for an update.
     """
     notes = (partial + partial_entries).to(tl.pointer_type(tl.int32))
     is_row_finite = (notes + notes_entries).to(tl.pointer_type(tl.uint8))
     return notes, is_row_finite
+
+
+@triton.jit
+def begin_update(ends, count):
+    """Writes behind the notes of an update: whether the state had seen no row, and its token."""
+    tl.store(ends, (tl.load(count) == 0).to(tl.int32))
+    tl.store(ends + 1, update_token(count))
+
+
+@triton.jit
+def update_token(count):
+    """Number of an update of a state: the rows before it, and 1 so that it is not 0."""
+    return (tl.load(count) + tl.load(count + 1) + 1).to(tl.int32)
+
+
+@triton.jit
+def note_broken(ends, count):
+    """Notes that the update has met a row that is not finite."""
+    tl.store(ends + 2, update_token(count))
+
+
+@triton.jit
+def has_broken(ends):
+    """Whether the update may have met a row that is not finite: the notes then say how many.
+
+    True by chance where memory that nobody has written holds the token; false only where all rows
+    are finite.
+    """
+    return tl.load(ends + 1) == tl.load(ends + 2)
+
+
+@triton.jit
+def start_next(OVERLAPS: tl.constexpr):
+    """Lets the next launch of an update come while this one runs: it waits before it reads."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAPS: tl.constexpr):
+    """Waits until all that the launch before has written can be read."""
+    if OVERLAPS:
+        gdc_wait()
 
 
 @triton.jit

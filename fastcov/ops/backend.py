@@ -25,12 +25,14 @@ class Service(NamedTuple):
             on counters of the host.
         counts_on_device: True if sampled rows can wait in a buffer whose counters are on their
             device, so that a CUDA graph replays the sampling.
+        has_compiled_gather: True if such a buffer is filled by one compiled operator.
         is_host: True if adding a few rows to a state is cheap: a CPU's caches hide the traffic.
     """
 
     kernels: Literal["native", "triton", "torch"]
     repeats_calls: bool
     counts_on_device: bool
+    has_compiled_gather: bool
     is_host: bool
 
 
@@ -47,6 +49,7 @@ class Machine:
                 "native" if is_native else "torch",
                 repeats_calls=is_native,
                 counts_on_device=is_interpreted and dtype != torch.float64,
+                has_compiled_gather=False,
                 is_host=True,
             )
         is_served = dtype != torch.float64 and device.type == "cuda" and _runs_triton(device)
@@ -54,6 +57,7 @@ class Machine:
             "triton" if is_served else "torch",
             repeats_calls=False,
             counts_on_device=is_served,
+            has_compiled_gather=is_served and native.status()["cuda"].active,
             is_host=False,
         )
 
@@ -74,10 +78,10 @@ class Pretended(Machine):
         return self._service
 
 
-GPU = Service("triton", repeats_calls=False, counts_on_device=True, is_host=False)
+GPU = Service("triton", False, counts_on_device=True, has_compiled_gather=False, is_host=False)
 """Service of a GPU that runs Triton's kernels."""
 
-HOST = Service("torch", repeats_calls=False, counts_on_device=False, is_host=True)
+HOST = Service("torch", False, counts_on_device=False, has_compiled_gather=False, is_host=True)
 """Service of a CPU whose operators repeat no call."""
 
 active: Machine = Machine()

@@ -80,6 +80,9 @@ _define(
     " Tensor(e!) weight, Tensor(f!) count, Tensor rows) -> int",
     None,
 )
+# Copies the rows that are due by counters on the device: counted.py. False, and nothing is done,
+# where rows are not those that were prepared for. Host code, never traced.
+_define("gather_counted_(Tensor(a!) prepared, Tensor rows) -> int", None)
 # Rows on another device, sparse, nested: never like the last ones, which the CPU's kernel read.
 for _name in ("gather_again_", "accumulate_again_"):
     for _key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
@@ -309,13 +312,14 @@ _FALLBACKS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-def _has_kernel(name: str, key: str) -> bool:
+def has_kernel(name: str, key: str) -> bool:
+    """Whether an operator has an implementation of its own for a dispatch key."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcov::{name}", key)
 
 
 native.load()
 for (_name, _key), _implementation in _FALLBACKS.items():
-    if not _has_kernel(_name, _key):
+    if not has_kernel(_name, _key):
         _LIBRARY.impl(_name, _implementation, _key)
 
 operators = torch.ops.fastcov
@@ -327,6 +331,7 @@ accumulate_: Callable[..., None] = operators.accumulate_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op
+gather_counted_: Callable[..., int] = operators.gather_counted_.default._op
 accumulate_again_: Callable[..., int] = operators.accumulate_again_.default._op
 
 ACCUMULATE: dict[str, Callable[..., None]] = {

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastcov.ops.backend import service_of
+from fastcov.ops.counted import CountedGather
 from fastcov.ops.covariance import WeightedState
 from fastcov.rows.layout import ActivationLayout
 
@@ -90,8 +92,8 @@ class DeviceBuffer:
 
     def prepare(
         self, activation: Tensor, layout: ActivationLayout, fraction: int, phase: int
-    ) -> CursorGather:
-        """Launches that copy the rows that are due, of all activations of a layout.
+    ) -> CountedGather | CursorGather:
+        """Launch that copies the rows that are due, of all activations of a layout.
 
         Args:
             activation: One that ``layout`` fits; only its layout is read.
@@ -101,7 +103,9 @@ class DeviceBuffer:
         """
         from fastcov.kernels.gather import CursorGather
 
-        return CursorGather(
+        service = service_of(self.dtype, self.device)
+        gather = CountedGather if service.has_compiled_gather else CursorGather
+        return gather(
             self._buffer,
             self._row_step,
             self._cursor,

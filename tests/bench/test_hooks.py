@@ -17,6 +17,7 @@ from fastcov.bench import hooks
 from fastcov.bench.contest import Setting, WrongResultError
 from fastcov.bench.peers import MissingPeerError
 from fastcov.bench.stubs import KernelStubs
+from fastcov.ops import library
 from fastcov.watch.hooks import Hook
 
 pytest.importorskip("triton", reason="the path of a GPU needs triton")
@@ -38,9 +39,14 @@ def counted(calls: Counter[str], name: str, run: Callable[..., None]) -> Callabl
 def test_preparing_a_launch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub in place of a launcher would hide the Python that prepares launches."""
     from fastcov.kernels import covariance, gather
+    from fastcov.ops import counted as compiled
 
     prepared: Counter[str] = Counter()
-    for owner, name in ((covariance.Accumulation, "add"), (gather.CursorGather, "launch_")):
+    for owner, name in (
+        (covariance.Accumulation, "add"),
+        (gather.CursorGather, "launch_"),
+        (compiled.CountedGather, "launch_"),
+    ):
         monkeypatch.setattr(owner, name, counted(prepared, name, getattr(owner, name)))
     contest = hooks._gpu_path(TINY)
     for contender, expected in (
@@ -80,12 +86,15 @@ def test_stubs_leave_a_class_as_it_was() -> None:
     assert vars(Launch) == before
 
 
-def test_everything_on_the_host_is_timed_but_the_drivers_call() -> None:
+def test_everything_on_the_host_is_timed_but_the_drivers_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Triton's launcher in C is called at every hook, for no program."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     from fastcov.kernels import job
 
+    monkeypatch.setattr(library, "has_kernel", lambda *_: False)  # Triton's gather
     contest = hooks._gpu_path(TINY)
     assert contest.prepare is not None
     for contender, launches in ((hooks.DEFAULT, 53), (hooks.ALL, 53 * 2)):
@@ -139,7 +148,8 @@ def test_every_row_of_repeated_calls_is_launched_and_counted(model: nn.Module) -
             assert reader.calls == levels, step
             assert reader.offered_rows == 1200 + 6 * (levels - 1)
             assert calls.count("gram_kernel") >= 1
-            assert calls.count("cursor_gather_kernel") == (levels == 2 and step > 0)
+            gathers = calls.count("gather_counted_") + calls.count("cursor_gather_kernel")
+            assert gathers == (levels == 2 and step > 0)
         if levels == 2:
             assert reader.device_buffer is not None
             assert reader.device_buffer.step_rows == 6  # of the running step alone

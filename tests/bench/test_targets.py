@@ -184,19 +184,29 @@ def test_table_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> Non
         assert cell in line
 
 
-def test_another_gpu_neither_meets_nor_misses(
+def test_a_slower_gpu_neither_meets_nor_misses_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(targets, "TARGETS", (target("seconds", 3.0),))
-    rows = {"case": [row("work", "fastcov", 2.0)]}
+    monkeypatch.setattr(targets, "TARGETS", (target("seconds", 3.0), target("share of floor", 0.9)))
+    rows = {"case": [replace(row("work", "fastcov", 2.0), floor_s=1.0)]}
+    names = (H100, "NVIDIA H200", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "")
     outcomes = {
-        device: targets.judge("cuda", rows, device)[0].outcome
-        for device in (H100, "NVIDIA H200", "")
+        device: [one.outcome for one in targets.judge("cuda", rows, device)] for device in names
     }
-    assert list(outcomes.values()) == ["met", "another device", "another device"]
-    (verdict,) = targets.judge("cuda", rows, "NVIDIA H200")
-    assert verdict.as_dict()["outcome"] == "another device"
-    table.print_targets([verdict], "NVIDIA H200")
+    for device in names[:3]:
+        assert outcomes[device] == ["met", "missed"]
+    for device in names[3:]:
+        assert outcomes[device] == ["another device", "missed"]
+    verdicts = targets.judge("cuda", rows, "NVIDIA A100-SXM4-80GB")
+    assert verdicts[0].as_dict()["outcome"] == "another device"
+    table.print_targets(verdicts, "NVIDIA A100-SXM4-80GB")
     printed = capsys.readouterr().out
-    assert "targets on NVIDIA H200" in printed
-    assert "0 met, 0 missed, 0 not measured, 1 another device" in printed
+    assert "targets on NVIDIA A100" in printed
+    assert "0 met, 1 missed, 0 not measured, 1 another device" in printed
+
+
+def test_a_target_that_tiles_bound_says_its_ceiling() -> None:
+    bounded = [one for one in targets.TARGETS if one.measure == "times faster" and one.ceiling]
+    assert [(one.bound, round(one.ceiling, 2)) for one in bounded] == [(1.6, 1.78), (1.6, 1.88)]
+    cells = table.target_cells(targets.Verdict(bounded[1]))
+    assert "at least 1.60x faster (1.88x at best)" in cells

@@ -2,11 +2,13 @@
 
 Launches are recorded, not listed: the launchers run on CPU tensors while the step that would start
 a kernel is replaced. ``python -m tests.kernels.aot 80 90`` updates tests/resources/triton.json for
-two architectures; ``--check`` compares instead.
+two architectures; ``--check`` compares instead. ``--cache 90`` leaves the kernels for one GPU's
+architecture in Triton's cache, where launches find them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -53,6 +55,8 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# The same in all specialisations of a kernel for one architecture, or in the name elsewhere.
+_UNNAMED = ("IS_INTERPRETED", "STAGES", "FIELDS", "VALUES", "OVERLAPS")
 _MODES = {0: "direct", 1: "split", 2: "tf32", 3: "ieee"}
 
 
@@ -64,8 +68,17 @@ class Specialization:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
-    warps: int
-    stages: int
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return dict(self.options)["num_warps"]
+
+    @property
+    def stages(self) -> int:
+        """Of its pipelines."""
+        return dict(self.options)["num_stages"]
 
     @property
     def name(self) -> str:
@@ -78,7 +91,7 @@ class Specialization:
             if kind != "constexpr":
                 words.append(f"{argument}={kind}")
         for key, value in self.constants:
-            if value is None or key in ("IS_INTERPRETED", "STAGES", "FIELDS", "VALUES"):
+            if value is None or key in _UNNAMED:
                 continue
             words.append(f"{key}={_MODES[value] if key == 'MODE' else value}")
         if "VALUES" in constants:
@@ -97,7 +110,8 @@ def specialization(kernel: JITFunction[Any], args: tuple[Any, ...], options: dic
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         elif isinstance(value, TensorDescriptor):
-            block = ",".join(str(size) for size in value.block_shape)
+            # As Triton writes it at run time: its cache key holds this text.
+            block = ", ".join(str(size) for size in value.block_shape)
             signature.append((parameter.name, f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"))
         elif isinstance(value, Tensor):
             signature.append((parameter.name, "*" + _TYPES[value.dtype]))
@@ -112,8 +126,7 @@ def specialization(kernel: JITFunction[Any], args: tuple[Any, ...], options: dic
         tuple(signature),
         tuple(constants),
         tuple(aligned),
-        options.get("num_warps", 4),
-        options.get("num_stages", 3),
+        tuple(sorted({"num_warps": 4, "num_stages": 3, **options}.items())),
     )
 
 
@@ -208,19 +221,25 @@ def all_specializations(family: Family) -> dict[str, Specialization]:
     return found
 
 
+def source_of(item: Specialization) -> ASTSource:
+    """Source as Triton makes it at a launch: its hash is part of the key in Triton's cache."""
+    attributes = {
+        (index,): [["tt.divisibility", 16]] if index in item.aligned else []
+        for index, (_, kind) in enumerate(item.signature)
+        if kind.startswith("*")
+    }
+    return ASTSource(item.kernel, dict(item.signature), dict(item.constants), attributes)
+
+
+def compiled_for(item: Specialization, target: int) -> Any:
+    """Kernel compiled for an architecture; Triton keeps it in its cache."""
+    gpu = GPUTarget("cuda", target, 32)
+    return triton.compile(source_of(item), target=gpu, options=dict(item.options))
+
+
 def compile_resources(item: Specialization, target: int) -> dict[str, int]:
     """Registers, spills, shared memory and so on: from Triton, ptxas and nvdisasm."""
-    source = ASTSource(
-        item.kernel,
-        dict(item.signature),
-        dict(item.constants),
-        {(index,): [["tt.divisibility", 16]] for index in item.aligned},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": item.warps, "num_stages": item.stages},
-    )
+    compiled = compiled_for(item, target)
     ptxas = _TOOLS / ("ptxas-blackwell" if target >= 100 else "ptxas")
     ptx = compiled.asm["ptx"]
     found = re.search(r"\.target (\w+)", ptx)
@@ -295,6 +314,24 @@ def _compile_named(key: tuple[int, str]) -> dict[str, int]:
     return compile_resources(all_specializations(FAMILIES[target])[name], target)
 
 
+def _cache_named(key: tuple[int, str]) -> None:
+    target, name = key
+    compiled_for(all_specializations(family_of(target))[name], target)
+
+
+def family_of(target: int) -> Family:
+    """Family of an architecture such as 86, whose kernels it takes."""
+    return FAMILIES.get(target // 10 * 10, "sm_80")
+
+
+def cache_all(target: int, workers: int) -> int:
+    """Compiles everything for one architecture, and returns how many kernels that is."""
+    keys = [(target, name) for name in all_specializations(family_of(target))]
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(_cache_named, keys))
+    return len(keys)
+
+
 def compile_all(
     targets: list[int], filters: list[str], workers: int = 1
 ) -> dict[str, dict[str, dict[str, int]]]:
@@ -313,18 +350,24 @@ def compile_all(
 
 
 def main() -> None:
-    """Updates the table, or with --check compares it with what is compiled now.
-
-    Arguments: architectures (80 90 100 120 by default) and words that names must contain.
-    """
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    targets = [int(word) for word in words if word.isdigit()] or [80, 90, 100, 120]
-    filters = [word for word in words if not word.isdigit()]
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    """Updates the table, or does as its options say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="architectures, and words that names must contain")
+    parser.add_argument("--check", action="store_true", help="compare with the table")
+    parser.add_argument("--cache", type=int, metavar="ARCHITECTURE", help="fill Triton's cache")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    targets = [int(word) for word in options.words if word.isdigit()] or [80, 90, 100, 120]
+    filters = [word for word in options.words if not word.isdigit()]
     start = time.perf_counter()
-    found = compile_all(targets, filters, workers=os.cpu_count() or 1)
+    if options.cache is not None:
+        number = cache_all(options.cache, options.workers)
+        print(f"{number} kernels in Triton's cache after {time.perf_counter() - start:.0f} s")
+        return
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    found = compile_all(targets, filters, options.workers)
     wall_s = time.perf_counter() - start
-    if "--check" in sys.argv:
+    if options.check:
         changed = [
             f"{target}: {name}: {resources}, table: {table[target].get(name)}"
             for target, part in found.items()

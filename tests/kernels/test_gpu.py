@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Thread
+from unittest import mock
 
 import pytest
 import torch
@@ -131,6 +134,7 @@ def test_an_update_takes_its_workspace_and_no_copy_of_the_rows(dtype, channels, 
         number = rows.shape[:-1].numel()
         weight = torch.ones(number, dtype=torch.float64, device="cuda") if is_weighted else None
         library.accumulate_(*state, rows, -1, weight)  # compiles
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = requested("current")
@@ -303,6 +307,79 @@ def test_captured_update_replays_with_right_counts(dtype, channels):
         graph.replay()
         accumulate_reference_(*expected, rows)
     assert_same(state, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_gpu_from_a_fresh_thread(dtype):
+    """The thread has no current device and no context: launches must bring their own."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    found: list[Tensor] = []
+
+    def run() -> None:
+        rows = normal(3000, 96, dtype=dtype).to("cuda:1")
+        state = [tensor.to("cuda:1") for tensor in empty_state(96)]
+        accumulation = Accumulation(*state)
+        for _ in range(3):
+            accumulation.add(rows)
+        found.extend(tensor.to("cuda:0") for tensor in state)
+
+    from fastcov.kernels import Accumulation
+
+    torch.cuda.set_device(0)
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    expected = empty_state(96)
+    for _ in range(3):
+        accumulate_reference_(*expected, normal(3000, 96, dtype=dtype))
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [64, 600])
+def test_repeated_updates_start_directly(dtype, channels):
+    """The kept kernel's launcher, given addresses, does what Triton's own call does."""
+    from fastcov.kernels import Accumulation
+    from fastcov.kernels.launch import STARTS_DIRECTLY, Launch
+
+    assert STARTS_DIRECTLY
+    rows = normal(5000, channels, dtype=dtype)
+    states = [empty_state(channels) for _ in range(2)]
+    direct = Accumulation(*states[0])
+    direct.add(rows)
+    with mock.patch.object(Launch, "start", side_effect=AssertionError):
+        for _ in range(3):
+            direct.add(rows)
+    for _ in range(4):
+        launch(states[1], rows)
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_compiled_gather_does_what_tritons_does(dtype, fraction):
+    from fastcov.kernels import CURSOR_FIELDS
+    from fastcov.kernels.gather import CursorGather
+    from fastcov.ops.counted import CountedGather, serves
+
+    if not serves(torch.device("cuda")):
+        pytest.skip("needs the compiled CUDA library")
+    for rows in layouts(40, dtype):
+        rows = rows.clone(memory_format=torch.preserve_format)
+        results = []
+        for kind in (CountedGather, CursorGather):
+            buffer = torch.zeros(900, rows.shape[-1], dtype=dtype, device="cuda")
+            marks = torch.zeros(900, dtype=torch.int32, device="cuda")
+            cursor = torch.zeros(CURSOR_FIELDS, dtype=torch.int64, device="cuda")
+            step = torch.ones((), dtype=torch.int64, device="cuda")
+            gather = kind(buffer, marks, cursor, step, rows, int(fraction * 2**32), 4, 99)
+            with no_synchronisation():
+                for _ in range(3):
+                    gather.launch_(rows)
+            results.append((buffer, marks, cursor))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other), rows.stride()
 
 
 @pytest.mark.parametrize("run_length", [1, 16])

@@ -216,6 +216,25 @@ def test_a_profiler_sees_every_launch(started: Launches) -> None:
         assert [type(launch[6]) for launch in started] == [int, int]
 
 
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("channels", [64, 600])
+def test_launches_that_wait_are_those_that_come_early(family: Any, channels: int) -> None:
+    """A kernel that came early and did not wait would read what is not written yet."""
+    rows = torch.empty(4096, channels, dtype=torch.bfloat16)
+    found = job.job_of(rows, False, "split", Architecture(family, 132))
+    assert found is not None
+    assert found.gram is not None
+    for each in filter(None, (found.gram, found.block, found.reduce)):
+        names = [name for name in each.kernel.arg_names if name.isupper()]
+        constants = dict(zip(names, each.arguments[-len(names) :], strict=True))
+        assert constants["OVERLAPS"] == (family != "sm_80")
+        comes_early = each.options.get("launch_pdl", False)
+        assert comes_early == (family != "sm_80" and each is not found.gram)
+    if (shift := job.job_of(rows.float(), False, "split", Architecture(family, 132)).shift) is None:
+        pytest.fail("float32 rows need a shift")
+    assert "launch_pdl" not in shift.options  # its writes are read without a wait
+
+
 def test_another_calling_convention_is_noticed() -> None:
     assert has_known_convention(JITFunction.run)
     source = inspect.getsource(JITFunction.run)

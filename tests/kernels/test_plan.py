@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from fastcov.kernels.config import (
     GRAM_CONFIGS,
     MAX_CHAIN_ROWS,
     Architecture,
+    GramCase,
     chain_rows,
     gram_case,
     gram_config,
 )
+from fastcov.kernels.gpus import GPUS, gpu_named, gpu_told
 from fastcov.kernels.layout import RowLayout, row_layout
 from fastcov.kernels.plan import MAX_CHAINS, block_plan, gram_plan
 
@@ -195,6 +198,66 @@ def test_shapes_fit_together():
         assert all(config.left == config.right == 0 for config in configs[:-1])
         assert configs[-1].panels % configs[-1].left == 0
         assert configs[-1].panels % configs[-1].right == 0
+
+
+def properties(name: str, **told: object) -> SimpleNamespace:
+    defaults = {"major": 9, "minor": 0, "multi_processor_count": 132, "L2_cache_size": 50 << 20}
+    return SimpleNamespace(name=name, **{**defaults, **told})
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, key: str | None) -> None:
+    assert gpu_named(name) == (GPUS[key] if key else None)
+
+
+def test_floors_of_the_design_are_those_of_the_table() -> None:
+    assert GPUS["H100"].copy_bytes_s == pytest.approx(3.0e12, rel=0.01)
+    assert GPUS["H200"].copy_bytes_s == pytest.approx(4.3e12, rel=0.01)
+    for name in ("H100", "H200"):
+        assert GPUS[name].matmul_flop_s == pytest.approx(790e12, rel=0.02)
+    assert GPUS["A100"].matmul_flop_s == pytest.approx(0.8 * 312e12, rel=0.02)
+    assert GPUS["B200"].matmul_flop_s == pytest.approx(0.8 * 2250e12, rel=0.02)
+
+
+def test_the_driver_is_believed_before_the_table() -> None:
+    told = gpu_told(
+        properties(
+            "NVIDIA H200", memory_clock_rate=3_201_000, memory_bus_width=6144, L2_cache_size=7
+        )
+    )
+    assert told.bandwidth == pytest.approx(4.9e12, rel=0.01)
+    assert (told.cache_bytes, told.macs) == (7, 2048)
+    assert gpu_told(properties("NVIDIA H200")).bandwidth == GPUS["H200"].bandwidth
+    unknown = gpu_told(properties("NVIDIA X", major=12, clock_rate=2_000_000))
+    assert (unknown.macs, unknown.clock_hz) == (256, 2e9)
+
+
+def test_a_plan_follows_the_gpu() -> None:
+    """More chunks where partial results are read back faster than rows are multiplied."""
+    layout = row_layout(torch.empty(1 << 18, 512, dtype=torch.bfloat16, device="meta"))
+    config = gram_config(GramCase("sm_90", "direct", "matrix"), 512)
+    chunks = {
+        name: gram_plan(config, layout, 2, Architecture("sm_90", 132, GPUS[name].pace), 2048).chunks
+        for name in ("H100", "H200")
+    }
+    assert chunks["H100"] < chunks["H200"]
+    assert Architecture.of(properties("NVIDIA H100 80GB HBM3")) == Architecture("sm_90", 132)
 
 
 def test_importing_fastcov_imports_no_triton():

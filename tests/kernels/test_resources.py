@@ -11,15 +11,19 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from fastcov.bench.stubs import KernelStubs
 from fastcov.kernels.config import GRAM_CONFIGS, GramCase, GramConfig
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
-
 HERE = Path(__file__).parent
 
 
@@ -54,6 +58,37 @@ def test_loops_keep_to_their_registers_and_everything_fits(aot, table, target):
         assert resources["serialized"] == 0, name
         assert resources["registers"] <= 255, name
         assert resources["shared"] <= aot.SHARED_LIMITS[target], name
+
+
+@pytest.mark.slow
+def test_a_launch_finds_what_was_compiled_ahead(
+    aot: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Key for key: a kernel that the cache misses is compiled inside somebody's training step."""
+    gpu = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    backend = triton.compiler.make_backend(gpu)
+    launches = list(aot.all_launches("sm_90"))
+    items = [item for launch in launches for item in aot.recorded(launch)]
+    ahead = {
+        (aot.source_of(item).hash(), backend.parse_options(dict(item.options)).hash())
+        for item in items
+    }
+    asked = set()
+    for kernel in {item.kernel for item in items}:  # as in a new process
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    with KernelStubs(torch.device("cpu")):
+        stand_in = triton.compiler.compile
+
+        def compile_(source: Any, target: Any, options: Any, **others: Any) -> Any:
+            asked.add((source.hash(), backend.parse_options(dict(options)).hash()))
+            assert target == gpu
+            return stand_in(source, target=target, options=options, **others)
+
+        with mock.patch.object(triton.compiler, "compile", compile_):
+            for launch in launches:
+                launch()
+    assert len(asked) == len(aot.all_specializations("sm_90"))
+    assert asked == ahead
 
 
 def is_shape(name: str, case: GramCase, config: GramConfig) -> bool:

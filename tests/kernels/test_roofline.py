@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastcov.kernels.gpus import GPUS
+
 
 @pytest.fixture(scope="module")
 def roofline() -> ModuleType:
@@ -24,9 +26,21 @@ def roofline() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("sizes", "wall_ms"), [((256, 224, 224), 2.5), ((2, 800, 1344), 0.41)])
-def test_floor_of_resnet50(roofline, sizes, wall_ms):
-    total_s = roofline.total_floor_s(roofline.resnet50_layers(*sizes))
+def rates(name: str = "H100") -> tuple[float, float]:
+    return GPUS[name].copy_bytes_s, GPUS[name].matmul_flop_s
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sizes", "wall_ms"),
+    [
+        ("H100", (256, 224, 224), 2.5),
+        ("H100", (2, 800, 1344), 0.41),
+        ("H200", (256, 224, 224), 2.13),
+        ("H200", (2, 800, 1344), 0.356),
+    ],
+)
+def test_floor_of_resnet50(roofline, gpu, sizes, wall_ms):
+    total_s = roofline.total_floor_s(roofline.resnet50_layers(*sizes), *rates(gpu))
     assert total_s * 1e3 == pytest.approx(wall_ms, rel=0.03)
 
 
@@ -51,7 +65,7 @@ def test_layers_are_those_of_the_model(roofline, size):
 
 def test_bound_changes_at_405_channels(roofline):
     narrow, wide = (
-        roofline.layer_floor(roofline.Layer(1 << 18, channels)) for channels in (384, 512)
+        roofline.layer_floor(roofline.Layer(1 << 18, channels), *rates()) for channels in (384, 512)
     )
     assert narrow.bound == "memory"
     assert wide.bound == "matmul"
@@ -59,8 +73,8 @@ def test_bound_changes_at_405_channels(roofline):
 
 def test_table_sums_to_the_total(roofline):
     layers = roofline.resnet50_layers(2, 64, 64, dtype="float32")
-    table = roofline.format_table("t", layers)
-    total_ms = roofline.total_floor_s(layers) * 1e3
+    table = roofline.format_table("t", layers, *rates())
+    total_ms = roofline.total_floor_s(layers, *rates()) * 1e3
     assert table.endswith(f"53 layers: at least {total_ms:.2f} ms")
     assert sum(int(line.split()[0]) for line in table.splitlines()[2:-1]) == 53
 
@@ -78,12 +92,16 @@ def test_floors_by_hand(roofline):
 def test_command_prints_the_design_floors(roofline, capsys):
     roofline.main([])
     totals = [line for line in capsys.readouterr().out.splitlines() if "layers: at least" in line]
-    assert [float(line.split()[-2]) for line in totals] == pytest.approx([2.5, 0.41], rel=0.03)
+    assert [float(line.split()[-2]) for line in totals] == pytest.approx(
+        [2.13, 0.356, 2.5, 0.41], rel=0.03
+    )
 
 
 def test_command_prints_any_layers(roofline, capsys):
-    roofline.main(["802816x256", "50176x1024*6", "--bandwidth", "2e12", "--matmul-flops", "5e14"])
-    lines = capsys.readouterr().out.splitlines()
+    options = ["--gpu", "A100", "--bandwidth", "2e12", "--matmul-flops", "5e14"]
+    roofline.main([*options, "802816x256", "50176x1024*6"])
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[0] == "A100: at 2.00 TB/s and 500 TFLOP/s"
     layers = [*roofline.parsed_layers("802816x256"), *roofline.parsed_layers("50176x1024*6")]
     total_ms = roofline.total_floor_s(layers, 2e12, 5e14) * 1e3
     assert lines[-1] == f"7 layers: at least {total_ms:.2f} ms"

@@ -23,7 +23,7 @@ import fastcov
 from fastcov import tracker
 from fastcov.kernels.launch import Launch
 from fastcov.ops import backend, library
-from fastcov.ops.backend import Pretended, Service
+from fastcov.ops.backend import HOST, Pretended
 from fastcov.rows.layout import ActivationLayout
 from fastcov.stats import buffering
 from fastcov.stats.capture import DeviceCounters
@@ -330,7 +330,7 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
         model(x)
         model(x)
         assert all(reader.device_buffer is not None for reader in tracked.watcher.unique_layers())
-        host = Service("native", repeats_calls=True, counts_on_device=False, is_host=True)
+        host = HOST._replace(kernels="native", repeats_calls=True)
         with mock.patch.object(backend, "active", Pretended(host)):
             for reader in tracked.watcher.unique_layers():
                 reader.leave_device()  # as where a model moves

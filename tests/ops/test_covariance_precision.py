@@ -144,7 +144,7 @@ def test_opcheck() -> None:
     maps = random_rows(20, 5).view(2, 5, 10)
     torch.library.opcheck(operator, (*state, maps, "ieee", 1, torch.rand(20), 0.5, 0.9))
     for key in ("CPU", "CUDA"):
-        assert library._has_kernel("accumulate_at_precision_", key)
+        assert library.has_kernel("accumulate_at_precision_", key)
 
 
 def test_one_graph_with_a_choice() -> None:

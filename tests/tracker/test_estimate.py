@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable
 from math import ceil
@@ -183,6 +184,7 @@ def test_an_update_takes_what_is_told(
     count = rows.shape[:-1].numel()
     weight = torch.rand(count, dtype=torch.float64, device="cuda") if is_weighted else None
     accumulate_(moments, rows, weight)
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]

@@ -196,7 +196,7 @@ def test_only_outputs_on_a_cpu_come_with_their_inputs(
     monkeypatch: pytest.MonkeyPatch, is_host: bool
 ) -> None:
     """A GPU adds the rows themselves: a way through inputs would only take its hooks time."""
-    host = backend.Service("native", repeats_calls=True, counts_on_device=False, is_host=is_host)
+    host = backend.HOST._replace(kernels="native", repeats_calls=True, is_host=is_host)
     monkeypatch.setattr(backend, "active", backend.Pretended(host))
     sources = []
     read = Layer.read

@@ -144,6 +144,7 @@ def test_launches_are_prepared_once_a_size_on_a_gpu(
 ) -> None:
     pytest.importorskip("triton", reason="the path of a GPU needs triton")
     from fastcov.kernels import covariance, gather
+    from fastcov.ops import counted
 
     prepared: Counter[str] = Counter()
 
@@ -158,6 +159,7 @@ def test_launches_are_prepared_once_a_size_on_a_gpu(
 
     counting(covariance.Accumulation, "_prepare")
     counting(gather.CursorGather, "__init__")
+    counting(counted.CountedGather, "__init__")
     head = Head().bfloat16()
     with fastcov.track(head, rows=rows) as tracker, KernelStubs(torch.device("cpu")):
         for step in range(5):

@@ -1,4 +1,4 @@
-// As much of CUDA as the eigenvalue kernels use, on the host: a block is a thread of the operating
+// As much of CUDA as the kernels use, on the host: a block is a thread of the operating
 // system, its CUDA threads are fibers that run in turn and give way where they wait (runtime.cpp).
 // So the kernels' own sources, with their indices, shuffles and barriers, run without a GPU.
 //
@@ -137,6 +137,10 @@ Value atomicMax(Value* target, Value value) {
   }
   return old;
 }
+inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long value) {
+  return __atomic_fetch_add(target, value, __ATOMIC_ACQ_REL);
+}
+inline void __threadfence() {}  // the counter that follows orders what the host's threads see
 #define FASTCOV_EMULATED_RECIPROCAL(value) ::emulated::reciprocal(value)
 
 inline cudaError_t cudaGetDevice(int* number) { return *number = 0, cudaSuccess; }

@@ -20,8 +20,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-from fastcov.bench.peers import MissingPeerError
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher
 
 # Called by the launchers of Triton 3.6 to 3.8 while they start a kernel.
 _SOURCE = r"""
@@ -33,6 +35,7 @@ int cuPointerGetAttribute(void *found, int attribute, unsigned long long pointer
 int cuPointerGetAttributes(unsigned n, int *attributes, void **found, unsigned long long pointer)
 { (void)attributes; for (unsigned i = 0; i < n; ++i) *(unsigned long long *)found[i] = pointer;
   return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuLaunchKernelEx(void) { return 0; }
 int cuTensorMapEncodeTiled(void) { return 0; }
 """
@@ -44,7 +47,6 @@ _UNCALLED = [
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDevicePrimaryCtxRetain",
-    "cuDriverGetVersion",
     "cuFuncGetAttribute",
     "cuFuncSetAttribute",
     "cuFuncSetCacheConfig",
@@ -60,8 +62,6 @@ class _Compiled:
     """Kernel that Triton takes for a compiled one: its launcher is real, its code is not."""
 
     def __init__(self, source: Any, options: Mapping[str, Any]) -> None:
-        from triton.backends.nvidia.driver import CudaLauncher
-
         metadata = SimpleNamespace(
             num_ctas=1,
             global_scratch_size=0,
@@ -104,7 +104,7 @@ def _descriptor_metadata(kind: str) -> dict[str, Any]:
 def _driver_folder() -> str:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise MissingPeerError("needs a C compiler, as Triton does: put gcc or clang on PATH")
+        raise RuntimeError("needs a C compiler, as Triton does: put gcc or clang on PATH")
     folder = tempfile.mkdtemp(prefix="fastcov-stand-in-")
     source = Path(folder, "driver.c")
     uncalled = "".join(f"int {name}(void) {{ return 999; }}\n" for name in _UNCALLED)
@@ -120,10 +120,6 @@ def _driver_folder() -> str:
 @cache
 def _driver() -> Any:
     # Of one H100, whose number is that of a CPU's tensors.
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver
-
     with mock.patch.object(knobs.nvidia, "libcuda_path", _driver_folder()):
         driver = CudaDriver()
     driver.get_current_device = lambda: -1
@@ -138,12 +134,10 @@ def stand_in_gpu() -> list[tuple[Any, str, Any]]:
     For a process that finds no GPU, and looks for none afterwards.
 
     Raises:
-        MissingPeerError: If there is a GPU, whose driver would be called, or no C compiler.
+        RuntimeError: If there is a GPU, whose driver would be called, or no C compiler.
     """
-    import triton
-
     if torch.cuda.is_available():
-        raise MissingPeerError("stands for a GPU where there is none: here, take --gpu")
+        raise RuntimeError("stands for a GPU where there is none: here, take --gpu")
 
     def compiled(source: Any, options: Mapping[str, Any], **_: Any) -> _Compiled:
         return _Compiled(source, options)
