@@ -26,11 +26,12 @@ def write_tensorboard(
         >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
         ...     write_tensorboard(writer, tracker, step=1)
     """
-    for key, value in tracker.summary().items():
+    summary = tracker.summary()
+    for key, value in summary.items():
         layer, _, measure = key.rpartition("/")
         writer.add_scalar(f"fastcov {measure}/{layer}", value, step)
-    spectra = tracker.spectra() if figures else {}
-    if spectra:
+    spectra = {s.name: s.spectrum for s in summary.statuses if s.spectrum is not None}
+    if figures and spectra:
         from fastcov.figures import free_axes, spectra_grid
         from fastcov.plot import plot_demand
 

@@ -1,59 +1,205 @@
 """Hugging Face Trainer: a callback that tracks the model, logs summaries, rides in checkpoints."""
 
-from collections.abc import Callable
+import copy
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import fastcov
+from fastcov.integrations.runs import TrackedRun, check_every
+from fastcov.report import Summary
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError("needs transformers: pip install 'fastcov-torch[integrations]'") from error
 
 
 class FastcovCallback(TrainerCallback):
-    """Tracks the model; ``options`` are those of :func:`fastcov.track`.
+    """Tracks the model while ``train`` runs.
+
+    With ``resume_from_checkpoint`` the statistics of the checkpoint are continued, wherever it
+    lies; else they start from zero. Each trial of a hyperparameter search has its own, and its own
+    folder in ``out``. Summaries go to the reporting integrations of the Trainer (TensorBoard,
+    Weights & Biases, ...), and to ``log``; the Trainer's log history stays as it is.
 
     Args:
-        log: Called with each summary and the global step; the log history has it in any case.
-        **options: Snapshots are taken by process 0 alone, of its own rows.
+        log: Called with each summary and its global step, in process 0.
+        log_every: Optimizer steps between summaries; None makes none. Their spectra are computed
+            beside the training and arrive some steps later; where nobody takes them, none is
+            computed.
+        **options: Of :func:`fastcov.track`. Snapshots are taken by process 0 alone, of its own
+            rows. With ``out`` and no ``snapshot_every``, summaries are stored as snapshots.
+
+    Raises:
+        ValueError: If ``log_every`` or ``snapshot_every`` is no number of steps.
     """
 
-    def __init__(self, log: Callable[..., None] | None = None, **options: Any) -> None:
-        self.log, self.options = log, options
+    def __init__(
+        self,
+        log: Callable[..., None] | None = None,
+        log_every: int | None = 100,
+        **options: Any,
+    ) -> None:
+        check_every("log_every", log_every)
+        check_every("snapshot_every", options.get("snapshot_every"))
+        self.log, self.log_every, self.options = log, log_every, options
         self.tracker: fastcov.Tracker | None = None
+        self._run: TrackedRun | None = None
+        self._trainer: weakref.ref[Trainer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy, or another process, gets: nothing of a running training."""
+        return {**self.__dict__, "_run": None, "_trainer": None}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hooks the model; a resumed training continues from its checkpoint's statistics."""
-        alone = {} if state.is_world_process_zero else {"out": None, "snapshot_every": None}
-        self.tracker = fastcov.track(kwargs["model"], **self.options | alone)
-        if state.global_step and (stored := _beside(args, state)).is_file():
-            self.tracker.load_state_dict(torch.load(stored, map_location="cpu", weights_only=True))
+        """Hooks the model, after removing the hooks that a broken-off training left."""
+        trainer, checkpoint = _training_now()
+        self._trainer = None if trainer is None else weakref.ref(trainer)
+        reporters = _reporters(trainer)
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Reports the summary of all processes."""
-        if self.tracker is not None:
-            summary = self.tracker.sync().summary()
-            state.log_history.append({**summary, "step": state.global_step})
+        def log(summary: Summary, step: int) -> None:
             if self.log is not None:
-                self.log(summary, state.global_step)
+                self.log(dict(summary), step)
+            then = copy.copy(state)
+            then.global_step = step  # which reporters write down
+            for reporter in reporters:
+                values = {f"fastcov/{key}": value for key, value in summary.items()}
+                reporter.on_log(args, then, control, model=kwargs["model"], logs=values)
+
+        if self._run is not None:
+            self._run.leave()
+        self._run = TrackedRun(
+            kwargs["model"],
+            {**self.options, **self._out(args)},
+            is_first=state.is_world_process_zero,
+            log_every=self.log_every,
+            log=log if reporters or self.log is not None else None,
+            saved=self._saved(checkpoint, state),
+            before=self._run,
+        )
+        self._run.start(state.global_step)
+        self.tracker = self._run.tracker
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Marks a snapshot that is due between optimizer steps."""
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Marks what is due; hands out what is ready."""
+        if self._run is not None:
+            self._run.after_batch(state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Hands out the rest with the Trainer's last log: reporters are closed after it."""
+        if self._run is not None and logs is not None and "train_loss" in logs:
+            self._run.deliver()
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stores the statistics before the checkpoint is sent to the hub."""
+        # Process 0 alone is asked, so a collective would never end.
+        if not (dist.is_available() and dist.is_initialized()):
+            self._store(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stores all processes' statistics beside the checkpoint."""
-        if self.tracker is not None:
-            stored, statistics = _beside(args, state), self.tracker.sync().state_dict()
-            if state.is_world_process_zero:
-                torch.save(statistics, f"{stored}.tmp")
-                Path(f"{stored}.tmp").replace(stored)
+        """Stores all processes' statistics in the checkpoint."""
+        self._store(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Removes the hooks; the statistics stay readable."""
-        if self.tracker is not None:
-            self.tracker.close()
+        if self._run is not None:
+            self._run.end()
+
+    def _store(self, args: Any, state: Any) -> None:
+        if self._run is None or not self._run.is_open:
+            return
+        statistics = self._run.state_dict()
+        if not args.should_save:
+            return
+        folder = self._run_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        stored = folder / self._file_name()
+        temporary = stored.with_name(f"{stored.name}.tmp")
+        try:
+            if not folder.is_dir():
+                raise FileNotFoundError("there is no such checkpoint")
+            torch.save(statistics, temporary)
+            temporary.replace(stored)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+            temporary.unlink(missing_ok=True)
+            warnings.warn(
+                f"statistics of step {state.global_step} are not stored in {stored}: {error}; a "
+                "training that resumes from it starts them from zero",
+                stacklevel=2,
+            )
+
+    def _saved(self, checkpoint: Path | None, state: Any) -> Mapping[str, Any] | None:
+        if not state.global_step:
+            return None
+        stored = None if checkpoint is None else checkpoint / self._file_name()
+        if stored is None or not stored.is_file():
+            what = "the checkpoint" if stored is None else str(stored)
+            warnings.warn(
+                f"training resumes at step {state.global_step}, but {what} holds no statistics (it "
+                "was saved without FastcovCallback, or moved in parts): they start from zero",
+                stacklevel=2,
+            )
+            return None
+        try:
+            saved: Mapping[str, Any] = torch.load(stored, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{stored} cannot be read ({type(error).__name__}: {error}): restore it, or delete "
+                "it to start the statistics from zero"
+            ) from error
+        return saved
+
+    def _run_folder(self, args: Any) -> Path:
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is None:
+            return Path(args.output_dir)
+        # A trial of a hyperparameter search has a folder of its own, which only this method tells.
+        return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+
+    def _out(self, args: Any) -> dict[str, Path]:
+        out = self.options.get("out")
+        if out is None:
+            return {}
+        return {"out": Path(out) / os.path.relpath(self._run_folder(args), args.output_dir)}
+
+    def _file_name(self) -> str:
+        trainer = None if self._trainer is None else self._trainer()
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        own = [each for each in callbacks if isinstance(each, FastcovCallback)]
+        number = next((number for number, each in enumerate(own) if each is self), 0)
+        return f"fastcov-{number}.pt" if number else "fastcov.pt"
 
 
-def _beside(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "fastcov.pt"
+def _training_now() -> tuple[Trainer | None, Path | None]:
+    """The Trainer whose ``train`` is running, and the checkpoint that it resumes from.
+
+    The Trainer hands callbacks neither itself nor that path: both are on the stack of the call.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            checkpoint = frame.f_locals["resume_from_checkpoint"]
+            return trainer, None if checkpoint is None else Path(checkpoint)
+    return None, None
+
+
+def _reporters(trainer: Trainer | None) -> list[Any]:
+    callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+    return [each for each in callbacks if isinstance(each, tuple(INTEGRATION_TO_CALLBACK.values()))]

@@ -1,5 +1,6 @@
 """Weights & Biases: scalars of every layer, and pictures of the spectra."""
 
+import warnings
 from typing import Any
 
 import fastcov
@@ -15,19 +16,28 @@ def log_wandb(
 ) -> None:
     """Logs the summary of a tracker under ``fastcov/``.
 
+    It is a warning where ``step`` lies before a step that was logged: wandb drops such values.
+
     Args:
         run: What ``wandb.init`` returned.
         tracker: Of :func:`fastcov.track`.
         step: Global step; None leaves it to wandb.
         figures: Whether to draw all spectra, and demand against width; needs matplotlib.
     """
-    values: dict[str, Any] = {f"fastcov/{key}": v for key, v in tracker.summary().items()}
-    spectra = tracker.spectra() if figures else {}
-    if spectra:
+    summary = tracker.summary()
+    values: dict[str, Any] = {f"fastcov/{key}": value for key, value in summary.items()}
+    spectra = {s.name: s.spectrum for s in summary.statuses if s.spectrum is not None}
+    if figures and spectra:
         from fastcov.figures import free_axes, spectra_grid
         from fastcov.plot import plot_demand
 
         demand = plot_demand(spectra, free_axes(len(spectra)))
         values["fastcov/figures/demand"] = wandb.Image(demand.figure)
         values["fastcov/figures/spectra"] = wandb.Image(spectra_grid(spectra))
+    if step is not None and step < run.step:
+        warnings.warn(
+            f"wandb drops the summary of step {step}, it stands at step {run.step}: log in order, "
+            "or give step=None and the step as a value of its own",
+            stacklevel=2,
+        )
     run.log(values, step=step)

@@ -34,3 +34,13 @@ def test_scalars_and_figures_are_readable(tmp_path: Path, tracker: fastcov.Track
         (image,) = events.Images(tag)
         assert image.width > 200
         assert image.height > 100
+
+
+def test_figures_are_of_the_spectra_that_the_scalars_tell(
+    tmp_path: Path, tracker: fastcov.Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, solve = [], type(tracker).spectra
+    monkeypatch.setattr(type(tracker), "spectra", lambda *a: calls.append(a) or solve(*a))
+    with SummaryWriter(tmp_path) as writer:
+        write_tensorboard(writer, tracker, step=7, figures=True)
+    assert len(calls) == 1

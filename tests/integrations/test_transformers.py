@@ -64,15 +64,20 @@ def _train(
 
 
 def test_counts_training_tokens_and_logs(tmp_path: Path) -> None:
-    callback = FastcovCallback(include="*.query", rows="all")
+    logged: list[tuple[int, float]] = []
+    callback = FastcovCallback(
+        lambda summary, step: logged.append((step, summary[f"{name}/rows"])),
+        log_every=2,
+        include="*.query",
+        rows="all",
+    )
+    name = "bert.encoder.layer.1.attention.self.query"
     trainer = _train(tmp_path, callback, steps=4)
     tracker = callback.tracker
     assert tracker is not None
-    name = "bert.encoder.layer.1.attention.self.query"
     assert tracker.steps == 4
     assert tracker.count(name) == 4 * 4 * TOKENS  # evaluation adds nothing
-    logged = [entry for entry in trainer.state.log_history if f"{name}/rows" in entry]
-    assert {entry["step"]: entry[f"{name}/rows"] for entry in logged}[2] == 2 * 4 * TOKENS
+    assert logged == [(2, 2 * 4 * TOKENS), (4, 4 * 4 * TOKENS)]
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
@@ -82,6 +87,7 @@ def test_a_resumed_training_continues(tmp_path: Path) -> None:
     def callback(folder: str) -> FastcovCallback:
         return FastcovCallback(
             lambda summary, step: seen.append((step, summary["classifier/rows"])),
+            log_every=2,
             include="classifier",
             rows="all",
             snapshot_every=1,

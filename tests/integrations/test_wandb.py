@@ -44,3 +44,20 @@ def test_scalars_and_figures_are_logged(tmp_path: Path, monkeypatch: pytest.Monk
     pictures = list(tmp_path.glob("wandb/offline-run-*/files/**/*.png"))
     assert sorted(p.name.split("_")[0] for p in pictures) == ["demand", "spectra"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+
+
+def test_a_step_that_wandb_drops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    tracker = fastcov.track(model, rows="all")
+    model(torch.randn(40, 5))
+    calls, solve = [], type(tracker).spectra
+    monkeypatch.setattr(type(tracker), "spectra", lambda *a: calls.append(a) or solve(*a))
+    run = wandb.init(project="test", mode="offline", dir=tmp_path)
+    try:
+        log_wandb(run, tracker, step=5, figures=True)
+        assert len(calls) == 1  # figures are of the spectra that the scalars tell
+        with pytest.warns(UserWarning, match="drops the summary of step 3, it stands at step 5"):
+            log_wandb(run, tracker, step=3)
+    finally:
+        run.finish()

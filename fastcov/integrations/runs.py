@@ -1,0 +1,386 @@
+"""One training under a tracker, in a loop that belongs to somebody else.
+
+A run begins, closing what an abandoned one left; it is marked while it goes on; it ends, or is left
+when an exception ends the training. The spectra of wide layers take seconds, so the training's
+thread only marks: it copies the statistics, and a thread of the lowest priority computes their
+spectra. What is ready goes to the loggers and the history at the end of a later batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastcov
+from fastcov.history import History, Snapshot
+from fastcov.report import LayerStatus, Summary
+
+ROOM_BYTES = 64 * 2**20
+"""Copies of statistics that may wait for their spectra; more than one only where they are small."""
+
+_LOWEST_PRIORITY = 19
+
+
+class _Result(NamedTuple):
+    spectra: dict[str, fastcov.Spectrum]
+    summary: Summary
+
+
+@dataclass(frozen=True, eq=False)
+class _Mark:
+    """Copy of all statistics at one step; of shared taps one.
+
+    Attributes:
+        step: Optimizer steps, what loggers are told.
+        tracked_step: Steps of the tracker, what the history is told.
+        layers: As in ``Tracker.state_dict()``, by name of the tap.
+        copied: When the copies on each GPU are made.
+    """
+
+    step: int
+    tracked_step: int
+    wall_s: float
+    layers: dict[str, dict[str, Any]]
+    copied: dict[torch.device, torch.cuda.Event]
+    is_logged: bool
+    is_stored: bool
+
+    @property
+    def bytes(self) -> int:
+        unique = {id(layer): layer["state"] for layer in self.layers.values()}
+        return sum(saved["moment"].nbytes for saved in unique.values() if saved is not None)
+
+
+def _mark(tracker: fastcov.Tracker, step: int, is_logged: bool, is_stored: bool) -> _Mark:
+    saved = tracker.state_dict()
+    layers = {name: saved["layers"][saved["shared"].get(name, name)] for name in tracker.names()}
+    states = [layer["state"] for layer in layers.values() if layer["state"] is not None]
+    devices = {state["moment"].device for state in states}
+    copied = {d: torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"}
+    return _Mark(step, tracker.steps, time.time(), layers, copied, is_logged, is_stored)
+
+
+@torch.no_grad()
+def _solve(mark: _Mark) -> _Result:
+    unique = {id(layer): layer for layer in mark.layers.values() if layer["state"] is not None}
+    by_device: dict[torch.device, list[int]] = {}
+    for key, layer in unique.items():
+        by_device.setdefault(layer["state"]["moment"].device, []).append(key)
+    eigenvalues: dict[int, torch.Tensor] = {}
+    rows: dict[int, tuple[float, int]] = {}  # trace and number of rows that the spectrum rests on
+    for device, keys in by_device.items():
+        with _beside_the_training(device, mark.copied.get(device)):
+            matrices = []
+            for key in keys:
+                state = fastcov.CovarianceState(unique[key]["channels"], device)
+                state.load_state_dict(unique[key]["state"])
+                if float(state.weight) > 0:
+                    matrices.append((key, state.covariance()))
+                    rows[key] = (
+                        float(matrices[-1][1].trace()),
+                        min(int(state.count[0]), round(float(state.effective_count))),
+                    )
+            # float64 costs little on a CPU; a GPU's fast path is float32.
+            values = fastcov.ops.eigvalsh([m if m.is_cpu else m.float() for _, m in matrices])
+            for (key, _), spectrum in zip(matrices, values, strict=True):
+                eigenvalues[key] = spectrum.double().cpu()
+    spectra, statuses = {}, []
+    for name, layer in mark.layers.items():
+        if id(layer) in eigenvalues:
+            total, count = rows[id(layer)]
+            spectra[name] = fastcov.Spectrum(eigenvalues[id(layer)], count, max(0.0, total), name)
+        read, skipped = (0, 0) if layer["state"] is None else layer["state"]["count"].tolist()
+        weight = 0.0 if layer["state"] is None else float(layer["state"]["weight"])
+        status = LayerStatus(name, layer["channels"], read, skipped, weight, 0, spectra.get(name))
+        statuses.append(status)
+    return _Result(spectra, Summary(statuses))
+
+
+@contextlib.contextmanager
+def _beside_the_training(device: torch.device, copied: torch.cuda.Event | None) -> Iterator[None]:
+    if copied is None:
+        yield
+        return
+    side = torch.cuda.Stream(device)
+    side.wait_event(copied)
+    with torch.cuda.stream(side):
+        yield
+    side.synchronize()
+
+
+def _start_worker() -> ThreadPoolExecutor:
+    """One thread that takes what the training leaves of the CPU, and one core of it at most."""
+    threads = torch.get_num_threads()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="fastcov")
+    worker.submit(_step_back).result()
+    # The number is each thread's own, once it has asked for it; new threads take the last one set.
+    torch.set_num_threads(threads)
+    return worker
+
+
+def _step_back() -> None:
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+    torch.get_num_threads()
+    # Two teams of threads on the same cores would wait for each other.
+    torch.set_num_threads(1)
+
+
+_Waiting = deque[tuple[_Mark, "Future[_Result]"]]
+
+
+def _store(history: History, mark: _Mark, result: Future[_Result]) -> Summary | None:
+    """Waits for the spectra of a mark and stores its snapshot; None where they failed."""
+    try:
+        spectra, summary = result.result()
+    except Exception as error:
+        _warn_of(mark, error)
+        return None
+    if mark.is_stored:
+        try:
+            history.append(Snapshot(mark.tracked_step, mark.wall_s, spectra))
+        except Exception as error:  # a full disk must not end a training
+            _warn_of(mark, error)
+    return summary
+
+
+def _warn_of(mark: _Mark, error: Exception) -> None:
+    what = f"{type(error).__name__}: {error}"
+    warnings.warn(f"no snapshot at step {mark.tracked_step}, {what}", stacklevel=2)
+
+
+def _store_rest(history: History, waiting: _Waiting) -> None:
+    while waiting:
+        mark, result = waiting.popleft()
+        if mark.is_stored or not result.cancel():
+            _store(history, mark, result)
+
+
+class _Marks:
+    """Marks in the order in which they were taken, until their spectra are handed out.
+
+    Args:
+        history: Takes the snapshots; all of them, also where the tracker or the process ends.
+        log: Takes summaries and their optimizer step.
+        tracker: What is marked.
+    """
+
+    def __init__(
+        self, history: History, log: Callable[[Summary, int], None] | None, tracker: fastcov.Tracker
+    ) -> None:
+        self._history = history
+        self._log = log
+        self._waiting: _Waiting = deque()
+        self._worker: ThreadPoolExecutor | None = None
+        self._has_dropped = False
+        weakref.finalize(tracker, _store_rest, history, self._waiting)
+
+    def take(self, tracker: fastcov.Tracker, step: int, is_logged: bool, is_stored: bool) -> None:
+        """Copies the statistics; their spectra come later.
+
+        A summary for loggers is left out while earlier ones fill the room; a snapshot waits.
+        """
+        while sum(mark.bytes for mark, _ in self._waiting) >= ROOM_BYTES:
+            if not is_stored:
+                self._say_dropped(step)
+                return
+            self._hand_out_first()
+        if self._worker is None:
+            self._worker = _start_worker()
+        mark = _mark(tracker, step, is_logged, is_stored)
+        self._waiting.append((mark, self._worker.submit(_solve, mark)))
+
+    def deliver(self, waits: bool = False) -> None:
+        """Hands out what is ready, or everything where it ``waits``."""
+        while self._waiting and (waits or self._waiting[0][1].done()):
+            self._hand_out_first()
+
+    def close(self) -> None:
+        """Stores the snapshots that wait; loggers get nothing any more."""
+        _store_rest(self._history, self._waiting)
+        if self._worker is not None:
+            self._worker.shutdown(wait=False)
+            self._worker = None
+
+    def _hand_out_first(self) -> None:
+        mark, result = self._waiting.popleft()
+        summary = _store(self._history, mark, result)
+        if mark.is_logged and summary is not None and self._log is not None:
+            self._log(summary, mark.step)
+
+    def _say_dropped(self, step: int) -> None:
+        if not self._has_dropped:
+            self._has_dropped = True
+            warnings.warn(
+                f"no summary of step {step}: the spectra of earlier ones are still being computed; "
+                "raise log_every (said once: later ones may be left out too)",
+                stacklevel=2,
+            )
+
+
+def check_every(name: str, value: int | None) -> None:
+    """Refuses a number of steps that is none, before any training.
+
+    Raises:
+        ValueError: If it is neither None nor an integer of at least 1.
+    """
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and not is_count:
+        raise ValueError(f"{name} must be a number of steps, at least 1, or None, got {value!r}")
+
+
+class TrackedRun:
+    """One training of one model, from its first batch to its end or to an exception.
+
+    Args:
+        model: Whose forward is a step of the tracker.
+        options: Of :func:`fastcov.track`. Snapshots are taken by the first process alone, of its
+            own rows; with ``out`` and no ``snapshot_every``, each summary is stored there as one.
+        is_first: Whether this is the first process.
+        log_every: Optimizer steps between summaries; None makes none.
+        log: Takes summaries and their step, in the first process; None where nobody listens.
+        saved: What :meth:`state_dict` gave; None starts from zero.
+        before: The run that the same callback began before this one; it is left, if it has not
+            ended.
+
+    Raises:
+        ValueError: If ``out`` holds the snapshots of another run, or ``saved`` does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Mapping[str, Any],
+        *,
+        is_first: bool,
+        log_every: int | None,
+        log: Callable[[Summary, int], None] | None,
+        saved: Mapping[str, Any] | None = None,
+        before: TrackedRun | None = None,
+    ) -> None:
+        if before is not None:
+            before.leave()
+        self._is_first = is_first
+        self._snapshot_every = options.get("snapshot_every")
+        self._stores_summaries = options.get("out") is not None and self._snapshot_every is None
+        has_reader = log is not None or self._stores_summaries
+        self._log_every = log_every if has_reader else None
+        self.is_open = True
+        self.has_ended = False
+        own = {"snapshot_every": None} | ({} if is_first else {"out": None})
+        self.tracker = fastcov.track(model, **{**options, **own})
+        try:
+            if saved is not None:
+                self.tracker.load_state_dict(dict(saved))
+            else:
+                self._begin_history(before)
+        except BaseException:
+            self.tracker.close()
+            raise
+        self._marks = _Marks(self.tracker.history, log, self.tracker)
+        self._step = 0
+        self._tracked_step = self.tracker.steps
+
+    def _begin_history(self, before: TrackedRun | None) -> None:
+        history = self.tracker.history
+        if not len(history):
+            return
+        last = history.steps()[-1]
+        is_own = before is not None and before.tracker.history.folder == history.folder
+        if before is None or before.has_ended or not is_own:
+            raise ValueError(
+                f"out={str(history.folder)!r} holds {len(history)} snapshots of another run, up to "
+                f"step {last}: give this run a folder of its own, move that one away, or resume "
+                "from a checkpoint of that run"
+            )
+        warnings.warn(
+            f"training starts anew after a run that did not end: its {len(history)} snapshots, up "
+            f"to step {last}, are dropped from {history.folder}",
+            stacklevel=2,
+        )
+        history.truncate(0)
+
+    def start(self, step: int) -> None:
+        """Says how many optimizer steps were made before the first batch of this run."""
+        self._step = step
+
+    def after_batch(self, step: int) -> None:
+        """Marks what is due, and hands out what is ready.
+
+        Args:
+            step: Optimizer steps so far; stays where gradients accumulate.
+        """
+        if not self.is_open:
+            return
+        self._marks.deliver()
+        tracked = self.tracker.steps
+        is_logged = _is_due(self._log_every, self._step, step)
+        is_stored = _is_due(self._snapshot_every, self._tracked_step, tracked)
+        self._step, self._tracked_step = step, tracked
+        if is_stored and (_ranks() > 1 or not is_logged):
+            # A snapshot holds the first process's own rows, a summary all of them.
+            self._take(step, is_logged=False, is_stored=True)
+            is_stored = False
+        if is_logged:
+            self.tracker.sync()
+            self._take(step, is_logged=True, is_stored=is_stored or self._stores_summaries)
+
+    def _take(self, step: int, is_logged: bool, is_stored: bool) -> None:
+        if self._is_first:
+            self._marks.take(self.tracker, step, is_logged, is_stored)
+
+    def deliver(self) -> None:
+        """Hands out everything that was marked, waiting for its spectra."""
+        self._marks.deliver(waits=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics of all processes together: a collective, each must call it."""
+        return self.tracker.sync().state_dict()
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Goes back to what was saved: whatever ran in between counts for nothing."""
+        self.tracker.load_state_dict(dict(saved))
+        self._tracked_step = self.tracker.steps
+
+    def end(self) -> None:
+        """Hands out everything and removes the hooks; the statistics stay readable."""
+        if self.is_open:
+            self.has_ended = True
+            try:
+                self.deliver()
+            finally:
+                self._close()
+
+    def leave(self) -> None:
+        """Removes the hooks of a run that an exception ended, and keeps its snapshots."""
+        if self.is_open:
+            self._close()
+
+    def _close(self) -> None:
+        self.is_open = False
+        self.tracker.close()
+        self._marks.close()
+
+
+def _is_due(every: int | None, before: int, now: int) -> bool:
+    # Not now % every: a batch may be several steps.
+    return every is not None and now // every > before // every
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
