@@ -272,7 +272,7 @@ def test_a_step_of_hooks_takes_a_few_times_as_long_as_empty_hooks() -> None:
     least = {name: min(seconds) for name, seconds in samples.items()}
     # Two cores of a Xeon, idle or with five processes on them: 2.5 to 3.2 times; 15 with a sum of
     # 2000 terms in Python in each hook. Without the compiled library 8 to 27.
-    most = 5 if backend.backends()["cpu"].active else 50
+    most = 5 if fastcov.backends()["cpu"].active else 50
     for name in (hooks.DEFAULT, hooks.ALL, hooks.INPUTS):
         assert least[hooks.EMPTY] < least[name] < most * least[hooks.EMPTY], (name, least)
 

@@ -241,7 +241,7 @@ class Blocked:
 
         def eigvalsh(matrices: Any) -> Any:
             self.threads.add(threading.current_thread())
-            assert self.free.wait(20), "the training waits for the spectra"
+            assert self.free.wait(120), "the training waits for the spectra"
             return solve(matrices)
 
         monkeypatch.setattr(fastcov.ops, "eigvalsh", eigvalsh)
