@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import PIL
-
 from fastcov_detection.checks import (
     ANNOTATION_CHECKS,
     CATEGORY_CHECKS,
@@ -40,7 +38,7 @@ from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_text
 from fastcov_detection.findings import Finding, Problem, as_json, from_json, shorten
 from fastcov_detection.layouts import Names, nearby
-from fastcov_detection.pixels import Header, read_header
+from fastcov_detection.pixels import DECODER, Header, read_header
 from fastcov_detection.progress import Advance, progress_bar
 
 log = logging.getLogger("fastcov_detection")
@@ -245,7 +243,7 @@ def _about(split: Split, entry: str, problem: Problem, check: str) -> Finding:
 
 def _cache_path(split: Split, listed: Sequence[ListedImage]) -> Path:
     images = [(str(one.path), one.bytes, one.changed_ns) for one in listed]
-    parts = [_VERSION, PIL.__version__, split.name, split.sheet.digest, str(split.sheet.path)]
+    parts = [_VERSION, DECODER, split.name, split.sheet.digest, str(split.sheet.path)]
     parts += [str(split.images_dir), split.with_masks, split.turn, images]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

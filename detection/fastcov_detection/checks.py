@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from fastcov_detection.coco import (
     Sheet,
     has_area_inside,
@@ -22,10 +20,8 @@ from fastcov_detection.coco import (
     run_lengths,
 )
 from fastcov_detection.findings import Finding, Problem, about_file, shorten
-from fastcov_detection.pixels import SWAPS, Header
+from fastcov_detection.pixels import MOST_OF_16_BITS, MOST_PIXELS, SWAPS, Header
 
-# Twice Pillow's own limit is where it refuses to decode.
-_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 _DARKEST_SHARE = 1 / 16
 
 Entry = Mapping[str, Any]
@@ -91,9 +87,9 @@ def _image_has_size(image: Entry, sheet: Sheet) -> Problem | None:
             f"has width {shorten(image['width'])} and height {shorten(image['height'])}",
             "write the size of the image in pixels",
         )
-    if size[0] * size[1] > _MOST_PIXELS:
+    if size[0] * size[1] > MOST_PIXELS:
         return Problem(
-            f"is annotated as {size[0]}x{size[1]}, more than {_MOST_PIXELS:,} pixels",
+            f"is annotated as {size[0]}x{size[1]}, more than {MOST_PIXELS:,} pixels",
             "write its true size, or cut it into tiles",
         )
     return None
@@ -501,12 +497,12 @@ HEADER_CHECKS: tuple[HeaderCheck, ...] = (
 
 def _range_is_used(headers: Sequence[Header], split: Split) -> Iterator[Located]:
     values = [header.brightest for header in headers if header.brightest is not None]
-    if values and max(values) < _DARKEST_SHARE * 65535:
+    if values and max(values) < _DARKEST_SHARE * MOST_OF_16_BITS:
         yield (
             "",
             Problem(
                 f"has {len(values)} images of 16 bits whose brightest value is {max(values)}",
-                "they are nearly black at the range of 16 bits, 0 to 65535; multiply them",
+                f"they are nearly black at their range, 0 to {MOST_OF_16_BITS}; multiply them",
                 is_fault=False,
             ),
         )
@@ -628,7 +624,7 @@ def _size_of(annotation: Entry, sheet: Sheet) -> tuple[int, int] | None:
     key = annotation.get("image_id")
     size = sheet.image_sizes.get(key) if is_id(key) else None
     # A mask of an absurd size is not decoded.
-    return size if size is not None and size[0] * size[1] <= _MOST_PIXELS else None
+    return size if size is not None and size[0] * size[1] <= MOST_PIXELS else None
 
 
 def _has_area(annotation: Entry, sheet: Sheet) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from fastcov_detection.layouts import nearby
 # Edges of a box closer than this share of the image's longer edge may become one in float32, when
 # images are resized or mirrored: 8 units in the last place.
 _THINNEST = 2.0**-20
+_LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,10 @@ def has_area_inside(box: tuple[float, float, float, float], width: int, height: 
 
 
 def is_number(value: Any) -> bool:
-    """True if a value is a finite number."""
+    """True if a value is a finite number of a size that float32 sums can hold."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return math.isfinite(value)
+    return -_LARGEST < value < _LARGEST
 
 
 def clean_segmentation(segmentation: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
@@ -29,13 +30,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """Pillow's turn for each value of the EXIF tag Orientation; 1 is upright."""
+DECODER = f"Pillow {PIL.__version__}"
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+"""Pixels of the largest image that is decoded."""
+MOST_OF_16_BITS = 65535
 SWAPS = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
 
 # Modes whose conversion to RGB keeps the range of eight bits.
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-_MOST_OF_16_BITS = 65535
 # Bytes at the end of a file, in which its closing mark is looked for.
 _TAIL = 64
 

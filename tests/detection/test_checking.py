@@ -134,6 +134,8 @@ ENTRIES: list[tuple[str, int, dict[str, Any], str]] = [
     ("annotations", 0, {"image_id": None}, r"of image None, which is not listed"),
     ("annotations", 0, {"bbox": ["4", "6", "8", "10"]}, r"has bbox \['4', '6', '8', '10'\]; exp"),
     ("annotations", 0, {"bbox": [True, 6, 8, 10]}, r"has bbox \[True, 6, 8, 10\]"),
+    ("annotations", 0, {"bbox": [4, 6, 10**400, 8]}, r"annotation 1 has bbox \[4, 6, 1000"),
+    ("annotations", 0, {"bbox": [4, 6, 1e308, 8]}, r"annotation 1 has bbox \[4, 6, 1e\+308"),
     ("annotations", 0, {"bbox": {"x": 1}}, r"has bbox \{'x': 1\}"),
     ("images", 1, {"width": None}, r"image 2 \(2\.png\) has width None and height 24; write the"),
     ("images", 1, {"height": 0}, r"image 2 \(2\.png\) has width 32 and height 0"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,19 @@ def test_objects_that_training_skips_stay_in_the_official_score(
     if with_masks:
         assert scores["segm_ap"] is not None
         assert scores["segm_ap50"] < 18 / 27, "what cannot be found is missed"
+
+
+def test_image_ids_that_are_texts_are_scored(coco_folder: Callable[..., Path]) -> None:
+    box = {"category_id": 5, "bbox": [2, 3, 8, 9]}
+    root = coco_folder([{**box, "id": i, "image_id": i} for i in (1, 2)])
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for part, key in (("images", "id"), ("annotations", "image_id")):
+        for entry in content[part]:
+            entry[key] = f"frame {entry[key]}"
+    path.write_text(json.dumps(content))
+    dataset = CocoDataset(root / "val2017", path)
+    assert evaluate(_Oracle(_truth(dataset)), dataset)["ap"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

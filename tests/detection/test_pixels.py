@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,23 @@ def test_16_bits_are_read_at_their_range(tmp_path: Path, ending: str, order: str
     header = read_header(path)
     assert isinstance(header, Header)
     assert header.brightest == 65535
+
+
+def test_16_bits_a_channel_are_read_at_their_range(tmp_path: Path) -> None:
+    """Pillow writes no such file: a PNG by hand."""
+    rows = np.repeat((RAMP * 257).astype(">u2")[..., None], 3, axis=2)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+
+    header = (32).to_bytes(4, "big") + (24).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b"")]
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert isinstance(read_header(path), Header)
+    np.testing.assert_allclose(read_pixels(path)[..., 1], RAMP, atol=1.01)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
