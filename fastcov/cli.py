@@ -20,7 +20,8 @@ from fastcov.show.page import (
     write_comparison,
     write_report,
 )
-from fastcov.spectra.history import compare_histories, load_history
+from fastcov.spectra.compare import compare_histories
+from fastcov.spectra.history import load_history
 
 _OPTIONAL = (
     *("numpy", "triton", "torchvision", "matplotlib", "rich"),

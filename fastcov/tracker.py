@@ -18,8 +18,7 @@ from fastcov.arguments import check_decay, check_model, check_reading, check_ste
 from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL, Rows, policy_of
 from fastcov.show.notes import note_of, why_empty
 from fastcov.spectra.history import History, Snapshot
-from fastcov.spectra.pending import PendingSpectra
-from fastcov.spectra.snapshots import SnapshotQueue
+from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
 from fastcov.stats.layer import Layer

@@ -23,7 +23,7 @@ from fastcov import History, load_history
 from fastcov.show.figures import comparison_grid, free_axes, png
 from fastcov.show.page import comparison_legend, comparison_rows, write_comparison
 from fastcov.show.plot import plot_comparison
-from fastcov.spectra.history import Comparison, compare_histories
+from fastcov.spectra.compare import Comparison, compare_histories
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
 

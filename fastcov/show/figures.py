@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from fastcov.show.axes import line_height, log_axes, positive, short
 from fastcov.show.plot import SECOND, Axes, Figure, curve_color, draw_layer
-from fastcov.spectra.history import Comparison
+from fastcov.spectra.compare import Comparison
 from fastcov.spectra.spectrum import Spectrum
 
 

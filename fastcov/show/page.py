@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fastcov.spectra.history import Comparison, History
+from fastcov.spectra.compare import Comparison
+from fastcov.spectra.history import History
 from fastcov.spectra.spectrum import Spectrum
 
 

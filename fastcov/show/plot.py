@@ -21,7 +21,8 @@ from fastcov.show.axes import (
     short,
     spread,
 )
-from fastcov.spectra.history import Comparison, History, LayerComparison
+from fastcov.spectra.compare import Comparison, LayerComparison
+from fastcov.spectra.history import History
 from fastcov.spectra.spectrum import Spectrum
 
 try:

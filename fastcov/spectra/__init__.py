@@ -1,1 +1,1 @@
-"""Spectra of layers, and their history over a training."""
+"""Spectra of layers, their history over a training, and the comparison of two trainings."""

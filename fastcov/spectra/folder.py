@@ -1,18 +1,21 @@
-"""The folder a history is appended to: its format, and what makes an append safe against a kill.
+"""Folder of snapshots: its format, and appends that a kill at any moment cannot spoil.
 
 ``history.jsonl`` holds one line of numbers per snapshot, ``spectra/00000000.npy`` the eigenvalues
 of snapshot 0 laid end to end, float64. The spectra are written first, under a temporary name that
-is then renamed; only the complete line makes the snapshot exist. What a kill leaves behind (a
-partial last line, a spectra file that no line names) is ignored by readers and removed by the next
-append. Only the steps and places of the lines are kept in memory: 16 bytes a snapshot.
+is then renamed; only the complete line makes the snapshot exist. Leftovers of a kill (a partial
+last line, a spectra file that no line names) are ignored by readers and removed by the next append.
+Only the steps and places of the lines are kept in memory: 16 bytes a snapshot.
 """
 
 import io
+import itertools
 import json
 import math
+import operator
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcov.files import flush_to_disk, replacing
+from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import Spectrum
 
 FORMAT = 1
@@ -40,77 +45,78 @@ class HistoryFolder:
         self.folder = folder
         self.lines_path = folder / "history.jsonl"
         self.steps = array("q")
-        self._starts = array("q")  # one a snapshot: where its line begins
-        self._end = 0  # where the last complete line ends
-        self._known_bytes = 0  # what the file measured when this object last looked
+        self._line_starts = array("q")  # byte offsets in the file of lines, one a snapshot
+        self._lines_end = 0  # offset at which the last complete line ends
+        self._known_bytes = 0  # size of the file of lines when this object last used it
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; a history needs a folder")
         if self.lines_path.exists():
             self._scan()
 
-    def layer_names(self, index: int) -> list[str]:
-        """Layers of one snapshot, without reading its spectra."""
-        return [layer["name"] for layer in self._read_line(index)["layers"]]
+    def channels(self, index: int) -> dict[str, int]:
+        """Widths of the layers of one snapshot, without reading its spectra."""
+        return {layer["name"]: layer["channels"] for layer in self._read_line(index)["layers"]}
 
-    def read(self, index: int) -> tuple[int, float, dict[str, Spectrum]]:
-        """Step, wall seconds and spectra of one snapshot."""
+    def read(self, index: int) -> Snapshot:
+        """Snapshot of that number, oldest first."""
         line = self._read_line(index)
-        eigenvalues = _read_spectra(self._spectra_path(index), line["length"])
+        eigenvalues = _read_spectra(self._spectra_paths(index)[0], line["length"])
         spectra = {}
         for layer in line["layers"]:
             part = eigenvalues[layer["offset"] : layer["offset"] + layer["channels"]]
             spectra[layer["name"]] = Spectrum(part, layer["count"], layer["total"], layer["name"])
-        return line["step"], line["wall_s"], spectra
+        return Snapshot(line["step"], line["wall_s"], spectra)
 
-    def append(self, step: int, wall_s: float, spectra: Mapping[str, Spectrum]) -> None:
-        """Stores one snapshot; it is on disk when this returns, or nothing changed."""
+    def append(self, snapshot: Snapshot) -> None:
+        """Durable append: the snapshot is on disk when this returns, or nothing changed."""
         index = len(self.steps)
-        final_path = self._spectra_path(index)
-        temporary_path = final_path.with_suffix(".npy.tmp")
-        spectra_bytes, line_bytes = _encode(step, wall_s, spectra, final_path.name)
+        spectra_path, temporary_path = self._spectra_paths(index)
+        spectra_bytes, line_bytes = _encode(snapshot, spectra_path.name)
         self._refuse_second_writer()  # before anything is written, or undone
         try:
-            if self._known_bytes != self._end:
-                self._cut_lines(self._end)
+            if self._known_bytes != self._lines_end:
+                self._cut_lines(self._lines_end)
             self._remove_orphans()
-            final_path.parent.mkdir(parents=True, exist_ok=True)
-            _write_through(temporary_path, spectra_bytes, "wb")
-            os.replace(temporary_path, final_path)
-            _sync_folder(final_path.parent)
-            _write_through(self.lines_path, line_bytes, "ab")
-            _sync_folder(self.folder)
+            with replacing(spectra_path, temporary=temporary_path, durable=True):
+                temporary_path.write_bytes(spectra_bytes)
+            with self.lines_path.open("ab") as lines:
+                lines.write(line_bytes)
+            flush_to_disk(self.lines_path)
+            flush_to_disk(self.folder)
         except BaseException as error:
-            self._roll_back(temporary_path, final_path)
+            self._roll_back(spectra_path)
             if isinstance(error, OSError):
                 raise OSError(
                     error.errno,
-                    f"cannot store the snapshot of step {step} in {self.folder} "
+                    f"cannot store the snapshot of step {snapshot.step} in {self.folder} "
                     f"({len(spectra_bytes) + len(line_bytes)} bytes): {error.strerror}; the "
                     f"{index} snapshots before it are intact: free space or permit writing, then "
                     "snapshot again",
                 ) from error
             raise
-        self.steps.append(step)
-        self._starts.append(self._end)
-        self._end += len(line_bytes)
-        self._known_bytes = self._end
+        self.steps.append(snapshot.step)
+        self._line_starts.append(self._lines_end)
+        self._lines_end += len(line_bytes)
+        self._known_bytes = self._lines_end
 
     def truncate(self, keep: int) -> None:
-        """Keeps the first ``keep`` snapshots."""
+        """Removal of all snapshots but the first ``keep``."""
         self._refuse_second_writer()
-        end = self._starts[keep] if keep < len(self.steps) else self._end
+        end = self._line_starts[keep] if keep < len(self.steps) else self._lines_end
         # The lines go first and reach the disk: a line must never name another snapshot's spectra.
         self._cut_lines(end)
-        self._end = end
-        del self.steps[keep:], self._starts[keep:]
+        self._lines_end = end
+        del self.steps[keep:], self._line_starts[keep:]
         self._remove_orphans()
 
-    def _spectra_path(self, index: int) -> Path:
-        return self.folder / "spectra" / f"{index:08d}.npy"
+    def _spectra_paths(self, index: int) -> tuple[Path, Path]:
+        """Path of a snapshot's spectra, and the temporary one that is renamed to it."""
+        name = f"{index:08d}.npy"
+        return self.folder / "spectra" / name, self.folder / "spectra" / f"{name}.tmp"
 
     def _scan(self) -> None:
         for number, line in enumerate(_whole_lines(self.lines_path), 1):
-            start = self._end
+            start = self._lines_end
             try:
                 step = parse_line(line, len(self.steps))["step"]
             except ValueError as error:
@@ -127,13 +133,14 @@ class HistoryFolder:
                     f"{self.steps[-1]}; two runs wrote here, give each its own folder"
                 )
             self.steps.append(step)
-            self._starts.append(start)
-            self._end = start + len(line)
+            self._line_starts.append(start)
+            self._lines_end = start + len(line)
         self._known_bytes = self.lines_path.stat().st_size
 
     def _read_line(self, index: int) -> dict[str, Any]:
-        start = self._starts[index]
-        end = self._starts[index + 1] if index + 1 < len(self._starts) else self._end
+        start = self._line_starts[index]
+        is_last = index + 1 == len(self._line_starts)
+        end = self._lines_end if is_last else self._line_starts[index + 1]
         with self.lines_path.open("rb") as lines:
             lines.seek(start)
             return parse_line(lines.read(end - start), index)
@@ -153,37 +160,33 @@ class HistoryFolder:
         self._known_bytes = end
 
     def _remove_orphans(self) -> None:
-        """Removes the spectra of snapshots that never became or were dropped; numbered in a row."""
-        index = len(self.steps)
-        while True:
-            path = self._spectra_path(index)
-            temporary_path = path.with_suffix(".npy.tmp")
-            if not path.exists() and not temporary_path.exists():
+        """Remove spectra that no line names: their numbers follow the last snapshot's in a row."""
+        for index in itertools.count(len(self.steps)):
+            orphans = [path for path in self._spectra_paths(index) if path.exists()]
+            if not orphans:
                 return
-            path.unlink(missing_ok=True)
-            temporary_path.unlink(missing_ok=True)
-            index += 1
-
-    def _roll_back(self, *spectra_paths: Path) -> None:
-        """Best effort: what cannot be undone now, the next append repairs."""
-        try:
-            if self.lines_path.exists() and self.lines_path.stat().st_size > self._end:
-                self._cut_lines(self._end)
-            for path in spectra_paths:
+            for path in orphans:
                 path.unlink(missing_ok=True)
+
+    def _roll_back(self, spectra_path: Path) -> None:
+        """Undo a failed append as far as the disk allows; the next append repairs the rest."""
+        try:
+            if self.lines_path.exists() and self.lines_path.stat().st_size > self._lines_end:
+                self._cut_lines(self._lines_end)
+            spectra_path.unlink(missing_ok=True)
         except OSError:
             self._known_bytes = self.lines_path.stat().st_size if self.lines_path.exists() else 0
 
 
 def parse_line(line: bytes, index: int) -> dict[str, Any]:
-    """Reads one line of ``history.jsonl`` and checks every field that is used later.
+    """Fields of one line of ``history.jsonl``; every one that is used later is checked.
 
     Args:
         line: With or without its newline.
         index: Number of the snapshot, from 0.
 
     Returns:
-        step, wall_s, length and layers, the latter with name, offset, channels, count, total.
+        step, wall_s, length and layers; a layer has name, offset, channels, count and total.
 
     Raises:
         ValueError: Saying which field is wrong; json.JSONDecodeError where it is no JSON at all.
@@ -209,7 +212,7 @@ def parse_line(line: bytes, index: int) -> dict[str, Any]:
             raise ValueError(f"layers holds {layer!r}, which is no layer")
         _check(layer, "name", lambda value: isinstance(value, str))
         _check(layer, "channels", lambda value: _is_whole(value) and value >= 1)
-        _check(layer, "offset", lambda value, offset=offset: value == offset)
+        _check(layer, "offset", partial(operator.eq, offset))
         _check(layer, "count", _is_whole)
         _check(layer, "total", _is_amount)
         offset += layer["channels"]
@@ -217,7 +220,7 @@ def parse_line(line: bytes, index: int) -> dict[str, Any]:
     return fields
 
 
-def _check(fields: Mapping[str, Any], key: str, is_valid: Any) -> None:
+def _check(fields: Mapping[str, Any], key: str, is_valid: Callable[[Any], bool]) -> None:
     value = fields.get(key)
     if not is_valid(value):
         raise ValueError(f"the field {key!r} is {value!r}, which cannot be")
@@ -243,13 +246,12 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
                 )
 
 
-def _encode(
-    step: int, wall_s: float, spectra: Mapping[str, Spectrum], file_name: str
-) -> tuple[bytes, bytes]:
+def _encode(snapshot: Snapshot, file_name: str) -> tuple[bytes, bytes]:
+    """Content of the file of spectra, and the line that makes the snapshot exist."""
     parts: list[Tensor] = []
     layers: list[dict[str, Any]] = []
     offset = 0
-    for name, spectrum in spectra.items():
+    for name, spectrum in snapshot.spectra.items():
         parts.append(spectrum.eigenvalues)
         layers.append(
             {
@@ -267,8 +269,8 @@ def _encode(
         offset += spectrum.channels
     line = {
         "format": FORMAT,
-        "step": step,
-        "wall_s": wall_s,
+        "step": snapshot.step,
+        "wall_s": snapshot.wall_s,
         "file": file_name,
         "length": offset,
         "layers": layers,
@@ -293,19 +295,3 @@ def _read_spectra(path: Path, length: int) -> Tensor:
             f"{path} cannot be read ({error}); restore it, or drop this snapshot and the later "
             "ones with truncate()"
         ) from error
-
-
-def _write_through(path: Path, content: bytes, mode: str) -> None:
-    with path.open(mode) as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename or a new file outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,38 +1,38 @@
-"""Spectra of many layers in one eigenvalue call; on a GPU the training never waits for them.
+"""Spectra on their way: started in one step, read when they are there, appended to a history.
 
-A stream of its own does the work, on copies of the states.
+The layers of a device share one eigenvalue call. On a GPU it runs on a stream of its own, on copies
+of the states, so that the training never waits for it.
 """
 
 from __future__ import annotations
 
+import time
+import warnings
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcov import ops
+from fastcov.spectra.history import History
+from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.state import CovarianceState
 
-_NUMBERS = 4  # of a layer beside its eigenvalues: trace, weight, count, effective count
+_MOST_PENDING_SNAPSHOTS = 2  # each holds a copy of all states on the GPU
+
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-@dataclass
-class _Batch:
-    """The layers of one device: their numbers, end to end, and when the CPU may read them."""
-
-    channels: dict[str, int]
-    numbers: Tensor
-    done: torch.cuda.Event | None
-
-
 class PendingSpectra:
-    """Spectra of states as they are now, which may still be on their way.
+    """Spectra of states as they are now, computed without stopping the host.
 
     States on a GPU are copied on the current stream; their eigenvalues are computed on a stream
-    beside it and fetched without stopping the host. States on the CPU are ready at once.
+    beside it. States on the CPU are ready at once.
 
     Args:
         states: By layer, on any devices.
@@ -40,11 +40,7 @@ class PendingSpectra:
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        states: Mapping[str, CovarianceState],
-        centered: bool,
-    ) -> None:
+    def __init__(self, states: Mapping[str, CovarianceState], centered: bool) -> None:
         self._names = list(states)
         by_device: dict[torch.device, dict[str, CovarianceState]] = {}
         for name, state in states.items():
@@ -52,25 +48,90 @@ class PendingSpectra:
         self._batches = [_start(batch, device, centered) for device, batch in by_device.items()]
 
     def is_ready(self) -> bool:
-        """Whether :meth:`get` returns without waiting."""
+        """True where :meth:`get` returns without waiting."""
         return all(batch.done is None or batch.done.query() for batch in self._batches)
 
     def get(self) -> dict[str, Spectrum]:
-        """The spectra of all layers that have seen a row; waits for the GPU where need be."""
-        spectra = {}
+        """Spectra of all layers that have seen a row; waits for the GPU where need be."""
+        spectra: dict[str, Spectrum] = {}
         for batch in self._batches:
-            if batch.done is not None:
-                batch.done.synchronize()
-            sizes = [channels + _NUMBERS for channels in batch.channels.values()]
-            for name, part in zip(batch.channels, batch.numbers.split(sizes), strict=True):
-                trace, weight, count, effective = part[-_NUMBERS:].tolist()
-                if weight > 0:
-                    # What its uncertainty rests on: fewer than were read, where some weigh less.
-                    rows = min(int(count), round(effective))
-                    # A copy: the numbers of all layers would live as long as one of them.
-                    values = part[:-_NUMBERS].clone()
-                    spectra[name] = Spectrum(values, rows, max(0.0, trace), name)
+            spectra |= batch.spectra()
         return {name: spectra[name] for name in self._names if name in spectra}
+
+
+class SnapshotQueue:
+    """Snapshots in the order of their steps, appended to a history when their spectra are there.
+
+    Args:
+        history: Gets the snapshots.
+        owner: At its end, or that of the process, everything pending is appended.
+    """
+
+    def __init__(self, history: History, owner: object) -> None:
+        self.history = history
+        self._pending: deque[tuple[int, float, PendingSpectra]] = deque()
+        weakref.finalize(owner, self.deliver)
+
+    def add(self, step: int, spectra: PendingSpectra) -> None:
+        """Addition of a snapshot, at once in the history where its spectra are ready."""
+        self._pending.append((step, time.time(), spectra))
+        self.deliver(most_pending=_MOST_PENDING_SNAPSHOTS)
+
+    def deliver(self, most_pending: int = 0) -> None:
+        """Append of all that is ready; waits for the oldest while more than so many are pending."""
+        while self._pending and (
+            len(self._pending) > most_pending or self._pending[0][2].is_ready()
+        ):
+            step, wall_s, spectra = self._pending.popleft()
+            try:
+                self.history.append(Snapshot(step, wall_s, spectra.get()))
+            except Exception as error:
+                # A full disk must not end the training that happens to be at some later step.
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(f"no snapshot at step {step}, {reason}", stacklevel=2)
+
+    def poll(self) -> None:
+        """Append of all that is ready; waits for nothing."""
+        self.deliver(most_pending=len(self._pending))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or a file, holds no stream and no event.
+        self.deliver()
+        return self.__dict__
+
+
+class _Scalars(NamedTuple):
+    """Numbers of one layer that travel behind its eigenvalues, in this order."""
+
+    trace: float
+    weight: float
+    rows: float
+    effective_rows: float
+
+
+@dataclass
+class _Batch:
+    """Layers of one device: their numbers end to end, and the event after which they are there."""
+
+    channels: dict[str, int]
+    numbers: Tensor
+    done: torch.cuda.Event | None
+
+    def spectra(self) -> dict[str, Spectrum]:
+        if self.done is not None:
+            self.done.synchronize()
+        spectra = {}
+        behind = len(_Scalars._fields)
+        sizes = [channels + behind for channels in self.channels.values()]
+        for name, part in zip(self.channels, self.numbers.split(sizes), strict=True):
+            layer = _Scalars(*part[-behind:].tolist())
+            if layer.weight > 0:
+                # The uncertainty rests on fewer rows than were read where some weigh less.
+                rows = min(int(layer.rows), round(layer.effective_rows))
+                # A copy: the numbers of all layers would live as long as one of them.
+                eigenvalues = part[:-behind].clone()
+                spectra[name] = Spectrum(eigenvalues, rows, max(0.0, layer.trace), name)
+        return spectra
 
 
 def _start(states: dict[str, CovarianceState], device: torch.device, centered: bool) -> _Batch:
@@ -79,7 +140,7 @@ def _start(states: dict[str, CovarianceState], device: torch.device, centered: b
         return _Batch(channels, _numbers(list(states.values()), centered).cpu(), None)
     here = torch.cuda.current_stream(device)
     side = _beside(here)
-    # The training goes on changing its states: what is read is a copy, made in its own order.
+    # The training goes on changing its states, so copies are read, made in the training's order.
     twins = [state.copy() for state in states.values()]
     side.wait_stream(here)
     with torch.cuda.stream(side):
@@ -94,7 +155,7 @@ def _start(states: dict[str, CovarianceState], device: torch.device, centered: b
 
 
 def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    # torch hands out its streams in turn: one of them may be what the caller trains on.
+    # torch hands out its streams in turn: a new one may be the stream that the caller trains on.
     side = _side_streams.get(stream.device)
     while side is None or side == stream:
         side = _side_streams[stream.device] = torch.cuda.Stream(stream.device)
@@ -107,7 +168,11 @@ def _numbers(states: list[CovarianceState], centered: bool) -> Tensor:
     eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
     parts = []
     for state, matrix, values in zip(states, matrices, eigenvalues, strict=True):
-        counts = state.count[0].double(), state.effective_count
-        numbers = torch.stack([matrix.trace(), state.weight, *counts])
-        parts += [values.double(), numbers]
+        scalars = {
+            "trace": matrix.trace(),
+            "weight": state.weight,
+            "rows": state.count[0].double(),
+            "effective_rows": state.effective_count,
+        }
+        parts += [values.double(), torch.stack([scalars[field] for field in _Scalars._fields])]
     return torch.cat(parts)

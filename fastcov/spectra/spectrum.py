@@ -372,6 +372,40 @@ def uncertainty(eigenvalues: Tensor, count: int) -> Tensor:
     return interval(eigenvalues, count)[1] - _descending(eigenvalues)
 
 
+def spectral_distance(a: Spectrum, b: Spectrum) -> float:
+    r"""Share of the variance that would have to change rank to turn one spectrum into the other.
+
+    .. math:: d = \tfrac12 \sum_i |p_i - q_i|, \quad p_i = \lambda_i^a / \sum_j \lambda_j^a
+
+    with eigenvalues in descending order and the shorter list filled with zeros: the total variation
+    distance of the trace-normalised spectra. 0 for the same shape at any scale, 1 at most. It
+    compares how variance is spread, not in which directions: equal spectra may span different
+    subspaces.
+
+    Args:
+        a: Spectrum of any width.
+        b: Spectrum of any width.
+
+    Returns:
+        Distance in [0, 1]; 1 where exactly one of them has no variance, 0 where neither has.
+
+    Example:
+        >>> flat = Spectrum(torch.tensor([1.0, 1.0]), count=64, total=2.0)
+        >>> steep = Spectrum(torch.tensor([9.0, 1.0, 0.0]), count=64, total=10.0)
+        >>> round(spectral_distance(flat, steep), 6)
+        0.4
+    """
+    width = max(a.channels, b.channels)
+    shares = torch.zeros(2, width, dtype=torch.float64, device="cpu")
+    for row, spectrum in enumerate((a, b)):
+        relative = _relative(spectrum.eigenvalues)
+        shares[row, : spectrum.channels] = relative / relative.sum().clamp_min(1.0)
+    has_variance = shares.sum(-1) > 0
+    if not bool(has_variance.all()):
+        return float(has_variance.any())
+    return float((shares[0] - shares[1]).abs().sum() / 2)
+
+
 def _descending(eigenvalues: Tensor) -> Tensor:
     if not isinstance(eigenvalues, Tensor) or not eigenvalues.is_floating_point():
         kind = eigenvalues.dtype if isinstance(eigenvalues, Tensor) else type(eigenvalues).__name__

@@ -23,7 +23,8 @@ from fastcov.show.page import (
     write_report,
 )
 from fastcov.show.plot import DARK
-from fastcov.spectra.history import History, Snapshot, compare_histories
+from fastcov.spectra.compare import compare_histories
+from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.spectrum import Spectrum
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1">&amp;"\'$x$'

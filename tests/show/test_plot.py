@@ -19,7 +19,8 @@ from matplotlib.image import imread
 
 from fastcov.show import figures
 from fastcov.show.plot import DARK, FEW, plot_comparison, plot_demand, plot_dims, plot_spectrum
-from fastcov.spectra.history import Comparison, History, Snapshot, compare_histories
+from fastcov.spectra.compare import Comparison, compare_histories
+from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.spectrum import Spectrum
 
 mpl.use("Agg")

@@ -121,7 +121,7 @@ def test_orphans_are_ignored_and_removed_by_the_next_append(tmp_path: Path) -> N
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_history_folder import History, _snapshot
+from test_folder import History, _snapshot
 history = History({folder!r})
 start = history.steps()[-1] + 1 if len(history) else 0
 for step in range(start, 10**9):
@@ -191,7 +191,7 @@ def test_an_append_that_fails_changes_nothing_and_can_be_repeated(
 FULL = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
-from test_history_folder import History, _snapshot
+from test_folder import History, _snapshot
 history = History({folder!r})
 layers = {layers!r}
 history.append(_snapshot(0, layers))

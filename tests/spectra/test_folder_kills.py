@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import torch
 
-from fastcov.spectra import folder as history_folder
 from fastcov.spectra.history import History, Snapshot, load_history
 from fastcov.spectra.spectrum import Spectrum
 
@@ -48,19 +48,21 @@ def _append_and_die(folder: Path, moment: int) -> None:
 
         setattr(os, name, call)
 
-    def write_half(path: Path, content: bytes, mode: str) -> None:
-        with path.open(mode) as out:
+    class Dying(io.FileIO):
+        """A file that may die in the midst of a write."""
+
+        def write(self, content: bytes) -> int:
             if dies_here():
-                out.write(content[: len(content) // 2])
-                out.flush()
+                super().write(content[: len(content) // 2])
                 os._exit(KILLED)
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+            return super().write(content)
+
+    def open_dying(path: Path, mode: str = "r", *_: object, **__: object) -> Dying:
+        return Dying(path, mode)
 
     for name in ("fsync", "replace", "open", "unlink"):
         killing(name)
-    history_folder._write_through = write_half
+    Path.open = open_dying
     History(folder).append(_snapshot(1))
     os._exit(0)
 

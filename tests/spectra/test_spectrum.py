@@ -20,6 +20,7 @@ from fastcov.spectra.spectrum import (
     participation_ratio,
     power_law,
     rank_at,
+    spectral_distance,
     stable_rank,
     uncertainty,
 )
@@ -303,3 +304,18 @@ def test_bad_eigenvalues_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         measure(eigenvalues)
+
+
+def test_distance_follows_its_definition() -> None:
+    a = Spectrum(torch.tensor([6.0, 3.0, 1.0]), 10, 10.0)
+    b = Spectrum(torch.tensor([1.0, 1.0]), 10, 2.0)
+    assert spectral_distance(a, b) == pytest.approx(0.5 * (0.1 + 0.2 + 0.1))
+    assert spectral_distance(b, a) == pytest.approx(spectral_distance(a, b))
+    scaled = Spectrum(a.eigenvalues * 1e200, 10, 1e201)
+    assert spectral_distance(a, scaled) == pytest.approx(0, abs=1e-15)
+    zero = Spectrum(torch.zeros(2), 10, 0.0)
+    assert spectral_distance(zero, a) == spectral_distance(a, zero) == 1
+    assert spectral_distance(zero, zero) == 0
+    wide = Spectrum(torch.full((1000,), 1e-300, dtype=torch.float64), 10, 1e-297)
+    narrow = Spectrum(torch.tensor([1.0]), 10, 1.0)
+    assert spectral_distance(wide, narrow) == pytest.approx(0.999)

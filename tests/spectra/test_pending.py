@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.spectra.history import History
-from fastcov.spectra.pending import PendingSpectra
-from fastcov.spectra.snapshots import SnapshotQueue
+from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.state import CovarianceState
 
