@@ -7,7 +7,7 @@ from fastcov.spectra.history import History, load_history
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.state import CovarianceState
 from fastcov.tracker import Tracker, track
-from fastcov.widths.plan import WidthGroup, suggest_widths
+from fastcov.widths import WidthGroup, suggest_widths
 
 __version__ = "0.1.0"
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastcov.widths import find_rule
 from fastcov_detection.config import ConfigError, closest
-from fastcov_detection.proposals import GRADIENT, SEARCHED, load_plan
+from fastcov_detection.proposals import SEARCHED, load_plan
 
 
 def run_dir(folder: Path, arm_folder: str, seed: int) -> Path:
@@ -27,7 +28,7 @@ def spectra_path(folder: Path, name: str) -> Path:
 
 def measured_path(folder: Path, name: str, rule: str) -> Path:
     """File of the measuring pass of a network that a rule reads: of features, or of gradients."""
-    return spectra_path(folder, f"{name}-{GRADIENT}" if rule == GRADIENT else name)
+    return spectra_path(folder, name if find_rule(rule).reads == "features" else f"{name}-{rule}")
 
 
 def start_path(folder: Path, name: str) -> Path:

@@ -9,12 +9,13 @@ import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from fastcov import Spectrum
+from fastcov.widths import find_rule
 from fastcov_detection.batches import mix_seed
 from fastcov_detection.config import ModelConfig, SearchConfig
 from fastcov_detection.layout import measured_path
 from fastcov_detection.measure import Images, measure_gradient_spectra, measure_spectra
 from fastcov_detection.model import build_model
-from fastcov_detection.proposals import GRADIENT, UNTRAINED
+from fastcov_detection.proposals import UNTRAINED
 from fastcov_detection.runner import threads_per_run
 from fastcov_detection.runs import load_run
 from fastcov_detection.spectra import load_spectra, save_spectra
@@ -68,7 +69,8 @@ class Measurements:
         return load_spectra(path)
 
     def _measure(self, model: GeneralizedRCNN, rule: str) -> dict[str, Spectrum]:
-        measure = measure_gradient_spectra if rule == GRADIENT else measure_spectra
+        reads_features = find_rule(rule).reads == "features"
+        measure = measure_spectra if reads_features else measure_gradient_spectra
         threads = torch.get_num_threads()
         # One small image at a time gains little from more threads, and waiting ones spin.
         torch.set_num_threads(min(threads, threads_per_run(self.config.jobs)))

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
 
 from fastcov import Spectrum, WidthGroup
-from fastcov.widths.plan import (
-    Rule,
+from fastcov.widths import (
+    RULES,
     WidthPlan,
     power_widths,
     random_widths,
@@ -28,8 +27,6 @@ PEER_SCRATCH = f"{PEER}-scratch"
 PEERS = (PEER, PEER_SCRATCH)
 UNTRAINED = "untrained"
 CONTROLS = ("uniform", "random", UNTRAINED, "power")
-RULES: tuple[str, ...] = get_args(Rule)
-GRADIENT = "gradient"
 
 
 def arm_names() -> tuple[str, ...]:
@@ -103,13 +100,12 @@ class Proposer:
 
     def from_spectra(self, spectra: Mapping[str, Spectrum], rule: str | None = None) -> WidthPlan:
         """Widths that follow the spectra at no more MACs than the budget."""
-        chosen: Any = rule or self.config.rule
         return suggest_widths(
             spectra,
             self.groups,
             self.costs.macs,
             self.budget,
-            rule=chosen,
+            rule=rule or self.config.rule,
             power=self.config.power,
             max_params=self.config.max_params,
             param_fn=self.costs.params,

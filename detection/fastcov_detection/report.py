@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from fastcov import load_history
 from fastcov.show.figures import free_axes, png, spectra_grid
 from fastcov.show.plot import plot_dims
-from fastcov.widths.plan import demand
+from fastcov.widths import demand
 from fastcov_detection import __version__, page, pictures
 from fastcov_detection.config import (
     ModelConfig,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastcov import Spectrum
-from fastcov.widths.plan import WidthPlan
+from fastcov.widths import WidthPlan
 from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device

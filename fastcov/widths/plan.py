@@ -1,4 +1,4 @@
-r"""From spectra to widths: the demand of every width group, and widths that meet a budget.
+r"""Plans of widths: the demand of every width group, and widths that meet a budget.
 
 A width group is a set of modules that must share one channel count (the outputs of a residual
 stage, the inner convolution of a bottleneck). Its demand :math:`d` is a measure of the spectrum of
@@ -11,7 +11,7 @@ meets the budget, :math:`m` is the group's rounding multiple, and :math:`p` is 1
 parameters flattens it. Rounding alone moves the cost by several per cent, so the widths are then
 adjusted group by group until the cost is within the tolerance below the budget. It is never above.
 
-What holds for every plan:
+Laws of every plan:
 
 - ``cost(widths) <= budget``, and within the tolerance of it unless no single step of any group
   fits;
@@ -20,69 +20,35 @@ What holds for every plan:
   budget;
 - the widths depend on ratios of demands alone.
 
-A spectrum of features alone says how many directions a map has, not whether anything reads them: a
-map that a norm has just scaled to unit variance is full, whatever the next layer makes of it. The
-rule ``"gradient"`` is for spectra of :math:`S^{1/2} G S^{1/2}`, where :math:`S` is a map's
-covariance and :math:`G` that of the loss's gradient with respect to the map. An eigenvalue is then
-what the loss would feel, to first order, if its direction went (squared), a unit that all maps
-share, so that one threshold holds for the whole network.
-
 GroupNorm is left ``gcd(32, width)`` groups: at least eight where widths are multiples of 8.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from fastcov.widths.solver import CostFn, Solver, WidthGroup, Widths, cached, closest
-
-__all__ = [
-    "Rule",
-    "SpectrumLike",
-    "WidthGroup",
-    "WidthPlan",
-    "demand",
-    "power_widths",
-    "random_widths",
-    "solve_widths",
-    "suggest_widths",
-    "uniform_widths",
-]
-
-_LARGEST_POWER = 2.0
-_MOST_POWERS = 10
-_CLOSE = 0.02
-# Of the network's largest eigenvalue, under the rule "gradient".
-_GRADIENT_SHARE = 1e-3
-
-Rule = Literal["dof", "share", "relative", "absolute", "gradient"]
-
-
-class SpectrumLike(Protocol):
-    """The part of :class:`fastcov.Spectrum` that a demand reads."""
-
-    @property
-    def eigenvalues(self) -> Tensor: ...
-
-    def dim(self, threshold: float = ..., relative: bool = ...) -> int: ...
-
-    def rank_at(self, share: float = ...) -> int: ...
-
-    def dof(self, lam: float | None = ...) -> float: ...
+from fastcov.names import closest
+from fastcov.widths.rules import Rule, SpectrumLike, find_rule
+from fastcov.widths.solver import CostFn, Solver, Widths, cached
+from fastcov.widths.solver import WidthGroup as WidthGroup
 
 
 @dataclass(frozen=True)
 class WidthPlan:
     """Widths that meet a budget, and how they came about.
 
-    ``demand`` is what the widths follow, ``alpha`` and ``power`` are the formula's, ``params`` is
-    None without a ``param_fn``, and ``notes`` says what bent the formula: floors, a cap, a rest.
+    Args:
+        widths: Channels by group name.
+        demand: Channels that each group asks for, by group name; the widths follow it.
+        macs: Multiply-accumulates of the widths.
+        budget: The most multiply-accumulates.
+        alpha: Factor of the formula.
+        rule: Name of the measure behind ``demand``.
+        power: Exponent of the formula.
+        params: Parameters of the widths; None without a ``param_fn``.
+        notes: Sentences on departures from the formula: floors, a cap, MACs left over.
     """
 
     widths: Widths
@@ -99,7 +65,7 @@ class WidthPlan:
 def demand(
     spectra: Mapping[str, SpectrumLike],
     groups: Sequence[WidthGroup],
-    rule: Rule | Callable[[SpectrumLike], float] = "dof",
+    rule: str | Rule | Callable[[SpectrumLike], float] = "dof",
 ) -> dict[str, float]:
     """Demand of every group: a measure of each member's spectrum, averaged over the members.
 
@@ -109,8 +75,8 @@ def demand(
         rule: ``"dof"`` (degrees of freedom at 1e-3 of the largest eigenvalue), ``"share"`` (rank
             that holds 99 % of the variance), ``"relative"`` or ``"absolute"`` (eigenvalues above
             1e-3 of the largest, or above 1e-3 itself), ``"gradient"`` (degrees of freedom at 1e-3
-            of the largest eigenvalue of all groups, for spectra that share one unit; see the
-            module's page), or a function of one spectrum.
+            of the largest eigenvalue of all groups, for spectra that share one unit; see
+            :mod:`fastcov.widths.rules`), a :class:`Rule`, or a function of one spectrum.
 
     Returns:
         Channels that each group asks for, by group name: positive numbers, not yet rounded.
@@ -120,11 +86,12 @@ def demand(
     """
     for group in groups:
         _check_members(group, spectra)
-    read = {member: spectra[member] for group in groups for member in group.members}
-    measure = rule if callable(rule) else _measure(rule, read.values())
+    found = find_rule(rule)
+    members = {member for group in groups for member in group.members}
+    largest = max((float(spectra[member].eigenvalues.max()) for member in members), default=0.0)
     demands: dict[str, float] = {}
     for group in groups:
-        values = [float(measure(spectra[member])) for member in group.members]
+        values = [float(found.demand(spectra[member], largest)) for member in group.members]
         mean = math.fsum(values) / len(values)
         if not math.isfinite(mean) or mean < 0:
             raise ValueError(
@@ -152,7 +119,7 @@ def suggest_widths(
     mac_fn: CostFn,
     budget: float | None = None,
     *,
-    rule: Rule | Callable[[SpectrumLike], float] = "dof",
+    rule: str | Rule | Callable[[SpectrumLike], float] = "dof",
     power: float = 1.0,
     max_params: float | None = None,
     param_fn: CostFn | None = None,
@@ -166,16 +133,18 @@ def suggest_widths(
         mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
         budget: The most MACs; None = those of the groups' current widths.
         rule: Which measure of a spectrum counts; see :func:`demand`.
-        power: Exponent of the demand.
+        power: Exponent of the demand, positive and finite.
         max_params: Cap on ``param_fn(widths)``; the power is lowered until it holds.
-        param_fn: Parameters, likewise; needed for ``max_params``.
+        param_fn: Parameters of the network with widths ``{group name: channels}``; needed for
+            ``max_params``.
         tolerance: How far below the budget the MACs may stay, as a fraction.
 
     Returns:
-        ``{group name: channels}`` in its ``widths``, whose MACs are never above the budget.
+        A plan whose MACs are never above the budget; ``plan.widths`` is ``{group name: channels}``.
 
     Raises:
-        ValueError: If the floors alone exceed the budget or the cap, or the demand is unusable.
+        ValueError: If no plan can exist (the floors alone exceed the budget or the cap, or the
+            cost never reaches the budget), the demand is unusable, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -191,7 +160,7 @@ def suggest_widths(
         demand(spectra, groups, rule),
         mac_fn,
         budget,
-        rule=rule if isinstance(rule, str) else getattr(rule, "__name__", "custom"),
+        rule=find_rule(rule).name,
         power=power,
         max_params=max_params,
         param_fn=param_fn,
@@ -211,7 +180,32 @@ def solve_widths(
     param_fn: CostFn | None = None,
     tolerance: float = 0.005,
 ) -> WidthPlan:
-    """:func:`suggest_widths` for demands that are already numbers, by group name."""
+    """Widths in proportion to demands that are already numbers; see :func:`suggest_widths`.
+
+    Args:
+        groups: Width groups.
+        demands: Channels that each group asks for, by group name.
+        mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
+        budget: The most MACs; None = those of the groups' current widths.
+        rule: Name of the measure behind the demands, for the plan.
+        power: Exponent of the demand, positive and finite.
+        max_params: Cap on ``param_fn(widths)``; the power is lowered until it holds.
+        param_fn: Parameters of the network with widths ``{group name: channels}``.
+        tolerance: How far below the budget the MACs may stay, as a fraction.
+
+    Returns:
+        A plan whose MACs are never above the budget.
+
+    Raises:
+        ValueError: As :func:`suggest_widths`.
+    """
+    if not (math.isfinite(power) and power > 0):
+        raise ValueError(
+            f"power is {power}; give a positive, finite exponent: 1 follows the demand, less "
+            "flattens it"
+        )
+    if max_params is not None and not (math.isfinite(max_params) and max_params > 0):
+        raise ValueError(f"max_params is {max_params}; give a positive, finite number, or None")
     if max_params is not None and param_fn is None:
         raise ValueError("max_params needs param_fn, which counts the parameters of given widths")
     if not 0 <= tolerance < 1:
@@ -221,7 +215,7 @@ def solve_widths(
     notes: list[str] = []
     used_power, alpha, start = power, *solver.bisect(power)
     if params is not None and max_params is not None:
-        solver.also = _below(params, max_params)
+        solver.extra_limit = _below(params, max_params)
     if params is not None and max_params is not None and params(start) > max_params:
         used_power, alpha, start = _flatten(solver, params, max_params, power)
         notes.append(
@@ -260,10 +254,10 @@ def _below(params: CostFn, max_params: float) -> Callable[[Widths], bool]:
 def _flatten(
     solver: Solver, params: CostFn, max_params: float, power: float
 ) -> tuple[float, float, Widths]:
-    """The largest power in [0, power] at which the budget's widths keep the cap on parameters."""
-    if params(solver.floors()) > max_params:
+    """Largest power in [0, power] at which the budget's widths keep the cap on parameters."""
+    if (least := params(solver.floors())) > max_params:
         raise ValueError(
-            f"the floors alone need {params(solver.floors()):,.0f} parameters, above max_params = "
+            f"no plan can exist: the floors alone need {least:,.0f} parameters, above max_params = "
             f"{max_params:,.0f}; lower the floors or raise the cap"
         )
     low, high = 0.0, power
@@ -280,121 +274,3 @@ def _flatten(
         else:
             high = middle
     return low, alpha, start
-
-
-def power_widths(
-    groups: Sequence[WidthGroup],
-    mac_fn: CostFn,
-    budget: float | None,
-    power: float | None = None,
-    *,
-    params: float | None = None,
-    param_fn: CostFn | None = None,
-    tolerance: float = 0.005,
-) -> WidthPlan:
-    """Control without any spectrum: current widths to a power, at the same MACs.
-
-    Give the power, or ``params`` and ``param_fn``: then the power is found (between 0 and 2) that
-    brings the parameters nearest to ``params``.
-    """
-    current = {group.name: float(group.width) for group in groups}
-    if power is None:
-        if params is None or param_fn is None:
-            raise ValueError("power_widths needs a power, or params together with param_fn")
-        power = _matching_power(
-            Solver(groups, current, mac_fn, budget, tolerance), param_fn, params
-        )
-    plan = solve_widths(
-        groups,
-        current,
-        mac_fn,
-        budget,
-        rule=f"width^{power:.3f}",
-        power=power,
-        param_fn=param_fn,
-        tolerance=tolerance,
-    )
-    if params is None or plan.params is None or abs(plan.params / params - 1) <= _CLOSE:
-        return plan
-    note = f"no power brings the parameters nearer to {params:,.0f} than {plan.params:,.0f}"
-    return replace(plan, notes=(*plan.notes, note))
-
-
-def _matching_power(solver: Solver, param_fn: CostFn, params: float) -> float:
-    count = cached(param_fn, solver.names)
-    low, high = 0.0, _LARGEST_POWER
-    excess: dict[float, float] = {}
-
-    def measure(power: float) -> float:
-        alpha, start = solver.bisect(power)
-        excess[power] = count(solver.adjust(start, alpha, power)) - params
-        return excess[power]
-
-    # The current shape is the middle guess; then straight lines between the two sides, until
-    # the grain of the rounding.
-    side = measure(1.0)
-    low, high = (low, 1.0) if side > 0 else (1.0, high)
-    measure(low if side > 0 else high)
-    while len(excess) < _MOST_POWERS and excess[low] < 0 < excess[high]:
-        if min(map(abs, excess.values())) <= solver.tolerance * params:
-            break
-        share = excess[low] / (excess[low] - excess[high])
-        middle = low + (high - low) * min(max(share, 0.1), 0.9)
-        low, high = (middle, high) if measure(middle) < 0 else (low, middle)
-    return min(excess, key=lambda power: abs(excess[power]))
-
-
-def random_widths(
-    groups: Sequence[WidthGroup],
-    mac_fn: CostFn,
-    budget: float | None,
-    seed: int,
-    *,
-    tolerance: float = 0.005,
-) -> WidthPlan:
-    """Control by chance: every current width times a factor drawn log-uniformly from [1/2, 2]."""
-    draws = random.Random(seed)
-    drawn = {group.name: group.width * 2.0 ** draws.uniform(-1.0, 1.0) for group in groups}
-    return solve_widths(
-        groups, drawn, mac_fn, budget, rule=f"random (seed {seed})", tolerance=tolerance
-    )
-
-
-def uniform_widths(
-    groups: Sequence[WidthGroup],
-    cost_fn: CostFn,
-    params: float | None,
-    *,
-    tolerance: float = 0.005,
-) -> WidthPlan:
-    """Control of the same shape: the current widths scaled alike, at the same parameters.
-
-    ``cost_fn`` counts parameters here, so the plan's ``macs`` and ``budget`` are parameters too.
-    """
-    current = {group.name: float(group.width) for group in groups}
-    return solve_widths(groups, current, cost_fn, params, rule="uniform", tolerance=tolerance)
-
-
-def _measure(rule: str, spectra: Iterable[SpectrumLike]) -> Callable[[SpectrumLike], float]:
-    measures: dict[str, Callable[[SpectrumLike], float]] = {
-        "dof": lambda spectrum: spectrum.dof(),
-        "share": lambda spectrum: spectrum.rank_at(0.99),
-        "relative": lambda spectrum: spectrum.dim(1e-3, True),
-        "absolute": lambda spectrum: spectrum.dim(1e-3, False),
-    }
-    if rule == "gradient":
-        return _shared_dof(spectra)
-    if rule not in measures:
-        raise ValueError(
-            f"unknown rule {rule!r}{closest(rule, [*measures, 'gradient'])}; choose from "
-            f"{', '.join(get_args(Rule))}"
-        )
-    return measures[rule]
-
-
-def _shared_dof(spectra: Iterable[SpectrumLike]) -> Callable[[SpectrumLike], float]:
-    """Degrees of freedom at one threshold for all spectra."""
-    largest = max((float(spectrum.eigenvalues.max()) for spectrum in spectra), default=0.0)
-    if largest <= 0:
-        return lambda spectrum: 0.0
-    return lambda spectrum: spectrum.dof(_GRADIENT_SHARE * largest)

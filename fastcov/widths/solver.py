@@ -1,16 +1,16 @@
-"""Whole widths under a budget: one unknown scale by bisection, then group by group.
+"""Solver for whole widths under a budget: one unknown scale by bisection, then group by group.
 
-The solver behind :mod:`fastcov.widths.plan`. It knows demands and a cost,
-nothing of spectra or networks.
+It knows demands and a cost, nothing of spectra or networks.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from fastcov.names import closest
 
 Widths = dict[str, int]
 CostFn = Callable[[Widths], float]
@@ -29,7 +29,7 @@ class WidthGroup:
     """Modules that must have one channel count.
 
     Args:
-        name: What the group is called in a width file.
+        name: Of the group, as in a width file.
         members: Names of the feature maps (as in the spectra) whose demand is averaged.
         width: Channel count in the network that was measured.
         multiple: Widths are rounded to multiples of this.
@@ -53,16 +53,30 @@ class WidthGroup:
 
     @property
     def least(self) -> int:
-        """The floor, rounded up to the multiple."""
+        """Floor, rounded up to the multiple."""
         return -(-self.floor // self.multiple) * self.multiple
 
     def nearest(self, target: float) -> int:
-        """The allowed width nearest to ``target`` (halves go up)."""
+        """Allowed width nearest to ``target`` (halves go up)."""
         return max(self.least, math.floor(target / self.multiple + 0.5) * self.multiple)
 
 
 class Solver:
-    """Bisection of alpha and the group-by-group adjustment, over one cached cost."""
+    """Bisection of alpha and the group-by-group adjustment, over one cached cost.
+
+    Args:
+        groups: Width groups.
+        demands: Channels that each group asks for, by group name.
+        cost_fn: Cost of widths ``{group name: channels}``, which must not fall as they grow.
+        budget: The most that widths may cost; None = the current widths' cost.
+        tolerance: How far below the budget the cost may stay, as a fraction.
+
+    Attributes:
+        extra_limit: Further condition on widths; True for all unless it is set.
+
+    Raises:
+        ValueError: If the groups, demands or budget are unusable, or the floors cost too much.
+    """
 
     def __init__(
         self,
@@ -78,7 +92,7 @@ class Solver:
         self.scale = max(self.demands.values())
         self.cost = cached(cost_fn, self.names)
         self.tolerance = tolerance
-        self.also: Callable[[Widths], bool] = lambda widths: True
+        self.extra_limit: Callable[[Widths], bool] = lambda widths: True
         current = {group.name: group.width for group in self.groups}
         self.budget = float(self.cost(current) if budget is None else budget)
         if not math.isfinite(self.budget) or self.budget <= 0:
@@ -86,22 +100,25 @@ class Solver:
         least = self.cost(self.floors())
         if least > self.budget:
             raise ValueError(
-                f"the floors alone cost {least:,.0f}, above the budget of {self.budget:,.0f}; "
-                "lower the floors or raise the budget"
+                f"no plan can exist: the floors alone cost {least:,.0f}, above the budget of "
+                f"{self.budget:,.0f}; lower the floors or raise the budget"
             )
 
     def floors(self) -> Widths:
+        """Smallest allowed widths."""
         return {group.name: group.least for group in self.groups}
 
     def target(self, group: WidthGroup, alpha: float, power: float) -> float:
+        """Width that the formula gives a group, before rounding."""
         share = self.demands[group.name] / self.scale
         return alpha * (share**power if share > 0 else 0.0)
 
     def widths(self, alpha: float, power: float) -> Widths:
+        """Widths that the formula gives all groups, rounded."""
         return {g.name: g.nearest(self.target(g, alpha, power)) for g in self.groups}
 
     def bisect(self, power: float) -> tuple[float, Widths]:
-        """The largest alpha whose rounded widths cost no more than the budget."""
+        """Largest alpha whose rounded widths cost no more than the budget, and these widths."""
         # The largest demand gets alpha itself, so today's largest width is a close first guess.
         low, high = 0.0, float(max(group.width for group in self.groups))
         for _ in range(_MOST_DOUBLINGS):
@@ -110,8 +127,8 @@ class Solver:
             low, high = high, 2 * high
         else:
             raise ValueError(
-                f"the cost stays below the budget of {self.budget:,.0f} at any width; check that "
-                "the cost function reads the widths it is given"
+                f"no plan can exist: the cost stays below the budget of {self.budget:,.0f} "
+                "at any width; check that the cost function reads the widths it is given"
             )
         while high - low > _BRACKET * high:
             middle = (low + high) / 2
@@ -122,7 +139,7 @@ class Solver:
         return low, self.widths(low, power)
 
     def adjust(self, widths: Widths, alpha: float, power: float) -> Widths:
-        """Spend what rounding left of the budget; groups of equal demand move together first."""
+        """Widths that spend the rest that rounding left; equal demands move together first."""
         targets = {g.name: max(self.target(g, alpha, power), 1e-12) for g in self.groups}
         ties: dict[tuple[float, int, int], list[WidthGroup]] = {}
         for group in self.groups:
@@ -145,7 +162,7 @@ class Solver:
         return self.cost(widths) >= (1 - self.tolerance) * self.budget
 
     def _fits(self, widths: Widths) -> bool:
-        return self.cost(widths) <= self.budget and self.also(widths)
+        return self.cost(widths) <= self.budget and self.extra_limit(widths)
 
     def _fill(self, widths: Widths, units: Sequence[Unit], targets: Mapping[str, float]) -> Widths:
         """One step up at a time, the most underserved unit first, while something fits."""
@@ -190,7 +207,7 @@ class Solver:
         return best
 
     def _is_ordered(self, widths: Widths) -> bool:
-        """Whether a larger demand is nowhere narrower, and equal demands stay within one step."""
+        """True if no larger demand is narrower, and equal demands stay within one step."""
         kinds: dict[tuple[int, int], list[WidthGroup]] = {}
         for group in self.groups:
             kinds.setdefault((group.multiple, group.least), []).append(group)
@@ -218,6 +235,7 @@ def _strain(widths: Widths, unit: Unit, steps: int, targets: Mapping[str, float]
 
 
 def cached(cost_fn: CostFn, names: tuple[str, ...]) -> CostFn:
+    """Cost function that is called once for the same widths, and refuses impossible costs."""
     known: dict[tuple[int, ...], float] = {}
 
     def cost(widths: Widths) -> float:
@@ -263,9 +281,3 @@ def _checked_demands(
             "network before reading its spectra"
         )
     return checked
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """The known names nearest to a wrong one, as the end of a sentence."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f" (closest: {', '.join(near)})" if near else ""

@@ -156,8 +156,8 @@ def test_a_branch_that_nothing_reads_has_full_features_and_no_demand(
     felt = measure_gradient_spectra(model, images, images=3)
     groups = width_groups(model)
     branch = next(group.name for group in groups if group.members == (member,))
-    by_features = fastcov.widths.plan.demand(features, groups, "dof")
-    by_loss = fastcov.widths.plan.demand(felt, groups, "gradient")
+    by_features = fastcov.widths.demand(features, groups, "dof")
+    by_loss = fastcov.widths.demand(felt, groups, "gradient")
     width = next(group.width for group in groups if group.name == branch)
     assert by_features[branch] > 0.5 * width
     assert by_loss[branch] < 1e-3 * width

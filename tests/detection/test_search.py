@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcov.widths.plan import demand
+from fastcov.widths import demand
 from fastcov_detection.cli import main
 from fastcov_detection.config import (
     ConfigError,

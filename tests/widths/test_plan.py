@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcov.spectra.spectrum import Spectrum
-from fastcov.widths.plan import (
+from fastcov.widths import (
+    RULES,
+    Rule,
     WidthGroup,
     demand,
+    find_rule,
     power_widths,
     random_widths,
     solve_widths,
@@ -235,6 +238,18 @@ def test_gradient_demand_has_one_threshold_for_all_groups():
     assert demand({"c": spectra["c"]}, groups[2:], "gradient") == {"c": 0.0}
 
 
+def test_a_rule_is_found_by_its_name_and_knows_which_spectra_it_is_for():
+    assert [name for name, rule in RULES.items() if rule.reads == "sensitivity"] == ["gradient"]
+    assert all(rule.name == name and find_rule(name) is rule for name, rule in RULES.items())
+    # A rule of one's own needs no entry: its name stands in the plan.
+    total = Rule("total", lambda spectrum, largest: float(spectrum.eigenvalues.sum()) / largest)
+    groups = [WidthGroup("g", ("m",), 64)]
+    plan = suggest_widths({"m": _spectrum(2.0, 1.0)}, groups, lambda w: w["g"], rule=total)
+    assert (plan.rule, plan.demand) == ("total", {"g": 1.5})
+    plan = suggest_widths({"m": _spectrum(2.0)}, groups, lambda w: w["g"], rule=Spectrum.dof)
+    assert plan.rule == "dof"
+
+
 def test_suggest_widths_gives_room_to_the_layer_that_uses_it():
     groups = [WidthGroup("used", ("u",), 64), WidthGroup("idle", ("i",), 64)]
     spectra = {"u": _spectrum(*[1.0] * 64), "i": _spectrum(*[1.0] * 8, *[0.0] * 56)}
@@ -297,20 +312,32 @@ def test_power_control_finds_the_power_that_matches_the_parameters():
 
 
 BAD = [
-    ({"budget": 10.0}, "the floors alone cost"),
+    ({"budget": 10.0}, "no plan can exist: the floors alone cost 64, above the budget of 10"),
     ({"budget": -1.0}, "give a positive number"),
     ({"tolerance": 1.5}, "tolerance is 1.5"),
     ({"max_params": 5.0}, "needs param_fn"),
     ({"rule": "degrees"}, "unknown rule 'degrees'"),
-    ({"rule": "dofs"}, r"closest: dof"),
-    ({"spectra": {"mm": _spectrum(1.0)}}, r"spectrum of 'm', which was not measured (closest: mm)"),
+    ({"rule": "dofs"}, "unknown rule 'dofs'; closest names: dof"),
+    (
+        {"spectra": {"mm": _spectrum(1.0)}},
+        "spectrum of 'm', which was not measured; closest names: mm; measure it",
+    ),
     ({"groups": []}, "no width groups"),
     ({"groups": [WidthGroup("g", ("m",), 8)] * 2}, "named twice: g"),
     ({"groups": [WidthGroup("g", (), 8)]}, "has no members"),
     ({"spectra": {"m": _spectrum(0.0, 0.0)}}, "every width group has demand 0"),
     ({"rule": lambda spectrum: float("nan")}, "its demand is nan"),
     ({"mac_fn": lambda widths: float("inf")}, "must be finite"),
-    ({"mac_fn": lambda widths: 5.0, "budget": 9.0}, "stays below the budget"),
+    ({"mac_fn": lambda widths: 5.0, "budget": 9.0}, "no plan can exist: the cost stays below"),
+    ({"power": 0.0}, "power is 0.0; give a positive, finite exponent"),
+    ({"power": -1.0}, "power is -1.0"),
+    ({"power": float("nan")}, "power is nan"),
+    ({"power": float("inf")}, "power is inf"),
+    ({"max_params": float("nan"), "param_fn": lambda widths: 1.0}, "max_params is nan"),
+    (
+        {"max_params": 7.0, "param_fn": lambda widths: widths["g"]},
+        "no plan can exist: the floors alone need 8 parameters, above max_params = 7",
+    ),
 ]
 
 
