@@ -20,7 +20,7 @@ export FASTCOV_CUDA_ARCHS ?= $(or $(GPU_ARCH),90)
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/* csrc/*)
 PACKAGE_SOURCES := pyproject.toml README.md LICENSE fastcov/py.typed \
-	$(shell find fastcov -name '*.py')
+	$(shell find fastcov -name '*.py' -o -name '*.html')
 DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*') \
 	$(wildcard detection/pyproject.toml detection/README.md)
 

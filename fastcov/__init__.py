@@ -7,9 +7,8 @@ from fastcov.spectra.history import History, load_history
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.state import CovarianceState
 from fastcov.tracker import Tracker, track
+from fastcov.version import __version__ as __version__
 from fastcov.widths import WidthGroup, suggest_widths
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CovarianceState",

@@ -13,13 +13,7 @@ from typing import NoReturn
 import torch
 
 import fastcov
-from fastcov.show.page import (
-    comparison_legend,
-    comparison_rows,
-    text_table,
-    write_comparison,
-    write_report,
-)
+from fastcov.show.tables import comparison_legend, comparison_rows, text_table
 from fastcov.spectra.compare import compare_histories
 from fastcov.spectra.history import load_history
 
@@ -126,6 +120,8 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from fastcov.show.page import write_report  # needs the extra plot
+
     history = load_history(options.folder)
     page = write_report(
         options.out or options.folder / "report.html",
@@ -136,6 +132,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from fastcov.show.page import write_comparison  # needs the extra plot
+
     comparison = compare_histories(
         load_history(options.folder_a),
         load_history(options.folder_b),

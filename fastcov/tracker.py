@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcov.arguments import check_decay, check_model, check_reading, check_steps
-from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL, Rows, policy_of
-from fastcov.show.notes import note_of, why_empty
+from fastcov.names import closest
+from fastcov.rows.policy import Rows, policy_of
+from fastcov.show.status import (
+    LayerFacts,
+    LayerStatus,
+    RunFacts,
+    Summary,
+    layer_status,
+    why_empty,
+)
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
@@ -26,9 +33,6 @@ from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
 from fastcov.watch.select import Selector, Tap, find_taps
 from fastcov.watch.watcher import Watcher
-
-if TYPE_CHECKING:
-    from fastcov.show.page import LayerStatus, Summary
 
 _FORMAT = 1
 
@@ -115,12 +119,10 @@ class Tracker:
             layer.flush()
             state = layer.state
             if state is None or (needs_rows and float(state.weight) == 0):
-                raise ValueError(
-                    f"layer {name!r} has seen no row: {why_empty(self.watcher, layer)}"
-                )
+                reason = why_empty(self._layer_facts(name), self._run_facts())
+                raise ValueError(f"layer {name!r} has seen no row: {reason}")
             return state
-        close = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.3)
-        raise KeyError(f"no layer {name!r} is tracked; closest names: {', '.join(close) or 'none'}")
+        raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
 
     def covariance(self, name: str, centered: bool = False) -> Tensor:
         """Second-moment matrix of a layer's rows, the covariance if ``centered``.
@@ -189,38 +191,45 @@ class Tracker:
         Returns:
             A flat dict of floats, for any logger; ``print`` shows it as a table.
         """
-        from fastcov.show.page import Summary
-
         return Summary(self.statuses())
 
     def statuses(self) -> list[LayerStatus]:
         """One line a layer: rows, spectrum, and a note where something is missing."""
-        from fastcov.show.page import LayerStatus
+        spectra, run = self.spectra(), self._run_facts()
+        unread = [name for name in self.watcher.notes if name not in self.watcher.layers]
+        facts = [self._layer_facts(name) for name in [*self.names(), *unread]]
+        return [layer_status(layer, run, spectra.get(layer.name)) for layer in facts]
 
-        spectra = self.spectra()
-        statuses = []
+    def _run_facts(self) -> RunFacts:
         watcher = self.watcher
-        for tap in watcher.taps:
-            layer = watcher.layers[tap.name]
-            state = self._synced.get(tap.name, layer.state) if self._is_synced else layer.state
-            counted = [0, 0] if state is None else state.count.tolist()
-            channels = tap.channels or (0 if state is None else state.channels)
-            statuses.append(
-                LayerStatus(
-                    name=tap.name,
-                    channels=channels,
-                    count=counted[0],
-                    skipped=counted[1],
-                    weight=0.0 if state is None else float(state.weight),
-                    rows_wanted=ENOUGH_ROWS_PER_CHANNEL * channels,
-                    spectrum=spectra.get(tap.name),
-                    note=note_of(watcher, tap, layer, counted[0], counted[1]),
-                )
-            )
-        for name, note in watcher.notes.items():
-            if name not in watcher.layers:
-                statuses.append(LayerStatus(name, 0, 0, 0, 0.0, 0, None, note))
-        return statuses
+        layers = watcher.unique_layers()
+        return RunFacts(
+            steps=watcher.step,
+            steps_read=watcher.steps_read,
+            decay=watcher.decay,
+            train_only=watcher.train_only,
+            refusal=watcher.steps.not_counted,
+            has_calls=any(layer.total_calls for layer in layers),
+            has_calls_lately=any(layer.calls for layer in layers),
+        )
+
+    def _layer_facts(self, name: str) -> LayerFacts:
+        reason = self.watcher.notes.get(name, "")
+        if (layer := self.watcher.layers.get(name)) is None:
+            return LayerFacts(name, reason=reason)
+        state = self._synced.get(name, layer.state) if self._is_synced else layer.state
+        channels = {tap.name: tap.channels for tap in self.watcher.taps}[name]
+        count, skipped = (0, 0) if state is None else state.count.tolist()
+        return LayerFacts(
+            name=name,
+            channels=channels or (0 if state is None else state.channels),
+            count=count,
+            skipped=skipped,
+            weight=0.0 if state is None else float(state.weight),
+            reason=reason,
+            has_calls=layer.total_calls > 0,
+            has_calls_lately=layer.calls > 0,
+        )
 
     # keeping
 

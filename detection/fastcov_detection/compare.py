@@ -21,8 +21,9 @@ from rich.table import Table
 
 from fastcov import History, load_history
 from fastcov.show.figures import comparison_grid, free_axes, png
-from fastcov.show.page import comparison_legend, comparison_rows, write_comparison
+from fastcov.show.page import write_comparison
 from fastcov.show.plot import plot_comparison
+from fastcov.show.tables import comparison_legend, comparison_rows
 from fastcov.spectra.compare import Comparison, compare_histories
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text

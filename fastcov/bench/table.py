@@ -9,7 +9,7 @@ from fastcov.bench.compare import Changes
 from fastcov.bench.contest import Row
 from fastcov.bench.results import Result
 from fastcov.bench.targets import AT_LEAST, Measure, Outcome, Verdict
-from fastcov.show.page import text_table
+from fastcov.show.tables import text_table
 
 try:
     from rich import box

@@ -13,21 +13,24 @@ from matplotlib.image import imread
 from torch import nn
 
 import fastcov
-from fastcov.show.page import (
-    LayerStatus,
-    Summary,
-    comparison_legend,
-    comparison_rows,
-    text_table,
-    write_comparison,
-    write_report,
-)
+from fastcov.show.page import write_comparison, write_report
 from fastcov.show.plot import DARK
+from fastcov.show.status import LayerStatus, Summary
+from fastcov.show.tables import comparison_legend, comparison_rows, text_table
 from fastcov.spectra.compare import compare_histories
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.spectrum import Spectrum
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1">&amp;"\'$x$'
+
+
+REPORT = {"Demand against width", "Dimension over training", "Spectra"}
+COMPARISON = {
+    "Distance at the end",
+    "Dimension over training",
+    "Spectra at the end",
+    "Distance over training",
+}
 
 
 def _spectrum(channels: int, power: float = 1.0, count: int = 10_000) -> Spectrum:
@@ -37,11 +40,11 @@ def _spectrum(channels: int, power: float = 1.0, count: int = 10_000) -> Spectru
 
 def _statuses() -> list[LayerStatus]:
     return [
-        LayerStatus("conv1", 64, 10_000, 0, 10_000.0, 1024, _spectrum(64)),
-        LayerStatus("few", 8, 100, 3, 100.0, 128, _spectrum(8, count=100)),
-        LayerStatus("head", 10, 0, 0, 0.0, 160, None, "no row: never called"),
-        LayerStatus("quiet", 10, 0, 0, 0.0, 160, None),
-        LayerStatus(HOSTILE, 4, 640, 0, 640.0, 64, _spectrum(4), HOSTILE),
+        LayerStatus("conv1", 64, 10_000, 0, 10_000.0, _spectrum(64)),
+        LayerStatus("few", 8, 100, 3, 100.0, _spectrum(8, count=100)),
+        LayerStatus("head", 10, 0, 0, 0.0, None, "no row: never called"),
+        LayerStatus("quiet", 10, 0, 0, 0.0, None),
+        LayerStatus(HOSTILE, 4, 640, 0, 640.0, _spectrum(4), HOSTILE),
     ]
 
 
@@ -179,7 +182,7 @@ def test_a_report_of_a_history(tmp_path: Path) -> None:
     history = _history(["conv1", HOSTILE])
     path = write_report(tmp_path / "new" / "page.html", history, title=HOSTILE)
     assert path == tmp_path / "new" / "page.html"
-    page = _check_page(path, {"demand", "dims", "spectra"})
+    page = _check_page(path, REPORT)
     assert page.texts.count(HOSTILE) == 3  # title, heading, the table's line
     assert any("3 snapshots, steps 0 to 200" in text for text in page.texts)
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
@@ -193,11 +196,11 @@ def test_report_page_in_a_browser(browser: str, tmp_path: Path) -> None:
 
 def test_a_report_of_what_a_tracker_knows(tmp_path: Path) -> None:
     path = write_report(tmp_path / "page.html", _statuses())
-    page = _check_page(path, {"demand", "spectra"})
+    page = _check_page(path, REPORT - {"Dimension over training"})
     for text in ("no row: never called", "only 100 of 128 rows: eigenvalues are uncertain"):
         assert text in page.texts
     path = write_report(tmp_path / "page.html", _statuses(), history=_history(["conv1"]))
-    _check_page(path, {"demand", "dims", "spectra"})
+    _check_page(path, REPORT)
 
 
 def test_a_report_without_any_row_still_says_why(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_the_tracker_writes_its_report(tmp_path: Path) -> None:
     tracker = fastcov.track(model, rows="all", snapshot_every=1)
     for _ in range(2):
         model(torch.randn(8, 3, 8, 8))
-    page = _check_page(tracker.report(tmp_path / "page.html"), {"demand", "dims", "spectra"})
+    page = _check_page(tracker.report(tmp_path / "page.html"), REPORT)
     assert str(8 * 36 * 2) in page.texts
     assert str(tracker.summary()).splitlines()[2].split()[:3] == ["0", "8", str(8 * 36 * 2)]
 
@@ -251,7 +254,7 @@ def test_comparison_table(tmp_path: Path) -> None:
     assert "above 0.01 of the largest" in comparison_legend(comparison)
     page = _check_page(
         write_comparison(tmp_path / "page.html", comparison),
-        {"distance", "dims", "spectra", "distances"},
+        COMPARISON,
     )
     assert "only in b" in page.texts
 
@@ -264,7 +267,7 @@ def _hostile_comparison(folder: Path) -> Path:
 
 
 def test_comparison_page_escapes_every_name(tmp_path: Path) -> None:
-    page = _check_page(_hostile_comparison(tmp_path), {"distance", "dims", "spectra", "distances"})
+    page = _check_page(_hostile_comparison(tmp_path), COMPARISON)
     assert HOSTILE in page.texts
 
 

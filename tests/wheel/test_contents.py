@@ -91,12 +91,14 @@ def test_package_is_complete_and_nothing_else_is_in_it(wheel: Path) -> None:
     # Sources of the compiled code and of the tests stay out; so does what Python left behind.
     assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".pyc"))]
     checkout = DIST.parent / "fastcov"
-    modules = {
-        path.relative_to(checkout.parent).as_posix()
-        for path in checkout.rglob("*.py")
-        if "lib" not in path.relative_to(checkout).parts
-    }
-    assert {name for name in names if name.endswith(".py")} == modules
+    for suffix in (".py", ".html"):
+        files = {
+            path.relative_to(checkout.parent).as_posix()
+            for path in checkout.rglob(f"*{suffix}")
+            if "lib" not in path.relative_to(checkout).parts
+        }
+        assert files
+        assert {name for name in names if name.endswith(suffix)} == files
 
 
 def test_libraries_need_torch_and_the_system_alone(libraries: dict[str, bytes]) -> None:

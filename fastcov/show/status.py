@@ -1,0 +1,283 @@
+"""Status of every layer: its numbers, a note on the numbers, or the reason why there are none.
+
+A tracker states facts (:class:`RunFacts`, :class:`LayerFacts`); the rest are pure functions.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch as torch
+
+from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.show.tables import text_table
+from fastcov.spectra.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts of a run on which the notes of all layers rest.
+
+    Args:
+        steps: Steps done.
+        steps_read: Steps whose activations were read.
+        decay: Factor on the past, once a step; None keeps everything.
+        train_only: True if only forwards in training mode are steps.
+        refusal: Reason why the last forward that might have been a step was none; empty if it was.
+        has_calls: True if some watched module was called in some step.
+        has_calls_lately: True if some watched module was called in the last step.
+    """
+
+    steps: int
+    steps_read: int
+    decay: float | None
+    train_only: bool
+    refusal: str
+    has_calls: bool
+    has_calls_lately: bool
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """Facts of one layer.
+
+    Args:
+        name: Layer name.
+        channels: Width C, 0 where no forward has shown it.
+        count: Rows read.
+        skipped: Rows left out because they held NaN or inf.
+        weight: Normaliser of the covariance; the count unless rows are weighted or decay.
+        reason: Sentence of the tracker on why the layer is not read, or not wholly; else empty.
+        has_calls: True if its module was called in some step.
+        has_calls_lately: True if its module was called in the last step.
+    """
+
+    name: str
+    channels: int = 0
+    count: int = 0
+    skipped: int = 0
+    weight: float = 0.0
+    reason: str = ""
+    has_calls: bool = False
+    has_calls_lately: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatus:
+    """Numbers of one layer, and a note on them.
+
+    Args:
+        name: Layer name.
+        channels: Width C, 0 where no forward has shown it.
+        count: Rows read.
+        skipped: Rows left out because they held NaN or inf.
+        weight: Normaliser of the covariance; the count unless rows are weighted or decay.
+        spectrum: None where no row was read.
+        note: Reason why something is missing; empty where nothing is.
+    """
+
+    name: str
+    channels: int
+    count: int
+    skipped: int
+    weight: float
+    spectrum: Spectrum | None
+    note: str = ""
+
+    @property
+    def rows_wanted(self) -> int:
+        """Rows for a trustworthy spectrum."""
+        return ENOUGH_ROWS_PER_CHANNEL * self.channels
+
+
+def layer_status(layer: LayerFacts, run: RunFacts, spectrum: Spectrum | None) -> LayerStatus:
+    """Status of a layer: its facts, its spectrum, and the note that follows from both.
+
+    Args:
+        layer: Facts of the layer.
+        run: Facts of the run.
+        spectrum: None where no row was read.
+
+    Returns:
+        The status; its note is empty where all is well.
+    """
+    return LayerStatus(
+        layer.name,
+        layer.channels,
+        layer.count,
+        layer.skipped,
+        layer.weight,
+        spectrum,
+        "; ".join(_notes(layer, run)),
+    )
+
+
+def why_empty(layer: LayerFacts, run: RunFacts) -> str:
+    """Reason why no row of a layer was read.
+
+    Args:
+        layer: Facts of a layer without rows.
+        run: Facts of the run.
+
+    Returns:
+        A clause, without a full stop.
+    """
+    if layer.reason:
+        return layer.reason
+    if run.steps == 0:
+        mode = "training-mode " if run.train_only else ""
+        hint = f" ({run.refusal}; track the module that is called)" if run.refusal else ""
+        return f"no {mode}forward of the whole model has run{hint}"
+    if not run.has_calls:
+        return (
+            "steps were made, but no hook ran: the model was compiled before it was tracked; "
+            "call track() before the first compiled forward, or torch.compiler.reset()"
+        )
+    if not layer.has_calls:
+        return (
+            "its module was not called (its parent may use its weights itself), or gave no "
+            "floating-point tensor with a row"
+        )
+    if layer.skipped:
+        return "every row held a NaN or an infinity"
+    return "the sampling has not reached it yet"
+
+
+def _notes(layer: LayerFacts, run: RunFacts) -> list[str]:
+    notes = [f"{layer.skipped} rows with NaN or inf skipped"] if layer.skipped else []
+    if layer.reason:
+        notes.append(layer.reason)
+    if layer.count == 0:
+        return notes if layer.reason else [*notes, why_empty(layer, run)]
+    if run.has_calls_lately and not layer.has_calls_lately:
+        notes.append("its module did not run in the last step: replaced since, or optional")
+    wanted = ENOUGH_ROWS_PER_CHANNEL * layer.channels
+    if (most := _most_independent_rows(run, layer.count)) < wanted:
+        notes.append(
+            f"decay={run.decay} is worth {most} rows, fewer than {ENOUGH_ROWS_PER_CHANNEL} a "
+            "channel: raise rows or decay"
+        )
+    elif layer.count < wanted:
+        steps = -(-(wanted - layer.count) * max(1, run.steps) // layer.count)
+        notes.append(f"about {steps} more steps until {ENOUGH_ROWS_PER_CHANNEL} rows a channel")
+    return notes
+
+
+def _most_independent_rows(run: RunFacts, count: int) -> float:
+    """Rows that the decay's window is worth, however long it is read; infinite without decay."""
+    # With decay d a step weighs d times the next: about (1 + d) / (1 - d) steps count.
+    if run.decay is None or run.decay == 1.0:
+        return math.inf
+    return round(count / run.steps_read * (1 + run.decay) / (1 - run.decay))
+
+
+class Measure(NamedTuple):
+    """Number read off a spectrum: its key in a summary, and its column in a table.
+
+    Args:
+        key: Last part of the summary's keys.
+        read: Function of a spectrum.
+        heading: Of the column; empty where the table leaves it out.
+        meaning: Of the number, for the legend.
+        digits: After the decimal point in the table.
+    """
+
+    key: str
+    read: Callable[[Spectrum], float]
+    heading: str = ""
+    meaning: str = ""
+    digits: int = 0
+
+
+MEASURES = (
+    Measure("dim", Spectrum.dim, "dim", "eigenvalues above 1e-3 of the largest"),
+    Measure(
+        "rank_at_99",
+        Spectrum.rank_at,
+        "rank 99 %",
+        "fewest directions that hold 99 % of the variance",
+    ),
+    Measure(
+        "dof",
+        Spectrum.dof,
+        "dof",
+        "degrees of freedom, the sum of l / (l + 1e-3 of the largest) over all eigenvalues l",
+        1,
+    ),
+    Measure(
+        "participation_ratio",
+        Spectrum.participation_ratio,
+        "part. ratio",
+        "participation ratio, squared trace over squared Frobenius norm",
+        1,
+    ),
+    Measure("effective_rank", Spectrum.effective_rank),
+    Measure("stable_rank", Spectrum.stable_rank),
+)
+"""All measures of a summary, in the order of the table."""
+
+_COLUMNS = [measure for measure in MEASURES if measure.heading]
+HEADINGS = ("layer", "channels", "rows", *(measure.heading for measure in _COLUMNS), "note")
+"""Headings of a summary's table."""
+
+
+class Summary(dict[str, float]):
+    """Flat dict of floats for any logger; printed, a table with one line a layer.
+
+    Keys are ``layer/measure``: channels, rows and skipped always; those of :data:`MEASURES` where
+    the layer has a spectrum.
+
+    Args:
+        statuses: One a layer, in the order of the table.
+
+    Example:
+        >>> spectrum = Spectrum(torch.tensor([3.0, 1.0, 0.0]), count=64, total=4.0)
+        >>> summary = Summary([LayerStatus("conv1", 3, 64, 0, 64.0, spectrum)])
+        >>> summary["conv1/dim"], round(summary["conv1/participation_ratio"], 6)
+        (2.0, 1.6)
+        >>> print(summary)
+        layer  channels  rows  dim  rank 99 %  dof  part. ratio  note
+        -----  --------  ----  ---  ---------  ---  -----------  ----
+        conv1         3    64    2          2  2.0          1.6
+    """
+
+    def __init__(self, statuses: Sequence[LayerStatus]) -> None:
+        super().__init__()
+        self.statuses = tuple(statuses)
+        for status in self.statuses:
+            self[f"{status.name}/channels"] = float(status.channels)
+            self[f"{status.name}/rows"] = float(status.count)
+            self[f"{status.name}/skipped"] = float(status.skipped)
+            if status.spectrum is not None:
+                for measure in MEASURES:
+                    self[f"{status.name}/{measure.key}"] = float(measure.read(status.spectrum))
+
+    def __str__(self) -> str:
+        return text_table(HEADINGS, self.rows())
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table, one line a layer."""
+        return [
+            (
+                status.name,
+                str(status.channels or ""),
+                str(status.count),
+                *(
+                    ""
+                    if status.spectrum is None
+                    else f"{self[f'{status.name}/{measure.key}']:.{measure.digits}f}"
+                    for measure in _COLUMNS
+                ),
+                status.note or _fallback_note(status),
+            )
+            for status in self.statuses
+        ]
+
+
+def _fallback_note(status: LayerStatus) -> str:
+    if status.count == 0:
+        return "no row"
+    if status.count < status.rows_wanted:
+        return f"only {status.count} of {status.rows_wanted} rows: eigenvalues are uncertain"
+    return ""
