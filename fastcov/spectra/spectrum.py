@@ -2,9 +2,18 @@
 
 Feature covariance spectra and the count above 1e-3 follow Shinya, Simo-Serra and Suzuki,
 "Understanding the Effects of Pre-Training for Object Detectors via Eigenspectrum", arXiv
-1909.04021; degrees of freedom as in spectral pruning, arXiv 1808.08558. C is channels, N rows, as
-in ``rows.py``. Eigenvalues that are NaN, infinite, missing or not floating point: ValueError.
+1909.04021; degrees of freedom as in spectral pruning, arXiv 1808.08558; effective rank as in Roy
+and Vetterli, EUSIPCO 2007. Measures of embeddings have their names in the field: RankMe (Garrido et
+al. 2023, arXiv 2210.02885), alpha of alpha-ReQ (Agrawal et al., NeurIPS 2022, fitted as in Stringer
+et al. 2019, doi 10.1038/s41586-019-1346-5), NESum (He and Ozay, ICML 2022), condition number
+(Tsitsulin et al. 2023, arXiv 2305.16562), log-determinant as in the coding rate (Yu et al. 2020,
+arXiv 2006.08558).
+
+C is channels, N rows. A ValueError refuses eigenvalues that are NaN, infinite, missing or not
+floating point.
 """
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -93,9 +102,17 @@ class Spectrum:
         """Degrees of freedom at ridge ``lam``; see :func:`dof`."""
         return float(dof(self.eigenvalues, lam))
 
+    def spectral_entropy(self) -> float:
+        """Entropy of the eigenvalues' shares of the variance; see :func:`spectral_entropy`."""
+        return float(spectral_entropy(self.eigenvalues))
+
     def effective_rank(self) -> float:
         """Exponential of the spectral entropy; see :func:`effective_rank`."""
         return float(effective_rank(self.eigenvalues))
+
+    def rankme(self) -> float:
+        """Effective rank of the rows' matrix, by its singular values; see :func:`rankme`."""
+        return float(rankme(self.eigenvalues))
 
     def participation_ratio(self) -> float:
         """Trace squared over squared Frobenius norm; see :func:`participation_ratio`."""
@@ -105,10 +122,30 @@ class Spectrum:
         """Trace over largest eigenvalue; see :func:`stable_rank`."""
         return float(stable_rank(self.eigenvalues))
 
+    def nesum(self) -> float:
+        """Sum of the eigenvalues over the largest: the field's name for :meth:`stable_rank`."""
+        return self.stable_rank()
+
+    def condition_number(self) -> float:
+        """Largest over smallest eigenvalue; see :func:`condition_number`."""
+        return float(condition_number(self.eigenvalues))
+
+    def log_determinant(self, ridge: float = 0.0) -> float:
+        """Sum of the eigenvalues' logarithms; see :func:`log_determinant`."""
+        return float(log_determinant(self.eigenvalues, ridge))
+
     def power_law(self) -> PowerLaw:
         """Exponent and fit error of a power law; see :func:`power_law`."""
         exponent, error = power_law(self.eigenvalues)
         return PowerLaw(float(exponent), float(error))
+
+    def alpha(self, first: int = 12, last: int = 100) -> float:
+        """Exponent of alpha-ReQ over a range of ranks; see :func:`alpha`."""
+        return float(alpha(self.eigenvalues, first, last))
+
+    def distance(self, other: Spectrum) -> float:
+        """Distance of the shapes of two spectra, in [0, 1]; see :func:`spectral_distance`."""
+        return spectral_distance(self, other)
 
     @property
     def uncertainty(self) -> Tensor:
@@ -215,6 +252,27 @@ def dof(eigenvalues: Tensor, lam: float | Tensor | None = None) -> Tensor:
     return (descending / (descending + ridge.unsqueeze(-1))).sum(-1)
 
 
+def spectral_entropy(eigenvalues: Tensor) -> Tensor:
+    r"""Entropy of the eigenvalues' shares of the variance, in nats.
+
+    .. math:: -\sum_i p_i \ln p_i, \quad p_i = \lambda_i / \sum_j \lambda_j
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        float64 tensor between 0 and ln C, 0 where every eigenvalue is zero. [...]
+
+    Example:
+        >>> round(spectral_entropy(torch.tensor([2.0, 2.0, 0.0])).item(), 6)
+        0.693147
+    """
+    ratios = _relative(eigenvalues)
+    shares = ratios / ratios.sum(-1, keepdim=True).clamp_min(1.0)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy
+
+
 def effective_rank(eigenvalues: Tensor) -> Tensor:
     r"""Exponential of the spectral entropy.
 
@@ -230,10 +288,73 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])).item(), 6)
         2.0
     """
-    ratios = _relative(eigenvalues)
-    total = ratios.sum(-1, keepdim=True)
-    entropy = torch.special.entr(ratios / total.clamp_min(1.0)).sum(-1)
-    return torch.where(total[..., 0] > 0, entropy.exp(), 0.0)
+    has_variance = _relative(eigenvalues)[..., 0] > 0
+    return torch.where(has_variance, spectral_entropy(eigenvalues).exp(), 0.0)
+
+
+def rankme(eigenvalues: Tensor) -> Tensor:
+    r"""RankMe: effective rank of the matrix of rows, whose singular values are the roots.
+
+    .. math:: \exp\bigl(-\sum_i p_i \ln p_i\bigr), \quad
+              p_i = \sqrt{\lambda_i} / \sum_j \sqrt{\lambda_j}
+
+    Of the uncentred covariance, as the paper's embeddings are not centred; the paper's guard of
+    1e-7 on every :math:`p_i` is left out.
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
+
+    Example:
+        >>> round(rankme(torch.tensor([4.0, 4.0, 0.0])).item(), 6)
+        2.0
+    """
+    return effective_rank(_relative(eigenvalues).sqrt())
+
+
+def condition_number(eigenvalues: Tensor) -> Tensor:
+    r"""Largest over smallest eigenvalue, the square of the condition number of the rows' matrix.
+
+    .. math:: \lambda_{\max} / \lambda_{\min}
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+
+    Returns:
+        float64 tensor, infinite where some eigenvalue is zero, NaN where every one is. [...]
+
+    Example:
+        >>> condition_number(torch.tensor([1.0, 8.0]))
+        tensor(8., dtype=torch.float64)
+    """
+    descending = _descending(eigenvalues)
+    return descending[..., 0] / descending[..., -1]
+
+
+def log_determinant(eigenvalues: Tensor, ridge: float = 0.0) -> Tensor:
+    r"""Logarithm of the determinant of the covariance plus a ridge.
+
+    .. math:: \sum_i \ln(\lambda_i + \text{ridge})
+
+    Args:
+        eigenvalues: In any order; negatives count as zero. [..., C]
+        ridge: Finite, at least 0.
+
+    Returns:
+        float64 tensor, minus infinity where an eigenvalue is zero and there is no ridge. [...]
+
+    Raises:
+        ValueError: If ``ridge`` is negative or not finite.
+
+    Example:
+        >>> round(log_determinant(torch.tensor([math.e, 1.0])).item(), 6)
+        1.0
+    """
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be finite and >= 0, got {ridge}; 0 adds nothing")
+    return (_descending(eigenvalues) + ridge).log().sum(-1)
 
 
 def participation_ratio(eigenvalues: Tensor) -> Tensor:
@@ -296,19 +417,54 @@ def power_law(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     ratios = _relative(eigenvalues)
     ranks = torch.arange(1, ratios.shape[-1] + 1, dtype=torch.float64, device=ratios.device)
     last = rank_at(ratios, 0.99).clamp_min(_LEAST_FITTED_RANKS).unsqueeze(-1)
-    fitted = ((ranks <= last) & (ratios > 0)).double()
-    points = fitted.sum(-1, keepdim=True)
+    return _fit_power_law(ratios, (ranks <= last).double())
+
+
+def alpha(eigenvalues: Tensor, first: int = 12, last: int = 100) -> Tensor:
+    r"""Exponent of alpha-ReQ: power law of the eigenvalues over a range of ranks.
+
+    .. math:: \min_{\alpha, a} \sum_{i=\text{first}}^{\text{last}}
+              \tfrac1i \bigl(\ln\lambda_i - a + \alpha \ln i\bigr)^2
+
+    The default range is that of published code. The paper's spectra are of centred rows.
+
+    Args:
+        eigenvalues: In any order; negatives count as zero and are not fitted. [..., C]
+        first: Smallest rank, from 1.
+        last: Largest rank; ranks above C are left out.
+
+    Returns:
+        float64 tensor; NaN below two positive eigenvalues in the range. [...]
+
+    Raises:
+        ValueError: If the range holds fewer than two ranks.
+
+    Example:
+        >>> round(alpha(torch.arange(1, 201).double() ** -1.5).item(), 6)
+        1.5
+    """
+    if not 1 <= first < last:
+        raise ValueError(f"ranks must be 1 <= first < last, got first={first}, last={last}")
+    ratios = _relative(eigenvalues)
+    ranks = torch.arange(1, ratios.shape[-1] + 1, dtype=torch.float64, device=ratios.device)
+    return _fit_power_law(ratios, ((ranks >= first) & (ranks <= last)) / ranks)[0]
+
+
+def _fit_power_law(ratios: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponent and root mean square residual of a weighted fit without the zeros. [...], [...]"""
+    ranks = torch.arange(1, ratios.shape[-1] + 1, dtype=torch.float64, device=ratios.device)
+    weights = weights * (ratios > 0)
+    total = weights.sum(-1, keepdim=True)
     log_rank = ranks.log().expand_as(ratios)
-    log_value = torch.where(fitted > 0, ratios, 1.0).log()
-    rank_offset = (log_rank - (fitted * log_rank).sum(-1, keepdim=True) / points) * fitted
-    value_offset = (log_value - (fitted * log_value).sum(-1, keepdim=True) / points) * fitted
-    slope = (rank_offset * value_offset).sum(-1, keepdim=True) / rank_offset.square().sum(
-        -1, keepdim=True
-    )
-    residual = (value_offset - slope * rank_offset).square().sum(-1, keepdim=True)
-    fits = points >= 2
-    exponent = torch.where(fits, -slope, math.nan)
-    error = torch.where(fits, (residual / points).sqrt(), math.nan)
+    log_value = torch.where(ratios > 0, ratios, 1.0).log()
+    rank_offset = log_rank - (weights * log_rank).sum(-1, keepdim=True) / total
+    value_offset = log_value - (weights * log_value).sum(-1, keepdim=True) / total
+    covariation = (weights * rank_offset * value_offset).sum(-1, keepdim=True)
+    slope = covariation / (weights * rank_offset.square()).sum(-1, keepdim=True)
+    residual = (weights * (value_offset - slope * rank_offset).square()).sum(-1, keepdim=True)
+    has_two = (weights > 0).sum(-1, keepdim=True) >= 2
+    exponent = torch.where(has_two, -slope, math.nan)
+    error = torch.where(has_two, (residual / total).sqrt(), math.nan)
     return exponent[..., 0], error[..., 0]
 
 

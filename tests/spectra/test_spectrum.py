@@ -13,14 +13,19 @@ from torch import Tensor
 
 from fastcov.spectra.spectrum import (
     Spectrum,
+    alpha,
+    condition_number,
     dim,
     dof,
     effective_rank,
     interval,
+    log_determinant,
     participation_ratio,
     power_law,
     rank_at,
+    rankme,
     spectral_distance,
+    spectral_entropy,
     stable_rank,
     uncertainty,
 )
@@ -32,6 +37,8 @@ MEASURES = {
     "effective_rank": effective_rank,
     "participation_ratio": participation_ratio,
     "stable_rank": stable_rank,
+    "rankme": rankme,
+    "spectral_entropy": spectral_entropy,
     "power_law": lambda x: power_law(x)[0],
 }
 
@@ -319,3 +326,67 @@ def test_distance_follows_its_definition() -> None:
     wide = Spectrum(torch.full((1000,), 1e-300, dtype=torch.float64), 10, 1e-297)
     narrow = Spectrum(torch.tensor([1.0]), 10, 1.0)
     assert spectral_distance(wide, narrow) == pytest.approx(0.999)
+
+
+def test_rankme_is_the_entropy_of_the_singular_values_of_the_rows() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(200, 16, dtype=torch.float64) * torch.arange(1, 17) + 1.0
+    singular = torch.linalg.svdvals(rows)
+    shares = singular / singular.sum() + 1e-7  # as the paper has it
+    expected = math.exp(-(shares * shares.log()).sum().item())
+    spectrum = Spectrum(torch.linalg.eigvalsh(rows.T @ rows / 200), 200, 1.0)
+    assert spectrum.rankme() == pytest.approx(expected, rel=1e-5)
+    assert spectrum.rankme() > spectrum.effective_rank()
+
+
+@pytest.mark.parametrize(("first", "last"), [(12, 100), (1, 20), (3, 500)])
+def test_alpha_is_the_weighted_fit_over_its_ranks(first: int, last: int) -> None:
+    torch.manual_seed(1)
+    eigenvalues = (torch.arange(1, 201) ** -1.2 * (1 + torch.rand(200))).double()
+    eigenvalues = eigenvalues.sort(descending=True).values
+    ranks = torch.arange(first, min(last, 200) + 1, dtype=torch.float64)
+    root = ranks.rsqrt()[:, None]  # a weight of 1 / rank on every square
+    design = torch.stack([torch.ones_like(ranks), ranks.log()], 1) * root
+    values = eigenvalues[first - 1 : last].log()[:, None] * root
+    slope = torch.linalg.lstsq(design, values).solution[1].item()
+    assert alpha(eigenvalues, first, last).item() == pytest.approx(-slope, rel=1e-9)
+    assert alpha(torch.stack([eigenvalues, 7 * eigenvalues]), first, last).tolist() == (
+        pytest.approx([-slope, -slope], rel=1e-9)
+    )
+
+
+def test_alpha_needs_two_ranks_with_variance() -> None:
+    assert alpha(torch.ones(12)).isnan()
+    assert alpha(torch.tensor([4.0, 1.0, 0.0]), 1, 3).item() == pytest.approx(2.0)
+    for first, last in ((0, 5), (5, 5), (9, 3)):
+        with pytest.raises(ValueError, match=f"first={first}, last={last}"):
+            alpha(torch.ones(4), first, last)
+
+
+def test_measures_of_the_whole_matrix_follow_torch() -> None:
+    torch.manual_seed(2)
+    factor = torch.randn(9, 9, dtype=torch.float64)
+    matrix = factor @ factor.T
+    spectrum = Spectrum(torch.linalg.eigvalsh(matrix), 100, float(matrix.trace()))
+    assert spectrum.log_determinant() == pytest.approx(torch.logdet(matrix).item())
+    ridged = torch.logdet(matrix + 0.3 * torch.eye(9)).item()
+    assert spectrum.log_determinant(ridge=0.3) == pytest.approx(ridged)
+    assert spectrum.condition_number() == pytest.approx(torch.linalg.cond(matrix).item())
+    shares = spectrum.eigenvalues / spectrum.eigenvalues.sum()
+    entropy = torch.distributions.Categorical(shares).entropy().item()
+    assert spectrum.spectral_entropy() == pytest.approx(entropy)
+    nesum = float((spectrum.eigenvalues / spectrum.eigenvalues[0]).sum())
+    assert spectrum.nesum() == pytest.approx(nesum)
+    assert spectrum.distance(spectrum) == 0
+    assert spectrum.alpha(1, 9) == alpha(spectrum.eigenvalues, 1, 9).item()
+    with pytest.raises(ValueError, match="ridge must be finite and >= 0, got -1"):
+        log_determinant(spectrum.eigenvalues, -1)
+
+
+def test_a_singular_matrix_has_no_determinant_and_no_condition() -> None:
+    eigenvalues = torch.tensor([[2.0, 0.0], [0.0, 0.0], [2.0, 1.0]])
+    assert log_determinant(eigenvalues).tolist()[:2] == [-math.inf, -math.inf]
+    assert log_determinant(eigenvalues, 1.0)[1] == 0
+    singular, nothing, regular = condition_number(eigenvalues).tolist()
+    assert (singular, regular) == (math.inf, 2)
+    assert math.isnan(nothing)
