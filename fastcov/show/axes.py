@@ -1,19 +1,71 @@
-"""What the figures share: scales, one name a line, values at the right, legends out of the way."""
+"""Axes that all figures share: scales, one name a line, values at the right, legends, pictures.
 
-from __future__ import annotations
+The only file that imports matplotlib, which the extra ``plot`` brings.
+"""
 
+import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
+from fastcov.spectra.spectrum import Spectrum
 
+try:
+    from matplotlib import colormaps, pyplot
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.colors import PowerNorm as PowerNorm
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.ticker import MaxNLocator as MaxNLocator
+except ImportError as error:
+    raise ImportError(
+        "figures need matplotlib, which is not installed: pip install 'fastcov-torch[plot]'"
+    ) from error
+
+DARK = "#17618c"
+LIGHT = "#d5e3ec"
+SECOND = "#c8501e"
+FEW = "#8c979d"
+GREY = "#666666"
 _ROW_INCHES = 0.17
-_LEAST_RELATIVE = 1e-9
+_LEAST_RELATIVE = 1e-9  # of the largest eigenvalue; smaller ones are rounding
+
+
+def shown_axes(width: float, height: float) -> Axes:
+    """Axes of a new figure that pyplot holds, so that notebooks show it; sizes in inches."""
+    return pyplot.figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def free_axes(lines: int) -> Axes:
+    """Axes of a new figure that pyplot does not hold.
+
+    Args:
+        lines: Layers, one a line, for which the figure is high enough.
+
+    Returns:
+        The axes.
+    """
+    return Figure(figsize=(7.2, line_height(lines)), layout="constrained").add_subplot()
+
+
+def png(drawing: Figure | Axes) -> bytes:
+    """Picture of a figure, at 144 dots an inch.
+
+    Args:
+        drawing: A figure, or the axes of one.
+
+    Returns:
+        A PNG file.
+    """
+    picture = io.BytesIO()
+    figure = drawing.get_figure() if isinstance(drawing, Axes) else drawing
+    if not isinstance(figure, Figure):
+        raise ValueError(f"a picture is made of a whole figure, got {type(figure).__name__}")
+    figure.savefig(picture, format="png", dpi=144, facecolor="white")
+    return picture.getvalue()
 
 
 def line_height(lines: int) -> float:
@@ -36,22 +88,51 @@ def log_axes(ax: Axes, channels: int, least: float, most: float) -> None:
 
 
 def positive(descending: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks and values that a log axis can show; below 1e-9 of the largest is rounding."""
+    """Ranks and values that a log axis can show."""
     shown = descending[descending > _LEAST_RELATIVE * descending[0]]
     return torch.arange(1, len(shown) + 1, device=shown.device), shown
 
 
-def place_legend(
-    ax: Axes, size: float, handles: Sequence[Any] | None = None, labels: Sequence[str] | None = None
-) -> None:
-    """A legend where the fewest points are, readable where it must cover some."""
-    if handles is None or labels is None:
-        handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles, labels, fontsize=size, loc="best", framealpha=0.85, edgecolor="none")
+def draw_relative(ax: Axes, spectrum: Spectrum, **style: Any) -> float:
+    """Curve of a spectrum over its largest eigenvalue, none where that is zero.
+
+    Args:
+        ax: Where to draw.
+        spectrum: Of any width.
+        **style: Of matplotlib's line.
+
+    Returns:
+        The smallest value drawn; infinity where none is.
+    """
+    if not bool(spectrum.eigenvalues[0] > 0):
+        return math.inf
+    ranks, values = positive(spectrum.eigenvalues / spectrum.eigenvalues[0])
+    ax.plot(ranks, values, **style)
+    return values[-1].item()
+
+
+def place_legend(ax: Axes, size: float, labels: Sequence[str] | None = None) -> None:
+    """Legend where the fewest points are, readable where it must cover some.
+
+    Args:
+        ax: Whose curves have labels.
+        size: Of the type, in points.
+        labels: Those to show; None shows all.
+    """
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    chosen = list(handles) if labels is None else labels
+    ax.legend(
+        [handles[label] for label in chosen],
+        chosen,
+        fontsize=size,
+        loc="best",
+        framealpha=0.85,
+        edgecolor="none",
+    )
 
 
 def name_lines(ax: Axes, names: Sequence[str]) -> None:
-    """One label a line, in the largest type that fits the axes; every k-th where none fits."""
+    """Labels, one a line, in the largest type that fits the axes; every k-th where none fits."""
     points_a_line = 72 * ax.get_window_extent().height / ax.figure.dpi / len(names)
     every = max(1, math.ceil(6 / points_a_line))
     size = min(8.5, 0.75 * points_a_line * every)
@@ -61,10 +142,9 @@ def name_lines(ax: Axes, names: Sequence[str]) -> None:
 
 
 def annotate_right(ax: Axes, texts: Sequence[str]) -> None:
-    """One text a named line, right of the axes."""
+    """Texts right of the axes, one a named line."""
     size = ax.get_yticklabels()[0].get_fontsize()
-    shown = [round(place) for place in ax.get_yticks()]
-    for place in shown:
+    for place in map(round, ax.get_yticks()):
         ax.annotate(
             texts[place],
             (1, place),
@@ -77,8 +157,13 @@ def annotate_right(ax: Axes, texts: Sequence[str]) -> None:
         )
 
 
+def say(ax: Axes, text: str, y: float = 0.5) -> None:
+    """Sentence in the middle of the axes, or at another height from 0 to 1."""
+    ax.text(0.5, y, text, transform=ax.transAxes, ha="center", fontsize=8, color=GREY)
+
+
 def spread(count: int, most: int) -> list[int]:
-    """At most so many of ``count`` places, evenly spaced, the last among them.
+    """Places among ``count``, at most so many, evenly spaced, the last among them.
 
     Example:
         >>> spread(8, 7)
@@ -89,6 +174,21 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def short(name: str, most: int = 40) -> str:
-    """The end of a long name tells layers apart; a dollar sign would start mathematics."""
+    """End of a long name, which tells layers apart; a dollar sign would start mathematics."""
     kept = name if len(name) <= most else "…" + name[1 - most :]
     return kept.replace("$", r"\$")
+
+
+def has_enough_rows(spectrum: Spectrum) -> bool:
+    """True for a spectrum of at least 16 rows a channel."""
+    return spectrum.count >= ENOUGH_ROWS_PER_CHANNEL * spectrum.channels
+
+
+def curve_color(spectrum: Spectrum) -> str:
+    """Dark colour, or grey where too few rows were read to tell."""
+    return DARK if has_enough_rows(spectrum) else FEW
+
+
+def color_row(count: int) -> list[tuple[float, ...]]:
+    """Colours of so many curves, from dark to light."""
+    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]

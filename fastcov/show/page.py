@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from fastcov.files import replacing
-from fastcov.show.figures import comparison_grid, free_axes, png, spectra_grid
+from fastcov.show.axes import free_axes, png
+from fastcov.show.figures import comparison_grid, spectra_grid
 from fastcov.show.plot import plot_comparison, plot_demand, plot_dims
 from fastcov.show.status import HEADINGS, MEASURES, LayerStatus, Summary
 from fastcov.show.tables import comparison_legend, comparison_rows, printable

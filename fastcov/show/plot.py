@@ -5,45 +5,45 @@ values stand outside the axes: a figure of several wants ``layout="constrained"`
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.axes import (
+    DARK,
+    FEW,
+    GREY,
+    LIGHT,
+    SECOND,
+    Axes,
+    MaxNLocator,
+    PowerNorm,
     annotate_right,
+    color_row,
+    curve_color,
+    draw_relative,
+    has_enough_rows,
     line_height,
     log_axes,
     name_lines,
     place_legend,
     positive,
+    say,
     short,
+    shown_axes,
     spread,
 )
 from fastcov.spectra.compare import Comparison, LayerComparison
 from fastcov.spectra.history import History
 from fastcov.spectra.spectrum import Spectrum
 
-try:
-    from matplotlib import colormaps, pyplot
-    from matplotlib.axes import Axes as Axes
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure as Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise ImportError(
-        "figures need matplotlib, which is not installed: pip install 'fastcov-torch[plot]'"
-    ) from error
+__all__ = ["DARK", "FEW", "plot_comparison", "plot_demand", "plot_dims", "plot_spectrum"]
 
-DARK = "#17618c"
-LIGHT = "#d5e3ec"
-SECOND = "#c8501e"
-FEW = "#8c979d"
-ENOUGH_ROWS = 16  # a channel
-_GREY = "#666666"
 _MOST_LEGEND_LINES = 10
-_SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+_SHARES = (0, 0.02, 0.1, 0.25, 0.5, 1)
 
 
 def plot_spectrum(
@@ -68,7 +68,7 @@ def plot_spectrum(
     Raises:
         ValueError: If there is no spectrum to draw.
     """
-    ax = _new_axes(5.6, 3.8) if ax is None else ax
+    ax = shown_axes(5.6, 3.8) if ax is None else ax
     if isinstance(spectrum, Spectrum):
         _draw_one(ax, spectrum, threshold)
     else:
@@ -88,14 +88,14 @@ def _draw_one(ax: Axes, spectrum: Spectrum, threshold: float) -> None:
     )
     ax.set_ylabel("eigenvalue (units of the feature, squared)")
     if largest == 0:
-        _say(ax, "every eigenvalue is zero")
+        say(ax, "every eigenvalue is zero")
         return
     ranks, values = positive(spectrum.eigenvalues)
     lower, upper = (end[: len(ranks)] for end in spectrum.interval)
     if bool(upper.isfinite().all()):
         ax.fill_between(ranks, lower, upper, color=LIGHT, label="95 % (independent rows)")
     else:
-        _say(ax, f"{spectrum.count} rows bound no eigenvalue from above", y=0.06)
+        say(ax, f"{spectrum.count} rows bound no eigenvalue from above", y=0.06)
     ax.plot(ranks, values, color=DARK, marker="." if len(ranks) < 40 else None, label="eigenvalue")
     ax.axhline(
         threshold * largest,
@@ -112,26 +112,20 @@ def _draw_many(ax: Axes, spectra: Mapping[str, Spectrum], threshold: float) -> N
     drawn = {name: s for name, s in spectra.items() if bool(s.eigenvalues[0] > 0)}
     if not drawn:
         raise ValueError(f"none of the {len(spectra)} spectra has a positive eigenvalue to draw")
-    colors = _colors(len(drawn))
     least = threshold
-    for color, (name, spectrum) in zip(colors, drawn.items(), strict=True):
-        ranks, values = positive(spectrum.eigenvalues / spectrum.eigenvalues[0])
-        least = min(least, values[-1].item())
-        ax.plot(ranks, values, color=color, linewidth=1.3, label=short(name))
-    ax.axhline(threshold, color=_GREY, linestyle="--", linewidth=1)
+    for color, (name, spectrum) in zip(color_row(len(drawn)), drawn.items(), strict=True):
+        style = {"color": color, "linewidth": 1.3, "label": short(name)}
+        least = min(least, draw_relative(ax, spectrum, **style))
+    ax.axhline(threshold, color=GREY, linestyle="--", linewidth=1)
     ax.set_ylabel("eigenvalue / largest")
     log_axes(ax, max(s.channels for s in drawn.values()), least, 2.0)
-    handles, labels = ax.get_legend_handles_labels()
-    if len(drawn) > _MOST_LEGEND_LINES:
-        chosen = [
-            round(i * (len(drawn) - 1) / (_MOST_LEGEND_LINES - 1))
-            for i in range(_MOST_LEGEND_LINES)
-        ]
-        handles, labels = [handles[i] for i in chosen], [labels[i] for i in chosen]
-        ax.set_title(
-            f"{len(drawn)} layers, first (dark) to last; {_MOST_LEGEND_LINES} named", fontsize=10
-        )
-    place_legend(ax, 7, handles, labels)
+    labels = [short(name) for name in drawn]
+    if (count := len(labels)) > _MOST_LEGEND_LINES:
+        last = _MOST_LEGEND_LINES - 1
+        labels = [labels[round(i * (count - 1) / last)] for i in range(last + 1)]
+        title = f"{count} layers, first (dark) to last; {_MOST_LEGEND_LINES} named"
+        ax.set_title(title, fontsize=10)
+    place_legend(ax, 7, labels)
 
 
 def plot_dims(
@@ -159,12 +153,11 @@ def plot_dims(
     layers, steps, dims = history.dims(threshold)
     if not layers:
         raise ValueError(f"{history!r} has no spectrum to draw; take a snapshot after some steps")
-    widths = _widths(history)
-    width_of = torch.tensor([widths[name] for name in layers], dtype=torch.float64, device="cpu")
-    ax = _new_axes(7.2, line_height(len(layers))) if ax is None else ax
+    widths = torch.tensor(list(history.channels().values()), dtype=torch.float64, device="cpu")
+    ax = shown_axes(7.2, line_height(len(layers))) if ax is None else ax
     ax.set_facecolor("#c9c9c9")
     image = ax.imshow(
-        (dims / width_of[:, None]).numpy(),
+        (dims / widths[:, None]).numpy(),
         aspect="auto",
         interpolation="nearest",
         cmap="viridis",
@@ -187,8 +180,7 @@ def plot_dims(
     # The bar takes its room from the axes: only now is it known how large a name may be.
     name_lines(ax, layers)
     annotate_right(
-        ax,
-        [_of(_last_known(row), width) for row, width in zip(dims, width_of.tolist(), strict=True)],
+        ax, [_of(_last_known(row), width) for row, width in zip(dims, widths.tolist(), strict=True)]
     )
     return ax
 
@@ -216,7 +208,7 @@ def plot_demand(
     demands = [spectrum.dof() for spectrum in spectra.values()]
     widths = [spectrum.channels for spectrum in spectra.values()]
     places = range(len(widths))
-    ax = _new_axes(7.2, line_height(len(widths))) if ax is None else ax
+    ax = shown_axes(7.2, line_height(len(widths))) if ax is None else ax
     ax.barh(places, [1.0] * len(widths), color=LIGHT, height=0.75)
     shares = [demand / width for demand, width in zip(demands, widths, strict=True)]
     ax.barh(places, shares, color=[curve_color(s) for s in spectra.values()], height=0.75)
@@ -228,7 +220,9 @@ def plot_demand(
     annotate_right(ax, [_of(d, w, ".1f") for d, w in zip(demands, widths, strict=True)])
     title = "demand (degrees of freedom, dark) against width (light)"
     if not all(map(has_enough_rows, spectra.values())):
-        title += f"\ngrey: fewer than {ENOUGH_ROWS} rows a channel, the demand may be larger"
+        title += (
+            f"\ngrey: fewer than {ENOUGH_ROWS_PER_CHANNEL} rows a channel, the demand may be larger"
+        )
     ax.set_title(title, fontsize=10)
     return ax
 
@@ -238,43 +232,45 @@ def plot_comparison(
     ax: Axes | None = None,
     *,
     layer: str | None = None,
-    what: str = "distance",
+    view: str = "distance",
 ) -> Axes:
     """Two trainings: distance of every layer's spectra, or one layer in both.
 
     Args:
         comparison: Of two histories.
         ax: Where to draw; None makes a figure.
-        layer: None draws "distance" for all layers; a name is needed for the others.
-        what: "distance" at the end (bars) or, with a layer, over the common steps; "dims" over
+        layer: None draws "distance" for all layers; a name is needed for the other views.
+        view: "distance" at the end (bars) or, with a layer, over the common steps; "dims" over
             steps; "spectra" at the end.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If there is no such layer or kind of figure.
+        ValueError: If there is no such layer or view.
     """
-    if what not in ("distance", "dims", "spectra"):
-        raise ValueError(f'what={what!r}: choose "distance", "dims" or "spectra"')
+    found = find_view(view)
     if layer is None:
-        if what != "distance":
-            raise ValueError(f"what={what!r} needs a layer: give layer=")
+        if found is not VIEWS["distance"]:
+            raise ValueError(f"view={view!r} needs a layer: give layer=")
         return _draw_distances(comparison, ax)
-    found = {entry.name: entry for entry in comparison.layers}
-    if layer not in found:
-        raise ValueError(f"no layer {layer!r} in both trainings; there are {', '.join(found)}")
-    ax = _new_axes(5.6, 3.8) if ax is None else ax
-    draw_layer(ax, found[layer], comparison, what)
+    entries = {entry.name: entry for entry in comparison.layers}
+    if layer not in entries:
+        raise ValueError(f"no layer {layer!r} in both trainings; there are {', '.join(entries)}")
+    ax = shown_axes(5.6, 3.8) if ax is None else ax
+    found.draw(ax, entries[layer], comparison)
+    found.scale(ax, [entries[layer]], comparison)
+    ax.set_xlabel(found.x_label)
+    ax.set_ylabel(found.y_label)
     ax.set_title(short(layer), fontsize=10)
-    if what != "distance":
+    if found.has_two_curves:
         place_legend(ax, 8)
     return ax
 
 
 def _draw_distances(comparison: Comparison, ax: Axes | None) -> Axes:
     count = len(comparison.layers)
-    ax = _new_axes(7.2, line_height(count)) if ax is None else ax
+    ax = shown_axes(7.2, line_height(count)) if ax is None else ax
     distances = [layer.distance for layer in comparison.layers]
     ax.barh(range(count), distances, color=DARK, height=0.75)
     ax.set_ylim(count - 0.4, -0.6)
@@ -286,71 +282,76 @@ def _draw_distances(comparison: Comparison, ax: Axes | None) -> Axes:
     return ax
 
 
-def draw_layer(ax: Axes, layer: LayerComparison, comparison: Comparison, what: str) -> None:
-    """Draws one layer of two trainings; ``what`` as in :func:`plot_comparison`."""
+class View(NamedTuple):
+    """View of layers in two trainings: labels, a drawing of one layer, scales for several."""
+
+    x_label: str
+    y_label: str
+    draw: Callable[[Axes, LayerComparison, Comparison], None]
+    scale: Callable[[Axes, Sequence[LayerComparison], Comparison], None]
+    has_two_curves: bool = True  # one a training, told apart by a legend
+    shares_y: bool = True  # layers side by side have one vertical scale
+
+
+def find_view(name: str) -> View:
+    """View by its name; a ValueError names all where there is none."""
+    if name not in VIEWS:
+        raise ValueError(f"view={name!r}: choose one of {', '.join(map(repr, VIEWS))}")
+    return VIEWS[name]
+
+
+def _draw_spectra(ax: Axes, layer: LayerComparison, comparison: Comparison) -> None:
     ax.grid(True, color="#e4e4e4", linewidth=0.6)
-    if what == "spectra":
-        least = comparison.threshold
-        for style, end in _sides(comparison, layer.end_a, layer.end_b):
-            if bool(end.eigenvalues[0] > 0):
-                ranks, values = positive(end.eigenvalues / end.eigenvalues[0])
-                least = min(least, values[-1].item())
-                ax.plot(ranks, values, **style)
-        ax.axhline(comparison.threshold, color=_GREY, linestyle="--", linewidth=0.8)
-        log_axes(ax, max(layer.end_a.channels, layer.end_b.channels), least, 2.0)
-        ax.set_xlabel("rank of the eigenvalue")
-        ax.set_ylabel("eigenvalue / largest")
-        return
-    ax.set_xlabel("training step")
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if what == "distance":
-        ax.plot(layer.common_steps, layer.distances, color=DARK, marker=".", label="distance")
-        ax.set_ylabel("distance of the spectra")
-        ax.set_ylim(0, None)
-        return
+    for style, end in _sides(comparison, layer.end_a, layer.end_b):
+        draw_relative(ax, end, **style)
+    ax.axhline(comparison.threshold, color=GREY, linestyle="--", linewidth=0.8)
+
+
+def _scale_spectra(ax: Axes, layers: Sequence[LayerComparison], comparison: Comparison) -> None:
+    widest = max(max(layer.end_a.channels, layer.end_b.channels) for layer in layers)
+    log_axes(ax, widest, comparison.threshold / 100, 2.0)
+
+
+def _draw_dims(ax: Axes, layer: LayerComparison, comparison: Comparison) -> None:
+    ax.grid(True, color="#e4e4e4", linewidth=0.6)
     sides = _sides(comparison, (layer.steps_a, layer.dims_a), (layer.steps_b, layer.dims_b))
     for style, (steps, dims) in sides:
         ax.plot(steps, dims, marker=".", **style)
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set_ylabel("dim (directions)")
     ax.set_ylim(0, max(*layer.dims_a, *layer.dims_b, 1) * 1.08)
 
 
-def has_enough_rows(spectrum: Spectrum) -> bool:
-    """Whether a spectrum is of at least 16 rows a channel."""
-    return spectrum.count >= ENOUGH_ROWS * spectrum.channels
+def _draw_distance(ax: Axes, layer: LayerComparison, _: Comparison) -> None:
+    ax.grid(True, color="#e4e4e4", linewidth=0.6)
+    ax.plot(layer.common_steps, layer.distances, color=DARK, marker=".", label="distance")
 
 
-def curve_color(spectrum: Spectrum) -> str:
-    """Dark, or grey where too few rows were read to tell."""
-    return DARK if has_enough_rows(spectrum) else FEW
+def _scale_distance(ax: Axes, layers: Sequence[LayerComparison], comparison: Comparison) -> None:
+    _scale_steps(ax, layers, comparison)
+    ax.set_ylim(0, 1.05 * max(0.05, *(max(layer.distances, default=0.0) for layer in layers)))
 
 
-def _new_axes(width: float, height: float) -> Axes:
-    return pyplot.figure(figsize=(width, height), layout="constrained").add_subplot()
+def _scale_steps(ax: Axes, layers: Sequence[LayerComparison], _: Comparison) -> None:
+    steps = [step for layer in layers for step in (*layer.steps_a, *layer.steps_b)]
+    margin = 0.04 * max(max(steps) - min(steps), 1)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_xlim(min(steps) - margin, max(steps) + margin)
 
 
-def _of(value: float, width: float, form: str = ".0f") -> str:
-    return f"no row of {width:.0f}" if math.isnan(value) else f"{value:{form}} of {width:.0f}"
-
-
-def _last_known(row: Tensor) -> float:
-    known = row[~row.isnan()]
-    return known[-1].item() if len(known) else math.nan
-
-
-def _widths(history: History) -> dict[str, int]:
-    """Width of every layer: from the last snapshot that has it."""
-    missing = set(history.layers())
-    widths: dict[str, int] = {}
-    for index in range(len(history) - 1, -1, -1):
-        if not missing:
-            break
-        for name, spectrum in history[index].spectra.items():
-            if name in missing:
-                widths[name] = spectrum.channels
-                missing.discard(name)
-    return widths
+VIEWS = {
+    "dims": View("training step", "dim (directions)", _draw_dims, _scale_steps, shares_y=False),
+    "spectra": View(
+        "rank of the eigenvalue", "eigenvalue / largest", _draw_spectra, _scale_spectra
+    ),
+    "distance": View(
+        "training step",
+        "distance of the spectra",
+        _draw_distance,
+        _scale_distance,
+        has_two_curves=False,
+    ),
+}
+"""Views of a comparison by their names."""
 
 
 def _sides(comparison: Comparison, a: Any, b: Any) -> list[tuple[dict[str, Any], Any]]:
@@ -362,9 +363,10 @@ def _sides(comparison: Comparison, a: Any, b: Any) -> list[tuple[dict[str, Any],
     ]
 
 
-def _colors(count: int) -> list[Any]:
-    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
+def _of(value: float, width: float, form: str = ".0f") -> str:
+    return f"no row of {width:.0f}" if math.isnan(value) else f"{value:{form}} of {width:.0f}"
 
 
-def _say(ax: Axes, text: str, y: float = 0.5) -> None:
-    ax.text(0.5, y, text, transform=ax.transAxes, ha="center", fontsize=8, color=_GREY)
+def _last_known(row: Tensor) -> float:
+    known = row[~row.isnan()]
+    return known[-1].item() if len(known) else math.nan

@@ -254,16 +254,16 @@ def test_comparison_bars_and_layers(comparison: Comparison) -> None:
     }
     for what, (xs, ys) in expected.items():
         ax = Figure().add_subplot()
-        assert plot_comparison(comparison, ax, layer=layer.name, what=what) is ax
+        assert plot_comparison(comparison, ax, layer=layer.name, view=what) is ax
         for line, x, y in zip(ax.get_lines(), xs, ys, strict=False):
             assert list(line.get_xdata()) == x
             assert list(line.get_ydata()) == pytest.approx(y)
     with pytest.raises(ValueError, match="no layer 'nope' in both"):
         plot_comparison(comparison, layer="nope")
-    with pytest.raises(ValueError, match="what='angles'"):
-        plot_comparison(comparison, what="angles")
+    with pytest.raises(ValueError, match="view='angles'"):
+        plot_comparison(comparison, view="angles")
     with pytest.raises(ValueError, match="needs a layer"):
-        plot_comparison(comparison, what="dims")
+        plot_comparison(comparison, view="dims")
 
 
 @pytest.mark.parametrize("count", [1, 7])
