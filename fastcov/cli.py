@@ -15,10 +15,9 @@ import torch
 import fastcov
 from fastcov.show.tables import comparison_legend, comparison_rows, text_table
 from fastcov.spectra.compare import compare_histories
-from fastcov.spectra.history import load_history
 
 _OPTIONAL = (
-    *("numpy", "triton", "torchvision", "matplotlib", "rich"),
+    *("numpy", "triton", "torchvision", "matplotlib", "jinja2", "rich"),
     *("lightning", "transformers", "tensorboard", "wandb"),
 )
 
@@ -29,21 +28,20 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Entry point of the program: runs one command.
 
     Args:
         argv: Arguments after the program's name; None takes the process's.
 
     Returns:
-        0, or 2 after one line about what is wrong.
+        Exit code: 0, or 2 after one line about the error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["bench"]:
             return _bench(arguments[1:])
         options = _parser().parse_args(arguments)
-        commands = {"doctor": _doctor, "report": _report, "compare": _compare}
-        commands[options.command](options)
+        options.run(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"fastcov: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -63,13 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="command", parser_class=_OneLineParser
     )
-    commands.add_parser("doctor", help="versions, devices, which kernels are active and why")
+    doctor = commands.add_parser("doctor", help="versions, devices, active kernels and why")
+    doctor.set_defaults(run=_doctor)
     commands.add_parser("bench", help="measure this machine (fastcov bench --help)")
     report = commands.add_parser("report", help="one HTML page about one training")
-    report.add_argument("folder", type=Path, help="what was passed as out= to fastcov.track")
+    report.set_defaults(run=_report)
+    report.add_argument("folder", type=Path, help="folder that was out= of fastcov.track")
     report.add_argument("--out", type=Path, help="page to write (default: FOLDER/report.html)")
     report.add_argument("--title", help="heading (default: the folder)")
     compare = commands.add_parser("compare", help="how the spectra of two trainings differ")
+    compare.set_defaults(run=_compare)
     compare.add_argument("folder_a", type=Path)
     compare.add_argument("folder_b", type=Path)
     compare.add_argument(
@@ -122,7 +123,7 @@ def _bench(arguments: list[str]) -> int:
 def _report(options: argparse.Namespace) -> None:
     from fastcov.show.page import write_report  # needs the extra plot
 
-    history = load_history(options.folder)
+    history = fastcov.load_history(options.folder)
     page = write_report(
         options.out or options.folder / "report.html",
         history,
@@ -135,8 +136,8 @@ def _compare(options: argparse.Namespace) -> None:
     from fastcov.show.page import write_comparison  # needs the extra plot
 
     comparison = compare_histories(
-        load_history(options.folder_a),
-        load_history(options.folder_b),
+        fastcov.load_history(options.folder_a),
+        fastcov.load_history(options.folder_b),
         threshold=options.threshold,
     )
     headers, lines = comparison_rows(comparison)

@@ -27,22 +27,9 @@ def power_widths(
 ) -> WidthPlan:
     """Widths that are the current ones to a power, at the same MACs.
 
-    Args:
-        groups: Width groups.
-        mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
-        budget: The most MACs; None = those of the current widths.
-        power: Exponent; None = the one, at most 2, that brings the parameters nearest to
-            ``params``.
-        params: Parameters to come near to; needed without ``power``.
-        param_fn: Parameters of the network with widths ``{group name: channels}``.
-        tolerance: How far below the budget the MACs may stay, as a fraction.
-
-    Returns:
-        The plan; a note says where no power comes near to ``params``.
-
-    Raises:
-        ValueError: As :func:`fastcov.suggest_widths`, or if neither a power nor parameters are
-            given.
+    Without ``power`` it is found: the exponent, at most 2, that brings ``param_fn`` nearest to
+    ``params``; a note says where none comes near. All else is as in
+    :func:`fastcov.widths.solve_widths`.
     """
     current = _current(groups)
     if power is None:
@@ -77,18 +64,7 @@ def random_widths(
 ) -> WidthPlan:
     """Widths that are the current ones times factors drawn log-uniformly from [1/2, 2].
 
-    Args:
-        groups: Width groups.
-        mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
-        budget: The most MACs; None = those of the current widths.
-        seed: Of the draw.
-        tolerance: How far below the budget the MACs may stay, as a fraction.
-
-    Returns:
-        The plan, the same for the same seed.
-
-    Raises:
-        ValueError: As :func:`fastcov.suggest_widths`.
+    The same seed draws the same factors. All else is as in :func:`fastcov.widths.solve_widths`.
     """
     draws = random.Random(seed)
     drawn = {group.name: group.width * 2.0 ** draws.uniform(-1.0, 1.0) for group in groups}
@@ -106,17 +82,8 @@ def uniform_widths(
 ) -> WidthPlan:
     """Widths that are the current ones all times one factor, at given parameters.
 
-    Args:
-        groups: Width groups.
-        cost_fn: Parameters of the network with widths ``{group name: channels}``.
-        params: The most parameters; None = those of the current widths.
-        tolerance: How far below ``params`` the parameters may stay, as a fraction.
-
-    Returns:
-        The plan, whose ``macs`` and ``budget`` are parameters too.
-
-    Raises:
-        ValueError: As :func:`fastcov.suggest_widths`.
+    ``cost_fn`` counts parameters, so the plan's ``macs`` and ``budget`` are parameters too. All
+    else is as in :func:`fastcov.widths.solve_widths`.
     """
     return solve_widths(
         groups, _current(groups), cost_fn, params, rule="uniform", tolerance=tolerance

@@ -180,18 +180,18 @@ def solve_widths(
     param_fn: CostFn | None = None,
     tolerance: float = 0.005,
 ) -> WidthPlan:
-    """Widths in proportion to demands that are already numbers; see :func:`suggest_widths`.
+    """Widths in proportion to demands that are already numbers.
 
     Args:
         groups: Width groups.
         demands: Channels that each group asks for, by group name.
-        mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
-        budget: The most MACs; None = those of the groups' current widths.
+        mac_fn: As in :func:`suggest_widths`, and so are the arguments after it.
+        budget: The most MACs.
         rule: Name of the measure behind the demands, for the plan.
-        power: Exponent of the demand, positive and finite.
-        max_params: Cap on ``param_fn(widths)``; the power is lowered until it holds.
-        param_fn: Parameters of the network with widths ``{group name: channels}``.
-        tolerance: How far below the budget the MACs may stay, as a fraction.
+        power: Exponent of the demand.
+        max_params: Cap on the parameters.
+        param_fn: Parameters of widths.
+        tolerance: Fraction of the budget that may be left.
 
     Returns:
         A plan whose MACs are never above the budget.
