@@ -36,7 +36,7 @@ class PendingSpectra:
 
     Args:
         states: By layer, on any devices.
-        centered: Whether the means are subtracted.
+        centered: True to subtract the means.
     """
 
     @torch.no_grad()

@@ -30,7 +30,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastcov.names import closest
-from fastcov.widths.rules import Rule, SpectrumLike, find_rule
+from fastcov.spectra.spectrum import Spectrum
+from fastcov.widths.rules import Rule, find_rule
 from fastcov.widths.solver import CostFn, Solver, Widths, cached
 from fastcov.widths.solver import WidthGroup as WidthGroup
 
@@ -63,9 +64,9 @@ class WidthPlan:
 
 
 def demand(
-    spectra: Mapping[str, SpectrumLike],
+    spectra: Mapping[str, Spectrum],
     groups: Sequence[WidthGroup],
-    rule: str | Rule | Callable[[SpectrumLike], float] = "dof",
+    rule: str | Rule | Callable[[Spectrum], float] = "dof",
 ) -> dict[str, float]:
     """Demand of every group: a measure of each member's spectrum, averaged over the members.
 
@@ -102,7 +103,7 @@ def demand(
     return demands
 
 
-def _check_members(group: WidthGroup, spectra: Mapping[str, SpectrumLike]) -> None:
+def _check_members(group: WidthGroup, spectra: Mapping[str, Spectrum]) -> None:
     if not group.members:
         raise ValueError(f"width group {group.name!r} has no members; nothing to measure")
     for member in group.members:
@@ -114,18 +115,18 @@ def _check_members(group: WidthGroup, spectra: Mapping[str, SpectrumLike]) -> No
 
 
 def suggest_widths(
-    spectra: Mapping[str, SpectrumLike],
+    spectra: Mapping[str, Spectrum],
     groups: Sequence[WidthGroup],
     mac_fn: CostFn,
     budget: float | None = None,
     *,
-    rule: str | Rule | Callable[[SpectrumLike], float] = "dof",
+    rule: str | Rule | Callable[[Spectrum], float] = "dof",
     power: float = 1.0,
     max_params: float | None = None,
     param_fn: CostFn | None = None,
     tolerance: float = 0.005,
 ) -> WidthPlan:
-    """Widths in proportion to what each group's spectrum uses, at no more MACs.
+    """Widths in proportion to the directions that each group's spectrum uses, at no more MACs.
 
     Args:
         spectra: Spectrum of every member of every group, by name, as ``tracker.spectra()`` gives.

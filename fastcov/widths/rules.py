@@ -2,7 +2,7 @@ r"""Rules of demand: measures of a spectrum that say how many channels a feature
 
 A new rule is one more entry of :data:`RULES`; nothing else knows a rule by its name.
 
-A spectrum of features alone says how many directions a map has, not whether anything reads them: a
+A spectrum of features alone says how many directions a map has, but not if anything reads them: a
 map that a norm has just scaled to unit variance is full, whatever the next layer makes of it. The
 rule ``gradient`` is for spectra of :math:`S^{1/2} G S^{1/2}`, where :math:`S` is a map's
 covariance and :math:`G` that of the loss's gradient with respect to the map. An eigenvalue is then
@@ -12,31 +12,13 @@ so that one threshold holds for the whole network.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import Literal
 
 from fastcov.names import closest
+from fastcov.spectra.spectrum import Spectrum
 
 _THRESHOLD = 1e-3
 _SHARE = 0.99
-
-
-class SpectrumLike(Protocol):
-    """Part of :class:`fastcov.Spectrum` that a rule reads."""
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """Eigenvalues of a feature map, at least 0. [C]"""
-
-    def dim(self, threshold: float = ..., relative: bool = ...) -> int:
-        """Number of eigenvalues above a threshold."""
-
-    def rank_at(self, share: float = ...) -> int:
-        """Smallest number of directions that holds a share of the variance."""
-
-    def dof(self, lam: float | None = ...) -> float:
-        """Degrees of freedom at a ridge."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +34,11 @@ class Rule:
     """
 
     name: str
-    demand: Callable[[SpectrumLike, float], float]
+    demand: Callable[[Spectrum, float], float]
     reads: Literal["features", "sensitivity"] = "features"
 
 
-def _shared_dof(spectrum: SpectrumLike, largest: float) -> float:
+def _shared_dof(spectrum: Spectrum, largest: float) -> float:
     return spectrum.dof(_THRESHOLD * largest) if largest > 0 else 0.0
 
 
@@ -78,7 +60,7 @@ RULES = {
 """Every rule by its name."""
 
 
-def find_rule(rule: str | Rule | Callable[[SpectrumLike], float]) -> Rule:
+def find_rule(rule: str | Rule | Callable[[Spectrum], float]) -> Rule:
     """Rule object for a rule's name, or for a function of one spectrum.
 
     Args:
