@@ -184,14 +184,14 @@ struct FirstRows {
 // than 17 times the rounding of plain ones.
 constexpr double kNear = 16;
 
-// Fixes the shift of a state without rows. keeps_exact: products of 16-bit rows that are not
-// shifted take one instruction instead of three; they are shifted only where the mean is far.
-inline void choose_shift(const Update& update, bool keeps_exact) {
+// Fixes the shift of a state without rows. Products of 16-bit rows that are not shifted are exact:
+// so they stay where the square of the mean is at most exact_near variances.
+inline void choose_shift(const Update& update, double exact_near) {
   const FirstRows first(update, kShiftRows);
   for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
     const double mean = first.mean[channel];
-    const bool is_near = mean * mean <= kNear * first.variance[channel];
-    update.shift[channel] = keeps_exact && is_near ? 0.0 : first.shift(update.dtype, channel);
+    const bool is_near = mean * mean <= exact_near * first.variance[channel];
+    update.shift[channel] = is_near ? 0.0 : first.shift(update.dtype, channel);
   }
 }
 
@@ -218,9 +218,9 @@ inline void translate(const Update& update, const std::vector<double>& shift) {
 }
 
 // The shift moved to these rows' mean in each channel where the mean has left it, and back to 0
-// where exact products serve: the first rows may have been too few to tell.
+// where exact products serve: the first rows may have been too few to tell. See choose_shift.
 inline std::vector<double> followed_shift(const Update& update, const FirstRows& first,
-                                          bool keeps_exact) {
+                                          double exact_near) {
   std::vector<double> shift(update.shift, update.shift + update.rows.channels);
   if (first.rows == 0) return shift;
   const int64_t channels = update.rows.channels;
@@ -233,7 +233,7 @@ inline std::vector<double> followed_shift(const Update& update, const FirstRows&
       variance += std::max(0.0, square - own * own);
     }
     const double mean = first.mean[channel];
-    if (keeps_exact && 4 * mean * mean <= kNear * variance) {
+    if (exact_near > 0 && 4 * mean * mean <= exact_near * variance) {
       shift[channel] = 0;
       continue;
     }
@@ -245,13 +245,13 @@ inline std::vector<double> followed_shift(const Update& update, const FirstRows&
 
 // Moves the shift where the rows of this call have left it: sums about a shift that is far from
 // the rows cancel. A few rows tell whether to look closer.
-inline void follow_mean(const Update& update, bool keeps_exact) {
+inline void follow_mean(const Update& update, double exact_near) {
   const auto moves = [&](const std::vector<double>& shift) {
     return !std::equal(shift.begin(), shift.end(), update.shift);
   };
-  if (!moves(followed_shift(update, FirstRows(update, kFollowRows), keeps_exact))) return;
+  if (!moves(followed_shift(update, FirstRows(update, kFollowRows), exact_near))) return;
   const std::vector<double> shift =
-      followed_shift(update, FirstRows(update, kShiftRows), keeps_exact);
+      followed_shift(update, FirstRows(update, kShiftRows), exact_near);
   if (moves(shift)) translate(update, shift);
 }
 

@@ -121,8 +121,11 @@ def accumulate_(
         for tensor in (moment, sum, weight):
             tensor.mul_(decay)
         return
-    mean, _, _ = _first_rows(flat, row_weight)
-    shift.copy_(torch.where(count[0] == 0, _rounded_shift(mean, flat.dtype), shift))
+    mean, variance, _ = _first_rows(flat, row_weight)
+    first_shift = _rounded_shift(mean, flat.dtype)
+    if flat.dtype.itemsize == 2:  # as they are, their products are exact
+        first_shift = torch.where(mean.square() <= variance, 0.0, first_shift)
+    shift.copy_(torch.where(count[0] == 0, first_shift, shift))
     if decay != 1 or _passes_power_of_two(count, len(flat)):
         follow_mean_(moment, sum, shift, weight, count, flat, row_weight)
     work = torch.float64 if flat.dtype == torch.float64 else torch.float32

@@ -238,6 +238,10 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
     """
     _check_rows(x)
     moments = Moments(x.shape[-1], x.device)
+    if _is_wrapped(x):
+        # Made from x, they are one for each example of torch.vmap.
+        for name, tensor in vars(moments).items():
+            setattr(moments, name, x.new_zeros(tensor.shape, dtype=tensor.dtype))
     accumulate_(moments, x, precision=precision)
     return moments.covariance(centered)
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fastcov.ops import aten, aten_eigen, native
+from fastcov.ops import aten, aten_eigen, native, vmapped
 from fastcov.ops.backend import service_of
 
 if TYPE_CHECKING:
@@ -180,6 +180,8 @@ _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
 _LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
 torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)
+for _name, _vmapped in vmapped.RULES.items():
+    torch.library.register_vmap(f"fastcov::{_name}", _vmapped, lib=_LIBRARY)
 
 
 def _is_triton(rows: Tensor) -> bool:

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcov.spectra.uncertainty import MOST_SIMULATED_CHANNELS, error_bound
+
 _CONFIDENCE = 0.95
 _LEAST_FITTED_RANKS = 3
 
@@ -149,8 +151,22 @@ class Spectrum:
 
     @property
     def uncertainty(self) -> Tensor:
-        """95 % bound on the error of each eigenvalue; see :func:`uncertainty`. [C]"""
-        return uncertainty(self.eigenvalues, self.count)
+        r"""95 % bound on all :math:`|\hat\lambda_i - \lambda_i|` at once, float64. [C]
+
+        Promised for ``count`` independent Gaussian rows: in simulations of flat and power-law
+        spectra, spikes and steps, 94 to 100 % of spectra at 16 to 64 rows a channel and 90 to 100 %
+        at 4 lay within (tests/spectra/test_uncertainty.py). Eigenvalues do not tell how their rows
+        were related: correlated positions, and heavy tails, make the bound too narrow unless
+        ``count`` is the number of Gaussian rows that tell as much,
+        :func:`fastcov.spectra.uncertainty.gaussian_rows`; then it holds as well.
+
+        Infinite where there are too few rows (see :func:`interval`). Above 256 channels the bound
+        is that of :func:`interval`: never too narrow, and up to five times too wide.
+        """
+        closed = uncertainty(self.eigenvalues, self.count)
+        if self.channels > MOST_SIMULATED_CHANNELS or not bool(closed.isfinite().all()):
+            return closed
+        return error_bound(self.eigenvalues, self.count)
 
     @property
     def interval(self) -> tuple[Tensor, Tensor]:

@@ -156,8 +156,8 @@ class CovarianceState:
 
         .. math:: \Bigl(\sum_r w_r\Bigr)^2 / \sum_r w_r^2
 
-        float64, at most the number of rows; NaN where no row was seen. Holds for weights from
-        1e-150 to 1e150. []
+        float64, at most the number of rows; NaN where no row was seen. For weights from 1e-150 to
+        1e150. []
         """
         # Neither square is formed: weights may have any size.
         return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])

@@ -254,7 +254,7 @@ def test_spectrum_sorts_clamps_and_delegates() -> None:
     assert spectrum.participation_ratio() == participation_ratio(values.detach()).item()
     assert spectrum.stable_rank() == stable_rank(values.detach()).item()
     assert spectrum.power_law().exponent == power_law(values.detach())[0].item()
-    assert torch.equal(spectrum.uncertainty, uncertainty(values.detach(), 1000))
+    assert (spectrum.uncertainty <= uncertainty(values.detach(), 1000)).all()
     assert "layer1.conv1" in repr(spectrum)
     assert isinstance(spectrum.dim(), int)
     assert isinstance(spectrum.rank_at(), int)
