@@ -210,7 +210,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     ),
     GramCase("sm_90", "direct", "rows"): (
         GramConfig(32, 1, 64, 4, 3, residents=8),
-        GramConfig(64, 1, 64, 4, 3, residents=5),
+        GramConfig(64, 1, 64, 4, 3, residents=4),
         GramConfig(64, 2, 32, 8, 3, residents=2),
         GramConfig(64, 4, 32, 8, 3),
         GramConfig(64, 4, 32, 8, 3, left=2, right=2),

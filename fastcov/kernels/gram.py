@@ -128,9 +128,8 @@ def gram_kernel(
                 PANEL,
                 EDGE,
             )
-        ends = notes + triangles * tl.cdiv(steps, steps_per_chain)
         if tl.program_id(0) == 0:
-            begin_update(ends, count)
+            begin_update(notes + notes_entries - 3, count)
         notes += triangle
         for first in range(first_step, last_step, steps_per_chain):
             tl.store(notes + first // steps_per_chain * triangles, 0)
@@ -169,7 +168,8 @@ def gram_kernel(
         for first in range(first_step, last_step, steps_per_chain):
             broken += tl.load(notes + first // steps_per_chain * triangles)
         if broken > 0:
-            note_broken(ends, count)
+            # Anew, not kept in registers while rows are multiplied.
+            note_broken(notes - triangle + notes_entries - 3, count)
             first_step *= STEP // _REPAIR
             last_step *= STEP // _REPAIR
             steps_per_chain *= STEP // _REPAIR
