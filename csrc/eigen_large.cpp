@@ -39,8 +39,9 @@ bool solve_by_ql(const EigenTask<T>& task, const Scale<T>& scale, const SolveSpa
     return false;
   }
   sort_lanes<double, 1>(space.wide_diagonal, n);
-  const auto restore = static_cast<double>(scale.restore);
-  for (int k = 0; k < n; ++k) task.values[k] = static_cast<T>(space.wide_diagonal[k] * restore);
+  for (int k = 0; k < n; ++k) {
+    task.values[k] = static_cast<T>(scale.eigenvalue(space.wide_diagonal[k]));
+  }
   return true;
 }
 
@@ -60,7 +61,7 @@ void solve_large(const EigenTask<T>& task, const Crew& crew, void* scratch) {
   deal(crew, packs, [&](int pack) { bisection.count_sections(pack * Bisection::wide); });
   deal(crew, packs, [&](int pack) {
     bisection.find(pack * Bisection::wide,
-                   [&](int k, T value) { task.values[k] = value * scale.restore; });
+                   [&](int k, T value) { task.values[k] = scale.eigenvalue(value); });
   });
 }
 
