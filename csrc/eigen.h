@@ -203,14 +203,16 @@ FASTCOV_INLINE double reduction_error(int n, double norm) {
   return 8.0 * n * (n + 16.0) * 0x1p-53 * norm;
 }
 
-// The same for a tridiagonal form: reflectors keep the norm. Raising off-diagonals from zero moves
-// an eigenvalue too, and so does the rounding of a threshold less the shift.
+// The same for a tridiagonal form: reflectors keep the norm. What else moves an eigenvalue: columns
+// that were dropped as negligible, off-diagonals raised from zero, a threshold less the shift.
 FASTCOV_INLINE double count_error(const double* diagonal, const double* square, int n,
                                   double shift) {
   double sum = diagonal[0] * diagonal[0];
   for (int i = 1; i < n; ++i) sum += diagonal[i] * diagonal[i] + 2 * square[i - 1];
+  const double dropped = Numeric<double>::square_root(2.0 * n * Numeric<double>::negligible_square);
   const double raised = 4 * Numeric<double>::square_root(Numeric<double>::least_square);
-  return reduction_error(n, Numeric<double>::square_root(sum)) + 0x1p-51 * absolute(shift) + raised;
+  return reduction_error(n, Numeric<double>::square_root(sum)) + dropped + raised +
+         0x1p-51 * absolute(shift);
 }
 
 // Bounds on the number of eigenvalues above tau: an eigenvalue within `error` of it may be on

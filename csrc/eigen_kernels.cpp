@@ -229,17 +229,16 @@ void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
   T* const square = diagonal + padded(n);
   int* const sturm_counts = reinterpret_cast<int*>(square + padded(n));
   void* const rest = static_cast<char*>(scratch) + group_bytes(n);
-  reduce_group(
-      tasks, count, rest, [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
-        for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
-        for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
-        LoopTeam team;
-        T lower, upper;
-        bound_eigenvalues(team, diagonal, square, n, lower, upper);
-        T* const values = tasks[index].values;
-        const PackBisection<T> bisection{diagonal, square, n, lower, upper, sturm_counts};
-        bisect_packs(bisection, [&](int k, T value) { values[k] = scale.eigenvalue(value); });
-      });
+  reduce_group(tasks, count, rest,
+               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+                 T* const values = tasks[index].values;
+                 const bool is_sorted =
+                     bisect_blocks({1, nullptr}, diagonal, square, n, sturm_counts,
+                                   [&](int k, T value) { values[k] = scale.eigenvalue(value); });
+                 if (!is_sorted) sort_lanes<T, 1>(values, n);
+               });
 }
 
 // Up to Packs vectors of matrices by the QL iteration, V a vector of doubles or one. Returns false

@@ -21,8 +21,8 @@ struct Numeric<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr int exponent_bias = 127;
   static constexpr Bits infinity = 0x7f800000u;
-  static constexpr float negligible_square = 1e-30f;  // a column of norm 1e-15 changes nothing
-  static constexpr float least_square = 1e-36f;       // smallest square of an off-diagonal
+  static constexpr float negligible_square = 0x1p-50f;  // of what is dropped from a scaled matrix
+  static constexpr float least_square = 1e-36f;         // smallest square of an off-diagonal
 
   static FASTCOV_INLINE constexpr float fill(float value) { return value; }
   static FASTCOV_INLINE float square_root(float value) {
@@ -61,7 +61,7 @@ struct Numeric<double> {
   static constexpr int mantissa_bits = 52;
   static constexpr int exponent_bias = 1023;
   static constexpr Bits infinity = 0x7ff0000000000000u;
-  static constexpr double negligible_square = 1e-200;
+  static constexpr double negligible_square = 0x1p-102;
   static constexpr double least_square = 1e-290;
 
   static FASTCOV_INLINE constexpr double fill(double value) { return value; }
