@@ -123,8 +123,8 @@ def _table(worst: Worst, wrong: list[str]) -> str:
         "# Worst errors of eigenvalues and eigenvectors",
         "",
         f"{len(FAMILIES)} families of fastcov/bench/eigen_families.py, orders to 2048; made by "
-        "`python benchmarks/eigen_accuracy.py`. Relative to the largest eigenvalue; family and order "
-        "of each maximum in brackets.",
+        "`python benchmarks/eigen_accuracy.py`. Relative to the largest eigenvalue; family and "
+        "order of each maximum in brackets.",
         "",
         f"{described.get('device')}, torch {torch.__version__}, "
         f"{datetime.datetime.now(datetime.timezone.utc).date()}. Intervals of count_above that "

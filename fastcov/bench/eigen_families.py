@@ -28,7 +28,7 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
 
 
 def cluster(n: int, center: float = 1.001, coupling: float = 0.01) -> Tensor:
-    """center (I + coupling J / n), J all ones: n - 1 equal eigenvalues and one above. [n, n]"""
+    """Cluster ``center (I + coupling J / n)``, J all ones: n - 1 equal eigenvalues, one above."""
     return center * (torch.eye(n, dtype=_F64) + coupling / n * torch.ones(n, n, dtype=_F64))
 
 
