@@ -50,11 +50,13 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
   team.sync();
   Real* const w = vectors.update;
   const Real* const product = vectors.product;
-  Real* u = vectors.reflector[0];
-  Real* v = vectors.reflector[1];
   Real inverse_half = zero;
   bool has_rested = false;  // w is that of an earlier step
+  int rest_count = 0;
   for (int k = 0; k < n; ++k) {
+    const bool is_odd = (k - rest_count) % 2 != 0;
+    Real* const u = is_odd ? vectors.reflector[1] : vectors.reflector[0];
+    const Real* const v = is_odd ? vectors.reflector[0] : vectors.reflector[1];
     Real correction = zero;
     if (!has_rested) {
       const Real dot =
@@ -95,6 +97,7 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
     if (rests) {
       if (team.leads()) off_diagonal[k] = first;
       has_rested = true;
+      ++rest_count;
       team.sync();
       continue;
     }
@@ -112,9 +115,6 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
     team.sync();
     matrix.sweep(team, k, n, v, w, u, vectors.product);
     has_rested = false;
-    Real* const passed = v;
-    v = u;
-    u = passed;
   }
   team.sync();
 }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const double* const value = values + located.index * n;
   // Ascending; the Frobenius norm is at most sqrt(n) times the largest, and may overflow if summed.
   const double size = larger(absolute(value[0]), absolute(value[n - 1]));
-  const double error = reduction_error(n, ::sqrt(static_cast<double>(n)) * size);
+  const double error = reduction_error(n, Numeric<double>::square_root(n) * size);
   const double tau =
       entry.thresholds[located.index * entry.threshold_batch_stride + t * entry.threshold_stride];
   int low = 0;

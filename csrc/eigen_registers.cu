@@ -84,8 +84,8 @@ __device__ void solve_registers(Team& team, const Located<Real>& located,
   scale.shift = shift_of(team, located, scale);
   FASTCOV_UNROLL
   for (int j = 0; j < Order; ++j) {
-    rows.entry[j] = scale.is_finite ? rows.entry[j] * scale.shrink : Real(0);
-    if (j == team.rank() && j < n) rows.entry[j] -= scale.shift;
+    const Real scaled = scale.is_finite ? rows.entry[j] * scale.shrink : Real(0);
+    rows.entry[j] = j == team.rank() && j < n ? scaled - scale.shift : scaled;
   }
   rows.pivot_column = shared.pivot_column;
   shared.pivot_column[team.rank()] = rows.entry[0];

