@@ -132,43 +132,6 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& cho
   }
 }
 
-template <typename Real>
-void count_above_of(const std::vector<Tensor>& matrices, const std::vector<Tensor>& thresholds,
-                    const std::vector<size_t>& chosen, std::vector<Tensor>& results) {
-  Call<Real> call(matrices[chosen.front()]);
-  std::vector<EigenEntry> late;
-  std::vector<size_t> late_index;
-  for (const size_t index : chosen) {
-    const Tensor& matrix = matrices[index];
-    const Tensor& tau = thresholds[index];
-    EigenEntry entry = entry_of(matrix);
-    const int64_t dims = tau.dim();
-    STD_TORCH_CHECK(tau.is_cuda() && dims == matrix.dim() - 1 &&
-                        (dims == 1 || tau.size(0) == matrix.size(0)) &&
-                        tau.scalar_type() == matrix.scalar_type(),
-                    "thresholds must be [T] or [B, T] beside the matrices, in their dtype");
-    std::vector<int64_t> shape(tau.sizes().begin(), tau.sizes().end());
-    shape.push_back(2);
-    results[index] = torch::stable::new_empty(matrix, shape, ScalarType::Long);
-    entry.thresholds = tau.const_data_ptr();
-    entry.threshold_batch_stride = dims == 2 ? tau.stride(0) : 0;
-    entry.threshold_stride = tau.stride(dims - 1);
-    entry.threshold_count = static_cast<int>(tau.size(dims - 1));
-    entry.counts = static_cast<int64_t*>(results[index].mutable_data_ptr());
-    if (entry.threshold_count == 0) continue;
-    if (call.has_values(entry.n)) {
-      call.add(entry, batch_count(matrix));
-    } else {
-      late.push_back(entry);
-      late_index.push_back(index);
-    }
-  }
-  call.run();
-  for (size_t l = 0; l < late.size(); ++l) {
-    run_library<Real>(matrices[late_index[l]], late[l], false);
-  }
-}
-
 // Entries of a call by dtype, all on one device.
 struct Split {
   std::vector<size_t> singles;
@@ -186,7 +149,8 @@ struct Split {
   }
 };
 
-std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices) {
+// Bits of a matrix's eigenvalues never depend on the others of a call: nothing to choose.
+std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices, bool /*is_alone*/) {
   std::vector<Tensor> results(matrices.size());
   if (matrices.empty()) return results;
   const torch::stable::accelerator::DeviceGuard guard(matrices.front().get_device_index());
@@ -213,8 +177,39 @@ std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor
   if (matrices.empty()) return results;
   const torch::stable::accelerator::DeviceGuard guard(matrices.front().get_device_index());
   const Split split(matrices);
-  if (!split.singles.empty()) count_above_of<float>(matrices, thresholds, split.singles, results);
-  if (!split.doubles.empty()) count_above_of<double>(matrices, thresholds, split.doubles, results);
+  STD_TORCH_CHECK(split.singles.empty(), "matrices must be float64");
+  Call<double> call(matrices.front());
+  std::vector<EigenEntry> late;
+  std::vector<size_t> late_index;
+  for (size_t index = 0; index < matrices.size(); ++index) {
+    const Tensor& matrix = matrices[index];
+    const Tensor& tau = thresholds[index];
+    EigenEntry entry = entry_of(matrix);
+    const int64_t dims = tau.dim();
+    STD_TORCH_CHECK(tau.is_cuda() && dims == matrix.dim() - 1 &&
+                        (dims == 1 || tau.size(0) == matrix.size(0)) &&
+                        tau.scalar_type() == ScalarType::Double,
+                    "thresholds must be [T] or [B, T] beside the matrices, in float64");
+    std::vector<int64_t> shape(tau.sizes().begin(), tau.sizes().end());
+    shape.push_back(2);
+    results[index] = torch::stable::new_empty(matrix, shape, ScalarType::Long);
+    entry.thresholds = static_cast<const double*>(tau.const_data_ptr());
+    entry.threshold_batch_stride = dims == 2 ? tau.stride(0) : 0;
+    entry.threshold_stride = tau.stride(dims - 1);
+    entry.threshold_count = static_cast<int>(tau.size(dims - 1));
+    entry.counts = static_cast<int64_t*>(results[index].mutable_data_ptr());
+    if (entry.threshold_count == 0) continue;
+    if (call.has_values(entry.n)) {
+      call.add(entry, batch_count(matrix));
+    } else {
+      late.push_back(entry);
+      late_index.push_back(index);
+    }
+  }
+  call.run();
+  for (size_t l = 0; l < late.size(); ++l) {
+    run_library<double>(matrices[late_index[l]], late[l], false);
+  }
   return results;
 }
 

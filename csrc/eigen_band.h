@@ -39,6 +39,8 @@ struct BandSpace {
 };
 
 // As in eigen.h: u = x / |x| + sign(x_0) e_0 has entries of order one, H = I - inverse_half u u^T.
+// Nothing to do (inverse_half 0) where x has its first entry alone; rest is the square of the
+// others.
 template <class T>
 struct Reflection {
   T inverse_norm;
@@ -46,13 +48,13 @@ struct Reflection {
   T inverse_half;
   T image;  // of the first entry
 
-  FASTCOV_INLINE Reflection(T first, T square) {
-    const bool is_live = square > Numeric<T>::negligible_square;
-    const T norm = Numeric<T>::square_root(is_live ? square : T(1));
+  FASTCOV_INLINE Reflection(T first, T rest) {
+    const bool is_live = rest > Numeric<T>::negligible_square;
+    const T norm = Numeric<T>::square_root(is_live ? rest + first * first : T(1));
     inverse_norm = is_live ? T(1) / norm : T(0);
     sign = is_live ? (first < T(0) ? T(-1) : T(1)) : T(0);
     inverse_half = is_live ? T(1) / (T(1) + absolute(first) * inverse_norm) : T(0);
-    image = -sign * norm;
+    image = is_live ? -sign * norm : first;
   }
 };
 
@@ -84,11 +86,13 @@ FASTCOV_INLINE void panel_dots(const T* panel, int count, int reflector, int col
   for (int c = 0; c < Columns; ++c) dots[c] = sum_lanes<T>(sums[c]);
 }
 
-// QR of a panel of `count` tiles: reflectors u take its place, `triangle` gets R.
+// QR of a panel of `count` tiles: reflectors u take its place, `triangle` gets R. Returns whether
+// there is any reflector.
 template <class T>
-void factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
+bool factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
   using V = Pack<T, kTileLanes<T>>;
   constexpr int group = 4;
+  bool is_live = false;
   clear(triangle);
   for (int c = 0; c < kTile; ++c) {
     T* const column = panel + c * kTile;
@@ -96,12 +100,20 @@ void factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
       triangle[c * kTile + i] = column[i];
       column[i] = T(0);
     }
-    T square[1];
-    panel_dots<1>(panel, count, c, c, square);
     const T first = column[c];
-    const Reflection<T> reflection(first, square[0]);
+    column[c] = T(0);
+    T rest[1];
+    panel_dots<1>(panel, count, c, c, rest);
+    const Reflection<T> reflection(first, rest[0]);
     inverse_halves[c] = reflection.inverse_half;
     triangle[c * kTile + c] = reflection.image;
+    if (reflection.inverse_half == T(0)) {
+      for (int t = 0; t < count; ++t) {
+        for (int i = 0; i < kTile; ++i) column[t * kTileElements + i] = T(0);
+      }
+      continue;
+    }
+    is_live = true;
     for (int t = 0; t < count; ++t) {
       for (int i = 0; i < kTile; ++i) column[t * kTileElements + i] *= reflection.inverse_norm;
     }
@@ -124,6 +136,7 @@ void factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
       }
     }
   }
+  return is_live;
 }
 
 // The product of reflectors is I - V T V^T; gram is V^T V. t must be zero.
@@ -170,7 +183,10 @@ void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
     const auto part = [&](int i) { return space.partial + (i - first) * int64_t{kTileElements}; };
 
     T inverse_halves[kTile];
-    factor_panel(panel, count, triangle, inverse_halves);
+    if (!factor_panel(panel, count, triangle, inverse_halves)) {
+      __builtin_memcpy(panel, triangle, sizeof(T) * kTileElements);
+      continue;
+    }
     deal(crew, count, [&](int index) {
       const int i = first + index;
       transpose_tile(v(i), v_transposed(i));

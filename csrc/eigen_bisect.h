@@ -2,6 +2,7 @@
 // time.
 #pragma once
 
+#include "crew.h"
 #include "eigen.h"
 #include "eigen_lanes.h"
 
@@ -100,11 +101,38 @@ struct PackBisection {
   }
 };
 
+// All eigenvalues by write(k, value), by the ranks of a crew: ascending within each block that is
+// not coupled to the next. Returns whether there is one block alone. off_diagonal is overwritten;
+// counts: [n + 1] scratch. A count over a block takes as many divisions as it has rows.
 template <class T, class Write>
-FASTCOV_INLINE void bisect_packs(const PackBisection<T>& bisection, const Write& write) {
+FASTCOV_INLINE bool bisect_blocks(const Crew& crew, const T* diagonal, T* off_diagonal, int n,
+                                  int* counts, const Write& write) {
   constexpr int wide = PackBisection<T>::wide;
-  for (int k = 0; k < bisection.n; k += wide) bisection.count_sections(k);
-  for (int k = 0; k < bisection.n; k += wide) bisection.find(k, write);
+  int begin = 0;
+  for (int end = 1; end <= n; ++end) {
+    if (end < n) {
+      const T coupling = off_diagonal[end - 1];
+      if (coupling * coupling > Numeric<T>::negligible_square) continue;
+    }
+    const int size = end - begin;
+    if (size == 1) {
+      write(begin, diagonal[begin]);
+    } else {
+      LoopTeam team;
+      T lower, upper;
+      bound_eigenvalues(team, diagonal + begin, off_diagonal + begin, size, lower, upper);
+      const PackBisection<T> bisection{
+          diagonal + begin, off_diagonal + begin, size, lower, upper, counts};
+      const int packs = (size + wide - 1) / wide;
+      deal(crew, packs, [&](int pack) { bisection.count_sections(pack * wide); });
+      deal(crew, packs, [&](int pack) {
+        bisection.find(pack * wide, [&](int k, T value) { write(begin + k, value); });
+      });
+    }
+    if (begin == 0 && end == n) return true;
+    begin = end;
+  }
+  return false;
 }
 
 }  // namespace FASTCOV_LEVEL

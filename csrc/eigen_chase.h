@@ -87,8 +87,9 @@ struct Column {
 
 // The reflector that maps a column of a block onto its first entry.
 template <class T>
-FASTCOV_INLINE void reflect(const Column<T>& x, T* column, BulgeReflector<T>& reflector) {
+FASTCOV_INLINE void reflect(Column<T> x, T* column, BulgeReflector<T>& reflector) {
   const T first = x.part[0][0];
+  x.part[0][0] = T(0);
   const Reflection<T> reflection(first, x.dot(x));
   Column<T> u{};
   u.add(x, reflection.inverse_norm);
@@ -217,7 +218,10 @@ void chase_sweep_range(const ChaseSpace<T>& space, int n, int sweep, int part, i
       T* const column = space.band.at(sweep + 1, sweep);
       reflect(Column<T>::load(column), column, reflector);
     }
-    chase_step(space.band, sweep + 1 + t * kTile, reflector);
+    // Without a reflector there is no bulge, and none further on.
+    if (reflector.inverse_half != T(0)) {
+      chase_step(space.band, sweep + 1 + t * kTile, reflector);
+    }
     if (t + 1 == end && part + 1 < parts) {
       space.handed[(part + 1) * kHandedOver + sweep % kHandedOver] = reflector;
     }

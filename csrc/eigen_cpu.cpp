@@ -1,16 +1,14 @@
 // eigvalsh, eigh and count_above for the CPU: groups of matrices of one order go to the kernels of
-// the machine's instruction set, on torch's threads; what LAPACK does faster goes to torch.linalg.
+// the machine's instruction set, on torch's threads. Every order is served; what LAPACK does faster
+// (eigh of few matrices, or of large ones) does not come here (fastcov/ops/eigen.py).
 #include "eigen_cpu.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -23,12 +21,6 @@ namespace {
 
 // Below this much estimated work a second thread costs more than it brings.
 constexpr double kSerialNanoseconds = 150e3;
-// Up to this order one thread of ours is faster than LAPACK on all of them. Above, up to
-// kCrewOrder, that holds where there is a matrix for every thread, or LAPACK has no more than two.
-// From there on threads share a matrix here as well: on two of them ours takes 0.4 of LAPACK's time
-// in float32 at order 2048, 0.6 in float64.
-constexpr int kAlwaysOwnOrder = 256;
-constexpr int kFewThreads = 2;
 
 struct Level {
   const EigenLevel& batched;
@@ -134,25 +126,37 @@ struct Batch {
   }
 };
 
-// Whether eigenvalues of order n are found here, given how many of the call are above
-// kAlwaysOwnOrder.
-bool is_own(int n, int64_t large, int threads) {
-  return n <= kAlwaysOwnOrder || n >= kCrewOrder || large >= threads || threads <= kFewThreads;
-}
-
+// Divides `count` matrices of an order in groups, of at most `most` each, that cost the threads the
+// same: whole rounds of the widest groups, then full vectors, then what is left, one by one where
+// every thread takes less than a vector costs.
 template <typename T>
-int64_t count_large(const std::vector<Batch<T>>& batches) {
-  int64_t large = 0;
-  for (const Batch<T>& batch : batches) {
-    if (batch.n > kAlwaysOwnOrder) large += batch.count;
+std::vector<int64_t> group_sizes(int n, int64_t count, int64_t most, int64_t threads) {
+  const int64_t lanes = kernels<T>().lanes;
+  const bool has_lanes = most >= lanes && kernels<T>().fewest_lanes(n) <= lanes;
+  std::vector<int64_t> sizes(count / (most * threads) * threads, most);
+  count %= most * threads;
+  if (!has_lanes) {
+    for (int64_t left = threads; count > 0; --left) {
+      sizes.push_back(divide_up(count, left));
+      count -= sizes.back();
+    }
+    return sizes;
   }
-  return large;
+  const int64_t width = divide_up(count / lanes, threads) * lanes;
+  for (; count >= lanes; count -= sizes.back()) {
+    sizes.push_back(std::min(width, count / lanes * lanes));
+  }
+  const int64_t share = divide_up(count, threads);
+  const int64_t last = share < kernels<T>().fewest_lanes(n) ? share : count;
+  for (; count > 0; count -= sizes.back()) sizes.push_back(std::min(last, count));
+  return sizes;
 }
 
 // Runs tasks in groups of one order, of at most `most`, the longest first, each thread taking the
-// next when it is free.
+// next when it is free. bytes_of: scratch of a group by order.
 template <typename T, typename Run>
-void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, const Run& run) {
+void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_of)(int),
+                const Run& run) {
   if (tasks.empty()) return;
   const auto is_larger = [](const EigenTask<T>& a, const EigenTask<T>& b) { return a.n > b.n; };
   if (!std::is_sorted(tasks.begin(), tasks.end(), is_larger)) {
@@ -167,18 +171,14 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, const Run& run) 
     while (end < total && tasks[end].n == tasks[begin].n) ++end;
     const double order = tasks[begin].n;
     work += static_cast<double>(end - begin) * (100 + order * order * (4.5 + 0.02 * order));
-    // Groups as wide as the kernels take, in full vectors, and a multiple of the threads.
-    const int64_t count = end - begin;
-    const int64_t rounds = divide_up(count, threads * most);
-    int64_t width = divide_up(count, threads * rounds);
-    const int64_t lanes = kernels<T>().lanes;
-    if (width > lanes) width = divide_up(width, lanes) * lanes;
-    for (; begin < end; begin += width) starts.push_back(begin);
-    begin = end;
+    for (const int64_t size : group_sizes<T>(tasks[begin].n, end - begin, most, threads)) {
+      starts.push_back(begin);
+      begin += size;
+    }
   }
   const int64_t groups = static_cast<int64_t>(starts.size());
   starts.push_back(total);
-  const int64_t bytes = kernels<T>().scratch_bytes(tasks.front().n);
+  const int64_t bytes = bytes_of(tasks.front().n);
   std::atomic<int64_t> next{0};
   const auto drain = [&] {
     void* const memory = arena.reserve(bytes);
@@ -216,71 +216,15 @@ void run_large(std::vector<EigenTask<T>>& tasks) {
   if (arena.bytes > kKeptBytes) arena.release();
 }
 
-template <size_t Results>
-std::array<Tensor, Results> call_linalg(const char* name, const Tensor& matrices) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(matrices),
-                                    torch::stable::detail::from(std::string("L"))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, Results> results;
-  for (size_t r = 0; r < Results; ++r) results[r] = torch::stable::detail::to<Tensor>(stack[r]);
-  return results;
-}
-
-// One entry of a call by LAPACK: eigenvalues and, with two results, eigenvectors. It refuses what
-// is not finite, so such matrices go around it.
-template <size_t Results, typename T>
-std::array<Tensor, Results> run_lapack(const Tensor& matrices, const Batch<T>& batch) {
-  const char* const name = Results == 2 ? "aten::linalg_eigh" : "aten::linalg_eigvalsh";
-  std::vector<int64_t> broken;
-  for (int64_t index = 0; index < batch.count; ++index) {
-    EigenTask<T> task{};
-    task.matrix = batch[index];
-    task.n = batch.n;
-    if (!kernels<T>().is_finite(task)) broken.push_back(index);
-  }
-  if (broken.empty()) return call_linalg<Results>(name, matrices);
-  const int64_t n = batch.n;
-  Tensor copy = torch::stable::new_zeros(matrices, {batch.count, n, n});
-  T* const data = static_cast<T*>(copy.mutable_data_ptr());
-  for (int64_t index = 0; index < batch.count; ++index) {
-    if (std::binary_search(broken.begin(), broken.end(), index)) continue;
-    const MatrixRef<T> source = batch.plain(index);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        data[(index * n + i) * n + j] = source.data[i * source.step_i + j * source.step_j];
-      }
-    }
-  }
-  std::array<Tensor, Results> results = call_linalg<Results>(name, copy);
-  int64_t size = n;
-  for (size_t r = 0; r < Results; ++r, size *= n) {
-    results[r] = torch::stable::contiguous(results[r]);
-    T* const out = static_cast<T*>(results[r].mutable_data_ptr());
-    for (const int64_t index : broken) {
-      std::fill_n(out + index * size, size, std::numeric_limits<T>::quiet_NaN());
-    }
-    results[r] = torch::stable::reshape(results[r],
-                                        r == 0 ? shape_without_last(matrices) : shape_of(matrices));
-  }
-  return results;
-}
-
+// is_alone: no matrix shares a group, so that its bits depend on nothing else.
 template <typename T>
 void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& entries,
-                 std::vector<Tensor>& results) {
-  std::vector<Batch<T>> batches;
-  for (const size_t entry : entries) batches.emplace_back(matrices[entry]);
-  const int64_t large = count_large(batches);
-  const int threads = thread_count();
+                 bool is_alone, std::vector<Tensor>& results) {
   std::vector<EigenTask<T>> tasks;
-  for (size_t index = 0; index < entries.size(); ++index) {
-    const Tensor& matrix = matrices[entries[index]];
-    const Batch<T>& batch = batches[index];
-    Tensor& result = results[entries[index]];
-    if (!is_own(batch.n, large, threads)) {
-      result = run_lapack<1>(matrix, batch)[0];
-      continue;
-    }
+  for (const size_t entry : entries) {
+    const Tensor& matrix = matrices[entry];
+    const Batch<T> batch(matrix);
+    Tensor& result = results[entry];
     result = torch::stable::new_empty(matrix, shape_without_last(matrix));
     T* const values = static_cast<T*>(result.mutable_data_ptr());
     for (int64_t b = 0; b < batch.count; ++b) {
@@ -288,37 +232,39 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
     }
   }
   run_large<T>(tasks);
-  run_groups<T>(tasks, kernels<T>().group, kernels<T>().eigenvalues);
+  run_groups<T>(tasks, is_alone ? 1 : kernels<T>().group, kernels<T>().scratch_bytes,
+                kernels<T>().eigenvalues);
 }
 
-// Every order is counted here: LAPACK's eigenvalues in float32 are off by more than the interval
-// allows for on some matrices of order 700 and more (Wilkinson's: 1.5e-5 to 4.2e-5).
-template <typename T>
-void count_above_of(const std::vector<Tensor>& matrices, const std::vector<Tensor>& thresholds,
-                    const std::vector<size_t>& entries, std::vector<Tensor>& results) {
-  std::vector<EigenTask<T>> tasks;
-  for (const size_t entry : entries) {
+std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor> thresholds) {
+  STD_TORCH_CHECK(matrices.size() == thresholds.size(), "one set of thresholds for each entry");
+  std::vector<Tensor> results(matrices.size());
+  std::vector<EigenTask<double>> tasks;
+  for (size_t entry = 0; entry < matrices.size(); ++entry) {
     const Tensor& matrix = matrices[entry];
     const Tensor& tau = thresholds[entry];
-    const Batch<T> batch(matrix);
+    STD_TORCH_CHECK(matrix.scalar_type() == ScalarType::Double, "matrices must be float64");
+    const Batch<double> batch(matrix);
     const int64_t dims = tau.dim();
     STD_TORCH_CHECK(dims == matrix.dim() - 1 && (dims == 1 || tau.size(0) == batch.count) &&
-                        tau.scalar_type() == matrix.scalar_type(),
-                    "thresholds must be [T] or [B, T], in the matrices' dtype");
+                        tau.scalar_type() == ScalarType::Double,
+                    "thresholds must be [T] or [B, T], in float64");
     const int64_t per_matrix = tau.size(dims - 1);
     std::vector<int64_t> shape = shape_of(tau);
     shape.push_back(2);
     Tensor& result = results[entry];
     result = torch::stable::new_empty(matrix, shape, ScalarType::Long);
     int64_t* const counts = static_cast<int64_t*>(result.mutable_data_ptr());
-    const T* const taus = static_cast<const T*>(tau.const_data_ptr());
+    const double* const taus = static_cast<const double*>(tau.const_data_ptr());
     const int64_t tau_stride = dims == 2 ? tau.stride(0) : 0;
     for (int64_t b = 0; b < batch.count; ++b) {
       tasks.push_back({batch[b], batch.n, nullptr, taus + b * tau_stride, tau.stride(dims - 1),
                        static_cast<int>(per_matrix), counts + b * per_matrix * 2, nullptr});
     }
   }
-  run_groups<T>(tasks, kernels<T>().group, kernels<T>().counts);
+  run_groups<double>(tasks, kernels<double>().group, kernels<double>().scratch_bytes,
+                     level().batched.counts);
+  return results;
 }
 
 template <typename T>
@@ -328,14 +274,6 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
   for (const size_t entry : entries) {
     const Tensor& matrix = matrices[entry];
     const Batch<T> batch(matrix);
-    // A vector of lanes at least, or half of one where ours is fast: one matrix alone is LAPACK's.
-    const int lanes = kernels<T>().lanes;
-    if (batch.n > vectors_order(lanes) || batch.count * (batch.n <= 16 ? 2 : 1) < lanes) {
-      const std::array<Tensor, 2> results = run_lapack<2>(matrix, batch);
-      all_values[entry] = results[0];
-      all_vectors[entry] = torch::stable::contiguous(results[1]);
-      continue;
-    }
     all_values[entry] = torch::stable::new_empty(matrix, shape_without_last(matrix));
     all_vectors[entry] = torch::stable::new_empty(matrix, matrix.sizes());
     T* const values = static_cast<T*>(all_values[entry].mutable_data_ptr());
@@ -345,7 +283,7 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
                        vectors + b * batch.n * batch.n});
     }
   }
-  run_groups<T>(tasks, kernels<T>().lanes, kernels<T>().eigenvectors);
+  run_groups<T>(tasks, kernels<T>().lanes, kernels<T>().vector_bytes, kernels<T>().eigenvectors);
 }
 
 // Entries of a call by dtype: one call may mix them, a group may not.
@@ -363,11 +301,11 @@ struct Split {
   }
 };
 
-std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices) {
+std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices, bool is_alone) {
   std::vector<Tensor> results(matrices.size());
   const Split split(matrices);
-  if (!split.singles.empty()) eigvalsh_of<float>(matrices, split.singles, results);
-  if (!split.doubles.empty()) eigvalsh_of<double>(matrices, split.doubles, results);
+  if (!split.singles.empty()) eigvalsh_of<float>(matrices, split.singles, is_alone, results);
+  if (!split.doubles.empty()) eigvalsh_of<double>(matrices, split.doubles, is_alone, results);
   return results;
 }
 
@@ -378,15 +316,6 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> eigh(std::vector<Tensor> ma
   if (!split.singles.empty()) eigh_of<float>(matrices, split.singles, values, vectors);
   if (!split.doubles.empty()) eigh_of<double>(matrices, split.doubles, values, vectors);
   return {values, vectors};
-}
-
-std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor> thresholds) {
-  STD_TORCH_CHECK(matrices.size() == thresholds.size(), "one set of thresholds for each entry");
-  std::vector<Tensor> results(matrices.size());
-  const Split split(matrices);
-  if (!split.singles.empty()) count_above_of<float>(matrices, thresholds, split.singles, results);
-  if (!split.doubles.empty()) count_above_of<double>(matrices, thresholds, split.doubles, results);
-  return results;
 }
 
 }  // namespace

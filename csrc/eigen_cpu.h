@@ -23,26 +23,20 @@ template <typename T>
 struct EigenTask {
   MatrixRef<T> matrix;
   int n;
-  T* values;            // [n], ascending
-  const T* thresholds;  // [threshold_count], threshold_stride apart
+  T* values;                 // [n], ascending
+  const double* thresholds;  // [threshold_count], threshold_stride apart
   int64_t threshold_stride;
   int threshold_count;
   int64_t* counts;  // [threshold_count][2]
   T* vectors;       // [n, n], in columns
 };
 
-// Up to this order Jacobi rotations of matrices side by side, one to a lane, are faster than LAPACK
-// on one thread. Full vectors of a Xeon with AVX-512 in float32: 5 times at order 16, 3 at 24, 1.4
-// at 32, 0.9 at 48; in float64 2, 1.2 and 0.7.
-constexpr int kVectorsOrder = 32;
-constexpr int vectors_order(int lanes) {
-  return lanes >= 16 ? kVectorsOrder : lanes >= 8 ? 24 : 16;
-}
 // From this order on one thread reduces a matrix in two stages (eigen_large.h) in less time than in
 // one. On a Xeon with AVX-512 and in float32: 1.1 ms against 1.3 at order 256, 24 against 39 at
-// 1024; in float64 even at 768, 53 against 75 at 1024.
+// 1024; in float64 even at 640, 53 against 75 at 1024, but as crews do it, so that no bit depends
+// on the number of threads.
 template <typename T>
-constexpr int kTwoStageOrder = sizeof(T) == 4 ? 256 : 768;
+constexpr int kTwoStageOrder = sizeof(T) == 4 ? 256 : 512;
 // From this order on threads that would be idle help: 3.8 ms on two against 5.2 on one in float32
 // at 512, nothing at 384.
 constexpr int kCrewOrder = 512;
@@ -51,15 +45,15 @@ template <typename T>
 struct EigenKernels {
   int group;  // how many matrices of one order are solved side by side
   int lanes;  // how many of them fill a vector
-  // Bytes of scratch, aligned to 64, for up to `group` matrices.
+  // Fewest matrices that are reduced side by side; it takes as long as this many one by one.
+  int (*fewest_lanes)(int n);
+  // Bytes of scratch, aligned to 64, for up to `group` matrices, or for eigenvectors of `lanes`.
   int64_t (*scratch_bytes)(int n);
+  int64_t (*vector_bytes)(int n);
   // Up to `group` matrices of one order.
   void (*eigenvalues)(const EigenTask<T>* tasks, int count, void* scratch);
-  void (*counts)(const EigenTask<T>* tasks, int count, void* scratch);
-  // Up to `lanes` matrices, read as they are, of an order up to kVectorsOrder.
+  // Up to `lanes` matrices, read as they are.
   void (*eigenvectors)(const EigenTask<T>* tasks, int count, void* scratch);
-  // Whether every entry of the triangle is a finite number.
-  bool (*is_finite)(const EigenTask<T>& task);
 };
 
 // One matrix, in two stages, by all ranks of a crew. Results do not depend on how many there are.
@@ -73,6 +67,9 @@ struct EigenLevel {
   const char* name;
   EigenKernels<float> float32;
   EigenKernels<double> float64;
+  // Counts, of up to a group of matrices of one order. Of float64 alone: see count_error in
+  // eigen.h.
+  void (*counts)(const EigenTask<double>* tasks, int count, void* scratch);
 };
 
 struct LargeEigenLevel {

@@ -14,8 +14,8 @@ struct EigenEntry {
   int64_t batch_stride;  // in elements, as all strides
   int64_t row_stride;
   int64_t column_stride;
-  void* values;  // [B, n]
-  const void* thresholds;
+  void* values;              // [B, n]
+  const double* thresholds;  // float64 matrices only
   int64_t threshold_batch_stride;
   int64_t threshold_stride;
   int64_t* counts;  // [B, T, 2]

@@ -73,6 +73,16 @@ struct Located {
   }
 };
 
+// What the diagonal of a scaled matrix loses; every squad finds the same bits.
+template <class Real, class Team>
+__device__ Real shift_of(Team& team, const Located<Real>& located, const Scale<Real>& scale) {
+  if (!scale.is_finite) return Real(0);
+  const Real trace =
+      team.sum(sum_strided<Real>(team.lane(), located.order(), team.lanes(),
+                                 [&](int i) { return located.lower(i, i) * scale.shrink; }));
+  return diagonal_shift(trace, located.order());
+}
+
 // Eigenvalues, or counts, of the tridiagonal matrix that all lanes of the team see.
 template <class Real, class Team>
 __device__ void finish(Team& team, const Located<Real>& located, const Scale<Real>& scale,
@@ -83,24 +93,26 @@ __device__ void finish(Team& team, const Located<Real>& located, const Scale<Rea
   bound_eigenvalues(team, diagonal, off_diagonal, n, lower, upper);
   const int lane = team.member() * team.size() + team.rank();
   const int step = team.members() * team.size();
-  if (entry.thresholds) {
-    const Real* const tau =
-        static_cast<const Real*>(entry.thresholds) + located.index * entry.threshold_batch_stride;
-    int64_t* const out = entry.counts + located.index * entry.threshold_count * 2;
-    for (int t = lane; t < entry.threshold_count; t += step) {
-      int low = 0, high = n;
-      if (scale.is_finite) {
-        count_above(diagonal, off_diagonal, n, lower, upper,
-                    tau[t * entry.threshold_stride] * scale.shrink, low, high);
+  if constexpr (sizeof(Real) == 8) {
+    if (entry.thresholds) {
+      const double* const tau = entry.thresholds + located.index * entry.threshold_batch_stride;
+      int64_t* const out = entry.counts + located.index * entry.threshold_count * 2;
+      const double error = count_error(diagonal, off_diagonal, n, scale.shift);
+      for (int t = lane; t < entry.threshold_count; t += step) {
+        int low = 0, high = n;
+        if (scale.is_finite) {
+          count_above(diagonal, off_diagonal, n, error,
+                      tau[t * entry.threshold_stride] * scale.shrink - scale.shift, low, high);
+        }
+        out[2 * t] = low;
+        out[2 * t + 1] = high;
       }
-      out[2 * t] = low;
-      out[2 * t + 1] = high;
+      return;
     }
-    return;
   }
   Real* const values = static_cast<Real*>(entry.values) + located.index * n;
   bisect(team, diagonal, off_diagonal, n, lower, upper, counts,
-         [&](int k, Real value) { values[k] = value * scale.restore; });
+         [&](int k, Real value) { values[k] = scale.eigenvalue(value); });
 }
 
 }  // namespace fastcov

@@ -27,8 +27,8 @@ constexpr int kDoubles = kVectorBytes / 8;
 constexpr int kGroup = kPacks * kDoubles;
 using Doubles = Pack<double, kDoubles>;
 
-// Side by side, the triangles of a vector of matrices must fit the cache that cores share: 4 MB.
-constexpr int kLaneOrder = 512;
+// Above, nothing is gained side by side.
+constexpr int kLaneOrder = 320;
 // Up to this many matrices bisection in vectors of eigenvalues is faster than QL side by side: in
 // float32 alone, whose vectors are as long again and halvings half as many.
 template <class T>
@@ -40,9 +40,9 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 // Scratch of a group beside that of its reductions.
 constexpr int64_t group_bytes(int n) { return 2 * int64_t{padded(n)} * kGroup * 8; }
 
-// Fewest matrices of an order up to 32, 64, 128, 256, 512 that are reduced side by side in less
-// time than one by one: a vector takes the same time whether it is full or not. Measured on a Xeon
-// with AVX-512, also held to AVX2 and SSE4.
+// Fewest matrices of an order up to 32, 64, 128, 256, kLaneOrder that are reduced side by side in
+// less time than one by one: a vector takes the same time whether it is full or not. Measured on a
+// Xeon with AVX-512, also held to AVX2 and SSE4.
 constexpr int kOrderClasses = 5;
 struct FewestLanes {
   int vector_bytes;
@@ -50,11 +50,12 @@ struct FewestLanes {
   int count[kOrderClasses];
 };
 constexpr FewestLanes kFewestLanes[] = {
-    {64, 4, {3, 4, 5, 7, 14}}, {64, 8, {2, 3, 4, 5, 8}}, {32, 4, {2, 4, 5, 5, 7}},
+    {64, 4, {3, 4, 5, 8, 10}}, {64, 8, {2, 3, 4, 6, 8}}, {32, 4, {2, 4, 5, 5, 7}},
     {32, 8, {2, 2, 3, 3, 4}},  {16, 4, {2, 3, 3, 3, 4}}, {16, 8, {2, 2, 2, 2, 2}},
 };
 template <class T>
 constexpr int lane_count(int n) {
+  if (n > kLaneOrder) return kGroup + 1;
   int order_class = 0;
   for (int order = 32; order < n && order_class < kOrderClasses - 1; order *= 2) ++order_class;
   for (const FewestLanes& fewest : kFewestLanes) {
@@ -126,6 +127,17 @@ typename Numeric<T>::Bits load(const MatrixRef<T>& matrix, int n, T* out, int64_
   return largest;
 }
 
+// Subtracts the mean of a diagonal, or of a vector of them, and returns it.
+template <class R>
+R take_shift(ColumnTriangle<R, LoopTeam>& triangle) {
+  const int n = triangle.n;
+  R trace = Numeric<R>::fill(0);
+  for (int j = 0; j < n; ++j) trace += triangle.column(j)[j];
+  const R shift = diagonal_shift(trace, n);
+  for (int j = 0; j < n; ++j) triangle.column(j)[j] -= shift;
+  return shift;
+}
+
 // Reduces up to kLanes matrices side by side; lanes beyond `count` hold zeros.
 template <class T>
 void reduce_lanes(const EigenTask<T>* tasks, int count, Workspace<Pack<T, kLanes<T>>>& work,
@@ -147,8 +159,10 @@ void reduce_lanes(const EigenTask<T>* tasks, int count, Workspace<Pack<T, kLanes
     const V scaled = work.triangle[i] * shrink;
     work.triangle[i] = shrink > V{} ? scaled : V{};  // zero times NaN is NaN
   }
-  LoopTeam team;
   Triangle triangle{work.triangle, n, padded(n)};
+  const V shift = take_shift(triangle);
+  for (int lane = 0; lane < count; ++lane) scales[lane].shift = shift[lane];
+  LoopTeam team;
   tridiagonalize(team, triangle, n, work.vectors, work.diagonal, work.off_diagonal);
 }
 
@@ -156,14 +170,15 @@ template <class T>
 Scale<T> reduce_one(const EigenTask<T>& task, Workspace<T>& work) {
   using Triangle = ColumnTriangle<T, LoopTeam>;
   const int n = task.n;
-  const Scale<T> scale(load(task.matrix, n, work.triangle, 1));
+  Scale<T> scale(load(task.matrix, n, work.triangle, 1));
   const int64_t elements = Triangle::elements(n);
   const T shrink = scale.shrink;
   for (int64_t i = 0; i < elements; ++i) {
     work.triangle[i] = scale.is_finite ? work.triangle[i] * shrink : T(0);
   }
-  LoopTeam team;
   Triangle triangle{work.triangle, n, padded(n)};
+  scale.shift = take_shift(triangle);
+  LoopTeam team;
   tridiagonalize(team, triangle, n, work.vectors, work.diagonal, work.off_diagonal);
   return scale;
 }
@@ -174,7 +189,7 @@ void reduce_group(const EigenTask<T>* tasks, int count, void* scratch, const Vis
   const int n = tasks[0].n;
   constexpr int lanes = kLanes<T>;
   int index = 0;
-  while (n <= kLaneOrder && count - index >= lane_count<T>(n)) {
+  while (count - index >= lane_count<T>(n)) {
     const int used = count - index < lanes ? count - index : lanes;
     Workspace<Pack<T, lanes>> work(scratch, n);
     Scale<T> scales[lanes]{};
@@ -214,17 +229,16 @@ void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
   T* const square = diagonal + padded(n);
   int* const sturm_counts = reinterpret_cast<int*>(square + padded(n));
   void* const rest = static_cast<char*>(scratch) + group_bytes(n);
-  reduce_group(
-      tasks, count, rest, [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
-        for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
-        for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
-        LoopTeam team;
-        T lower, upper;
-        bound_eigenvalues(team, diagonal, square, n, lower, upper);
-        T* const values = tasks[index].values;
-        const PackBisection<T> bisection{diagonal, square, n, lower, upper, sturm_counts};
-        bisect_packs(bisection, [&](int k, T value) { values[k] = value * scale.restore; });
-      });
+  reduce_group(tasks, count, rest,
+               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
+                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+                 T* const values = tasks[index].values;
+                 const bool is_sorted =
+                     bisect_blocks({1, nullptr}, diagonal, square, n, sturm_counts,
+                                   [&](int k, T value) { values[k] = scale.eigenvalue(value); });
+                 if (!is_sorted) sort_lanes<T, 1>(values, n);
+               });
 }
 
 // Up to Packs vectors of matrices by the QL iteration, V a vector of doubles or one. Returns false
@@ -239,10 +253,10 @@ bool solve(const EigenTask<T>* tasks, int count, void* scratch) {
   double* const d = reinterpret_cast<double*>(diagonal);
   double* const s = reinterpret_cast<double*>(square);
   for (int i = 0; i < n * Packs; ++i) diagonal[i] = square[i] = V{};
-  double restore[stride];
+  Scale<T> scales[stride];
   reduce_group(tasks, count, rest,
                [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
-                 restore[index] = static_cast<double>(scale.restore);
+                 scales[index] = scale;
                  for (int i = 0; i < n; ++i) d[i * stride + index] = a[i * step];
                  for (int i = 0; i < n - 1; ++i) {
                    const double off_diagonal = b[i * step];
@@ -253,7 +267,7 @@ bool solve(const EigenTask<T>* tasks, int count, void* scratch) {
   sort_lanes<V, Packs>(diagonal, n);
   for (int index = 0; index < count; ++index) {
     for (int k = 0; k < n; ++k) {
-      tasks[index].values[k] = static_cast<T>(d[k * stride + index] * restore[index]);
+      tasks[index].values[k] = static_cast<T>(scales[index].eigenvalue(d[k * stride + index]));
     }
   }
   return true;
@@ -261,8 +275,12 @@ bool solve(const EigenTask<T>* tasks, int count, void* scratch) {
 
 template <class T>
 int64_t scratch_bytes(int n) {
-  const int64_t vectors = n <= kVectorsOrder ? int64_t{2} * (n + 1) * (n + 1) * kVectorBytes : 0;
-  return group_bytes(n) + reduce_bytes<T>(n) + vectors;
+  return group_bytes(n) + reduce_bytes<T>(n);
+}
+
+template <class T>
+int64_t vector_bytes(int n) {
+  return int64_t{2} * (n + 1) * (n + 1) * kVectorBytes;
 }
 
 template <class T>
@@ -278,45 +296,31 @@ void eigenvalues(const EigenTask<T>* tasks, int count, void* scratch) {
   bisect_group(tasks, count, scratch);
 }
 
-template <class T>
-void counts(const EigenTask<T>* tasks, int count, void* scratch) {
+void counts(const EigenTask<double>* tasks, int count, void* scratch) {
   const int n = tasks[0].n;
-  T* const diagonal = static_cast<T*>(scratch);
-  T* const square = diagonal + padded(n);
+  double* const diagonal = static_cast<double*>(scratch);
+  double* const square = diagonal + padded(n);
   void* const rest = static_cast<char*>(scratch) + group_bytes(n);
-  reduce_group(tasks, count, rest,
-               [&](int index, const Scale<T>& scale, const T* a, const T* b, int step) {
-                 const EigenTask<T>& task = tasks[index];
-                 for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
-                 for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
-                 LoopTeam team;
-                 T lower, upper;
-                 bound_eigenvalues(team, diagonal, square, n, lower, upper);
-                 for (int t = 0; t < task.threshold_count; ++t) {
-                   const T tau = task.thresholds[t * task.threshold_stride];
-                   int low = 0, high = n;
-                   if (scale.is_finite) {
-                     count_above(diagonal, square, n, lower, upper, tau * scale.shrink, low, high);
-                   }
-                   task.counts[2 * t] = low;
-                   task.counts[2 * t + 1] = high;
-                 }
-               });
-}
-
-template <class T>
-bool is_finite(const EigenTask<T>& task) {
-  using Bits = typename Numeric<T>::Bits;
-  Bits largest = 0;
-  for (int j = 0; j < task.n; ++j) {
-    const T* const column = task.matrix.data + j * (task.matrix.step_i + task.matrix.step_j);
-    FASTCOV_SIMD(reduction(max : largest))
-    for (int i = 0; i < task.n - j; ++i) {
-      const Bits bits = magnitude_bits(column[i * task.matrix.step_i]);
-      largest = bits > largest ? bits : largest;
-    }
-  }
-  return largest < Numeric<T>::infinity;
+  reduce_group(
+      tasks, count, rest,
+      [&](int index, const Scale<double>& scale, const double* a, const double* b, int step) {
+        const EigenTask<double>& task = tasks[index];
+        for (int i = 0; i < n; ++i) diagonal[i] = a[i * step];
+        for (int i = 0; i < n - 1; ++i) square[i] = b[i * step];
+        LoopTeam team;
+        double lower, upper;
+        bound_eigenvalues(team, diagonal, square, n, lower, upper);
+        const double error = count_error(diagonal, square, n, scale.shift);
+        for (int t = 0; t < task.threshold_count; ++t) {
+          const double tau = task.thresholds[t * task.threshold_stride] * scale.shrink;
+          int low = 0, high = n;
+          if (scale.is_finite) {
+            count_above(diagonal, square, n, error, tau - scale.shift, low, high);
+          }
+          task.counts[2 * t] = low;
+          task.counts[2 * t + 1] = high;
+        }
+      });
 }
 
 // Off-diagonals that Jacobi rotations leave, beside a largest entry of about 1.
@@ -376,7 +380,7 @@ void eigenvectors(const EigenTask<T>* tasks, int count, void* scratch) {
   }
   LoopTeam team;
   jacobi(team, space, n, Numeric<V>::fill(kLeftByJacobi<T>), kJacobiSweeps,
-         [](const auto& mask) { return any_of(mask); });
+         [](const auto& mask) { return Numeric<V>::any(mask); });
   for (int lane = 0; lane < count; ++lane) {
     write_vectors(tasks[lane], scales[lane], reinterpret_cast<const T*>(matrix) + lane,
                   reinterpret_cast<const T*>(vectors) + lane, lanes);
@@ -385,13 +389,13 @@ void eigenvectors(const EigenTask<T>* tasks, int count, void* scratch) {
 
 template <class T>
 constexpr EigenKernels<T> kernels() {
-  return {kGroup,    kLanes<T>,       scratch_bytes<T>, eigenvalues<T>,
-          counts<T>, eigenvectors<T>, is_finite<T>};
+  return {kGroup,          kLanes<T>,      lane_count<T>,  scratch_bytes<T>,
+          vector_bytes<T>, eigenvalues<T>, eigenvectors<T>};
 }
 
 }  // namespace
 
-const EigenLevel FASTCOV_PASTE(eigen_, FASTCOV_LEVEL) = {FASTCOV_QUOTE(FASTCOV_LEVEL),
-                                                         kernels<float>(), kernels<double>()};
+const EigenLevel FASTCOV_PASTE(eigen_, FASTCOV_LEVEL) = {
+    FASTCOV_QUOTE(FASTCOV_LEVEL), kernels<float>(), kernels<double>(), counts};
 
 }  // namespace fastcov

@@ -27,6 +27,7 @@ using Pack = typename LanesOf<T, Lanes>::type;
 template <class T, class Integer, int Lanes>
 struct PackNumeric {
   using Real = Pack<T, Lanes>;
+  using Element = T;
   using Count = Pack<Integer, Lanes>;
   static constexpr bool is_scalar = false;
   static constexpr int lanes = Lanes;
@@ -43,6 +44,11 @@ struct PackNumeric {
   }
   static FASTCOV_INLINE Real ratio(Real a, Real b) { return a / b; }
   static FASTCOV_INLINE Count is_negative(Real value) { return -(value < Real{}); }
+  static FASTCOV_INLINE bool any(Count mask) {
+    bool is_any = false;
+    for (int lane = 0; lane < Lanes; ++lane) is_any |= mask[lane] != 0;
+    return is_any;
+  }
 };
 template <>
 struct Numeric<Pack<float, 4>> : PackNumeric<float, int32_t, 4> {};
@@ -65,15 +71,6 @@ FASTCOV_INLINE bool all_of(V mask) {
     all &= mask[lane] != 0;
   }
   return all;
-}
-
-template <class V>
-FASTCOV_INLINE bool any_of(V mask) {
-  bool any = false;
-  for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(mask[0])); ++lane) {
-    any |= mask[lane] != 0;
-  }
-  return any;
 }
 
 }  // namespace FASTCOV_LEVEL

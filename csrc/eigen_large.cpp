@@ -39,8 +39,9 @@ bool solve_by_ql(const EigenTask<T>& task, const Scale<T>& scale, const SolveSpa
     return false;
   }
   sort_lanes<double, 1>(space.wide_diagonal, n);
-  const auto restore = static_cast<double>(scale.restore);
-  for (int k = 0; k < n; ++k) task.values[k] = static_cast<T>(space.wide_diagonal[k] * restore);
+  for (int k = 0; k < n; ++k) {
+    task.values[k] = static_cast<T>(scale.eigenvalue(space.wide_diagonal[k]));
+  }
   return true;
 }
 
@@ -50,18 +51,10 @@ void solve_large(const EigenTask<T>& task, const Crew& crew, void* scratch) {
   const SolveSpace<T> space(scratch, n, crew.ranks);
   const Scale<T> scale = reduce_large(task, crew, space.reduction);
   if (sizeof(T) == 8 && solve_by_ql(task, scale, space)) return;
-  LoopTeam team;
-  T lower, upper;
-  bound_eigenvalues(team, space.reduction.diagonal, space.reduction.off_diagonal, n, lower, upper);
-  using Bisection = PackBisection<T>;
-  const Bisection bisection{
-      space.reduction.diagonal, space.reduction.off_diagonal, n, lower, upper, space.counts};
-  const int packs = (n + Bisection::wide - 1) / Bisection::wide;
-  deal(crew, packs, [&](int pack) { bisection.count_sections(pack * Bisection::wide); });
-  deal(crew, packs, [&](int pack) {
-    bisection.find(pack * Bisection::wide,
-                   [&](int k, T value) { task.values[k] = value * scale.restore; });
-  });
+  const bool is_sorted =
+      bisect_blocks(crew, space.reduction.diagonal, space.reduction.off_diagonal, n, space.counts,
+                    [&](int k, T value) { task.values[k] = scale.eigenvalue(value); });
+  if (!is_sorted) sort_lanes<T, 1>(task.values, n);
 }
 
 template <class T>

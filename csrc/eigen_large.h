@@ -62,7 +62,8 @@ typename Numeric<T>::Bits largest_bits(const EigenTask<T>& task, int column_begi
 
 // Tile (tile_i, tile_j), zero beyond the matrix; on the diagonal both of its triangles.
 template <class T>
-void load_tile(const EigenTask<T>& task, int tile_i, int tile_j, T shrink, T* tile) {
+void load_tile(const EigenTask<T>& task, int tile_i, int tile_j, const Scale<T>& scale, T* tile) {
+  const T shrink = scale.shrink;
   const MatrixRef<T>& matrix = task.matrix;
   const int row = tile_i * kTile;
   const int rows = task.n - row < kTile ? task.n - row : kTile;
@@ -82,6 +83,7 @@ void load_tile(const EigenTask<T>& task, int tile_i, int tile_j, T shrink, T* ti
     }
   }
   if (tile_i != tile_j) return;
+  for (int c = 0; c < columns; ++c) tile[c * kTile + c] -= scale.shift;
   for (int c = 1; c < kTile; ++c) {
     for (int r = 0; r < c; ++r) tile[c * kTile + r] = tile[r * kTile + c];
   }
@@ -118,12 +120,17 @@ Scale<T> reduce_large(const EigenTask<T>& task, const Crew& crew, const LargeSpa
   });
   Bits largest = 0;
   for (int k = 0; k < tiles; ++k) largest = largest_of[k] > largest ? largest_of[k] : largest;
-  const Scale<T> scale(largest);
+  Scale<T> scale(largest);
   for (int i = 0; i < n; ++i) space.diagonal[i] = space.off_diagonal[i] = T(0);
   if (!scale.is_finite) return scale;
+  const MatrixRef<T>& source = task.matrix;
+  const T trace = sum_strided<T>(0, n, 1, [&](int i) {
+    return source.data[i * (source.step_i + source.step_j)] * scale.shrink;
+  });
+  scale.shift = diagonal_shift(trace, n);
 
   deal(crew, tiles, [&](int j) {
-    for (int i = j; i < tiles; ++i) load_tile(task, i, j, scale.shrink, matrix.tile(i, j));
+    for (int i = j; i < tiles; ++i) load_tile(task, i, j, scale, matrix.tile(i, j));
   });
   reduce_to_band(crew, matrix);
   const Band<T> band{space.band};

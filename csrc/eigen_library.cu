@@ -62,20 +62,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Counts of one entry from its eigenvalues, ascending, with the interval of count_above.
-template <class Real>
+// Counts of one entry from its eigenvalues, with the interval of count_above.
 __global__ void __launch_bounds__(kThreads)
-    eigen_count_kernel(const __grid_constant__ EigenTable table, const Real* values) {
-  const Located<Real> located(table, blockIdx.y);
+    eigen_count_kernel(const __grid_constant__ EigenTable table, const double* values) {
+  const Located<double> located(table, blockIdx.y);
   const EigenEntry& entry = *located.entry;
   const int n = entry.n;
   const int t = blockIdx.x * kThreads + threadIdx.x;
   if (t >= entry.threshold_count) return;
-  const Real* const value = values + located.index * n;
-  const Real size = larger(absolute(value[0]), absolute(value[n - 1]));
-  const Real error = relative_tolerance<Real>(n) * size;
-  const Real tau = static_cast<const Real*>(
-      entry.thresholds)[located.index * entry.threshold_batch_stride + t * entry.threshold_stride];
+  const double* const value = values + located.index * n;
+  // Ascending; the Frobenius norm is at most sqrt(n) times the largest, and may overflow if summed.
+  const double size = larger(absolute(value[0]), absolute(value[n - 1]));
+  const double error = reduction_error(n, Numeric<double>::square_root(n) * size);
+  const double tau =
+      entry.thresholds[located.index * entry.threshold_batch_stride + t * entry.threshold_stride];
   int low = 0;
   int high = n;
   for (int k = 0; k < n; ++k) {
@@ -113,8 +113,8 @@ cudaError_t restore_library(const EigenTable& table, const unsigned long long* l
                     static_cast<Real*>(values), static_cast<Real*>(vectors), n);
   const int thresholds = table.entry[0].thresholds ? table.entry[0].threshold_count : 0;
   if (error != cudaSuccess || thresholds == 0) return error;
-  return launch_kernel(eigen_count_kernel<Real>, dim3(divide_up(thresholds, kThreads), blocks.y),
-                       kThreads, 0, stream, table, static_cast<const Real*>(values));
+  return launch_kernel(eigen_count_kernel, dim3(divide_up(thresholds, kThreads), blocks.y),
+                       kThreads, 0, stream, table, static_cast<const double*>(values));
 }
 
 template cudaError_t prepare_library<float>(const EigenTable&, unsigned long long*, void*,

@@ -67,11 +67,13 @@ __device__ void solve_members(Team& team, const Located<Real>& located,
     const Bits other = load_published(largest_of + m);
     largest = other > largest ? other : largest;
   }
-  const Scale<Real> scale(team.maximum(largest));
+  Scale<Real> scale(team.maximum(largest));
+  scale.shift = shift_of(team, located, scale);
   for (int r = team.row_squad(); r < row_count; r += team.row_squads()) {
     Real* const row = rows.row(r, n);
     for (int j = team.row_lane(); j < n; j += team.row_lanes()) {
       row[j] = scale.is_finite ? row[j] * scale.shrink : Real(0);
+      if (j == r * members + team.member()) row[j] -= scale.shift;
       if (r == 0 && team.member() == 0) rows.publish_first(j, row[j]);
     }
   }

@@ -10,9 +10,10 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// What is left of an off-diagonal of T, relative to the largest entry, when it counts as zero.
+// What is left of an off-diagonal of T, relative to the largest entry, when it counts as zero. Less
+// than the rounding that made it would never be reached between equal eigenvalues.
 template <class T>
-constexpr double kTolerance = sizeof(T) == 4 ? 0x1p-30 : 0x1p-54;
+constexpr double kTolerance = sizeof(T) == 4 ? 0x1p-28 : 0x1p-51;
 // Sweeps for each eigenvalue, on average; three are usual.
 constexpr int kSweeps = 30;
 

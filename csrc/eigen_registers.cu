@@ -80,10 +80,12 @@ __device__ void solve_registers(Team& team, const Located<Real>& located,
       largest = shared.largest[s] > largest ? shared.largest[s] : largest;
     }
   }
-  const Scale<Real> scale(largest);
+  Scale<Real> scale(largest);
+  scale.shift = shift_of(team, located, scale);
   FASTCOV_UNROLL
   for (int j = 0; j < Order; ++j) {
-    rows.entry[j] = scale.is_finite ? rows.entry[j] * scale.shrink : Real(0);
+    const Real scaled = scale.is_finite ? rows.entry[j] * scale.shrink : Real(0);
+    rows.entry[j] = j == team.rank() && j < n ? scaled - scale.shift : scaled;
   }
   rows.pivot_column = shared.pivot_column;
   shared.pivot_column[team.rank()] = rows.entry[0];

@@ -11,6 +11,7 @@ inline namespace FASTCOV_LEVEL {
 // of four columns in turn, lanes take rows; each squad sums products in a row of its own.
 template <class Real, class Team>
 struct ColumnTriangle {
+  static constexpr bool may_rest = true;
   Real* data;
   int n;
   int product_stride;  // between the squads' rows of product
@@ -116,6 +117,7 @@ struct ColumnTriangle {
 // step are read as broadcasts. Only constant indices keep `entry` in registers.
 template <class Real, int Order, class Team>
 struct RegisterRows {
+  static constexpr bool may_rest = false;  // a sweep brings the next pivot column
   Real entry[Order];
   Real* pivot_column;  // [Order], shared: the column to be reduced next
 
@@ -150,6 +152,7 @@ struct RegisterRows {
 // publishes products and the next pivot row, and waits for the other members once.
 template <class Real, class Team>
 struct MemberRows {
+  static constexpr bool may_rest = false;  // a sweep brings the next pivot row
   Real* far;
   Real* near;
   int far_rows;

@@ -53,10 +53,13 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int s = 0; s < Team::squads(); ++s) {
     largest = warp_largest[s] > largest ? warp_largest[s] : largest;
   }
-  const Scale<Real> scale(largest);
+  Scale<Real> scale(largest);
+  scale.shift = shift_of(team, located, scale);
   for (int i = team.rank(); i < static_cast<int>(triangle.elements(n)); i += Team::size()) {
     triangle.data[i] = scale.is_finite ? triangle.data[i] * scale.shrink : Real(0);
   }
+  team.sync();
+  for (int j = team.rank(); j < n; j += Team::size()) triangle.column(j)[j] -= scale.shift;
   const Reflectors<Real> reflectors{{vectors, vectors + stride}, vectors + 2 * stride, product};
   tridiagonalize(team, triangle, n, reflectors, diagonal, off_diagonal);
   finish(team, located, scale, diagonal, off_diagonal, counts);

@@ -6,10 +6,12 @@ over the matrices and synchronises with the host on a GPU.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastcov.ops.reference import eigenvalue_tolerance
+from fastcov.ops.reference import count_tolerance
 
 _LARGEST_EXPONENT = 125  # 2**125 and 2**-125 are normal numbers in float32
 
@@ -31,11 +33,18 @@ def _restore(values: Tensor, finite: Tensor, exponent: Tensor) -> Tensor:
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
     scaled, finite, exponent = _prepare(matrix)
-    return _restore(torch.linalg.eigvalsh(scaled), finite, exponent)
+    # As the compiled kernels do it (diagonal_shift in csrc/eigen_numeric.h): without the shift a
+    # reduction rounds the large entries of c (I + E) the same way at every step.
+    shift = torch.round(scaled.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * 1024) / 1024
+    shifted = scaled - torch.diag_embed(shift.expand(scaled.shape[:-1]))
+    return _restore(torch.linalg.eigvalsh(shifted) + shift, finite, exponent)
 
 
-def eigvalsh(matrices: list[Tensor]) -> list[Tensor]:
-    """See :func:`fastcov.ops.reference.eigvalsh_reference`, for each of several batches."""
+def eigvalsh(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:
+    """See :func:`fastcov.ops.reference.eigvalsh_reference`, for each of several batches.
+
+    ``is_alone`` changes nothing: LAPACK takes the matrices one by one.
+    """
     return [_eigenvalues(matrix) for matrix in matrices]
 
 
@@ -56,8 +65,10 @@ def count_above(matrices: list[Tensor], thresholds: list[Tensor]) -> list[Tensor
     for matrix, tau in zip(matrices, thresholds, strict=True):
         order = matrix.shape[-1]
         values = _eigenvalues(matrix)[..., None, :]
+        # The Frobenius norm is at most sqrt(n) times the largest value, and may overflow if summed.
         # NaN compares false both ways: a non-finite matrix or threshold gives (0, n).
-        error = eigenvalue_tolerance(order, matrix.dtype) * values.abs().amax(-1, keepdim=True)
+        norm = math.sqrt(order) * values.abs().amax(-1, keepdim=True)
+        error = count_tolerance(order) * norm
         low = (values > tau[..., None] + error).sum(-1)
         high = order - (values <= tau[..., None] - error).sum(-1)
         counts.append(torch.stack([low, high], -1))

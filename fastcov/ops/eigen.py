@@ -1,22 +1,39 @@
 """Batched symmetric eigenvalues: public functions. Check arguments, then dispatch.
 
 One call takes matrices of mixed sizes. Eigenvalues come in ascending order, as from
-``torch.linalg.eigvalsh``; only the lower triangle is read, through any strides; the computation
-runs in the matrices' dtype.
+``torch.linalg.eigvalsh``; only the lower triangle is read, through any strides. Eigenvalues and
+eigenvectors are computed in the matrices' dtype, counts in float64. Where a derivative is wanted,
+in reverse or forward mode, ``torch.linalg`` computes both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fastcov.ops import aten_eigen, library
 from fastcov.ops.library import operators
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
+# Bytes of a vector, in which eigh of a CPU rotates matrices side by side, and by order the fewest
+# of them for which LAPACK takes as long: a vector takes its time whether it is full or not.
+# Measured on a Xeon with AVX-512; from order 33 on LAPACK is faster than a full vector.
+_VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+_FEWEST_ROTATED = tuple(
+    fewest
+    for fewest, orders in ((2, 9), (3, 4), (4, 4), (5, 4), (7, 4), (9, 4), (11, 4))
+    for _ in range(orders)
+)
+_LIN_ALG_ERROR: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
+_FEW = 64  # numbers that Python looks through before one operator of torch has begun
+
+_Result = TypeVar("_Result")
 
 
 class Eigensystem(NamedTuple):
@@ -40,12 +57,17 @@ def eigvalsh(A: Sequence[Tensor]) -> list[Tensor]: ...
 def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     r"""Eigenvalues of symmetric matrices, ascending.
 
-    Accurate to 2e-6 of the largest magnitude in float32 up to n = 256 and 1e-5 above, to
-    1e-13 sqrt(n) in float64. On a CPU, LAPACK takes over where it is faster (with more than two
-    threads, for fewer matrices of 257 to 511 than threads); without the compiled library its
-    float32 was measured to be off by up to 4.2e-5 at n = 2048. On a GPU with the compiled library:
-    no host synchronisation and capturable in a CUDA graph up to n = 2048; larger matrices, and
-    every matrix without the library, go to ``torch.linalg``, which synchronises.
+    Accurate to 6e-6 of the largest magnitude in float32 up to n = 256 and 1e-5 up to 2048, to
+    1e-13 sqrt(n) in float64: measured on thirty families of matrices, most errors are ten times
+    smaller (benchmarks/README.md has the table). Without the compiled library LAPACK's float32
+    takes over, which was off by up to 5e-5. On a GPU with the compiled library: no host
+    synchronisation and capturable in a CUDA graph up to n = 2048; larger matrices, and every matrix
+    without the library, go to ``torch.linalg``, which synchronises.
+
+    Matrices of a batch share instructions, so that the last bits of a result may depend on how many
+    there are, and on the number of threads among which they are divided. They do not while
+    ``torch.use_deterministic_algorithms(True)`` is in force: then every matrix is solved alone, in
+    up to ten times the time for batches of small ones.
 
     Args:
         A: Symmetric matrices, float32 or float64; only the lower triangle is read. One matrix or
@@ -58,7 +80,7 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     Raises:
         TypeError: If ``A`` holds something else than dense real float32 or float64 tensors.
         ValueError: If a matrix is empty or not square, if devices or dtypes are mixed.
-        RuntimeError: If a matrix requires grad: there is no derivative.
+        MemoryError: If there is no memory for the call's scratch.
 
     Example:
         >>> eigvalsh(torch.tensor([[2.0, 0.0], [1.0, 2.0]]))
@@ -68,10 +90,15 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """
     if isinstance(A, Tensor):
         _check_matrix(A, "A")
-        values: Tensor = operators.eigvalsh([_one_batch(A)])[0]
-        return values if A.dim() <= 3 else values.reshape(A.shape[:-1])
+        if _has_derivative(A):
+            return cast(Tensor, torch.linalg.eigvalsh(A))
+        if A.dim() <= 3:
+            return _eigvalsh([A])[0]
+        return _eigvalsh([A.flatten(0, -3)])[0].reshape(A.shape[:-1])
     matrices = _check_sequence(A)
-    results: list[Tensor] = operators.eigvalsh([_one_batch(matrix) for matrix in matrices])
+    if any(map(_has_derivative, matrices)):
+        return [torch.linalg.eigvalsh(matrix) for matrix in matrices]
+    results = _eigvalsh([_one_batch(matrix) for matrix in matrices])
     return [
         result.reshape(matrix.shape[:-1]) for result, matrix in zip(results, matrices, strict=True)
     ]
@@ -86,10 +113,12 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
 
     .. math:: A V = V \Lambda, \quad V^T V = I
 
-    Both equations hold within 1e-5 in float32. On a GPU with the compiled library, matrices up to
-    n = 128 run without host synchronisation; larger ones go to ``torch.linalg``, which
-    synchronises. The sign of an eigenvector, and the basis of a repeated eigenvalue's space, are
-    arbitrary but repeatable.
+    Both equations hold within 1e-5 in float32 up to n = 256 and 5e-5 up to 2048, entry by entry and
+    relative to the largest eigenvalue. On a CPU, batches of matrices of up to 32 rows are rotated
+    side by side; all else is one call of ``torch.linalg.eigh``. On a GPU with the compiled library,
+    matrices up to n = 128 run without host synchronisation; larger ones go to ``torch.linalg``,
+    which synchronises. The sign of an eigenvector, and the basis of a repeated eigenvalue's space,
+    are arbitrary but repeatable.
 
     Args:
         A: As in :func:`eigvalsh`.
@@ -101,7 +130,7 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
     Raises:
         TypeError: If ``A`` holds something else than dense real float32 or float64 tensors.
         ValueError: If a matrix is empty or not square, if devices or dtypes are mixed.
-        RuntimeError: If a matrix requires grad: there is no derivative.
+        MemoryError: If there is no memory for the call's scratch.
 
     Example:
         >>> system = eigh(torch.diag(torch.tensor([3.0, 1.0])))
@@ -111,15 +140,11 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
     """
     if isinstance(A, Tensor):
         _check_matrix(A, "A")
-        matrices = [A]
-    else:
-        matrices = _check_sequence(A)
-    values, vectors = operators.eigh([_one_batch(matrix) for matrix in matrices])
-    systems = [
-        Eigensystem(value.reshape(matrix.shape[:-1]), vector.reshape(matrix.shape))
-        for value, vector, matrix in zip(values, vectors, matrices, strict=True)
-    ]
-    return systems[0] if isinstance(A, Tensor) else systems
+        return _eigh_by_torch(A) if _is_for_torch(A) else _eigh([A])[0]
+    matrices = _check_sequence(A)
+    # What is not torch's is one call.
+    own = iter(_eigh([matrix for matrix in matrices if not _is_for_torch(matrix)]))
+    return [_eigh_by_torch(matrix) if _is_for_torch(matrix) else next(own) for matrix in matrices]
 
 
 @overload
@@ -135,14 +160,16 @@ def count_above(
 
     .. math:: \text{low} \le \#\{k : \lambda_k > \tau\} \le \text{high}
 
-    One Sturm pass a threshold. The bounds differ when an eigenvalue lies within the error bound of
-    ``tau`` (:func:`fastcov.ops.reference.eigenvalue_tolerance`), so that rounding may have put it
-    on either side.
+    One Sturm pass a threshold, in float64 whatever the matrices' dtype. The bounds differ when an
+    eigenvalue is so close to ``tau`` that rounding may have put it on either side; how close is a
+    theorem (:func:`fastcov.ops.reference.count_tolerance`), so that they always hold: 5e-12 of the
+    Frobenius norm at n = 64, 4e-9 at 2048. On a GPU as :func:`eigvalsh` of float64 matrices.
 
     Args:
         A: As in :func:`eigvalsh`.
-        tau: One threshold, or T of them [T], for every matrix; or T for each matrix [..., T]. For a
-            sequence of matrices also a sequence with one such entry for each.
+        tau: One threshold, or T of them [T], for every matrix; or T for each matrix [..., T]. Real
+            numbers, of Python, numpy or torch, compared as float64. For a sequence of matrices also
+            a sequence with one such entry for each.
 
     Returns:
         ``low`` and ``high``: [...] for one threshold, [..., T] for several; a list of such pairs
@@ -152,8 +179,8 @@ def count_above(
     Raises:
         TypeError: If ``A`` or ``tau`` has the wrong type.
         ValueError: If a matrix is empty or not square, if devices or dtypes are mixed, if ``tau``
-            is NaN or its shape fits no matrix.
-        RuntimeError: If a matrix requires grad: there is no derivative.
+            is NaN, beyond float64, or of a shape that fits no matrix.
+        MemoryError: If there is no memory for the call's scratch.
 
     Example:
         >>> count_above(torch.diag(torch.tensor([3.0, 1.0, 0.0])), 0.5)
@@ -165,8 +192,9 @@ def count_above(
     else:
         matrices = _check_sequence(A)
     taus = _one_each(tau, len(matrices), isinstance(A, Tensor))
-    counts = operators.count_above(
-        [_one_batch(matrix) for matrix in matrices],
+    counts = _run(
+        operators.count_above if torch.compiler.is_compiling() else library.count_above,
+        [_one_batch(matrix.detach().double()) for matrix in matrices],
         [_thresholds(entry, matrix) for entry, matrix in zip(taus, matrices, strict=True)],
     )
     intervals = []
@@ -176,6 +204,98 @@ def count_above(
         low, high = count.unbind(-1)
         intervals.append(CountInterval(low.reshape(shape), high.reshape(shape)))
     return intervals[0] if isinstance(A, Tensor) else intervals
+
+
+def _has_derivative(matrix: Tensor) -> bool:
+    if matrix.requires_grad and torch.is_grad_enabled():
+        return True
+    # Traced code has no tangents of its own.
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(matrix).tangent is not None
+
+
+def _run(operator: Callable[..., _Result], matrices: list[Tensor], *arguments: object) -> _Result:
+    # Errors of compiled code come without their text.
+    try:
+        return operator(matrices, *arguments)
+    except MemoryError as error:
+        raise MemoryError(f"no memory for the scratch of {_described(matrices)}") from error
+    except RuntimeError as error:
+        if "API call failed" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{_described(matrices)} failed inside torch, for want of memory or because its solver "
+            f"did not converge; torch.linalg.eigh of the same matrix says which: {error}"
+        ) from error
+
+
+def _described(matrices: list[Tensor]) -> str:
+    largest = max(matrices, key=lambda matrix: matrix.shape[-1])
+    return (
+        f"{len(matrices)} matrices or batches, the largest {tuple(largest.shape)} "
+        f"{largest.dtype} on {largest.device}"
+    )
+
+
+def _eigvalsh(matrices: list[Tensor]) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        return cast(list[Tensor], operators.eigvalsh(matrices))
+    return _run(library.eigvalsh, matrices, torch.are_deterministic_algorithms_enabled())
+
+
+def _is_for_torch(matrix: Tensor) -> bool:
+    if not matrix.is_cpu:
+        return _has_derivative(matrix)
+    order = matrix.shape[-1]
+    if matrix.dim() == 2 or order >= len(_FEWEST_ROTATED):
+        return True
+    # Nor may a matrix's bits depend on the batch that it is in, where that is asked for.
+    if torch.are_deterministic_algorithms_enabled() or _has_derivative(matrix):
+        return True
+    count = matrix.shape[:-2].numel()
+    vectors = -(-count * matrix.itemsize // _VECTOR_BYTES)
+    return count < _FEWEST_ROTATED[order] * vectors
+
+
+def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
+    if _is_traced(matrix):
+        if _has_derivative(matrix):
+            return Eigensystem(*torch.linalg.eigh(matrix))
+    else:
+        try:
+            values, vectors = torch.linalg.eigh(matrix)
+            if _is_finite(values):
+                return Eigensystem(values, vectors)
+        except RuntimeError as error:
+            if type(error) is not _LIN_ALG_ERROR:
+                raise
+    # What is not finite LAPACK refuses, or spreads. Such matrices go around it.
+    all_values, all_vectors = aten_eigen.eigh([matrix])
+    return Eigensystem(all_values[0], all_vectors[0])
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    # Its numbers are not to be looked at: inside torch.compile, or a transform of torch.func.
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _is_finite(values: Tensor) -> bool:
+    if values.numel() > _FEW:
+        return math.isfinite(values.max().item())
+    numbers = values.tolist() if values.dim() == 1 else values.flatten().tolist()
+    return math.isfinite(sum(numbers))
+
+
+def _eigh(matrices: list[Tensor]) -> list[Eigensystem]:
+    if not matrices:
+        return []
+    operator = operators.eigh if torch.compiler.is_compiling() else library.eigh
+    values, vectors = _run(operator, [_one_batch(matrix) for matrix in matrices])
+    return [
+        Eigensystem(value, vector)
+        if matrix.dim() <= 3
+        else Eigensystem(value.reshape(matrix.shape[:-1]), vector.reshape(matrix.shape))
+        for value, vector, matrix in zip(values, vectors, matrices, strict=True)
+    ]
 
 
 def _check_matrix(matrix: object, name: str) -> None:
@@ -202,11 +322,6 @@ def _check_matrix(matrix: object, name: str) -> None:
         raise TypeError(
             f"{name} has layout {matrix.layout}, expected a dense tensor: call .to_dense()"
         )
-    if matrix.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} requires grad, and this function has no derivative: pass {name}.detach(), or "
-            "use torch.linalg.eigvalsh or torch.linalg.eigh for gradients"
-        )
 
 
 def _check_sequence(A: Any) -> list[Tensor]:
@@ -229,12 +344,12 @@ def _one_batch(matrix: Tensor) -> Tensor:
     return matrix if matrix.dim() <= 3 else matrix.flatten(0, -3)
 
 
-def _one_each(tau: object, count: int, is_single: bool) -> Sequence[float | Tensor]:
-    if isinstance(tau, (int, float, Tensor)):
-        return [tau] * count
+def _one_each(tau: Any, count: int, is_single: bool) -> Sequence[float | Tensor]:
+    if isinstance(tau, (Real, Tensor)):
+        return [cast(Any, tau)] * count
     if is_single or not isinstance(tau, Sequence):
         raise TypeError(
-            f"tau is a {type(tau).__name__}, expected a float or a tensor of thresholds"
+            f"tau is a {type(tau).__name__}, expected a real number or a tensor of thresholds"
             + ("" if is_single else ", or a sequence of them, one for each matrix")
         )
     if len(tau) != count:
@@ -244,8 +359,18 @@ def _one_each(tau: object, count: int, is_single: bool) -> Sequence[float | Tens
     return tau
 
 
-def _thresholds(tau: float | Tensor, matrix: Tensor) -> Tensor:
-    # [..., T] with the batch dimension of _one_batch(matrix), in the matrices' dtype.
+def _threshold(tau: Real) -> float:
+    try:
+        number = float(tau)
+    except OverflowError:
+        raise ValueError("tau is beyond float64: pass math.inf or -math.inf") from None
+    if math.isnan(number):
+        raise ValueError("tau is NaN: a threshold must be a number")
+    return number
+
+
+def _thresholds(tau: Any, matrix: Tensor) -> Tensor:
+    # [..., T] with the batch dimension of _one_batch(matrix), in float64.
     if isinstance(tau, Tensor):
         if tau.is_complex() or tau.dtype == torch.bool:
             raise TypeError(f"tau is {tau.dtype}, expected real thresholds: convert it to float")
@@ -258,17 +383,14 @@ def _thresholds(tau: float | Tensor, matrix: Tensor) -> Tensor:
                 f"tau has shape {tuple(tau.shape)} for matrices {tuple(matrix.shape)}: expected "
                 f"[], [T] or {[*matrix.shape[:-2], 'T']}"
             )
-        thresholds = tau.detach().to(matrix.dtype)
-        on_host = tau.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_host and bool(thresholds.isnan().any()):
+        thresholds = tau.detach().double()
+        if tau.is_cpu and not _is_traced(tau) and bool(thresholds.isnan().any()):
             raise ValueError("tau holds NaN: every threshold must be a number")
         thresholds = thresholds.reshape(-1) if tau.dim() <= 1 else thresholds
-    elif isinstance(tau, (int, float)):
-        if math.isnan(tau):
-            raise ValueError("tau is NaN: a threshold must be a number")
-        thresholds = matrix.new_full((1,), tau)
+    elif isinstance(tau, Real):
+        thresholds = matrix.new_full((1,), _threshold(tau), dtype=torch.float64)
     else:
-        raise TypeError(f"tau is a {type(tau).__name__}, expected a float or a tensor")
+        raise TypeError(f"tau is a {type(tau).__name__}, expected a real number or a tensor")
     if thresholds.dim() == 1:
         return thresholds.expand(*_one_batch(matrix).shape[:-2], -1)
     return thresholds.reshape(-1, thresholds.shape[-1])

@@ -89,7 +89,7 @@ for _name in ("gather_again_", "accumulate_again_"):
         _LIBRARY.impl(_name, lambda *_: -1, _key)
 
 
-def _eigvalsh_fake(matrices: list[Tensor]) -> list[Tensor]:
+def _eigvalsh_fake(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:
     return [matrix.new_empty(matrix.shape[:-1]) for matrix in matrices]
 
 
@@ -101,10 +101,51 @@ def _count_above_fake(matrices: list[Tensor], thresholds: list[Tensor]) -> list[
     return [tau.new_empty((*tau.shape, 2), dtype=torch.int64) for tau in thresholds]
 
 
-# One entry is one matrix [n, n] or a batch [B, n, n]; sizes may differ between entries.
-_define("eigvalsh(Tensor[] matrices) -> Tensor[]", _eigvalsh_fake)
+# One entry is one matrix [n, n] or a batch [B, n, n]; sizes may differ between entries. is_alone:
+# no matrix is solved beside another, so that its bits depend on nothing else.
+_define("eigvalsh(Tensor[] matrices, bool is_alone=False) -> Tensor[]", _eigvalsh_fake)
 _define("eigh(Tensor[] matrices) -> (Tensor[], Tensor[])", _eigh_fake)
+# float64 alone: in float32 no bound on the error of a count is of any use.
 _define("count_above(Tensor[] matrices, Tensor[] thresholds) -> Tensor[]", _count_above_fake)
+
+
+def _vmapped(entry: Tensor, dim: int | None, size: int) -> Tensor:
+    # With the vmapped dimension in front: [size, ...].
+    return entry.expand(size, *entry.shape) if dim is None else entry.movedim(dim, 0)
+
+
+def _eigen_vmap(operator: str) -> Callable[..., Any]:
+    # The vmapped dimension and that of a batch [B, n, n] become one, and are two in the results.
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        lists = [
+            [_vmapped(e, d, info.batch_size) for e, d in zip(entries, dims, strict=True)]
+            for entries, dims in zip(arguments, in_dims, strict=False)
+            if isinstance(entries, list)
+        ]
+        flat = [
+            [
+                entry.flatten(0, matrix.dim() - 3)
+                for entry, matrix in zip(some, lists[0], strict=True)
+            ]
+            for some in lists
+        ]
+        results = getattr(torch.ops.fastcov, operator)(*flat, *arguments[len(lists) :])
+
+        def restored(some: list[Tensor]) -> list[Tensor]:
+            return [
+                result.reshape(*matrix.shape[:-2], *result.shape[1:])
+                for result, matrix in zip(some, lists[0], strict=True)
+            ]
+
+        if isinstance(results, tuple):
+            return tuple(restored(some) for some in results), tuple([0] * len(r) for r in results)
+        return restored(results), [0] * len(results)
+
+    return rule
+
+
+for _name in ("eigvalsh", "eigh", "count_above"):
+    torch.library.register_vmap(f"fastcov::{_name}", _eigen_vmap(_name), lib=_LIBRARY)
 
 
 class Observer(Protocol):
@@ -180,8 +221,8 @@ _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
 _LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
 torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)
-for _name, _vmapped in vmapped.RULES.items():
-    torch.library.register_vmap(f"fastcov::{_name}", _vmapped, lib=_LIBRARY)
+for _name, _rule in vmapped.RULES.items():
+    torch.library.register_vmap(f"fastcov::{_name}", _rule, lib=_LIBRARY)
 
 
 def _is_triton(rows: Tensor) -> bool:
@@ -327,14 +368,17 @@ for (_name, _key), _implementation in _FALLBACKS.items():
 operators = torch.ops.fastcov
 """The registered operators. Public functions call them from here, so that they are registered."""
 
-# What hooks call. A packet would look for the overload at every call, 0.2 to 1.8 us, and the
-# overload's own __call__ only passes everything on to this, 0.3 us.
+# What hooks and ops/eigen.py call. A packet would look for the overload at every call, 0.2 to
+# 1.8 us, and the overload's own __call__ only passes everything on to this, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op
 gather_counted_: Callable[..., int] = operators.gather_counted_.default._op
 accumulate_again_: Callable[..., int] = operators.accumulate_again_.default._op
+eigvalsh: Callable[..., list[Tensor]] = operators.eigvalsh.default._op
+eigh: Callable[..., tuple[list[Tensor], list[Tensor]]] = operators.eigh.default._op
+count_above: Callable[..., list[Tensor]] = operators.count_above.default._op
 
 ACCUMULATE: dict[str, Callable[..., None]] = {
     "native": accumulate_,

@@ -21,7 +21,7 @@ LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "lib"
 _SHORT_FOLDER = "fastcov/lib"  # of the package: reasons are published beside results
 BACKENDS = ("native", "triton", "torch")
 BACKEND_SWITCH = "FASTCOV_BACKEND"
-INTERFACE = 2
+INTERFACE = 3
 """Raised with every change of a schema or of stats/cursor.py: a library is compiled for one."""
 
 

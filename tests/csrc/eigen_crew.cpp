@@ -1,6 +1,6 @@
 // Runs the reduction of csrc/eigen_large.h by threads: eigen_crew CREW DTYPE N < matrix > results
 //   matrix:  lower triangle in full [N, N], float64
-//   results: diagonal [N], off-diagonal [N - 1] and scale of the tridiagonal form, float64
+//   results: diagonal [N], shift added, off-diagonal [N - 1] and scale of the tridiagonal form, float64
 // CREW is one (rank), even (four ranks, a thread each), uneven (the same on two threads), serial
 // (the same on one thread) or unsafe (two sweeps that do not wait for each other).
 #include <cstdio>
@@ -53,6 +53,7 @@ int run(const std::string& name, int n) {
   task.n = n;
   const Scale<T> scale = reduce_large(task, crew, space);
   std::vector<double> results(space.diagonal, space.diagonal + n);
+  for (double& entry : results) entry += static_cast<double>(scale.shift);
   results.insert(results.end(), space.off_diagonal, space.off_diagonal + n - 1);
   results.push_back(static_cast<double>(scale.restore));
   std::fwrite(results.data(), sizeof(double), results.size(), stdout);

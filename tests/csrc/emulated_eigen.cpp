@@ -57,7 +57,7 @@ int run(const std::string& kernel, int n, int count, int shared_bytes) {
   std::vector<Real> matrices(input.begin(), input.end());
   std::vector<Real> values(static_cast<size_t>(n) * count);
   std::vector<Real> vectors(elements * count);
-  const std::vector<Real> thresholds{Real(-0.5), Real(0), Real(0.5)};
+  const std::vector<double> thresholds{-0.5, 0, 0.5};  // counts are of float64 alone
   std::vector<int64_t> counts(6 * static_cast<size_t>(count));
 
   // Two entries, so that a matrix has to be found in the table.
