@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,49 @@ from fastcov.rows.view import unreadable_type
 from fastcov.stats.route import Routes
 from fastcov.watch.isolation import is_undisturbed
 from fastcov.watch.select import first_complex, first_tensor
-
-if TYPE_CHECKING:
-    from fastcov.watch.watcher import Watcher
+from fastcov.watch.steps import Steps
 
 REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
+
+
+class Reader(Protocol):
+    """The side of a watcher that hooks see: :class:`fastcov.watch.watcher.Watcher`."""
+
+    root: Callable[[], nn.Module | None]
+    clock: Tensor
+    train_only: bool
+    is_reading: bool
+    is_skipping: bool
+    steps: Steps
+
+    def observe(
+        self,
+        tap: int,
+        activation: Tensor,
+        batch_dims: int = 0,
+        *,
+        module: nn.Module | None = None,
+        args: Any = (),
+    ) -> None:
+        """Reads a call that no route has taken."""
+
+    def refuse(self, tap: int, reason: str) -> None:
+        """Notes why a call is not read."""
+
+    def fail(self, tap: int, error: Exception) -> None:
+        """Gives a tap up after an error."""
+
+    def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
+        """Begins a forward of the root."""
+
+    def end_step(self) -> None:
+        """Ends a forward of the root."""
+
+    def names(self) -> list[str]:
+        """Names of the taps."""
+
+    def close(self) -> None:
+        """Removes the hooks."""
 
 
 class Gate:
@@ -68,7 +106,7 @@ class Hook:
 
     routes: Routes
 
-    def __init__(self, watcher: Watcher | None, tap: int, gate: Gate = _CLOSED) -> None:
+    def __init__(self, watcher: Reader | None, tap: int, gate: Gate = _CLOSED) -> None:
         self.watcher = watcher
         self._tap = tap
         self._gate = gate
@@ -130,7 +168,7 @@ class Hook:
             elif watcher.is_reading and (kind := first_complex(value)) is not None:
                 watcher.refuse(self._tap, f"gives {kind.dtype} tensors: not read")
 
-    def _trace(self, watcher: Watcher, activation: Tensor | None) -> None:
+    def _trace(self, watcher: Reader, activation: Tensor | None) -> None:
         root = watcher.root()
         is_evaluated = watcher.train_only and root is not None and not root.training
         if activation is None or is_evaluated or _is_exporting():
@@ -157,7 +195,7 @@ class Hook:
 class StepHook:
     """Root hooks: a step is one training-mode forward of the root module."""
 
-    def __init__(self, watcher: Watcher | None) -> None:
+    def __init__(self, watcher: Reader | None) -> None:
         self.watcher = watcher
 
     def __reduce__(self) -> tuple[type[StepHook], tuple[None]]:
@@ -190,7 +228,7 @@ class StepHook:
             watcher.end_step()
 
 
-def watchers_of(model: nn.Module) -> list[Watcher]:
+def watchers_of(model: nn.Module) -> list[Reader]:
     """Watchers whose steps are the forwards of a module."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     found = (owner.watcher for owner in owners if isinstance(owner, StepHook))

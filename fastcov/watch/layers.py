@@ -85,6 +85,11 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
+def _is_norm_of_maps(module: nn.Module) -> bool:
+    # LayerNorm2d of torchvision and timm: a LayerNorm that is given [B, C, H, W].
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and type(module).__name__.endswith("2d")
+
+
 KINDS = (
     LayerKind(
         _is(_ConvNd),
@@ -115,6 +120,7 @@ KINDS = (
         _has(Layout.CHANNELS_LAST),
         macs_per_row=lambda module, position: 0,
     ),
+    LayerKind(_is_norm_of_maps, _has(Layout.CHANNELS_FIRST)),
     LayerKind(_is(nn.Bilinear, nn.LayerNorm, nn.RMSNorm), _has(Layout.CHANNELS_LAST)),
     LayerKind(_is(_BatchNorm, _InstanceNorm, nn.GroupNorm), _has(Layout.CHANNELS_FIRST)),
     LayerKind(lambda module: True, _has(Layout.BY_RANK)),

@@ -18,8 +18,13 @@ Selector = (
     str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[str | type[nn.Module]]
 )
 
-# Parts of module names that torch's wrappers add: compile, checkpointing, FSDP.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Parts of module names that wrappers add: torch.compile, checkpointing, FSDP, Fabric.
+_WRAPPERS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_forward_module",
+)
 
 
 @dataclass(frozen=True)

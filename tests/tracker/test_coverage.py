@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastcov
 from fastcov.watch.coverage import coverage
+from fastcov.watch.select import canonical_name
 
 
 def last_line(tracker: fastcov.Tracker) -> str:
@@ -162,3 +165,21 @@ def test_few_rows_and_low_rank_are_not_called_rounding() -> None:
         for _ in range(20):
             model(torch.randn(256, 8) @ mix)
         assert "rounding" not in tracker.statuses()[0].note
+
+
+@pytest.mark.parametrize("library", ["torchvision.ops.misc", "timm.layers"])
+def test_layer_norms_of_maps_hold_channels_first(library: str) -> None:
+    if library.startswith("torchvision"):
+        norm = importlib.import_module("torchvision.models.convnext").LayerNorm2d(8)
+    else:
+        norm = importlib.import_module("timm.layers").LayerNorm2d(8)
+    model = nn.Sequential(norm)
+    with fastcov.track(model, include="0", rows="all") as tracker:
+        output = model(torch.randn(2, 8, 7, 7))
+    rows = output.detach().double().movedim(1, -1).flatten(0, -2)
+    assert tracker.count("0") == 98
+    torch.testing.assert_close(tracker.covariance("0"), rows.T @ rows / 98, rtol=1e-6, atol=1e-7)
+
+
+def test_names_are_those_of_the_model_without_wrappers() -> None:
+    assert canonical_name("_forward_module.module._orig_mod.layer1.0") == "layer1.0"
