@@ -199,7 +199,7 @@ def _merge(axes: dict[fx.Node, _Axis], kept: _Axis, other: _Axis) -> _Axis:
             "but their outputs are added"
         )
     kept.makers += other.makers
-    kept.readers += other.watcher.layers
+    kept.readers += other.readers
     for node, axis in axes.items():
         if axis is other:
             axes[node] = kept
