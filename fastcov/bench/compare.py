@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from fastcov.bench.contest import Row
 from fastcov.bench.results import Result, find_row, load_results
-from fastcov.bench.timing import quantile
 
 _LEAST_DRIFT = 0.02  # never call less than 2 % a change
 _FEW_PEERS = 5  # below, their spread says little
@@ -91,7 +92,7 @@ def compare_results(path_a: Path, path_b: Path) -> Changes:
         ]
     moves = [abs(math.log(b.p50_s / a.p50_s)) for _, a, b in pairs if not is_ours(a)]
     if len(moves) >= _FEW_PEERS:
-        drift = max(_LEAST_DRIFT, math.expm1(quantile(moves, 0.9)))
+        drift = max(_LEAST_DRIFT, math.expm1(float(np.quantile(moves, 0.9))))
     else:
         drift, moves = _DRIFT_WITHOUT_PEERS, []
     changes = [_change(case, a, b, drift) for case, a, b in pairs if is_ours(a)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from fastcov.bench import peers
 from fastcov.bench.contest import OURS, Contest, Setting, Work, check, relative_error
 from fastcov.bench.floors import GramLoad, gram_bytes, gram_floor, resnet50_maps
 from fastcov.bench.machine import slots
-from fastcov.bench.timing import Call, interleave, quantile
+from fastcov.bench.timing import Call, interleave
 from fastcov.ops import accumulate_
 from fastcov.ops.reference import accumulate_reference_
 from fastcov.stats.state import CovarianceState
@@ -199,7 +200,7 @@ def update_seconds(widths: Sequence[int], dtype: torch.dtype, setting: Setting) 
         ]
         contenders[str(channels)] = partial(_update_in_turn, pairs)
     samples = interleave(contenders, setting.device, rounds=setting.rounds(9), clock="device")
-    return {int(channels): quantile(times, 0.5) for channels, times in samples.items()}
+    return {int(channels): float(np.median(times)) for channels, times in samples.items()}
 
 
 def _update_in_turn(pairs: Sequence[tuple[CovarianceState, Tensor]], index: int) -> None:

@@ -12,10 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastcov
-from fastcov.bench.timing import interleave, quantile
+from fastcov.bench.timing import interleave
 
 _PACKAGES = (
     "torch",
@@ -89,7 +90,7 @@ def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
     for call in contenders.values():
         call(0)
     samples = interleave(contenders, device, rounds=2 if is_quick else 9, clock="device")
-    seconds = {name: quantile(times, 0.5) for name, times in samples.items()}
+    seconds = {name: float(np.median(times)) for name, times in samples.items()}
     return Rates(
         device=device,
         copy_bytes_s=2 * 4 * size / seconds.pop("copy"),

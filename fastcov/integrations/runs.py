@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import fastcov
 from fastcov.show.status import LayerStatus, Summary
 from fastcov.spectra.history import History
 from fastcov.spectra.snapshot import Snapshot
+from fastcov.stats.ranks import rank_and_ranks
 
 ROOM_BYTES = 64 * 2**20
 """Copies of statistics that may wait for their spectra; more than one only where they are small."""
@@ -333,7 +333,7 @@ class TrackedRun:
         is_logged = _is_due(self._log_every, self._step, step)
         is_stored = _is_due(self._snapshot_every, self._tracked_step, tracked)
         self._step, self._tracked_step = step, tracked
-        if is_stored and (_ranks() > 1 or not is_logged):
+        if is_stored and (rank_and_ranks()[1] > 1 or not is_logged):
             # A snapshot holds the first process's own rows, a summary all of them.
             self._take(step, is_logged=False, is_stored=True)
             is_stored = False
@@ -381,7 +381,3 @@ class TrackedRun:
 def _is_due(every: int | None, before: int, now: int) -> bool:
     # Not now % every: a batch may be several steps.
     return every is not None and now // every > before // every
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from fastcov.names import closest
 from fastcov.rows.view import Layout
 from fastcov.watch.layers import Position, inner_modules, kind_of
 
@@ -141,11 +141,7 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
 def _check_patterns(argument: str, selector: Selector, named: Mapping[str, nn.Module]) -> None:
     for one in _selectors(selector):
         if isinstance(one, str) and not fnmatch.filter(named, one):
-            close = difflib.get_close_matches(one, named, n=3, cutoff=0.3)
-            raise ValueError(
-                f"{argument} pattern {one!r} matches no module; closest names: "
-                f"{', '.join(close) or 'none'}"
-            )
+            raise ValueError(f"{argument} pattern {one!r} matches no module{closest(one, named)}")
 
 
 def first_tensor(value: Any) -> Tensor | None:

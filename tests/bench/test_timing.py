@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov.bench.timing import interleave, mean_interval, median_interval, quantile, ratios
+from fastcov.bench.timing import interleave, mean_interval, median_interval, ratios
 
 CPU = torch.device("cpu")
-
-
-def test_quantiles_are_numpys() -> None:
-    samples = np.random.default_rng(0).exponential(size=37)
-    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
-        assert quantile(samples, share) == pytest.approx(np.quantile(samples, share))
 
 
 @pytest.mark.parametrize("count", [6, 9, 40])
@@ -75,7 +69,7 @@ def test_contenders_take_turns() -> None:
     turns = order[-16:]
     assert all(set(turns[i : i + 2]) == {"slow", "fast"} for i in range(0, 16, 2))
     assert prepared[-16:] == turns
-    assert quantile(ratios(samples["slow"], samples["fast"]), 0.5) > 1.5
+    assert np.median(ratios(samples["slow"], samples["fast"])) > 1.5
 
 
 def test_short_calls_are_repeated_and_counted_up() -> None:

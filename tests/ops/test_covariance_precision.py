@@ -106,7 +106,7 @@ def test_the_launcher_gets_what_a_gpu_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, precision: str, channel_dim: int
 ) -> None:
     launched: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    monkeypatch.setattr(library, "_use_triton", lambda _: True)
+    monkeypatch.setattr(backend, "active", backend.Pretended(backend.GPU))
     monkeypatch.setattr(
         kernels,
         "launch_accumulate_",
@@ -131,7 +131,7 @@ def test_the_launcher_gets_what_a_gpu_is_asked_for(
 def test_plain_torch_on_a_gpu_keeps_float32(
     monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    monkeypatch.setattr(library, "_use_triton", lambda _: False)
+    monkeypatch.setattr(backend, "active", backend.Pretended(backend.HOST))
     rows, moments = random_rows(), Moments(41)
     library._FALLBACKS["accumulate_at_precision_", "CUDA"](*vars(moments).values(), rows, precision)
     assert error_of(moments.covariance(), oracle_of(rows)) < 1e-6
@@ -158,7 +158,7 @@ def test_one_graph_with_a_choice() -> None:
 @pytest.mark.gpu
 def test_precisions_differ_on_a_gpu_by_what_they_cost() -> None:
     """Values that TF32 has no bits for: it is off by that, the others and plain torch are not."""
-    is_triton = library._use_triton(torch.zeros(1, device="cuda"))
+    is_triton = backend.service_of(torch.float32, torch.device("cuda")).kernels == "triton"
     channel = torch.arange(192, device="cuda")
     # The mean of the first rows, the shift, is 0: the products are of these values themselves.
     sign = torch.tensor([1.0, -1.0], device="cuda").repeat(4096)[:, None]
