@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcov import kernels
-from fastcov.ops import accumulate_, covariance, library
+from fastcov.ops import accumulate_, backend, covariance, library
 from fastcov.ops.covariance import Moments
 from fastcov.ops.reference import accumulate_reference_
 
