@@ -89,9 +89,11 @@ class MiniConfig:
     angle: float = 10.0
     """Largest rotation of a digit, in degrees to either side."""
     digits: tuple[int, int] = (1, 5)
-    """Fewest and most digits of an image."""
+    """Fewest and most objects of an image."""
     sizes: tuple[int, int] = (12, 48)
-    """Shortest and longest longer edge of a digit before rotation, in pixels."""
+    """Shortest and longest longer edge of an object before rotation, in pixels."""
+    places: int = 1
+    """Digits that make up one object: 1 for the classes 0 to 9, 2 for the numbers 00 to 99."""
 
 
 @dataclass(frozen=True)
