@@ -50,6 +50,8 @@ class ModelConfig:
     width_multiplier: float = 1.0
     """Scales the stem, stage and inner widths of the backbone."""
     fpn_channels: int = 256
+    fpn_norm: bool = False
+    """Normalise the pyramid's maps as well, with the norm of the backbone."""
     box_head_width: int = 1024
     mask_head_width: int = 256
     min_size: int = 800
@@ -67,6 +69,8 @@ class ModelConfig:
     roi_batch: int = 512
     """Regions of interest that are sampled from each training image."""
     roi_sampling_ratio: int = 2
+    roi_align: Literal["torchvision", "rows"] = "torchvision"
+    """``rows``: the same values up to rounding, with a gradient that is faster on processors."""
     roi_canonical_scale: int = 224
     """Edge of the box that is read from pyramid level ``roi_canonical_level``."""
     roi_canonical_level: int = 4
@@ -117,6 +121,8 @@ class DataConfig:
     """Range of a random zoom, cropped or padded back to the size of the image."""
     photometric: float = 0.0
     """Chance of each photometric distortion (brightness, contrast, saturation, hue)."""
+    cache: bool = False
+    """Keep decoded training images in memory, for data that fits."""
     workers: int = 0
 
 
@@ -130,8 +136,10 @@ class TrainConfig:
     batch_size: int = 16
     """Images of one step over all processes."""
     eval_batch_size: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
+    """Of SGD; AdamW keeps torch's two factors."""
     nesterov: bool = False
     weight_decay: float = 1e-4
     decay_vectors: bool = True

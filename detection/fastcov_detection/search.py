@@ -48,12 +48,15 @@ from fastcov_detection.proposals import (
     PEER,
     PEER_SCRATCH,
     PEERS,
+    RANDOM,
     SEARCHED,
     UNTRAINED,
     Costs,
     Proposer,
+    exponent_of,
     has_settled,
     load_plan,
+    rule_arm,
     save_plan,
 )
 from fastcov_detection.pruning import WIDER, peer_version, prune_to_budget
@@ -155,7 +158,6 @@ class _Search:
         for rule in dict.fromkeys(("dof", self.config.rule)):
             self._measured(BASELINE, baseline, rule)
             self.measurements.untrained(rule, self.seeds[0])
-        searched = None
         for name in self.config.arms:
             if name == BASELINE:
                 continue
@@ -163,7 +165,7 @@ class _Search:
                 searched = self._search_rounds(baseline)
                 arms.append(searched)
                 save_widths(self._all_widths(searched), self.folder / "widths.json")
-            elif name == "random":
+            elif name == RANDOM:
                 arms.append(self._random())
             elif name == PEER:
                 arms.append(self._pruned(arms))
@@ -171,9 +173,10 @@ class _Search:
                 arms.append(self._pruned_from_scratch(arms))
             elif name.startswith((SEARCHED, UNTRAINED)):
                 arms.append(self._by_rule(name, baseline))
+            elif (power := exponent_of(name)) is not None:
+                arms.append(self._arm(name, name, partial(self.proposer.exponent, power)))
             else:
-                propose = partial(getattr(self.proposer, name), self._first_plan(searched))
-                arms.append(self._arm(name, name, propose))
+                arms.append(self._matched(name, arms))
         # What is known already, from here or kept elsewhere, is recorded before anything is added.
         self._enter(arms)
         self._record()
@@ -190,6 +193,13 @@ class _Search:
         else:
             spectra = self._measured(BASELINE, baseline, rule)
         return self._arm(name, name, partial(self.proposer.from_spectra, spectra, rule))
+
+    def _matched(self, name: str, before: Sequence[Arm]) -> Arm:
+        """``uniform`` or ``power``, at the parameters of the network that the same rule searched."""
+        control, _, rule = name.partition("-")
+        plans = {arm.name: self._first_plan(arm) for arm in before}
+        searched = plans[rule_arm(SEARCHED, rule or None)]
+        return self._arm(name, name, partial(getattr(self.proposer, control), searched))
 
     def _search_rounds(self, baseline: Arm) -> Arm:
         """Proposes and trains until widths stand still or the rounds are used up."""
@@ -279,9 +289,7 @@ class _Search:
                 advance(1)
         return load_plan(path)
 
-    def _first_plan(self, arm: Arm | None) -> WidthPlan:
-        if arm is None:
-            raise ConfigError(f"the arms lack {SEARCHED!r}, which others are matched to")
+    def _first_plan(self, arm: Arm) -> WidthPlan:
         return next(iter(arm.plans.values()))[1]
 
     def _all_widths(self, arm: Arm) -> dict[str, int]:
