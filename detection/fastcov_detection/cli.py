@@ -135,6 +135,22 @@ def _parser() -> _Parser:
         help="folder for version control: keeps all but weights, and is gone on from",
     )
 
+    planned = _command(
+        commands, "planned", "the planned comparison of one task, or its tuning", _planned
+    )
+    planned.add_argument("task", metavar="TASK", choices=("early", "late"), help="early or late")
+    planned.add_argument(
+        "--tuning", action="store_true", help="the runs that chose the task, on other images"
+    )
+    planned.add_argument("--out", default="runs", help="folder of all searches (default runs)")
+    planned.add_argument(
+        "--results",
+        default="detection/results",
+        help="committed records, gone on from (default detection/results)",
+    )
+    planned.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
+    planned.add_argument("--quiet", action="store_true", help="no progress bars")
+
     demo = _command(commands, "demo", "a whole search on two CPU cores in minutes", _demo)
     demo.add_argument("--out", default="runs/demo", help="folder (default runs/demo)")
     demo.add_argument("--jobs", type=int, default=2, help="training runs side by side (default 2)")
@@ -286,6 +302,22 @@ def _search(arguments: argparse.Namespace) -> None:
         config = override(config, {"rule": first})
         config = replace(config, arms=(*config.arms, *(f"searched-{rule}" for rule in further)))
     _run_search(config, arguments)
+
+
+def _planned(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.planned import criteria, run_planned, run_tuning
+    from fastcov_detection.summary import print_summary
+
+    places = Path(arguments.out), Path(arguments.results)
+    options = {"jobs": arguments.jobs, "progress": not arguments.quiet}
+    if not arguments.tuning:
+        print_summary(run_planned(arguments.task, *places, **options))
+        return
+    once, twice = run_tuning(arguments.task, *places, **options)
+    print_summary(once)
+    for one in criteria(arguments.task, once, twice):
+        numbers = "no runs" if one.mean is None else f"{one.mean:+.3f}, n = {one.n}"
+        print(f"{'met' if one.is_met else 'NOT met'}: {one.asks} ({numbers})")
 
 
 def _words(text: str) -> list[str]:

@@ -32,6 +32,8 @@ UNIFORM, RANDOM, POWER = "uniform", "random", "power"
 CONTROLS = (UNIFORM, RANDOM, UNTRAINED, POWER)
 MATCHED = (UNIFORM, POWER)
 """Controls with the parameters of the network that a rule searched."""
+QUARTER = "quarter"
+"""The baseline scaled to a quarter of its backbone's parameters, whatever the rules say."""
 EXPONENT = "exponent-"
 """Begins the name of an arm whose widths are the baseline's to a fixed power, at the same MACs."""
 RULES: tuple[str, ...] = get_args(Rule)
@@ -45,7 +47,7 @@ def arm_names() -> tuple[str, ...]:
     for any positive number P come on top.
     """
     further = [f"{name}-{rule}" for name in (SEARCHED, *MATCHED, UNTRAINED) for rule in RULES]
-    return (BASELINE, SEARCHED, *CONTROLS, *further, *PEERS)
+    return (BASELINE, SEARCHED, *CONTROLS, *further, QUARTER, *PEERS)
 
 
 def rule_arm(arm: str, rule: str | None) -> str:
@@ -201,6 +203,12 @@ class Proposer:
             params=searched.params,
             param_fn=self.costs.params,
         )
+
+    def quarter(self) -> WidthPlan:
+        """The baseline scaled to a quarter of its backbone's parameters."""
+        target = self.costs(None).backbone_params / 4
+        plan = uniform_widths(self.groups, lambda w: self.costs(w).backbone_params, target)
+        return self._given(plan.widths, "uniform", plan.alpha)
 
     def exponent(self, power: float) -> WidthPlan:
         """Baseline widths to a given power at the same MACs."""

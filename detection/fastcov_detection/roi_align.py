@@ -1,4 +1,4 @@
-r"""RoIAlign as weighted sums of feature rows: torchvision's values, a faster gradient on processors.
+r"""RoIAlign as weighted sums of feature rows: torchvision's values, and a gradient that CPUs add fast.
 
 With one row of C channels for every pixel of every level, each sample of a region is a sum of four
 rows, weighted bilinearly, and a cell the mean of its samples:
@@ -60,23 +60,24 @@ class RowRoIAlign(MultiScaleRoIAlign):
         )
         level = self._levels(corners, strides)
         sizes = torch.tensor([f.shape[-2:] for f in features], device=corners.device)
-        starts = torch.cumsum(sizes.prod(1) * len(boxes), 0) - sizes.prod(1) * len(boxes)
+        counts = sizes.prod(1) * len(boxes)
+        starts = torch.cumsum(counts, 0) - counts
         height, width = sizes[level].unbind(1)
         scaled = corners / torch.tensor(strides, device=corners.device)[level, None]
-        y, y_weight = self._axis(scaled[:, 1], scaled[:, 3], height)
-        x_, x_weight = self._axis(scaled[:, 0], scaled[:, 2], width)
+        row, row_weight = self._axis(scaled[:, 1], scaled[:, 3], height)
+        column, column_weight = self._axis(scaled[:, 0], scaled[:, 2], width)
         first = starts[level] + image * height * width
         # [R, i, j, samples of both axes, 2 rows, 2 columns]
         index = first[:, None, None, None] + (
-            (y * width[:, None, None])[:, :, None, :, None] + x_[:, None, :, None, :]
+            (row * width[:, None, None])[:, :, None, :, None] + column[:, None, :, None, :]
         ).flatten(3)
-        weight = (y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]).flatten(3)
+        weight = row_weight[:, :, None, :, None] * column_weight[:, None, :, None, :]
         cells = self.output_size[0]
         pooled = functional.embedding_bag(
             index.flatten(0, 2),
             rows,
             mode="sum",
-            per_sample_weights=weight.flatten(0, 2).to(rows.dtype),
+            per_sample_weights=weight.flatten(3).flatten(0, 2).to(rows.dtype),
         )
         return pooled.reshape(-1, cells, cells, rows.shape[1]).permute(0, 3, 1, 2)
 

@@ -22,7 +22,7 @@ import torch
 
 from fastcov import Spectrum
 from fastcov.widths.plan import WidthPlan
-from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
+from fastcov_detection.config import SearchConfig, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.files import write_file, write_text
@@ -48,6 +48,7 @@ from fastcov_detection.proposals import (
     PEER,
     PEER_SCRATCH,
     PEERS,
+    QUARTER,
     RANDOM,
     SEARCHED,
     UNTRAINED,
@@ -154,10 +155,11 @@ class _Search:
         # seed by seed: whenever a search is stopped, what it has finished can be compared.
         self._train([baseline], seeds=self.seeds[: self.config.jobs])
         arms = [baseline]
-        # The report shows spectra of features whatever the rule reads.
-        for rule in dict.fromkeys(("dof", self.config.rule)):
-            self._measured(BASELINE, baseline, rule)
-            self.measurements.untrained(rule, self.seeds[0])
+        if any(name.startswith((SEARCHED, UNTRAINED)) for name in self.config.arms):
+            # The report shows spectra of features whatever the rule reads.
+            for rule in dict.fromkeys(("dof", self.config.rule)):
+                self._measured(BASELINE, baseline, rule)
+                self.measurements.untrained(rule, self.seeds[0])
         for name in self.config.arms:
             if name == BASELINE:
                 continue
@@ -173,6 +175,8 @@ class _Search:
                 arms.append(self._pruned_from_scratch(arms))
             elif name.startswith((SEARCHED, UNTRAINED)):
                 arms.append(self._by_rule(name, baseline))
+            elif name == QUARTER:
+                arms.append(self._arm(name, name, self.proposer.quarter))
             elif (power := exponent_of(name)) is not None:
                 arms.append(self._arm(name, name, partial(self.proposer.exponent, power)))
             else:
@@ -195,7 +199,7 @@ class _Search:
         return self._arm(name, name, partial(self.proposer.from_spectra, spectra, rule))
 
     def _matched(self, name: str, before: Sequence[Arm]) -> Arm:
-        """``uniform`` or ``power``, at the parameters of the network that the same rule searched."""
+        """``uniform`` or ``power`` at the parameters of what the same rule searched."""
         control, _, rule = name.partition("-")
         plans = {arm.name: self._first_plan(arm) for arm in before}
         searched = plans[rule_arm(SEARCHED, rule or None)]

@@ -13,9 +13,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 class BatchTransform(GeneralizedRCNNTransform):
     """Normalises, resizes and pads images as torchvision does, to the same bits.
 
-    Images of one shape whose edges are those of the configuration, and multiples of 32, need neither
-    resizing nor padding: they are stacked and normalised in one go, where torchvision interpolates
-    and copies every image by itself.
+    Images of one shape whose edges are those of the configuration, and multiples of 32, need
+    neither resizing nor padding: they are stacked and normalised in one go, where torchvision
+    interpolates and copies every image by itself.
     """
 
     def forward(
