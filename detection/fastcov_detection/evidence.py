@@ -96,8 +96,8 @@ def _primary(result: Mapping[str, Any]) -> list[str]:
     state = "done by the stopping rule" if has >= wanted else f"unfinished: {wanted} seeds wanted"
     said = (
         "Differences are paired by seed, ± one standard error; p is one-sided, against the "
-        f"baseline of a loss of {-LARGEST_LOSS} AP or more, and corrected over the five comparisons "
-        f"of a rule. This search is {state}."
+        f"baseline of a loss of {-LARGEST_LOSS} AP or more, and corrected over the five "
+        f"comparisons of a rule. This search is {state}."
     )
     return [*lines, "", said, ""]
 

@@ -1,7 +1,7 @@
 """Runs of the plan in ``primary.py``, block by block, and the tuning runs that chose its tasks.
 
 One command a task: it goes on from the committed records, trains what is missing, and ends where
-the stopping rule says. Tuning runs answer on other images whether a preset asks the question at all:
+the stopping rule says. Tuning runs answer, on other images, whether a preset asks the question:
 
 - training has converged: twice the steps gain the baseline less than 0.02 AP (2 seeds)
 - capacity matters: a uniform network of a quarter of the backbone's parameters loses at least 0.03

@@ -1,10 +1,10 @@
 r"""The analysis that was fixed before its runs: primary comparisons, when to stop, one question.
 
-Two searches share one plan: ``early`` and ``late``, tasks with opposite needs. For each of two rules
-the searched network is held against five others over seeds that both have, and Holm's procedure
-corrects the five p values of a rule on a task together. Seeds come in blocks until the standard
-error of every one of these differences is small enough, or the last block is done: what decides is
-the spread alone, never the sign of a difference.
+Two searches share one plan: ``early`` and ``late``, tasks with opposite needs. For each of two
+rules the searched network is held against five others over seeds that both have, and Holm's
+procedure corrects the five p values of a rule on a task together. Seeds come in blocks until the
+standard error of every one of these differences is small enough, or the last block is done: what
+decides is the spread alone, never the sign of a difference.
 
 The question then is one sentence: does a rule, unchanged, beat every fixed exponent of
 :math:`w^p` on the two tasks taken together, and the baseline on each? Together means the mean over

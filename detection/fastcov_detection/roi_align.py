@@ -1,4 +1,4 @@
-r"""RoIAlign as weighted sums of feature rows: torchvision's values, and a gradient that CPUs add fast.
+r"""RoIAlign as weighted sums of feature rows: torchvision's values, a faster gradient on CPUs.
 
 With one row of C channels for every pixel of every level, each sample of a region is a sum of four
 rows, weighted bilinearly, and a cell the mean of its samples:
