@@ -285,7 +285,58 @@ def _mini_harder() -> TrainConfig:
     return replace(config, data=replace(config.data, root="data/mini-harder", mini=look), steps=300)
 
 
-_PRESETS = {"mini": _mini, "mini-harder": _mini_harder, "small": _small, "coco": _coco}
+def _converged(look: MiniConfig, root: str) -> TrainConfig:
+    """What ``early`` and ``late`` share: cheap steps, and as many as training needs to converge.
+
+    A canvas of 64 pixels, RoIAlign by rows and images in memory make a step 2.5 times cheaper than
+    that of ``mini`` (0.16 s in place of 0.41 s of one core).
+    """
+    mini = _mini()
+    model = replace(mini.model, min_size=64, max_size=64, roi_align="rows")
+    data = replace(mini.data, root=root, mini=replace(look, canvas=64, val=500), cache=True)
+    return replace(mini, model=model, data=data, checkpoint_every=100)
+
+
+def _early() -> TrainConfig:
+    """Small objects of few classes, read from the first pyramid level."""
+    look = MiniConfig(
+        train=2000, brightness=0.75, colour_low=110, angle=30.0, digits=(2, 6), sizes=(8, 24)
+    )
+    config = _converged(look, "data/early")
+    model = replace(config.model, anchor_sizes=(8, 14, 20, 32, 48))
+    return replace(config, model=model, steps=1200)
+
+
+def _late() -> TrainConfig:
+    """Large objects of a hundred classes, read from the last pyramid levels alone."""
+    look = MiniConfig(
+        train=3000,
+        brightness=0.5,
+        colour_low=110,
+        angle=10.0,
+        digits=(3, 6),
+        sizes=(20, 32),
+        places=2,
+    )
+    config = _converged(look, "data/late")
+    model = replace(
+        config.model,
+        fpn_norm=True,
+        roi_canonical_scale=12,
+        anchor_sizes=(8, 16, 24, 32, 40),
+        anchor_ratios=(0.6, 1.0),
+    )
+    return replace(config, model=model, optimizer="adamw", lr=0.001, steps=1200)
+
+
+_PRESETS = {
+    "mini": _mini,
+    "mini-harder": _mini_harder,
+    "early": _early,
+    "late": _late,
+    "small": _small,
+    "coco": _coco,
+}
 
 
 def presets() -> tuple[str, ...]:
@@ -298,6 +349,7 @@ def preset(name: str, model: str | None = None) -> TrainConfig:
 
     Args:
         name: ``mini`` (two CPU cores, minutes), ``mini-harder`` (a task short of capacity),
+            ``early`` and ``late`` (tasks with opposite needs, trained until they converge),
             ``small`` (a few hundred photographs, two cores) or ``coco`` (torchvision's settings, a
             GPU).
         model: Replaces the preset's detector, for example ``maskrcnn_resnet50_fpn``.
