@@ -116,7 +116,7 @@ def test_the_plans_searches_have_corrected_tables_and_one_question(tmp_path):
 
 def test_tuning_runs_have_their_criteria(tmp_path):
     result = _planned_result(0.0)
-    arms = {name: result["arms"]["baseline"] for name in ("baseline", "quarter", "exponent-0.5")}
+    arms = dict.fromkeys(("baseline", "quarter", "exponent-0.5"), result["arms"]["baseline"])
     for name in ("early-tuning", "early-tuning-twice"):
         (tmp_path / name).mkdir()
         content = json.dumps({**result, "arms": arms})
