@@ -162,6 +162,13 @@ def _parser() -> _Parser:
     compare.add_argument("b", metavar="B", help="run folder")
     compare.add_argument("--out", help="folder for figures and numbers (default compare-A-B)")
 
+    families = _command(
+        commands, "families", "spectra of two families of runs, against what seeds do", _families
+    )
+    families.add_argument("--a", nargs="+", required=True, metavar="RUN", help="run folders")
+    families.add_argument("--b", nargs="+", required=True, metavar="RUN", help="run folders")
+    families.add_argument("--out", default="families", help="folder to write (default families)")
+
     report = _command(commands, "report", "write a search's HTML page again", _report)
     report.add_argument("dir", metavar="DIR", help="folder of a search")
 
@@ -353,6 +360,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare_runs(arguments.a, arguments.b, arguments.out or name)
     print_comparison(comparison)
     print(f"figures and numbers: {arguments.out or name}")
+
+
+def _families(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.families import compare_families, sentences
+
+    runs = [[Path(folder) for folder in side] for side in (arguments.a, arguments.b)]
+    for sentence in sentences(compare_families(*runs, Path(arguments.out))):
+        print(sentence)
+    print(f"figures and numbers: {arguments.out}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
