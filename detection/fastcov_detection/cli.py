@@ -126,6 +126,11 @@ def _parser() -> _Parser:
     search.add_argument("--arms", help="comma list of arms (default: all controls)")
     search.add_argument("--seeds", type=int, help="runs of each arm")
     search.add_argument("--peer-seeds", type=int, help="runs of arm torch-pruning (default 1)")
+    search.add_argument(
+        "--peer-steps",
+        choices=("each", "shared"),
+        help="steps of its two trainings: all of them each (default), or half of them each",
+    )
     search.add_argument("--max-params", type=int, help="cap on the searched parameters")
     search.add_argument("--budget", type=float, help="MACs (default: the baseline's)")
     search.add_argument("--vary", help="comma list of backbone, fpn, heads (default backbone)")
@@ -297,7 +302,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 def _search(arguments: argparse.Namespace) -> None:
     config = SearchConfig(train=_train_config(arguments))
-    for name in ("rounds", "seeds", "peer_seeds", "max_params", "budget", "jobs"):
+    for name in ("rounds", "seeds", "peer_seeds", "peer_steps", "max_params", "budget", "jobs"):
         if getattr(arguments, name) is not None:
             config = replace(config, **{name: getattr(arguments, name)})
     if arguments.vary is not None:

@@ -189,6 +189,9 @@ class SearchConfig:
     seeds: int = 1
     peer_seeds: int = 1
     """Runs of arm ``torch-pruning``, which needs a second, larger training for each."""
+    peer_steps: Literal["each", "shared"] = "each"
+    """Steps of its two trainings: as many as every arm has, or half of them each, so that what
+    is left has seen no more steps than any other network."""
     first_seed: int = 0
     measure_images: int = 512
     image_size: int | None = None

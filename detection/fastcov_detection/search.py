@@ -2,7 +2,8 @@
 
 A search lives in one folder and goes on from whatever is finished there:
 
-- ``config.json``, ``train.json``: its settings, and those of every run
+- ``config.json``, ``train.json``: its settings, and those of every run; ``train-peer.json``: those
+  of the torch-pruning arm's two trainings
 - ``arms/NAME/seedN/``: one training run each; the searched arm is named by the round that made it
 - ``starts/*.pt``: weights that the torch-pruning arm's runs start from
 - ``spectra/*.npz``: measuring passes; ``widths/*.json``: plans of widths with their demands
@@ -22,7 +23,7 @@ import torch
 
 from fastcov import Spectrum
 from fastcov.widths.plan import WidthPlan
-from fastcov_detection.config import SearchConfig, save_config, to_dict
+from fastcov_detection.config import SearchConfig, TrainConfig, save_config, to_dict
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.files import write_file, write_text
@@ -69,6 +70,7 @@ from fastcov_detection.runs import RunResult, has_weights, load_run, read_run_re
 # its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
 _LEAST_WIDTH = 8
 WIDER_ARM = f"{PEER}-from"
+_PEER_RUNS = "train-peer.json"
 
 
 @dataclass
@@ -114,8 +116,16 @@ def run_search(
         if kept is not None:
             restore(kept, folder)
         save_config(config, folder / "config.json")
-        write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
+        for name, train in (("train.json", config.train), (_PEER_RUNS, _peer_train(config))):
+            write_text(folder / name, json.dumps(to_dict(train), indent=2) + "\n")
         return _Search(config, folder, lock, kept, progress).run()
+
+
+def _peer_train(config: SearchConfig) -> TrainConfig:
+    """Each of the two trainings of the torch-pruning arm."""
+    if config.peer_steps == "each":
+        return config.train
+    return replace(config.train, steps=max(1, config.train.steps // 2))
 
 
 class _Search:
@@ -327,15 +337,16 @@ class _Search:
                 if seed not in arm.plans:
                     continue
                 plan_name, _ = arm.plans[seed]
+                is_peer = arm.name in (PEER, WIDER_ARM)
                 start = start_path(self.folder, plan_name)
                 jobs.append(
                     Job(
                         label=f"{arm.name}, seed {seed}",
                         run_dir=self._run_dir(arm, seed),
-                        config_file=self.folder / "train.json",
+                        config_file=self.folder / (_PEER_RUNS if is_peer else "train.json"),
                         widths_file=plan_path(self.folder, plan_name),
                         seed=seed,
-                        steps=self.config.train.steps,
+                        steps=(_peer_train(self.config) if is_peer else self.config.train).steps,
                         start_file=start if arm.name == PEER else None,
                     )
                 )
