@@ -143,12 +143,13 @@ def criteria(
     )
     mean, se, n = _summary(forward)
     gains = name == PLAN.searches[0]
+    has_moved = mean is not None and (mean > 0 if gains else mean < 0)
     moved = Criterion(
         f"MACs moved forward (w^0.5) {'gain' if gains else 'lose'}",
         mean,
         se,
         n,
-        mean is not None and n >= _TUNING_SEEDS and (mean > 0) == gains,
+        n >= _TUNING_SEEDS and has_moved,
     )
     return gain, loss, moved
 

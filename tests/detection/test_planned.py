@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastcov_detection import planned
+from fastcov_detection.cli import main
 from fastcov_detection.config import preset
 from fastcov_detection.planned import criteria, run_planned, run_tuning, tuning_config
 from fastcov_detection.primary import PLAN
@@ -107,3 +108,19 @@ def test_tuning_runs_twice_the_steps_too(tmp_path: Path, monkeypatch: pytest.Mon
     run_tuning("late", tmp_path / "runs", tmp_path / "results", progress=False)
     steps = preset("late").steps
     assert searches.asked == [("late-tuning", steps, 4), ("late-tuning-twice", 2 * steps, 2)]
+
+
+def test_the_command_says_which_criteria_are_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("fastcov_detection.summary.print_summary", shown.append)
+    monkeypatch.setattr(planned, "run_search", _Searches(0.0))
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--quiet"]
+    assert main(["planned", "late", "--tuning", *places]) == 0
+    said = capsys.readouterr().out
+    assert "met: twice the steps gain less than 0.02 AP (+0.000, n = 2)" in said
+    assert said.count("NOT met") == 2
+    assert main(["planned", "early", *places]) == 0
+    assert set(shown[-1]["arms"]) == set(PLAN.arms())
+    assert len(shown) == 2
