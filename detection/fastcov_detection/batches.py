@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
 
 from fastcov_detection.data import CocoDataset, Target, Transform
 
@@ -102,10 +103,17 @@ class BatchPlan(Sampler[list[Draw]]):
 
 
 class AugmentedView(Dataset[tuple[Tensor, Target]]):
-    """A data set whose random changes depend on the draw alone, whatever process makes them."""
+    """A data set whose random changes depend on the draw alone, whatever process makes them.
 
-    def __init__(self, dataset: CocoDataset, transform: Transform) -> None:
+    Args:
+        dataset: Images and targets by index.
+        transform: The random changes.
+        cache: Keep what was read in memory.
+    """
+
+    def __init__(self, dataset: CocoDataset, transform: Transform, *, cache: bool = False) -> None:
         self.dataset, self.transform = dataset, transform
+        self._kept: dict[int, tuple[tv_tensors.Image, Target]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,4 +121,13 @@ class AugmentedView(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Target]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw.seed)
-            return self.transform(*self.dataset.read(draw.image))
+            return self.transform(*self._read(draw.image))
+
+    def _read(self, index: int) -> tuple[tv_tensors.Image, Target]:
+        if self._kept is None:
+            return self.dataset.read(index)
+        if index not in self._kept:
+            self._kept[index] = self.dataset.read(index)
+        image, target = self._kept[index]
+        # Transforms make new tensors but may put them into the same dictionary.
+        return image, dict(target)

@@ -131,6 +131,11 @@ def _parser() -> _Parser:
     search.add_argument("--arms", help="comma list of arms (default: all controls)")
     search.add_argument("--seeds", type=int, help="runs of each arm")
     search.add_argument("--peer-seeds", type=int, help="runs of arm torch-pruning (default 1)")
+    search.add_argument(
+        "--peer-steps",
+        choices=("each", "shared"),
+        help="steps of its two trainings: all of them each (default), or half of them each",
+    )
     search.add_argument("--max-params", type=int, help="cap on the searched parameters")
     search.add_argument("--budget", type=float, help="MACs (default: the baseline's)")
     search.add_argument("--vary", help="comma list of backbone, fpn, heads (default backbone)")
@@ -139,6 +144,22 @@ def _parser() -> _Parser:
         "--results",
         help="folder for version control: keeps all but weights, and is gone on from",
     )
+
+    planned = _command(
+        commands, "planned", "the planned comparison of one task, or its tuning", _planned
+    )
+    planned.add_argument("task", metavar="TASK", choices=("early", "late"), help="early or late")
+    planned.add_argument(
+        "--tuning", action="store_true", help="the runs that chose the task, on other images"
+    )
+    planned.add_argument("--out", default="runs", help="folder of all searches (default runs)")
+    planned.add_argument(
+        "--results",
+        default="detection/results",
+        help="committed records, gone on from (default detection/results)",
+    )
+    planned.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
+    planned.add_argument("--quiet", action="store_true", help="no progress bars")
 
     demo = _command(commands, "demo", "a whole search on two CPU cores in minutes", _demo)
     demo.add_argument("--out", default="runs/demo", help="folder (default runs/demo)")
@@ -150,6 +171,13 @@ def _parser() -> _Parser:
     compare.add_argument("a", metavar="A", help="run folder")
     compare.add_argument("b", metavar="B", help="run folder")
     compare.add_argument("--out", help="folder for figures and numbers (default compare-A-B)")
+
+    families = _command(
+        commands, "families", "spectra of two families of runs, against what seeds do", _families
+    )
+    families.add_argument("--a", nargs="+", required=True, metavar="RUN", help="run folders")
+    families.add_argument("--b", nargs="+", required=True, metavar="RUN", help="run folders")
+    families.add_argument("--out", default="families", help="folder to write (default families)")
 
     report = _command(commands, "report", "write a search's HTML page again", _report)
     report.add_argument("dir", metavar="DIR", help="folder of a search")
@@ -299,7 +327,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 def _search(arguments: argparse.Namespace) -> None:
     config = SearchConfig(train=_train_config(arguments))
-    for name in ("rounds", "seeds", "peer_seeds", "max_params", "budget", "jobs"):
+    for name in ("rounds", "seeds", "peer_seeds", "peer_steps", "max_params", "budget", "jobs"):
         if getattr(arguments, name) is not None:
             config = replace(config, **{name: getattr(arguments, name)})
     if arguments.vary is not None:
@@ -311,6 +339,22 @@ def _search(arguments: argparse.Namespace) -> None:
         config = override(config, {"rule": first})
         config = replace(config, arms=(*config.arms, *(f"searched-{rule}" for rule in further)))
     _run_search(config, arguments)
+
+
+def _planned(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.planned import criteria, run_planned, run_tuning
+    from fastcov_detection.summary import print_summary
+
+    places = Path(arguments.out), Path(arguments.results)
+    options = {"jobs": arguments.jobs, "progress": not arguments.quiet}
+    if not arguments.tuning:
+        print_summary(run_planned(arguments.task, *places, **options))
+        return
+    once, twice = run_tuning(arguments.task, *places, **options)
+    print_summary(once)
+    for one in criteria(arguments.task, once, twice):
+        numbers = "no runs" if one.mean is None else f"{one.mean:+.3f}, n = {one.n}"
+        print(f"{'met' if one.is_met else 'NOT met'}: {one.asks} ({numbers})")
 
 
 def _words(text: str) -> list[str]:
@@ -346,6 +390,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare_runs(arguments.a, arguments.b, arguments.out or name)
     print_comparison(comparison)
     print(f"figures and numbers: {arguments.out or name}")
+
+
+def _families(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.families import compare_families, sentences
+
+    runs = [[Path(folder) for folder in side] for side in (arguments.a, arguments.b)]
+    for sentence in sentences(compare_families(*runs, Path(arguments.out))):
+        print(sentence)
+    print(f"figures and numbers: {arguments.out}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -188,7 +188,9 @@ class _Run:
             rank=rank(),
             world_size=world_size(),
         )
-        view = AugmentedView(self.data.train, training_transform(config.data))
+        view = AugmentedView(
+            self.data.train, training_transform(config.data), cache=config.data.cache
+        )
         loader = DataLoader(
             view,
             batch_sampler=plan,

@@ -8,6 +8,14 @@ from typing import Any
 
 from fastcov_detection.config import ConfigError
 from fastcov_detection.files import write_text
+from fastcov_detection.planned import TUNING, TWICE, criteria
+from fastcov_detection.primary import (
+    MAIN_RULE,
+    PLAN,
+    answer,
+    primary_comparisons,
+    seeds_wanted,
+)
 from fastcov_detection.results import read_result
 from fastcov_detection.stats import LARGEST_LOSS, mean_and_error
 
@@ -40,10 +48,14 @@ def evidence(results: Path) -> str:
     folders = sorted(path.parent for path in results.glob("*/result.json"))
     if not folders:
         raise ConfigError(f"no NAME/result.json in {results}; give the folder of kept searches")
-    return "\n".join(_section(folder.name, read_result(folder)) for folder in folders)
+    found = {folder.name: read_result(folder) for folder in folders}
+    sections = [_section(name, result, found) for name, result in found.items()]
+    if all(name in found for name in PLAN.searches):
+        sections.append(_question(found))
+    return "\n".join(sections)
 
 
-def _section(name: str, result: Mapping[str, Any]) -> str:
+def _section(name: str, result: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> str:
     arms = result["arms"]
     # A search that was stopped has seeds that not every arm finished: pairs count, not rows.
     lines = [f"### {name}", ""]
@@ -56,11 +68,75 @@ def _section(name: str, result: Mapping[str, Any]) -> str:
     for arm_name, arm in arms.items():
         lines.append(_row(_cells(arm_name, arm, arms["baseline"], metrics)))
     lines.append("")
+    if name.endswith(TWICE):
+        return "\n".join(lines)
+    if name.endswith(TUNING):
+        task = name.removesuffix(TUNING)
+        return "\n".join([*lines, *_criteria(task, result, found.get(f"{task}{TWICE}"))])
+    if name in PLAN.searches:
+        return "\n".join([*lines, *_primary(result)])
     if any(one["n"] > 1 for one in result["comparisons"]):
         lines += _comparisons(result["comparisons"], names)
     else:
         lines += ["One seed: which network is more accurate is not shown.", ""]
     return "\n".join(lines)
+
+
+def _primary(result: Mapping[str, Any]) -> list[str]:
+    """The plan's five comparisons of each rule, with Holm's correction."""
+    headings = ["searched by", "against", "difference of AP", "n", "p", "p, Holm", "verdict"]
+    lines = [_row(headings), _row(["---"] * len(headings))]
+    for rule in PLAN.rules:
+        for one in primary_comparisons(result, rule):
+            numbers = [f"{one.p:.4f}", f"{one.p_holm:.4f}"] if one.n > 1 else ["-", "-"]
+            cells = [rule or MAIN_RULE, one.versus, _difference(one.mean, one.se, one.n)]
+            lines.append(_row([*cells, str(one.n), *numbers, one.verdict]))
+    wanted = seeds_wanted(result)
+    has = min(one.n for rule in PLAN.rules for one in primary_comparisons(result, rule))
+    state = "done by the stopping rule" if has >= wanted else f"unfinished: {wanted} seeds wanted"
+    said = (
+        "Differences are paired by seed, ± one standard error; p is one-sided, against the "
+        f"baseline of a loss of {-LARGEST_LOSS} AP or more, and corrected over the five "
+        f"comparisons of a rule. This search is {state}."
+    )
+    return [*lines, "", said, ""]
+
+
+def _criteria(task: str, once: Mapping[str, Any], twice: Mapping[str, Any] | None) -> list[str]:
+    """What a task had to show on the tuning images."""
+    headings = ["asked of the task", "difference of AP", "n", ""]
+    lines = [_row(headings), _row(["---"] * len(headings))]
+    for one in criteria(task, once, twice):
+        difference = _difference(one.mean or 0.0, one.se, one.n)
+        lines.append(_row([one.asks, difference, str(one.n), "met" if one.is_met else "not met"]))
+    return [*lines, ""]
+
+
+def _question(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether one rule, unchanged, beats every exponent on both tasks and the baseline on each."""
+    lines = ["### One rule on both tasks", ""]
+    headings = ["searched by", "better than", "difference of AP", "n", "p"]
+    lines += [_row(headings), _row(["---"] * len(headings))]
+    answers = [answer(found, rule) for rule in PLAN.rules]
+    for one in answers:
+        for part in one.tests:
+            p = f"{part.p:.4f}" if part.n > 1 else "-"
+            difference = _difference(part.mean, part.se, part.n)
+            lines.append(_row([one.rule, part.name, difference, str(part.n), p]))
+    lines.append("")
+    for one in answers:
+        verb = "does" if one.is_shown else "is not shown to do"
+        lines.append(
+            f"- {one.rule} {verb} all of it: beat each fixed exponent on the two tasks taken "
+            "together, and the baseline on both."
+        )
+    return "\n".join([*lines, ""])
+
+
+def _difference(mean: float, error: float | None, n: int) -> str:
+    if n == 0:
+        return "-"
+    return f"{mean:+.3f}" if error is None else f"{mean:+.3f} ± {error:.3f}"
 
 
 def _cells(

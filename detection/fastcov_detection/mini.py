@@ -97,6 +97,8 @@ def _check(config: MiniConfig) -> None:
             f"digits of {low} to {high} pixels do not fit a canvas of {config.canvas}; "
             f"sizes must lie between 4 and {int(config.canvas / 1.42)}"
         )
+    if config.places not in (1, 2):
+        raise DataError(f"places is {config.places}; choose 1 (digits) or 2 (numbers to 99)")
     fewest, most = config.digits
     if not 0 <= fewest <= most or most == 0:
         raise DataError(f"digits is {config.digits}; expected fewest and most, for example 1,5")
@@ -157,7 +159,8 @@ def _build_split(
         for label, mask in objects:
             annotations.append(_annotation(len(annotations) + 1, index + 1, label, mask))
         advance(1)
-    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+    places = config.places
+    categories = [{"id": k + 1, "name": f"{k:0{places}d}"} for k in range(10**places)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -185,8 +188,8 @@ def _compose(
     taken = np.zeros(canvas.shape[:2], dtype=bool)
     objects = []
     for _ in range(draw.integers(config.digits[0], config.digits[1] + 1)):
-        which = int(draw.integers(len(sources.glyphs)))
-        opacity = _render(sources.glyphs[which], config, draw)
+        chosen = [int(draw.integers(len(sources.glyphs))) for _ in range(config.places)]
+        opacity = _render(_side_by_side([sources.glyphs[k] for k in chosen]), config, draw)
         colour = draw.integers(config.colour_low, 256, size=3)
         place = _place(opacity.shape, taken, draw)
         if place is None:
@@ -199,7 +202,8 @@ def _compose(
         taken[window] = True
         mask = np.zeros_like(taken)
         mask[window] = opacity >= 0.5
-        objects.append((int(sources.labels[which]), mask))
+        label = int("".join(str(sources.labels[k]) for k in chosen))
+        objects.append((label, mask))
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), objects
 
 
@@ -217,16 +221,36 @@ def _crop(photograph: Image.Image, edge: int, draw: np.random.Generator) -> NDAr
     return np.asarray(crop, dtype=np.float64)
 
 
+def _side_by_side(glyphs: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Ink of one object in [0, 255]: its digits at one height, a column apart."""
+    inks = []
+    for glyph in glyphs:
+        rows, columns = np.flatnonzero(glyph.any(axis=1)), np.flatnonzero(glyph.any(axis=0))
+        ink = glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        inks.append(ink * (255 / glyph.max()))
+    if len(inks) == 1:
+        return inks[0]
+    height = max(ink.shape[0] for ink in inks)
+    gap = np.zeros((height, 1))
+    spaced = [part for ink in inks for part in (gap, _stretch(ink, height))]
+    return np.concatenate(spaced[1:], axis=1)
+
+
+def _stretch(ink: NDArray[np.float64], height: int) -> NDArray[np.float64]:
+    """Ink at a height, its width as before."""
+    drawn = Image.fromarray(ink.astype(np.uint8))
+    resized = drawn.resize((ink.shape[1], height), Image.Resampling.BICUBIC)
+    return np.asarray(resized, dtype=np.float64)
+
+
 def _render(
-    glyph: NDArray[np.float64], config: MiniConfig, draw: np.random.Generator
+    ink: NDArray[np.float64], config: MiniConfig, draw: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Opacity in [0, 1] of one digit at random size and angle."""
+    """Opacity in [0, 1] of one object at random size and angle."""
     size = int(draw.integers(config.sizes[0], config.sizes[1] + 1))
     angle = float(draw.uniform(-config.angle, config.angle))
-    rows, columns = np.flatnonzero(glyph.any(axis=1)), np.flatnonzero(glyph.any(axis=0))
-    ink = glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = size / max(ink.shape)
-    drawn = Image.fromarray((np.pad(ink, 1) * (255 / glyph.max())).astype(np.uint8))
+    drawn = Image.fromarray(np.pad(ink, 1).astype(np.uint8))
     edges = (round(drawn.width * scale), round(drawn.height * scale))
     drawn = drawn.resize(edges, Image.Resampling.BICUBIC)
     drawn = drawn.rotate(angle, Image.Resampling.BICUBIC, expand=True)

@@ -23,6 +23,8 @@ from fastcov_detection.backbone import STAGE_BLOCKS, build_resnet, norm_layer, s
 from fastcov_detection.config import ConfigError, ModelConfig, closest
 from fastcov_detection.files import write_text
 from fastcov_detection.init import initialise_backbone
+from fastcov_detection.roi_align import RowRoIAlign
+from fastcov_detection.transform import BatchTransform
 
 PYRAMID_LEVELS = ["0", "1", "2", "3"]
 
@@ -139,6 +141,10 @@ def build_model(
         box_batch_size_per_image=config.roi_batch,
         **options,
     )
+    stock = model.transform
+    model.transform = BatchTransform(
+        stock.min_size, stock.max_size, stock.image_mean, stock.image_std
+    )
     model.config = (
         config if config.num_classes == num_classes else _with_classes(config, num_classes)
     )
@@ -157,14 +163,20 @@ def _build_backbone(config: ModelConfig, depth: int, widths: Mapping[str, int]) 
         {f"layer{stage}": level for stage, level in enumerate(PYRAMID_LEVELS, 1)},
         [widths[f"layer{stage}"] for stage in range(1, 5)],
         widths["fpn"],
+        norm_layer=norm_layer(config.norm) if config.fpn_norm else None,
     )
 
 
-def _roi_align(config: ModelConfig, output_size: int) -> MultiScaleRoIAlign:
-    return MultiScaleRoIAlign(
-        featmap_names=PYRAMID_LEVELS,
-        output_size=output_size,
-        sampling_ratio=config.roi_sampling_ratio,
+def _roi_align(config: ModelConfig, output_size: int) -> nn.Module:
+    kinds = {"torchvision": MultiScaleRoIAlign, "rows": RowRoIAlign}
+    if config.roi_align not in kinds:
+        raise ConfigError(
+            f"unknown model.roi_align {config.roi_align!r}; choose {', '.join(kinds)}"
+        )
+    return kinds[config.roi_align](
+        PYRAMID_LEVELS,
+        output_size,
+        config.roi_sampling_ratio,
         canonical_scale=config.roi_canonical_scale,
         canonical_level=config.roi_canonical_level,
     )

@@ -20,6 +20,7 @@ from fastcov_detection.config import ConfigError, ModelConfig
 from fastcov_detection.cost import BOX_REGIONS, MASK_REGIONS
 from fastcov_detection.files import write_text
 from fastcov_detection.model import parse_name
+from fastcov_detection.proposals import MATCHED
 from fastcov_detection.provenance import commit
 from fastcov_detection.runs import RunResult
 from fastcov_detection.stats import Comparison, Question, compare_paired
@@ -71,7 +72,12 @@ def compare_arms(arms: Sequence[ArmRecord]) -> list[Comparison]:
     controls = [name for name in by_name if name != "baseline" and name not in searched]
     if "baseline" in by_name:
         pairs += [(name, "baseline", "no loss") for name in searched]
-    pairs += [(name, control, "better") for name in searched for control in controls]
+    pairs += [
+        (name, control, "better")
+        for name in searched
+        for control in controls
+        if _are_comparable(name, control)
+    ]
     if "baseline" in by_name:
         pairs += [(control, "baseline", "no loss") for control in controls]
     found = []
@@ -82,6 +88,12 @@ def compare_arms(arms: Sequence[ArmRecord]) -> list[Comparison]:
             if comparison is not None:
                 found.append(comparison)
     return found
+
+
+def _are_comparable(searched: str, control: str) -> bool:
+    """False for controls that have the parameters of what a further rule searched, not this one."""
+    kind, _, rule = control.partition("-")
+    return kind not in MATCHED or rule in ("", searched.partition("-")[2])
 
 
 def macs_input(model: ModelConfig, image_size: int) -> dict[str, Any]:

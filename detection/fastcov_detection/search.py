@@ -2,7 +2,8 @@
 
 A search lives in one folder and goes on from whatever is finished there:
 
-- ``config.json``, ``train.json``: its settings, and those of every run
+- ``config.json``, ``train.json``: its settings, and those of every run; ``train-peer.json``: those
+  of the torch-pruning arm's two trainings
 - ``arms/NAME/seedN/``: one training run each; the searched arm is named by the round that made it
 - ``starts/*.pt``: weights that the torch-pruning arm's runs start from
 - ``spectra/*.npz``: measuring passes; ``widths/*.json``: plans of widths with their demands
@@ -22,7 +23,12 @@ import torch
 
 from fastcov import Spectrum
 from fastcov.widths import WidthPlan
-from fastcov_detection.config import ConfigError, SearchConfig, save_config, to_dict
+from fastcov_detection.config import (
+    SearchConfig,
+    TrainConfig,
+    save_config,
+    to_dict,
+)
 from fastcov_detection.data import LoadedData, load_data
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.files import write_file, write_text
@@ -49,12 +55,16 @@ from fastcov_detection.proposals import (
     PEER,
     PEER_SCRATCH,
     PEERS,
+    QUARTER,
+    RANDOM,
     SEARCHED,
     UNTRAINED,
     Costs,
     Proposer,
+    exponent_of,
     has_settled,
     load_plan,
+    rule_arm,
     save_plan,
 )
 from fastcov_detection.pruning import WIDER, peer_version, prune_to_budget
@@ -66,6 +76,7 @@ from fastcov_detection.runs import RunResult, has_weights, load_run, read_run_re
 # its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
 _LEAST_WIDTH = 8
 WIDER_ARM = f"{PEER}-from"
+_PEER_RUNS = "train-peer.json"
 
 
 @dataclass
@@ -111,8 +122,16 @@ def run_search(
         if kept is not None:
             restore(kept, folder)
         save_config(config, folder / "config.json")
-        write_text(folder / "train.json", json.dumps(to_dict(config.train), indent=2) + "\n")
+        for name, train in (("train.json", config.train), (_PEER_RUNS, _peer_train(config))):
+            write_text(folder / name, json.dumps(to_dict(train), indent=2) + "\n")
         return _Search(config, folder, lock, kept, progress).run()
+
+
+def _peer_train(config: SearchConfig) -> TrainConfig:
+    """Each of the two trainings of the torch-pruning arm."""
+    if config.peer_steps == "each":
+        return config.train
+    return replace(config.train, steps=max(1, config.train.steps // 2))
 
 
 class _Search:
@@ -153,11 +172,11 @@ class _Search:
         # seed by seed: whenever a search is stopped, what it has finished can be compared.
         self._train([baseline], seeds=self.seeds[: self.config.jobs])
         arms = [baseline]
-        # The report shows spectra of features whatever the rule reads.
-        for rule in dict.fromkeys(("dof", self.config.rule)):
-            self._measured(BASELINE, baseline, rule)
-            self.measurements.untrained(rule, self.seeds[0])
-        searched = None
+        if any(name.startswith((SEARCHED, UNTRAINED)) for name in self.config.arms):
+            # The report shows spectra of features whatever the rule reads.
+            for rule in dict.fromkeys(("dof", self.config.rule)):
+                self._measured(BASELINE, baseline, rule)
+                self.measurements.untrained(rule, self.seeds[0])
         for name in self.config.arms:
             if name == BASELINE:
                 continue
@@ -165,7 +184,7 @@ class _Search:
                 searched = self._search_rounds(baseline)
                 arms.append(searched)
                 save_widths(self._all_widths(searched), self.folder / "widths.json")
-            elif name == "random":
+            elif name == RANDOM:
                 arms.append(self._random())
             elif name == PEER:
                 arms.append(self._pruned(arms))
@@ -173,9 +192,12 @@ class _Search:
                 arms.append(self._pruned_from_scratch(arms))
             elif name.startswith((SEARCHED, UNTRAINED)):
                 arms.append(self._by_rule(name, baseline))
+            elif name == QUARTER:
+                arms.append(self._arm(name, name, self.proposer.quarter))
+            elif (power := exponent_of(name)) is not None:
+                arms.append(self._arm(name, name, partial(self.proposer.exponent, power)))
             else:
-                propose = partial(getattr(self.proposer, name), self._first_plan(searched))
-                arms.append(self._arm(name, name, propose))
+                arms.append(self._matched(name, arms))
         # What is known already, from here or kept elsewhere, is recorded before anything is added.
         self._enter(arms)
         self._record()
@@ -192,6 +214,13 @@ class _Search:
         else:
             spectra = self._measured(BASELINE, baseline, rule)
         return self._arm(name, name, partial(self.proposer.from_spectra, spectra, rule))
+
+    def _matched(self, name: str, before: Sequence[Arm]) -> Arm:
+        """``uniform`` or ``power`` at the parameters of what the same rule searched."""
+        control, _, rule = name.partition("-")
+        plans = {arm.name: self._first_plan(arm) for arm in before}
+        searched = plans[rule_arm(SEARCHED, rule or None)]
+        return self._arm(name, name, partial(getattr(self.proposer, control), searched))
 
     def _search_rounds(self, baseline: Arm) -> Arm:
         """Proposes and trains until widths stand still or the rounds are used up."""
@@ -281,9 +310,7 @@ class _Search:
                 advance(1)
         return load_plan(path)
 
-    def _first_plan(self, arm: Arm | None) -> WidthPlan:
-        if arm is None:
-            raise ConfigError(f"the arms lack {SEARCHED!r}, which others are matched to")
+    def _first_plan(self, arm: Arm) -> WidthPlan:
         return next(iter(arm.plans.values()))[1]
 
     def _all_widths(self, arm: Arm) -> dict[str, int]:
@@ -317,15 +344,16 @@ class _Search:
                 if seed not in arm.plans:
                     continue
                 plan_name, _ = arm.plans[seed]
+                is_peer = arm.name in (PEER, WIDER_ARM)
                 start = start_path(self.folder, plan_name)
                 jobs.append(
                     Job(
                         label=f"{arm.name}, seed {seed}",
                         run_dir=self._run_dir(arm, seed),
-                        config_file=self.folder / "train.json",
+                        config_file=self.folder / (_PEER_RUNS if is_peer else "train.json"),
                         widths_file=plan_path(self.folder, plan_name),
                         seed=seed,
-                        steps=self.config.train.steps,
+                        steps=(_peer_train(self.config) if is_peer else self.config.train).steps,
                         start_file=start if arm.name == PEER else None,
                     )
                 )

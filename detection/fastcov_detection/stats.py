@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from scipy.stats import t as student
+
 CONFIDENCE = 0.95
 LARGEST_LOSS = -0.01
 _MOST_SEEDS = 100_000
@@ -163,55 +165,55 @@ def t_quantile(probability: float, freedom: int) -> float:
         raise ValueError(f"probability is {probability}; give a number between 0 and 1")
     if freedom < 1:
         raise ValueError(f"degrees of freedom are {freedom}; a spread needs at least two seeds")
-    if probability < 0.5:
-        return -t_quantile(1 - probability, freedom)
-    low, high = 0.0, 1.0
-    while t_distribution(high, freedom) < probability:
-        low, high = high, 2 * high
-    # 80 halvings end below the spacing of doubles.
-    for _ in range(80):
-        middle = (low + high) / 2
-        if t_distribution(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    return float(student.ppf(probability, freedom))
 
 
-def t_distribution(value: float, freedom: int) -> float:
-    r"""Cumulative distribution of Student's t.
+def p_value(mean: float, se: float | None, n: int, least: float = 0.0) -> float:
+    """Chance of a mean this high or higher where the true mean is ``least``: one-sided t test.
 
-    .. math:: F(t) = 1 - \tfrac12 I_{\nu / (\nu + t^2)}(\nu/2, 1/2) \quad (t \ge 0)
+    Args:
+        mean: Of ``n`` paired differences.
+        se: Its standard error; None for a single one, which shows nothing.
+        n: Number of differences.
+        least: What the mean must exceed.
+
+    Returns:
+        In [0, 1]; 1 where there is no spread to judge by.
     """
-    tail = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + value * value))
-    return 1 - tail if value >= 0 else tail
+    if se is None or n < 2:
+        return 1.0
+    if se == 0:
+        return 0.0 if mean > least else 1.0
+    return float(student.sf((mean - least) / se, n - 1))
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function by its continued fraction (modified Lentz)."""
-    if x <= 0 or x >= 1:
-        return 0.0 if x <= 0 else 1.0
-    # The fraction converges fast only left of the mean; the rest follows by symmetry.
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    log_front += a * math.log(x) + b * math.log1p(-x)
-    smallest = 1e-300
-    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1), smallest)
-    fraction = d
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        change = 1.0
-        for term in (even, odd):
-            d = 1 / _away_from_zero(1 + term * d, smallest)
-            c = _away_from_zero(1 + term / c, smallest)
-            change = c * d
-            fraction *= change
-        if abs(change - 1) < 1e-15:
-            break
-    return math.exp(log_front) * fraction / a
+def holm(p_values: Sequence[float]) -> list[float]:
+    r"""P values corrected for their number by Holm's step-down procedure.
 
+    With the values in ascending order,
 
-def _away_from_zero(value: float, smallest: float) -> float:
-    return value if abs(value) > smallest else smallest
+    .. math:: \tilde p_{(i)} = \min(1, \max_{j \le i} (m - j + 1) \, p_{(j)})
+
+    Args:
+        p_values: One for each of the m comparisons.
+
+    Returns:
+        The corrected values in the order given; those of at most 0.05 are all shown at once, with
+        a chance of 5 % at most that any of them is wrong.
+
+    Raises:
+        ValueError: If a value is outside [0, 1].
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    for value in p_values:
+        if not 0 <= value <= 1:
+            raise ValueError(f"p value is {value}; give numbers from 0 to 1")
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected

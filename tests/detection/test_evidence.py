@@ -12,6 +12,7 @@ from fastcov_detection.config import ConfigError, preset
 from fastcov_detection.evidence import BEGIN, END, evidence, write_evidence
 from fastcov_detection.groups import width_groups
 from fastcov_detection.model import build_model
+from fastcov_detection.primary import PLAN
 from fastcov_detection.results import SCHEMA_VERSION
 from fastcov_detection.spectra import load_spectra
 from fastcov_detection.stats import compare_paired
@@ -80,6 +81,50 @@ def test_pruned_widths_from_scratch_are_a_row_of_their_own(tmp_path):
     name = "torch-pruning-scratch"
     _keep(tmp_path, {"baseline": [0.5], name: [0.6]}, **{name: made})
     assert f"| {name} (torch-pruning 1.6.1) | 1,750,000 |" in evidence(tmp_path)
+
+
+def _planned_result(lead):
+    """Every arm of the plan at four seeds; searched ones lead by ``lead`` on average."""
+    noise = (0.0, 0.01, -0.01, 0.0)
+    arms = {}
+    for name in PLAN.arms():
+        gain = lead if name.startswith("searched") else 0.0
+        runs = [
+            {"seed": seed, "ap": 0.5 + gain + (n if gain else 0.0), "ap50": 0.7, "segm_ap": None}
+            for seed, n in enumerate(noise)
+        ]
+        costs = {"params": 200, "backbone_params": 60 if gain else 100, "macs": 130_000_000}
+        arms[name] = {**costs, "widths": {}, "latency_ms": None, "runs": runs}
+    return {"schema_version": SCHEMA_VERSION, "arms": arms, "comparisons": []}
+
+
+def test_the_plans_searches_have_corrected_tables_and_one_question(tmp_path):
+    for name, lead in (("early", 0.02), ("late", 0.03)):
+        (tmp_path / name).mkdir()
+        result = json.dumps(_planned_result(lead))
+        (tmp_path / name / "result.json").write_text(result, encoding="utf-8")
+    text = evidence(tmp_path)
+    # See test_primary: p of 0.0081 is four times that among the four that are not the smallest.
+    assert "| dof | uniform | +0.020 ± 0.004 | 4 | 0.0081 | 0.0326 | better |" in text
+    assert "| gradient | baseline | +0.020 ± 0.004 | 4 | 0.0026 | 0.0130 | no loss |" in text
+    assert "This search is unfinished: 8 seeds wanted." in text
+    assert "| dof | w^0.75, both tasks together | +0.025 ± 0.004 | 4 |" in text
+    assert "- gradient does all of it: beat each fixed exponent" in text
+    (tmp_path / "late" / "result.json").write_text(json.dumps(_planned_result(-0.03)))
+    assert "- dof is not shown to do all of it" in evidence(tmp_path)
+
+
+def test_tuning_runs_have_their_criteria(tmp_path):
+    result = _planned_result(0.0)
+    arms = dict.fromkeys(("baseline", "quarter", "exponent-0.5"), result["arms"]["baseline"])
+    for name in ("early-tuning", "early-tuning-twice"):
+        (tmp_path / name).mkdir()
+        content = json.dumps({**result, "arms": arms})
+        (tmp_path / name / "result.json").write_text(content, encoding="utf-8")
+    text = evidence(tmp_path)
+    assert "| twice the steps gain less than 0.02 AP | +0.000 ± 0.000 | 4 | met |" in text
+    assert text.count("not met") == 2
+    assert "one seed" not in text.lower()
 
 
 def test_only_the_marked_part_is_replaced(tmp_path):

@@ -65,6 +65,27 @@ def test_train_and_val_share_neither_digit_nor_photograph() -> None:
     assert {p.tobytes() for p in other.photographs} != photographs[0]
 
 
+def test_two_places_make_a_hundred_classes_of_two_digits(tmp_path: Path) -> None:
+    look = replace(SMALL, train=12, places=2)
+    root = make_mini(tmp_path / "numbers", look, progress=False)
+    content = _annotations(root, "train")
+    names = {one["id"]: one["name"] for one in content["categories"]}
+    assert names == {k + 1: f"{k:02d}" for k in range(100)}
+    found = [names[one["category_id"]] for one in content["annotations"]]
+    assert len(set(found)) > 8
+    # Two digits side by side are wider than high, unless both are ones.
+    widths = [one["bbox"][2] / one["bbox"][3] for one in content["annotations"]]
+    assert np.median(widths) > 1
+
+
+def test_digits_stand_side_by_side_at_one_height() -> None:
+    glyph = mini._split_sources(seed=0)[0].glyphs[0]
+    alone, pair = mini._side_by_side([glyph]), mini._side_by_side([glyph, glyph])
+    assert alone.max() == 255
+    assert pair.shape == (alone.shape[0], 2 * alone.shape[1] + 1)
+    np.testing.assert_array_equal(pair[:, : alone.shape[1]], alone.astype(np.uint8))
+
+
 def test_same_seed_same_bytes_and_more_images_keep_the_first(tmp_path: Path) -> None:
     first = make_mini(tmp_path / "a", SMALL, progress=False)
     second = make_mini(tmp_path / "b", replace(SMALL, train=7), progress=False)
@@ -121,6 +142,7 @@ def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sizes": (12, 60)}, "do not fit a canvas of 64"),
         ({"train": 0}, "needs images"),
         ({"digits": (4, 2)}, "fewest and most"),
+        ({"places": 3}, "places is 3"),
     ],
 )
 def test_impossible_parameters(tmp_path: Path, change: dict[str, object], message: str) -> None:

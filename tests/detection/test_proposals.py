@@ -70,6 +70,30 @@ def test_arms_are_checked():
         check_arms(["baseline", "power"])
 
 
+def test_arms_of_further_rules_and_exponents_are_checked():
+    arms = ["exponent-1.25", "power-gradient", "exponent-0.5", "searched-gradient", "quarter"]
+    assert check_arms(arms) == (
+        *("baseline", "searched-gradient", "power-gradient", "quarter"),
+        *("exponent-0.5", "exponent-1.25"),
+    )
+    with pytest.raises(ConfigError, match="add 'searched-gradient' to the arms"):
+        check_arms(["searched", "uniform-gradient"])
+    for wrong in ("exponent-", "exponent-0", "exponent-0.50", "exponent-3", "exponent-half"):
+        with pytest.raises(ConfigError, match="the exponent is"):
+            check_arms([wrong])
+
+
+def test_fixed_plans_meet_what_they_are_held_to(proposer):
+    baseline = proposer.baseline()
+    quarter = proposer.quarter()
+    share = proposer.costs(quarter.widths).backbone_params / proposer.costs(None).backbone_params
+    assert 0.24 < share <= 0.25
+    forward = proposer.exponent(0.5)
+    assert 0.995 * proposer.budget <= forward.macs <= proposer.budget
+    assert forward.widths["layer1"] > baseline.widths["layer1"]
+    assert forward.widths["layer4"] < baseline.widths["layer4"]
+
+
 def _run(seed, ap, params=100):
     return RunResult(ap, ap, None, 1.0, params, params, params, 1, seed, "")
 

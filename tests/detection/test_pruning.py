@@ -1,5 +1,6 @@
 """Torch-Pruning as an arm of the search."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -136,6 +137,20 @@ def test_peer_is_an_arm_at_the_budget_for_one_seed(config, tmp_path, trained):
     again = search.run_search(config, tmp_path / "two", results=tmp_path / "kept", progress=False)
     assert trained == []
     assert again["arms"] == arms
+
+
+@pytest.mark.slow
+def test_the_peer_can_share_the_steps_of_every_other_arm(config, tmp_path, trained):
+    pytest.importorskip("torch_pruning")
+    shared = replace(config, peer_steps="shared", seeds=1)
+    result = search.run_search(shared, tmp_path / "one", progress=False)
+    runs = tmp_path / "one" / "arms"
+    steps = {
+        name: json.loads((runs / name / "seed0" / "run.json").read_text())["result"]["steps"]
+        for name in ("baseline", "torch-pruning-from", "torch-pruning")
+    }
+    assert steps == {"baseline": 2, "torch-pruning-from": 1, "torch-pruning": 1}
+    assert list(result["arms"]) == ["baseline", "searched", "torch-pruning"]
 
 
 @pytest.mark.slow

@@ -244,7 +244,10 @@ def test_rounds_every_control_and_several_seeds(tiny_run, tmp_path, trained_here
     config = SearchConfig(
         train=replace(tiny_run, steps=2, checkpoint_every=2),
         rounds=2,
-        arms=("searched", "random", "untrained", "power", "searched-share"),
+        arms=(
+            *("searched", "random", "untrained", "power", "searched-share", "uniform-share"),
+            *("quarter", "exponent-0.5"),
+        ),
         seeds=2,
         jobs=2,
         measure_images=6,
@@ -254,7 +257,10 @@ def test_rounds_every_control_and_several_seeds(tiny_run, tmp_path, trained_here
     result = run_search(config, folder, progress=False)
     assert {at_once for _, at_once in trained_here} == {2}
     arms = result["arms"]
-    assert list(arms) == ["baseline", "searched", "random", "untrained", "power", "searched-share"]
+    assert list(arms) == [
+        *("baseline", "searched", "random", "untrained", "power", "searched-share"),
+        *("uniform-share", "quarter", "exponent-0.5"),
+    ]
     for name, arm in arms.items():
         assert [run["seed"] for run in arm["runs"]] == [0, 1]
         assert arm["macs"] <= arms["baseline"]["macs"], name
@@ -281,6 +287,11 @@ def test_rounds_every_control_and_several_seeds(tiny_run, tmp_path, trained_here
     shown = [(one["arm"], one["versus"]) for one in result["comparisons"]]
     assert ("searched", "random") in shown
     assert ("searched-share", "power") in shown
+    # A further rule's control has its searched network's parameters, and answers for it alone.
+    further, control = (load_plan(plans / f"{n}-share.json") for n in ("searched", "uniform"))
+    assert control.params <= further.params
+    assert ("searched-share", "uniform-share") in shown
+    assert ("searched", "uniform-share") not in shown
     assert all(one["n"] == 2 and one["se"] is not None for one in result["comparisons"])
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from fastcov_detection.stats import (
     compare_paired,
+    holm,
     mean_and_error,
+    p_value,
     seeds_to_show,
-    t_distribution,
     t_quantile,
 )
 
@@ -37,14 +38,6 @@ def test_t_quantile_has_its_closed_forms(probability):
     assert t_quantile(probability, 1) == pytest.approx(cauchy, rel=1e-11)
     assert t_quantile(probability, 2) == pytest.approx(two, rel=1e-11)
     assert t_quantile(1 - probability, 2) == pytest.approx(-two, rel=1e-9)
-
-
-def test_t_distribution_is_symmetric_and_tends_to_the_normal():
-    for value in (0.1, 0.7, 1.9, 6.0):
-        assert t_distribution(value, 5) + t_distribution(-value, 5) == pytest.approx(1, abs=1e-14)
-        normal = 0.5 * (1 + math.erf(value / math.sqrt(2)))
-        assert t_distribution(value, 1_000_000) == pytest.approx(normal, abs=1e-6)
-    assert t_distribution(0.0, 4) == 0.5
 
 
 def test_mean_and_error_of_known_numbers():
@@ -148,3 +141,34 @@ def test_bad_values_are_named():
         t_quantile(1.0, 3)
     with pytest.raises(ValueError, match="degrees of freedom are 0"):
         t_quantile(0.9, 0)
+
+
+def test_p_value_is_the_other_side_of_the_bound():
+    # The bound of the paired example above lies at the margin exactly where p is 5 %.
+    se, n = 0.00408248290463863, 4
+    bound = 0.02 - 2.3533634348018233 * se
+    assert p_value(0.02, se, n, bound) == pytest.approx(0.05, rel=1e-9)
+    assert p_value(0.02, se, n) < 0.05 < p_value(0.02, se, n, 0.011)
+    # One degree of freedom is the Cauchy distribution: mean over error 1 leaves a quarter above.
+    assert p_value(0.3, 0.3, 2) == pytest.approx(0.25)
+    assert p_value(0.3, None, 1) == 1.0
+    assert p_value(0.1, 0.0, 3) == 0.0
+    assert p_value(0.0, 0.0, 3) == 1.0
+
+
+def test_holm_of_known_values():
+    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04 raised to 0.06.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+    with pytest.raises(ValueError, match=r"1\.5"):
+        holm([0.1, 1.5])
+
+
+def test_holm_keeps_the_chance_of_any_error():
+    """Five true null hypotheses: at least one is called shown in at most 5 % of 4000 draws."""
+    draw = random.Random(7)
+    wrong = sum(min(holm([draw.random() for _ in range(5)])) <= 0.05 for _ in range(4000))
+    # Binomial with p = 0.05 at most: mean 200, four standard deviations 55.
+    assert wrong <= 255
