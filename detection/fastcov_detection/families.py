@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastcov import History, Spectrum, load_history
-from fastcov.spectra.history import spectral_distance
+from fastcov.spectra.spectrum import spectral_distance
 from fastcov_detection.config import TrainConfig, load_config
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
