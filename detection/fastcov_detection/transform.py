@@ -27,6 +27,9 @@ class BatchTransform(GeneralizedRCNNTransform):
                 images, targets
             )
             return prepared
+        if self.training:
+            for _ in images:  # torchvision draws an edge for each: later draws stay the same
+                self.torch_choice(self.min_size)
         height, width = images[0].shape[-2:]
         batch = self.normalize(torch.stack(images))
         copies = None if targets is None else [dict(target) for target in targets]
