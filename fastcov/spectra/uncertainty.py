@@ -10,6 +10,7 @@ each fall from its own is the error; where the two differ, nobody knows which is
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,10 +86,11 @@ def error_bound(eigenvalues: Tensor, count: int) -> Tensor:
 
 def _factors(channels: int, count: int) -> Tensor:
     # Triangular factors of covariances of white rows (Bartlett): the same ones in every call.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     samples = _SAMPLES if channels <= _NARROW else _FEW_SAMPLES
-    normal = torch.randn(samples, channels, channels, generator=generator, dtype=torch.float64)
-    freedom = count - torch.arange(channels, dtype=torch.float64)
+    here: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    normal = torch.randn(samples, channels, channels, generator=generator, **here)
+    freedom = count - torch.arange(channels, **here)
     spread = 2 / (9 * freedom)
     # Wilson and Hilferty 1931: the cube root of chi-squared is nearly normal.
     chi_squared = freedom * (1 - spread + normal.diagonal(dim1=-2, dim2=-1) * spread.sqrt()) ** 3
@@ -122,7 +124,7 @@ def _stein(sampled: Tensor, count: int) -> Tensor:
             block = (block[0] + before[0], block[1] + before[1], block[2] + before[2])
         blocks.append(block)
     estimate = [value / alpha for value, alpha, members in blocks for _ in range(members)]
-    return torch.tensor(estimate, dtype=torch.float64).clamp_min(0)
+    return torch.tensor(estimate, dtype=torch.float64, device="cpu").clamp_min(0)
 
 
 def _pooled(sampled: Tensor, count: int) -> Tensor:
@@ -138,7 +140,7 @@ def _pooled(sampled: Tensor, count: int) -> Tensor:
         ]
         end = max(fitting, default=first + 1)
         pooled += [sum(values[first:end]) / (end - first)] * (end - first)
-    return torch.tensor(pooled, dtype=torch.float64).sort(descending=True).values
+    return torch.tensor(pooled, dtype=torch.float64, device="cpu").sort(descending=True).values
 
 
 def _flat_spread(members: int, count: int) -> float:
