@@ -173,7 +173,8 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   if (update.row_weight.data) update.row_weight.choose_unit(update.rows.rows);
   if (update.count[0] == 0) {
     choose_shift(update, exact_near(update));
-  } else if (decay != 1 || passes_power_of_two(update.count[0], update.rows.rows)) {
+  } else if (*update.weight > 0 &&
+             (decay != 1 || passes_power_of_two(update.count[0], update.rows.rows))) {
     follow_mean(update, exact_near(update));
   }
   if (is_usable(update)) {

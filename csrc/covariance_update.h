@@ -142,17 +142,18 @@ inline double rounded_to_bfloat16(double value) {
 constexpr double kLargestFloatShift = 0x1p103;
 constexpr double kLargestDoubleShift = 0x1p970;
 
-// Means and variances of the first finite rows that weigh something. [channels] each
+// Means and variances of the first finite rows that weigh something, of every row or of every
+// stride-th. [channels] each
 struct FirstRows {
   std::vector<double> mean;
   std::vector<double> variance;
   int64_t rows = 0;
 
-  FirstRows(const Update& update, int64_t most_rows)
+  FirstRows(const Update& update, int64_t most_rows, int64_t stride = 1)
       : mean(update.rows.channels, 0.0), variance(update.rows.channels, 0.0) {
     const int64_t channels = update.rows.channels;
     std::vector<double> values(channels);
-    for (int64_t row = 0; row < update.rows.rows && rows < most_rows; ++row) {
+    for (int64_t row = 0; row < update.rows.rows && rows < most_rows; row += stride) {
       if (!update.row_weight.is_read(row)) continue;
       read_row(update.rows, update.dtype, row, values.data());
       bool finite = true;
@@ -244,14 +245,17 @@ inline std::vector<double> followed_shift(const Update& update, const FirstRows&
 }
 
 // Moves the shift where the rows of this call have left it: sums about a shift that is far from
-// the rows cancel. A few rows tell whether to look closer.
+// the rows cancel. A few rows from all over the call tell whether to look closer.
 inline void follow_mean(const Update& update, double exact_near) {
+  const auto followed = [&](int64_t most_rows) {
+    const int64_t stride = std::max<int64_t>(1, update.rows.rows / most_rows);
+    return followed_shift(update, FirstRows(update, most_rows, stride), exact_near);
+  };
   const auto moves = [&](const std::vector<double>& shift) {
     return !std::equal(shift.begin(), shift.end(), update.shift);
   };
-  if (!moves(followed_shift(update, FirstRows(update, kFollowRows), exact_near))) return;
-  const std::vector<double> shift =
-      followed_shift(update, FirstRows(update, kShiftRows), exact_near);
+  if (!moves(followed(kFollowRows))) return;
+  const std::vector<double> shift = followed(kShiftRows);
   if (moves(shift)) translate(update, shift);
 }
 

@@ -83,12 +83,14 @@ def follow_mean_(
         flat: At least one row. [N, C]
         row_weight: Rows of weight 0 are passed over. [N]
     """
-    mean, variance, found = _first_rows(flat, row_weight)
+    stride = max(1, len(flat) // SHIFT_ROWS)  # rows from all over the call
+    spread_weight = None if row_weight is None else row_weight[::stride]
+    mean, variance, found = _first_rows(flat[::stride], spread_weight)
     own = sum / weight.clamp(min=torch.finfo(torch.float64).tiny)
     own_variance = moment.diagonal() / weight.clamp(min=torch.finfo(torch.float64).tiny)
     variance = variance + (own_variance - own.square()).clamp(min=0)
     has_left = (mean - shift).square() > _NEAR * variance
-    has_left &= (found > 0) & (count[0] > 0)
+    has_left &= (found > 0) & (count[0] > 0) & (weight > 0)
     step = torch.where(has_left, shift - _rounded_shift(mean, flat.dtype), 0.0)
     outer = torch.outer(step, sum)
     moment.add_(outer + outer.T + weight * torch.outer(step, step))

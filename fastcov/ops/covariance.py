@@ -217,7 +217,8 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
 
     .. math:: S = \frac{1}{N} \sum_r (x_r - c)(x_r - c)^T
 
-    with c = 0, or the mean with ``centered=True`` (the divisor stays N).
+    with c = 0, or the mean with ``centered=True`` (the divisor stays N). A GPU then reads a copy of
+    16-bit rows in float32.
 
     Args:
         x: float32, bfloat16, float16 or float64, last dimension channels. [..., C]
@@ -242,6 +243,9 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
         # Made from x, they are one for each example of torch.vmap.
         for name, tensor in vars(moments).items():
             setattr(moments, name, x.new_zeros(tensor.shape, dtype=tensor.dtype))
+    if centered and x.is_cuda and not ROW_DTYPES[x.dtype].is_centred:
+        # Triton's kernels multiply such rows as they are: far from 0 the products would cancel.
+        x = x.float()
     accumulate_(moments, x, precision=precision)
     return moments.covariance(centered)
 

@@ -168,3 +168,16 @@ def test_rows_of_another_dtype_on_a_state_of_float64(
     assert error(moments.covariance(), oracle.covariance()) < 1e-9
     if offset < 1:
         assert error(moments.covariance(True), oracle.covariance(True)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_unusual_first_rows_of_a_later_call_do_not_move_the_shift(
+    add: Add, dtype: torch.dtype
+) -> None:
+    parts = [normal(100, 8) + 20, normal(20_000, 8, 1) + 20]
+    parts[1][:70] += 400
+    moments = Moments(8)
+    for part in parts:
+        add(moments, part.to(dtype))
+    assert float((moments.shift - 20).abs().max()) < 1
+    assert error(moments.covariance(True), centred(torch.cat(parts).to(dtype))) < 1e-5

@@ -152,7 +152,7 @@ def test_uncertainty_of_sampled_gaussian_rows_covers_the_truth(rows_per_channel:
         assert spectrum.count == rows_per_channel * channels
         error = (spectrum.eigenvalues - true).abs()
         covered += bool((error <= spectrum.uncertainty).all())
-    assert covered >= 0.95 * draws
+    assert covered >= 0.87 * draws  # 95 % less three standard errors of as many draws
 
 
 @pytest.mark.parametrize("rows", ["all", 0.5])
@@ -180,7 +180,7 @@ def test_uncertainty_of_image_weighted_rows_covers_the_truth(
     positions = [size * size for size in sizes]
     share = (2 / sum(1 / count for count in positions)) / (sum(positions) / 2)
     assert spectrum.count == pytest.approx(share * read, rel=0.02)
-    assert covered >= 0.95 * draws
+    assert covered >= 0.87 * draws  # 95 % less three standard errors of as many draws
 
 
 def test_equal_layers_empty_their_buffers_in_different_steps(

@@ -12,6 +12,8 @@ from fastcov.spectra.spectrum import Spectrum, uncertainty
 from fastcov.spectra.uncertainty import gaussian_rows
 
 TRIALS = 120
+
+pytestmark = pytest.mark.slow
 RANKS = torch.arange(1, 13, dtype=torch.float64)
 POPULATIONS = {
     "flat": torch.ones(12, dtype=torch.float64),
@@ -41,11 +43,11 @@ def coverage(
 
 @pytest.mark.parametrize("rows_per_channel", [4, 16, 64])
 def test_coverage_of_gaussian_rows(rows_per_channel: int) -> None:
-    """Of all eigenvalues at once; 0.015 is the standard error of one of the five shares."""
+    """Of all eigenvalues at once; 0.02 is the standard error of one of the five shares."""
     count = 12 * rows_per_channel
     shares = [coverage(p, count, gaussian, count) for p in POPULATIONS.values()]
-    assert min(shares) >= (0.87 if rows_per_channel == 4 else 0.91)
-    assert 0.93 <= sum(shares) / len(shares) <= 0.99
+    assert min(shares) >= 0.89
+    assert 0.94 <= sum(shares) / len(shares) <= 0.995
 
 
 def students(freedom: int, shares_scale: bool) -> Callable[[int, torch.Generator], Tensor]:
@@ -86,7 +88,7 @@ def test_coverage_of_correlated_rows() -> None:
     told = gaussian_rows(count, squared_correlations=1.5)
     shares = [coverage(p, count, groups_of_4, told) for p in POPULATIONS.values()]
     assert min(shares) >= 0.91
-    assert 0.93 <= sum(shares) / len(shares) <= 0.99
+    assert 0.94 <= sum(shares) / len(shares) <= 0.995
     # Taken for independent, they lie outside nearly always: nothing in their spectrum tells.
     assert coverage(POPULATIONS["flat"], count, groups_of_4, count) < 0.5
 
