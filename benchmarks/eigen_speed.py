@@ -23,18 +23,9 @@ from fastcov.ops import eigh, eigvalsh
 
 ORDERS = tuple(range(1, 65))
 BATCHES = (1, 2, 3, 4, 6, 8, 9, 10, 16, 17, 24, 32, 33, 40)
-LARGE = (
-    (96, 1),
-    (96, 33),
-    (128, 1),
-    (128, 16),
-    (128, 33),
-    (200, 1),
-    (200, 16),
-    (256, 1),
-    (256, 16),
-)
-LARGE += ((257, 1), (257, 16), (288, 16), (320, 16), (384, 1), (512, 1), (512, 4), (1024, 1))
+LARGE = ((96, 1), (96, 33), (128, 1), (128, 16), (128, 33), (200, 1), (256, 1), (256, 16))
+LARGE += ((257, 16), (288, 16), (320, 16), (384, 1), (512, 1), (1024, 1))
+_LARGEST = {"eigvalsh": 1024, "eigh": 256}  # orders: eigh is torch's own there
 HARD = ("diagonal", "Wilkinson", "glued Wilkinson", "two values", "two signs", "five rows", "ones")
 HARD_ORDERS = (32, 100, 250, 400, 600)
 _SAMPLE_S = 5e-4
@@ -100,6 +91,7 @@ def main() -> int:
             (f"{name}, {_kind(dtype)}, larger orders", "n x B", "threads"): {
                 (f"{n} x {batch}", threads): Cell(name, threads, _covariances(n, batch, dtype))
                 for n, batch in LARGE
+                if n <= _LARGEST[name]
                 for threads in (1, 2)
             }
             for name in PAIRS
@@ -117,9 +109,9 @@ def main() -> int:
     cells = [cell for table in tables.values() for cell in table.values()]
     ends_at = time.monotonic() + options.budget_s
     rounds = 0
-    while rounds < 3 or time.monotonic() < ends_at:
+    while rounds < 2 or time.monotonic() < ends_at:
         for cell in cells:
-            if rounds >= 3 and time.monotonic() > ends_at:
+            if rounds >= 2 and time.monotonic() > ends_at:
                 break
             cell.sample(rounds % 2)
         rounds += 1
