@@ -24,8 +24,8 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     n = len(eigenvalues)
     square = torch.randn(n, n, generator=_generator(seed), dtype=_F64)
     basis, _ = torch.linalg.qr(square)
-    scaled: Tensor = basis * eigenvalues.double()
-    return scaled @ basis.T
+    matrix: Tensor = (basis * eigenvalues.double()) @ basis.T
+    return matrix
 
 
 def cluster(n: int, center: float = 1.001, coupling: float = 0.01) -> Tensor:
