@@ -67,7 +67,7 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     Matrices of a batch share instructions, so that the last bits of a result may depend on how many
     there are, and on the number of threads among which they are divided. They do not while
     ``torch.use_deterministic_algorithms(True)`` is in force: then every matrix is solved alone, in
-    up to ten times the time for batches of small ones.
+    ten times the time for batches of the smallest and 1.7 times at n = 256.
 
     Args:
         A: Symmetric matrices, float32 or float64; only the lower triangle is read. One matrix or
@@ -114,11 +114,11 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
     .. math:: A V = V \Lambda, \quad V^T V = I
 
     Both equations hold within 1e-5 in float32 up to n = 128, entry by entry and relative to the
-    largest eigenvalue; above, LAPACK was off by up to 6e-5 at n = 1024. On a CPU, batches of matrices of up to 32 rows are rotated
-    side by side; all else is one call of ``torch.linalg.eigh``. On a GPU with the compiled library,
-    matrices up to n = 128 run without host synchronisation; larger ones go to ``torch.linalg``,
-    which synchronises. The sign of an eigenvector, and the basis of a repeated eigenvalue's space,
-    are arbitrary but repeatable.
+    largest eigenvalue; above, LAPACK was off by up to 6e-5 at n = 1024. On a CPU, batches of
+    matrices of up to 32 rows are rotated side by side; all else is one call of
+    ``torch.linalg.eigh``. On a GPU with the compiled library, matrices up to n = 128 run without
+    host synchronisation; larger ones go to ``torch.linalg``, which synchronises. The sign of an
+    eigenvector, and the basis of a repeated eigenvalue's space, are arbitrary but repeatable.
 
     Args:
         A: As in :func:`eigvalsh`.
