@@ -67,7 +67,7 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     Matrices of a batch share instructions, so that the last bits of a result may depend on how many
     there are, and on the number of threads among which they are divided. They do not while
     ``torch.use_deterministic_algorithms(True)`` is in force: then every matrix is solved alone, in
-    ten times the time for batches of the smallest and 1.7 times at n = 256.
+    ten times the time for batches of the smallest and twice at n = 256.
 
     Args:
         A: Symmetric matrices, float32 or float64; only the lower triangle is read. One matrix or
