@@ -35,7 +35,7 @@ constexpr int kLaneOrder = 320;
 template <class T>
 constexpr int bisect_count(int n) {
   if (sizeof(T) == 8 || n <= 16) return 0;
-  return n <= 32 ? 2 : 5;
+  return n <= 32 ? 1 : 5;
 }
 
 template <class T>
