@@ -162,15 +162,17 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
   if (!std::is_sorted(tasks.begin(), tasks.end(), is_larger)) {
     std::stable_sort(tasks.begin(), tasks.end(), is_larger);
   }
-  const int64_t threads = thread_count();
   const int64_t total = static_cast<int64_t>(tasks.size());
   double work = 0;  // nanoseconds, measured on an EPYC with AVX2
+  for (const EigenTask<T>& task : tasks) {
+    const double order = task.n;
+    work += 100 + order * order * (4.5 + 0.02 * order);
+  }
+  const int64_t threads = work < kSerialNanoseconds ? 1 : thread_count();
   std::vector<int64_t> starts;
   for (int64_t begin = 0; begin < total;) {
     int64_t end = begin;
     while (end < total && tasks[end].n == tasks[begin].n) ++end;
-    const double order = tasks[begin].n;
-    work += static_cast<double>(end - begin) * (100 + order * order * (4.5 + 0.02 * order));
     for (const int64_t size : group_sizes<T>(tasks[begin].n, end - begin, most, threads)) {
       starts.push_back(begin);
       begin += size;
@@ -187,7 +189,7 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
     }
     if (arena.bytes > kKeptBytes) arena.release();
   };
-  if (threads == 1 || groups == 1 || work < kSerialNanoseconds) {
+  if (threads == 1 || groups == 1) {
     drain();
     return;
   }

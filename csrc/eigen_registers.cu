@@ -96,11 +96,12 @@ __device__ void solve_registers(Team& team, const Located<Real>& located,
 }
 
 // Zero leaves it to the compiler, which spills where it chooses too few registers: for float64 in
-// half a warp on sm_100, for float32 in a warp on sm_87.
+// half a warp on sm_100, for float32 in half a warp on sm_120 and in a warp on sm_87.
 template <class Real, int Width>
-constexpr int kResidentWarpBlocks = sizeof(Real) == 8 && Width == 16   ? 4
-                                    : sizeof(Real) == 4 && Width == 32 ? 6
-                                                                       : 0;
+constexpr int kResidentWarpBlocks = Width < 16          ? 0
+                                    : sizeof(Real) == 4 ? 6
+                                    : Width == 16       ? 4
+                                                        : 0;
 
 template <class Real, int Width>
 __global__ void __launch_bounds__(kWarpBlock, kResidentWarpBlocks<Real, Width>)

@@ -23,8 +23,9 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     """A matrix of these eigenvalues in a random basis. [n, n], float64"""
     n = len(eigenvalues)
     square = torch.randn(n, n, generator=_generator(seed), dtype=_F64)
-    basis: Tensor = torch.linalg.qr(square).Q
-    return (basis * eigenvalues.double()) @ basis.T
+    basis, _ = torch.linalg.qr(square)
+    matrix: Tensor = (basis * eigenvalues.double()) @ basis.T
+    return matrix
 
 
 def cluster(n: int, center: float = 1.001, coupling: float = 0.01) -> Tensor:

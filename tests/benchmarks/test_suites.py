@@ -48,3 +48,13 @@ def test_all_four_suites_are_there() -> None:
         "bench_snapshot.py",
         "bench_training.py",
     ]
+
+
+def test_the_table_of_worst_errors_is_made(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "eigen_accuracy.py"), "--largest", "3"]
+    command += ["--out", str(tmp_path / "accuracy.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
+    assert "Orders: 1, 2, 3." in table
+    assert "| float32: eigvalsh, one matrix |" in table
