@@ -173,12 +173,12 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
     GramCase("sm_80", "direct", "planes"): (
         GramConfig(32, 1, 64, 4, 3, residents=7, hoists=False),
         GramConfig(64, 1, 32, 4, 3, residents=3),
-        GramConfig(64, 2, 64, 8, 3),
+        GramConfig(64, 2, 64, 8, 3, residents=2),
         GramConfig(64, 4, 32, 8, 2),
         GramConfig(64, 4, 32, 8, 2, left=2, right=2),
     ),
     GramCase("sm_80", "direct", "unaligned"): (
-        GramConfig(32, 1, 64, 4, 3, residents=2, hoists=False),
+        GramConfig(32, 1, 64, 4, 3, residents=3, hoists=False),
         GramConfig(64, 1, 32, 4, 3, residents=2),
         GramConfig(64, 2, 32, 8, 3),
         GramConfig(64, 2, 32, 8, 3, left=1, right=2),
@@ -241,7 +241,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
         GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
     ),
     GramCase("sm_90", "split", "unaligned"): (
-        GramConfig(32, 1, 32, 4, 3, residents=4, hoists=False),
+        GramConfig(32, 1, 32, 4, 3, residents=3, hoists=False),
         GramConfig(64, 1, 32, 4, 3, residents=2, hoists=False),
         GramConfig(128, 1, 16, 8, 2, hoists=False),
         GramConfig(128, 1, 16, 8, 2, left=1, right=1, hoists=False),
