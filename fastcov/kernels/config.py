@@ -16,6 +16,7 @@ import torch
 
 from fastcov.kernels.gpus import GPUS, Pace, gpu_told
 from fastcov.kernels.layout import RowLayout
+from fastcov.rows.dtypes import ROW_DTYPES
 
 MAX_CHAIN_ROWS = 4096
 """Rows of the longest chain, one that float32 products without tensor cores add with rounding."""
@@ -129,9 +130,9 @@ def chain_rows(architecture: Architecture, mode: Mode, dtype: torch.dtype) -> in
     """
     if mode == "ieee":
         return MAX_CHAIN_ROWS
-    rows = 2048 if architecture.family in ("sm_90", "sm_100") else 1024
-    has_short_products = mode == "split" or dtype == torch.bfloat16
-    return rows if has_short_products else rows // 2
+    # Split rows are multiplied as bfloat16, whatever they are; tf32 keeps as many bits as float16.
+    multiplied = {"split": torch.bfloat16, "tf32": torch.float16}.get(mode, dtype)
+    return ROW_DTYPES[multiplied].chain_rows[architecture.family]
 
 
 def gram_case(architecture: Architecture, layout: RowLayout, mode: Mode) -> GramCase | None:

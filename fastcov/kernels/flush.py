@@ -29,6 +29,7 @@ from fastcov.kernels.tiles import (
     multiply_tiles,
     triangle_row,
 )
+from fastcov.rows.dtypes import ROW_DTYPES
 
 FIELDS = 14
 """int64 fields of one layer in the table, in this order; addresses are bytes."""
@@ -47,11 +48,8 @@ ROW_SCALE = tl.constexpr(11)  # the bits of a float64
 BLOCKS = tl.constexpr(12)  # programs of the layer
 FIRST_THRESHOLD = tl.constexpr(13)
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _VALUES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
+    row.dtype: getattr(tl, row.triton_name) for row in ROW_DTYPES.values() if row.triton_name
 }
 
 
@@ -345,7 +343,7 @@ class FlushTable:
 def _group(
     dtype: torch.dtype, vector: int, has_decay: bool, layers: Sequence[BufferedLayer]
 ) -> _Group:
-    is_centred = dtype not in _LOW_PRECISION
+    is_centred = ROW_DTYPES[dtype].is_centred
     is_direct = not is_centred and not has_decay
     # Smaller blocks where operands are split or read one by one: registers.
     edge = 64 if is_direct and vector > 1 else 32

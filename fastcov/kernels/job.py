@@ -30,8 +30,8 @@ from fastcov.kernels.plan import Plan, block_plan, gram_plan
 from fastcov.kernels.reduce import reduce_kernel
 from fastcov.kernels.shift import shift_kernel
 from fastcov.kernels.tiles import IS_INTERPRETED, MODES
+from fastcov.rows.dtypes import ROW_DTYPES
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _BLOCK_EDGE = 64
 _REPAIR_STEP = 16
 # Entries that a program of reduce_kernel adds up, and slots that it reads at once. Few entries have
@@ -83,7 +83,7 @@ class Job:
 
 def mode_of(dtype: torch.dtype, is_weighted: bool, precision: Mode = "split") -> Mode:
     """How rows are multiplied: exactly where they are low precision and unweighted."""
-    if dtype in _LOW_PRECISION:
+    if not ROW_DTYPES[dtype].is_centred:
         return "split" if is_weighted else "direct"
     return precision
 
@@ -132,7 +132,7 @@ def cached_job(
     if layout.rows == 0 or layout.channels == 0:
         return None
     mode = mode_of(dtype, is_weighted, precision)
-    is_centred = dtype not in _LOW_PRECISION
+    is_centred = ROW_DTYPES[dtype].is_centred
     is_deep = layout.kind == "strided"
     case = None if is_weighted else gram_case(architecture, layout, mode)
     most_rows = chain_rows(architecture, mode, dtype)

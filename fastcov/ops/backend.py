@@ -14,6 +14,7 @@ import torch
 
 from fastcov.ops import native
 from fastcov.ops.native import Backend
+from fastcov.rows.dtypes import ROW_DTYPES
 
 
 class Service(NamedTuple):
@@ -48,11 +49,11 @@ class Machine:
             return Service(
                 "native" if is_native else "torch",
                 repeats_calls=is_native,
-                counts_on_device=is_interpreted and dtype != torch.float64,
+                counts_on_device=is_interpreted and _takes_triton(dtype),
                 has_compiled_gather=False,
                 is_host=True,
             )
-        is_served = dtype != torch.float64 and device.type == "cuda" and _runs_triton(device)
+        is_served = _takes_triton(dtype) and device.type == "cuda" and _runs_triton(device)
         return Service(
             "triton" if is_served else "torch",
             repeats_calls=False,
@@ -105,6 +106,10 @@ def backends() -> dict[str, Backend]:
         ['cpu', 'cuda', 'triton']
     """
     return {**native.status(), "triton": _triton()}
+
+
+def _takes_triton(dtype: torch.dtype) -> bool:
+    return dtype in ROW_DTYPES and ROW_DTYPES[dtype].triton_name is not None
 
 
 @cache

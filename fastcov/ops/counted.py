@@ -16,8 +16,6 @@ from fastcov.ops import library
 
 _BLOCK_ROWS = 8  # kGatherRows in csrc/gather_counted.h
 _BLOCK_TILE = 32  # kGatherTile
-# Bits of a value that are all set where it is infinite or NaN.
-_EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def blocks_of(most_rows: int, is_contiguous: bool) -> int:
@@ -28,6 +26,12 @@ def blocks_of(most_rows: int, is_contiguous: bool) -> int:
         is_contiguous: Whether each row lies in one piece.
     """
     return -(-most_rows // (_BLOCK_ROWS if is_contiguous else _BLOCK_TILE))
+
+
+def _exponent_bits(dtype: torch.dtype) -> int:
+    """Bits that are all set where a value is infinite or NaN: those of infinity."""
+    infinity = torch.tensor(float("inf"), dtype=dtype, device="cpu")
+    return int(infinity.view(torch.int16 if dtype.itemsize == 2 else torch.int32))
 
 
 class CountedGather:
@@ -79,7 +83,7 @@ class CountedGather:
                 rows.get_device(),
                 blocks_of(most, layout.stride_channel == 1),
                 item,
-                _EXPONENTS[rows.dtype],
+                _exponent_bits(rows.dtype),
                 alignment,
                 buffer.shape[0],
                 fraction,

@@ -163,7 +163,7 @@ def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 def _numbers(states: list[CovarianceState], centered: bool) -> Tensor:
-    # float64 costs little on a CPU; a GPU's fast path is float32, 2e-6 of the largest.
+    # float64 costs little on a CPU; a GPU's fast path is float32, at most 1e-5 of the largest.
     matrices = [state.covariance(centered) for state in states]
     eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
     parts = []

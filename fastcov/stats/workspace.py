@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcov.ops.backend import service_of
+from fastcov.rows.dtypes import ROW_DTYPES
 
 
 def update_workspace_bytes(rows: Tensor, device: torch.device, *, is_weighted: bool = False) -> int:
@@ -33,7 +34,7 @@ def update_workspace_bytes(rows: Tensor, device: torch.device, *, is_weighted: b
         architecture = kernels.architecture_of(device)
     elif (
         device.type == "meta"
-        and rows.dtype != torch.float64
+        and ROW_DTYPES[rows.dtype].triton_name is not None
         and kernels.unavailable_reason() is None
     ):
         architecture = kernels.Architecture("sm_90", multiprocessors=132)
