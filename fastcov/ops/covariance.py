@@ -199,7 +199,10 @@ def _flat_weights(row_weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    # Values of a tensor under torch.func's transforms cannot be asked for.
+    # Values of a tensor under torch.func's transforms cannot be asked for; torch.compile traces
+    # plain tensors alone.
+    if torch.compiler.is_compiling():
+        return False
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
