@@ -239,8 +239,8 @@ class Layer:
     def plan(self, fraction: float) -> None:
         """Sets the share of the rows to read, and reads this share of the first step's rows."""
         self.set_fraction(fraction)
-        waiting, self._early_rows = self._early_rows, []
-        for part in waiting:
+        early, self._early_rows = self._early_rows, []
+        for part in early:
             rows = part.rows
             layout = ActivationLayout(rows)
             if layout.dtype is not self.dtype:
@@ -283,7 +283,7 @@ class Layer:
         return direct_rows(channels, self.service.is_host)
 
     def adds_at_once(self, layout: ActivationLayout) -> bool:
-        """True if calls of a layout are added whole and at once, with equal weights in all steps."""
+        """True if calls of a layout are added whole and at once, each row at weight 1."""
         return (
             self.cursor.numbers[FRACTION] == WHOLE
             and self.weighting == "position"
