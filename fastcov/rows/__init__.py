@@ -1,1 +1,1 @@
-"""Activations as feature rows, and which of them are read."""
+"""Activations as feature rows: views, layouts, dtypes, and the choice of the rows that are read."""

@@ -1,4 +1,4 @@
-"""Table of the dtypes that rows may have, with all that depends on a dtype alone.
+"""Table of the dtypes that rows may have, with every fact that depends on a dtype alone.
 
 A new dtype is one line here, its code in csrc/cursor.h and the loads of each kernel that takes it.
 """
@@ -14,7 +14,8 @@ Kernels = Literal["cpu", "triton", "torch"]
 
 _ALL: frozenset[Kernels] = frozenset(("cpu", "triton", "torch"))
 
-# Families of GPUs as fastcov.kernels.config names them, and the compiled CPU library.
+# Rows by architecture: families of GPUs as fastcov.kernels.config names them, and the compiled CPU
+# library.
 _SHORT_PRODUCTS = {"sm_80": 1024, "sm_90": 2048, "sm_100": 2048, "sm_120": 1024, "cpu": 256}
 _LONG_PRODUCTS = {"sm_80": 512, "sm_90": 1024, "sm_100": 1024, "sm_120": 512, "cpu": 256}
 
@@ -23,15 +24,15 @@ class RowDtype(NamedTuple):
     """One dtype of rows.
 
     Attributes:
-        dtype: As torch names it.
-        code: In a layout's numbers; csrc/cursor.h has the same.
-        is_centred: Whether Triton's kernels subtract the shift from rows before they multiply.
-            Others have products that are exact in float32 as they are.
-        triton_name: Name in triton.language; None where Triton's kernels do not take such rows.
-        chain_rows: Rows that may be added up one by one in the working type, by architecture. On a
-            GPU the products of unweighted rows decide: those of bfloat16, and of float32 in three
-            parts, are short and lose bits late.
-        kernels: Implementations that take such rows.
+        dtype: The dtype.
+        code: Number that stands for the dtype in a layout's numbers; csrc/cursor.h has the same.
+        is_centred: True if Triton's kernels subtract the shift from rows before they multiply.
+            They need not where products of uncentred rows are exact in float32.
+        triton_name: Name in triton.language; None where Triton's kernels do not take the dtype.
+        chain_rows: Rows that may be added up one by one in float32 (float64 for float64 rows), by
+            architecture. On a GPU the products of unweighted rows decide: those of bfloat16, and of
+            float32 in three parts, have few bits, so that sums round late.
+        kernels: Implementations that take the dtype.
     """
 
     dtype: torch.dtype

@@ -1,7 +1,7 @@
 """Layout of one activation: shape, strides, dtype and device, and the sizes derived from them.
 
-Most activations of a layer are laid out like an earlier one. Whatever follows from the layout alone
-is derived once, and two activations are compared by :meth:`ActivationLayout.fits`.
+Most activations of a layer have the layout of an earlier one. All that follows from the layout is
+derived once, and :meth:`ActivationLayout.fits` tells whether another activation has the layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ActivationLayout:
 
     Args:
         rows: Row view of the activation. [B, ..., C]
-        activation: The tensor that the module gave, if more like it may come; None for rows that
+        activation: Tensor that the module gave, if more of its layout may come; None for rows that
             are read once.
         order: Dimensions of the activation in the order of the row view; None where the view is no
             permutation of the activation.
@@ -39,10 +39,11 @@ class ActivationLayout:
         dtype: Dtype of the rows.
         device: Device of the rows.
         channel_dim: Dimension of :meth:`source` that holds the channels.
-        numbers: The layout as operators compare it, from :func:`layout_numbers`; None where they
-            cannot: on a GPU, or where the order of dimensions changes.
-        order: As given.
-        key: What tells this layout from others on the same device; None where it never repeats.
+        numbers: Numbers that compiled operators compare, from :func:`layout_numbers`; None where
+            they cannot: on a GPU, or where the view changes the order of dimensions but for C.
+        order: See the argument; None without an activation.
+        key: Shape, strides and dtype, which tell this layout from others on the same device; None
+            where the layout never repeats.
     """
 
     __slots__ = (
@@ -83,13 +84,14 @@ class ActivationLayout:
             self.order = order
             self._shape, self._stride = activation.shape, activation.stride()
             self.key = (self._shape, self._stride, self.dtype)
-            if order[:-1] == tuple(sorted(order[:-1])):  # operators can take it as it is
+            # With all dimensions but C in order, operators take the activation without a view.
+            if order[:-1] == tuple(sorted(order[:-1])):
                 self.channel_dim = order[-1]
                 if self._is_cpu:
                     self.numbers = layout_numbers(activation, self.run_length, self.channel_dim)
 
     def fits(self, value: Any) -> bool:
-        """True if a value is a tensor of this layout. Only where the layout has a key."""
+        """True if a value is a tensor of this layout, which must have a key."""
         return (
             type(value) is Tensor
             and value.layout is _STRIDED
@@ -101,15 +103,15 @@ class ActivationLayout:
         )
 
     def new_rows(self, rows: int) -> Tensor:
-        """Uninitialised memory for rows of this width, dtype and device. [rows, C]"""
+        """Uninitialised tensor for rows of this width, dtype and device. [rows, C]"""
         return torch.empty(rows, self.channels, dtype=self.dtype, device=self.device)
 
     def source(self, activation: Tensor) -> Tensor:
-        """Tensor that operators take together with ``channel_dim``, of an activation that fits."""
+        """Tensor for operators, with ``channel_dim``: a fitting activation, or its row view."""
         return activation if self.channel_dim > 0 else self.view(activation)
 
     def view(self, activation: Tensor) -> Tensor:
-        """Row view of an activation that fits; rows stay as they are. [B, ..., C]"""
+        """Row view of a fitting activation; without an ``order``, the tensor itself. [B, ..., C]"""
         order = self.order
         return activation if order is None else activation.detach().permute(*order)
 
@@ -122,10 +124,10 @@ def key_of(value: Tensor) -> Key | None:
 
 
 def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:
-    """Layout of an activation as the numbers that compiled operators compare.
+    """Numbers by which compiled operators compare the layout of an activation.
 
     Args:
-        activation: Of at most 5 dimensions.
+        activation: Tensor of at most 5 dimensions.
         run_length: Neighbouring positions that are read together.
         channel_dim: Dimension that holds the channels.
 

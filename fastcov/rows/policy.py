@@ -1,7 +1,7 @@
-r"""How many rows of each layer are read: the sampling policies of track() and estimate().
+r"""Sampling policies of track() and estimate(): the share of its rows that each layer reads.
 
-A policy turns what layers offer in one step into the share of its rows that each layer reads. A new
-policy is one class here and one line in :func:`policy_of`.
+A policy computes the shares from the rows that layers offer in one step. A new policy is one class
+here and one line in :func:`policy_of`.
 
 ``rows="auto"`` spends 1 % of the watched modules' training flops on second moments and gives every
 layer the same number of rows per channel, so that all spectra have the same statistical quality.
@@ -18,7 +18,7 @@ Rows = Literal["auto", "all"] | int | float
 """The argument ``rows`` of :func:`fastcov.track`."""
 
 AUTO_BUDGET = 0.01
-"""Share of the training flops that ``rows="auto"`` spends."""
+"""Share of the watched modules' training flops that ``rows="auto"`` spends."""
 
 ENOUGH_ROWS_PER_CHANNEL = 16
 """Rows per channel from which summary() calls a layer well measured."""
@@ -42,10 +42,10 @@ class LayerLoad:
 
 
 class Policy(Protocol):
-    """Shares of the rows to read.
+    """Rule that gives each layer the share of its rows to read.
 
     Attributes:
-        first_fraction: Share that holds before a step was seen; None where a step must tell.
+        first_fraction: Share from the first row on; None where a first step must show row counts.
         rho: Rows per channel and step; None where the policy has none, or does not know it yet.
     """
 
@@ -55,21 +55,21 @@ class Policy(Protocol):
     def fractions(
         self, new: Mapping[str, LayerLoad], everything: Mapping[str, LayerLoad]
     ) -> dict[str, float]:
-        """Shares of the rows to read, in (0, 1].
+        """Shares of the rows to read, in (0, 1], by name of the new layers.
 
         Args:
-            new: Loads of layers that have just shown their first step, by name.
+            new: Loads of layers that have just had their first step, by name.
             everything: Loads of all layers in that step, the new ones among them.
         """
 
 
 class Auto:
-    """``rows="auto"``: a budget of flops, the same rows per channel on every layer."""
+    """Policy of ``rows="auto"``: a budget of flops, the same rows per channel on every layer."""
 
     first_fraction: float | None = None
 
     def __init__(self) -> None:
-        self.rho: float | None = None  # found in the first step, kept for layers that come later
+        self.rho: float | None = None  # from the first step; layers that run first later keep to it
 
     def fractions(
         self, new: Mapping[str, LayerLoad], everything: Mapping[str, LayerLoad]
@@ -82,7 +82,7 @@ class Auto:
 
 
 class Share:
-    """``rows`` as a fraction of all rows; 1.0 is ``rows="all"``."""
+    """Policy of ``rows`` as a float, the share of all rows; 1.0 is ``rows="all"``."""
 
     rho: float | None = None
 
@@ -99,7 +99,7 @@ class Share:
 
 
 class Fixed:
-    """``rows`` as an int: so many rows a layer and step."""
+    """Policy of ``rows`` as an int, the number of rows a layer and step."""
 
     first_fraction: float | None = None
     rho: float | None = None
@@ -147,34 +147,36 @@ def rows_per_channel(loads: Sequence[LayerLoad], budget: float = AUTO_BUDGET) ->
     .. math:: \sum_l k_l \frac{C_l (C_l + 1)}{2} = \text{budget} \cdot 3 \sum_l \text{macs}_l,
         \quad k_l = \min(N_l, \rho C_l)
 
-    Water-filling: layers that offer fewer than rho C rows are read whole, and the rows that they
-    leave go to the others.
+    Water-filling: layers that offer fewer than rho C rows are read whole, and the flops that this
+    leaves go to the others.
 
     Args:
-        loads: Channels, rows and forward MACs of each layer, of one step.
+        loads: Loads of all layers in one step.
         budget: Share of the training flops.
 
     Returns:
-        rho; infinite where the budget pays for every row.
+        Rows per channel, rho; infinite where the budget pays for every row.
 
     Example:
         >>> rows_per_channel([LayerLoad(channels=10, rows=1000, macs=100_000)])
         5.454545454545454
     """
     offered = [load for load in loads if load.rows > 0]
-    # Taps on modules without weights alone: as if a C x C layer read each of them.
+    # Where no watched module has weights, as if a C x C layer read the rows of each.
     macs = sum(load.macs for load in offered) or sum(
         load.rows * load.channels**2 for load in offered
     )
-    left = budget * _TRAINING_TO_FORWARD * macs
+    macs_left = budget * _TRAINING_TO_FORWARD * macs
     offered.sort(key=lambda load: load.rows / load.channels)
     for position, load in enumerate(offered):
-        cost = sum(other.channels * _row_cost(other.channels) for other in offered[position:])
-        if left < load.rows / load.channels * cost:
-            return left / cost
-        left -= load.rows * _row_cost(load.channels)
+        # Of one row per channel on this layer and all that offer more rows per channel.
+        cost = sum(other.channels * _row_macs(other.channels) for other in offered[position:])
+        if macs_left < load.rows / load.channels * cost:
+            return macs_left / cost
+        macs_left -= load.rows * _row_macs(load.channels)
     return math.inf
 
 
-def _row_cost(channels: int) -> float:
+def _row_macs(channels: int) -> float:
+    # Multiply-accumulates that add one row to the lower half of a second moment.
     return channels * (channels + 1) / 2

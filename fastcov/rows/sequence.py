@@ -1,7 +1,7 @@
-"""Which positions are read when: a deterministic low-discrepancy sequence.
+"""Sampling sequence: number, start and spread of the rows that are read, without random numbers.
 
-Where the rows of a call lie is defined once, in
-:func:`fastcov.ops.reference.sample_index_reference`.
+The sequence is golden-ratio and of low discrepancy. The rows of a call that a sample number stands
+for are defined once, in :func:`fastcov.ops.reference.sample_index_reference`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 WHOLE = 1 << 32
-"""Every row, as a fixed-point fraction: carried parts are then exact on every machine."""
-_PART = WHOLE - 1  # bits of a carried part
+"""Fraction 1, every row, in units of 2**-32. Such integers carry parts of rows without rounding, so
+that all machines read the same rows."""
+_CARRY_BITS = WHOLE - 1
 
 
 def fixed_point(fraction: float) -> int:
-    """A fraction in units of 2**-32, rounded up, so that rows / N of N rows gives all of them."""
+    """Fraction in units of 2**-32, rounded up: k / N of N rows is then k rows, not one less."""
     return min(WHOLE, -int(-fraction * WHOLE // 1))
 
 
@@ -25,32 +26,33 @@ def rows_due(rows: int, fraction: int, carry: int) -> tuple[int, int]:
 
     Args:
         rows: Rows that the call offers.
-        fraction: From :func:`fixed_point`.
-        carry: The carry that the call before returned, 0 at first.
+        fraction: Share of the rows to read, from :func:`fixed_point`.
+        carry: Carry that the call before returned, 0 at first.
 
     Returns:
-        Number of rows and new carry.
+        Number of rows, and the new carry.
 
     Example:
         >>> rows_due(10, fixed_point(0.25), 0)
         (2, 2147483648)
     """
     due = rows * fraction + carry
-    return due >> 32, due & _PART
+    return due >> 32, due & _CARRY_BITS
 
 
 def first_fill(layer: int) -> float:
-    """Share of a buffer that fills before it is emptied for the first time.
+    """Share of a buffer that is filled before the buffer is emptied for the first time.
 
-    Equal rows per channel fill the buffers of all layers in the same step. Emptied once before,
-    each at another moment, they stay apart: no step pays for all. A golden-ratio sequence spreads
-    neighbours, which are of like width; every rank has the same, so that ranks wait for no other.
+    Equal rows per channel would fill the buffers of all layers in the same step. Another share for
+    each layer keeps them apart, so that no step pays for all. A golden-ratio sequence spreads
+    neighbours, whose widths are similar. Every rank has the same shares, so that no rank waits for
+    another.
 
     Args:
         layer: Number of the layer.
 
     Returns:
-        In (0, 1].
+        Share in (0, 1].
 
     Example:
         >>> [round(first_fill(layer), 2) for layer in range(4)]
@@ -60,7 +62,12 @@ def first_fill(layer: int) -> float:
 
 
 def sequence_phase(name: str, rank: int = 0, seed: int = 0) -> int:
-    """Start of a layer's sampling sequence: another on every layer, rank and seed.
+    """Start of a layer's sampling sequence, different for every layer, rank and seed.
+
+    Args:
+        name: Name of the layer.
+        rank: Rank of this process.
+        seed: Number that changes all sequences.
 
     Returns:
         64 bits as a signed integer.

@@ -1,4 +1,4 @@
-"""Activations as feature rows: the one table of layouts.
+"""Row views: activations of any layout as feature rows.
 
 Glossary of dimensions, used in the whole package:
 
@@ -12,8 +12,8 @@ L     layers
 n     order of a symmetric matrix; B matrices in a batch, in ops/eigen.py
 ====  =======================================================================================
 
-A row view is ``[B, ..., C]``: always a view, never a copy, so strides tell the layout. NCHW memory
-comes out as ``permute(0, 2, 3, 1)``.
+A row view is ``[B, ..., C]``: always a view, never a copy, so that its strides tell the layout. The
+row view of NCHW memory is ``permute(0, 2, 3, 1)``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from torch import Tensor
 
 from fastcov.rows.dtypes import ROW_DTYPES
 
-MOST_DIMS = 5  # what the kernels take
-_DENSE = Tensor.__torch_dispatch__  # what subclasses that hold their own data keep
+MOST_DIMS = 5
+"""Most dimensions of a tensor that the kernels take."""
+# Subclasses of Tensor that hold plain data inherit this method; wrappers of other tensors override
+# it.
+_DENSE = Tensor.__torch_dispatch__
 
 
 class Layout(Enum):
-    """Where an activation holds its channels and its images."""
+    """Order of an activation's dimensions: its images, positions and channels."""
 
     CHANNELS_FIRST = "[B, C, ...]"
     CHANNELS_LAST = "[B, ..., C]"
@@ -41,7 +44,7 @@ class Layout(Enum):
 
 
 def unreadable_type(kind: type[Tensor]) -> str:
-    """Why tensors of a type hold no plain rows; empty where they do."""
+    """Reason why tensors of a type hold no plain rows; empty where they do."""
     if kind.__torch_dispatch__ is _DENSE:
         return ""
     if kind.__name__ == "DTensor":
@@ -50,14 +53,14 @@ def unreadable_type(kind: type[Tensor]) -> str:
 
 
 def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, int] | str:
-    """The dense tensor that an activation is, free of subclasses and of torch.func's wrappers.
+    """Dense tensor of an activation, free of subclasses and of torch.func's wrappers.
 
     Args:
-        activation: Of any type.
-        is_wrapped: Whether transforms of torch.func may have wrapped it.
+        activation: Tensor of any type.
+        is_wrapped: True if transforms of torch.func may have wrapped the activation.
 
     Returns:
-        The tensor and the number of vmapped dimensions, now in front; or why there is none.
+        The tensor and the number of vmapped dimensions, now in front; or a reason without either.
 
     Example:
         >>> plain_tensor(torch.zeros(2, 3, device="meta"))
@@ -86,7 +89,7 @@ def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, 
 
 
 def _unwrapped(activation: Tensor) -> tuple[Tensor, int]:
-    # From the innermost transform outwards; each vmap hides one dimension of what it wraps.
+    # Each vmap hides one dimension of the tensor inside. All are moved to the front.
     functorch = torch._C._functorch
     hidden = []
     while functorch.is_functorch_wrapped_tensor(activation):
@@ -104,13 +107,13 @@ def row_order(
     """Order of an activation's dimensions in its row view.
 
     Args:
-        dims: Of the activation.
+        dims: Number of dimensions of the activation.
         layout: See :func:`row_view`.
-        rank: Likewise.
-        batch_dims: Likewise.
+        rank: See :func:`row_view`.
+        batch_dims: See :func:`row_view`.
 
     Returns:
-        A permutation; None where the row view has dimensions added or merged.
+        A permutation; None where the row view adds or merges dimensions.
 
     Example:
         >>> row_order(4, Layout.CHANNELS_FIRST)
@@ -130,12 +133,12 @@ def row_order(
 def row_view(
     activation: Tensor, layout: Layout, rank: int | None = None, batch_dims: int = 0
 ) -> Tensor:
-    """An activation seen as feature rows.
+    """Row view of an activation.
 
     Args:
-        activation: At least one dimension.
-        layout: Where its channels are.
-        rank: Rank of a batched activation; one dimension fewer means a single image.
+        activation: Tensor of at least one dimension.
+        layout: Order of the activation's dimensions.
+        rank: Number of dimensions of a batched activation; one fewer means a single image.
         batch_dims: Dimensions in front that torch.vmap hides from the module: more images.
 
     Returns:
@@ -170,13 +173,13 @@ def row_view(
 
 
 def run_length(rows: Tensor) -> int:
-    """Neighbouring positions worth reading together.
+    """Number of neighbouring positions that are worth reading together.
 
-    With channels adjacent in memory, a row is one contiguous read and the answer is 1. In NCHW
-    memory every channel of a row is a read of its own; 32 bytes of neighbours come with it.
+    1 where channels are adjacent in memory: a row is one contiguous read. In NCHW memory every
+    channel of a row is a read by itself, which brings 32 bytes of neighbouring positions.
 
     Args:
-        rows: A row view that is not empty. [B, ..., C]
+        rows: Row view that is not empty. [B, ..., C]
 
     Returns:
         At least 1, at most the positions of one image.

@@ -1,1 +1,1 @@
-"""What one layer's statistics are, and how rows reach them."""
+"""Statistics of a layer, and the ways in which rows reach them."""

@@ -5,9 +5,9 @@ Every row that a Linear or a 1x1 convolution gives is y = W x + b, hence
 .. math:: \sum_r (y_r - s)(y_r - s)^T = W \Sigma W^T + N m m^T, \quad
     \Sigma = \sum_r (x_r - \bar x)(x_r - \bar x)^T, \quad m = W \bar x + b - s
 
-Where a layer widens many more rows than it has channels, this is less work than reading the rows.
-Sums over k of W_ik Sigma_kl W_jl may cancel, and what is left then holds the rounding of terms
-that are larger than itself: such layers are read by their rows.
+Where a layer has more output than input channels, and many rows, this is less work than reading
+the rows of the output. The sums over k and l of W_ik Sigma_kl W_jl may cancel, and then the small
+result holds the rounding of large terms: such calls are read by their rows.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)
 }
-_AGREEMENT = 3e-5  # of a product's root sum of squares: float32 stays far below, TF32 above
-_COMPARED = 64  # channels
-_CHECK_PERIOD = 16  # calls
-_OVERHEAD = 10e6  # what small operators cost, in multiply-adds of float32
-_LEAST_GAIN = 0.8
+# Largest difference between output and map, as a share of the product's root sum of squares:
+# float32 stays far below, TF32 lies above.
+_TOLERANCE = 3e-5
+_COMPARED_CHANNELS = 64
+_CHECK_EVERY_CALLS = 16
+_OVERHEAD_MACS = 10e6  # time of the small operators around the products, as float32 arithmetic
+_MOST_COST = 0.8  # of mapping, as a share of the cost of reading the rows
 
 
 class AffineInput(NamedTuple):
-    """What one call of a layer was given, and the map that it applied.
+    """Input rows of one call of an affine layer, and the map that the layer applied.
 
     Attributes:
-        rows: float32; channels in ``channel_dim``. [B, ..., C_in]
-        channel_dim: Of input and output, -1 or 1.
-        weight: float32. [C_out, C_in]
-        bias: float32, if any. [C_out]
+        rows: Input, float32. [B, ..., C_in] or [B, C_in, ...]
+        channel_dim: Dimension of input and output that holds the channels, -1 or 1.
+        weight: Matrix of the map, float32. [C_out, C_in]
+        bias: Added vector, float32; None without. [C_out]
     """
 
     rows: Tensor
@@ -50,38 +52,39 @@ class AffineInput(NamedTuple):
     bias: Tensor | None
 
     def explains(self, output: Tensor) -> bool:
-        """Whether some values of a row are what the map makes of the input's.
+        """True if up to 64 channels of one row of the output agree with the map of the input row.
 
-        Products of reduced precision, and whatever else came between, are told by that.
+        They do not where the layer multiplied in reduced precision, or where other code has changed
+        the output.
 
         Args:
-            output: Of the call. [B, ..., C_out] or [B, C_out, ...]
+            output: Output of the call. [B, ..., C_out] or [B, C_out, ...]
         """
         rows = self.rows.movedim(self.channel_dim, -1)
         output = output.detach().movedim(self.channel_dim, -1)
         if rows.shape[:-1] != output.shape[:-1]:
             return False
         place = tuple(size // 2 for size in rows.shape[:-1])
-        step = -(-output.shape[-1] // _COMPARED)
-        # No matmul: it might take the reduced precision that is looked for.
+        step = -(-output.shape[-1] // _COMPARED_CHANNELS)
+        # No matmul: it might use the very precision that is to be found out.
         products = self.weight[::step] * rows[place]
-        expected, reach = products.sum(1), products.norm(dim=1)
-        if not bool(reach.any()):
+        expected, magnitude = products.sum(1), products.norm(dim=1)
+        if not bool(magnitude.any()):
             return False  # a row of zeros tells nothing
         if self.bias is not None:
             expected += self.bias[::step]
-            reach += self.bias[::step].abs()
+            magnitude += self.bias[::step].abs()
         difference = (output[place][::step] - expected).abs()
-        return bool((difference <= _AGREEMENT * reach).all())
+        return bool((difference <= _TOLERANCE * magnitude).all())
 
 
 class AffineMap:
-    """Adds the rows of one affine layer's outputs to their state, by way of its inputs.
+    """Map of one affine layer, by which the rows of its outputs are added by way of its inputs.
 
-    Whether the map explains the outputs is looked at in every 16th call.
+    :meth:`AffineInput.explains` compares an output with the map in every 16th call.
 
     Args:
-        module: One that :func:`is_affine` accepts.
+        module: Module that :func:`is_affine` accepts.
     """
 
     def __init__(self, module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
@@ -93,7 +96,7 @@ class AffineMap:
         self._explains = False
 
     def pays(self, rows: int) -> bool:
-        """True if mapping the moments of so many rows is less work than adding the rows."""
+        """True if mapping the moments of a number of rows is less work than adding the rows."""
         return _pays(rows, *self._channels)
 
     def add_to(
@@ -108,12 +111,12 @@ class AffineMap:
         """Adds a call's rows as :func:`fastcov.ops.accumulate_` does.
 
         Args:
-            module: One that :func:`is_affine` accepts.
-            args: Of its forward.
-            output: What it returned.
-            state: Of the output.
+            module: Module that :func:`is_affine` accepted.
+            args: Arguments of the module's forward.
+            output: Output of the module.
+            state: Statistics of the output.
             row_scale: Factor on every row's weight.
-            decay: Factor on what the state holds.
+            decay: Factor on the sums that the state holds.
 
         Returns:
             False, with the state untouched, where the rows themselves must be read: on a GPU; in
@@ -123,13 +126,13 @@ class AffineMap:
         if not output.is_cpu:
             return False
         source = affine_input(module, args, output)
-        # The count is asked for last: it takes 2 us, and on a GPU it would wait for the device.
+        # The count is read last: this takes 2 us, and on a GPU it would wait for the device.
         if source is None or int(state.count[0]) == 0:
             return False
-        if self._calls % _CHECK_PERIOD == 0:
+        if self._calls % _CHECK_EVERY_CALLS == 0:
             self._explains = source.explains(output)
         self._calls += 1
-        # What could not be mapped is not tried again before the next look.
+        # After a call that could not be mapped, the rows are read until the next check.
         self._explains = self._explains and accumulate_mapped_(state, source, row_scale, decay)
         return self._explains
 
@@ -137,7 +140,7 @@ class AffineMap:
 def is_affine(
     module: nn.Module,
 ) -> TypeGuard[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
-    """Whether a module's rows may be mapped from its input's: Linear, 1x1 convolutions."""
+    """True if a module computes y = W x + b on each row: Linear, 1x1 convolutions."""
     if type(module) is nn.Linear:
         return True
     return (
@@ -145,26 +148,27 @@ def is_affine(
         and type(module) in _FORWARDS
         and module.groups == 1
         and all(size == 1 for size in module.kernel_size)
-        # The first may be changed; the second is what padding with other than zeros goes by.
+        # Two checks: users may change `padding`, and the forward pads with other values than zeros
+        # by the private attribute, which keeps the padding of the constructor.
         and module.padding in (0, "same", "valid", (0,) * len(module.kernel_size))
         and not any(module._reversed_padding_repeated_twice)
     )
 
 
 def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | None:
-    """Input and map of a call, where second moments are cheaper to have from them.
+    """Input and map of a call, where both give the second moments exactly and for less work.
 
     Args:
-        module: One that :func:`is_affine` accepts.
-        args: Of its forward.
-        output: What it returned.
+        module: Module that :func:`is_affine` accepted.
+        args: Arguments of the module's forward.
+        output: Output of the module.
 
     Returns:
         None where the module is no longer affine, its weight or forward not torch's own, in other
         dtypes and precisions than float32, and where the output's own rows are less work.
     """
     given = args[0] if args else None
-    # Asked again: what it was when tracking began may have been changed or wrapped since.
+    # Checked in each call: the module may have been changed or wrapped since tracking began.
     if not is_affine(module):
         return None
     if type(given) is not Tensor or given.layout is not torch.strided or given.dim() < 2:
@@ -177,7 +181,7 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
         return None
     if not (output.dtype is given.dtype is weight.dtype is torch.float32):
         return None
-    # Reduced precision of the user's choice, by autocast or oneDNN, would reach products here too.
+    # Reduced precision that the user chose, by autocast or oneDNN, would reach our products too.
     if torch.is_autocast_enabled("cpu") or not _is_full_precision():
         return None
     if "forward" in module.__dict__ or type(module).forward is not _FORWARDS[type(module)]:
@@ -187,7 +191,7 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
     if not isinstance(module, nn.Linear):
         is_plain = isinstance(module.stride, tuple) and weight.numel() == channels_in * channels_out
         if given.dim() != weight.dim() or not is_plain:
-            return None  # a single image, or another kernel by now
+            return None  # a single image without dim 0, or a kernel that was changed since
         places = tuple(slice(None, None, step) for step in (1, 1, *module.stride))
         given, channel_dim = given[places], 1
     if given.numel() * channels_out != output.numel() * channels_in:
@@ -198,24 +202,24 @@ def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | 
 
 
 def _pays(rows: int, channels_in: int, channels_out: int) -> bool:
-    # Multiply-adds; a gram is half of a square.
+    # Costs in multiply-adds. A gram is symmetric: half of its entries are computed.
     if not 0 < channels_in < channels_out:
         return False
     row_cost = channels_out**2 / 2
-    mapping = channels_in**2 * (rows / 2 + channels_out) + channels_in * row_cost + _OVERHEAD
-    return mapping < _LEAST_GAIN * rows * row_cost
+    map_cost = channels_in**2 * (rows / 2 + channels_out) + channels_in * row_cost + _OVERHEAD_MACS
+    return map_cost < _MOST_COST * rows * row_cost
 
 
 def accumulate_mapped_(
     state: CovarianceState, source: AffineInput, row_scale: float = 1.0, decay: float = 1.0
 ) -> bool:
-    """Adds the rows that a map makes of its input.
+    """Adds a call's output rows to a state, from the second moments of the input rows.
 
     Args:
-        state: Of the output, with a shift, on the CPU.
-        source: Of the call.
+        state: Statistics of the output, which have a shift, on the CPU.
+        source: Input and map of the call.
         row_scale: Factor on every row's weight.
-        decay: Factor on what the state holds.
+        decay: Factor on the sums that the state holds.
 
     Returns:
         False, with the state untouched, where some rows are not finite, where float32 cannot hold
@@ -223,7 +227,8 @@ def accumulate_mapped_(
     """
     inputs = Moments(source.weight.shape[1])
     inputs.shift.copy_(_spread_mean(source))
-    inputs.count[0] = 1  # holds the shift: the first rows, which would choose one, may be unusual
+    # A count above 0 keeps this shift. Else the first rows would choose one, and may be unusual.
+    inputs.count[0] = 1
     library.accumulate_(*vars(inputs).values(), source.rows, source.channel_dim)
     rows, skipped = inputs.count.tolist()
     rows -= 1
@@ -248,7 +253,7 @@ def accumulate_mapped_(
 
 
 def _spread_mean(source: AffineInput) -> Tensor:
-    # Of rows from all over the call, rounded to the rows' dtype: subtracted exactly. [C_in]
+    # Mean of a few rows from all over the call, in the rows' dtype: subtracted exactly. [C_in]
     sample = source.rows.new_empty(SHIFT_ROWS, source.weight.shape[1])
     library.gather_(sample, source.rows, 0, 0, SHIFT_ROWS, 1, 0, source.channel_dim)
     return sample.mean(0, dtype=torch.float64).float()
@@ -257,5 +262,5 @@ def _spread_mean(source: AffineInput) -> Tensor:
 def _is_full_precision() -> bool:
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set for one backend alone
+    except RuntimeError:  # torch raises where the precision was set for one backend alone
         return False

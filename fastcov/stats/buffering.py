@@ -1,7 +1,7 @@
-"""Sizes that decide whether rows are added at once or wait in a buffer, and how large that is.
+"""Sizes that decide whether rows are added at once or wait in a buffer, and the buffer's size.
 
-Updating a float64 state costs more than the gram itself where a call brings few rows: such rows
-wait. How many are few depends on the machine.
+Where a call brings few rows, reading and writing the float64 state costs more than the gram itself:
+such rows wait until they are many. The limit depends on the machine.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 
 BUFFER_ROWS_PER_CHANNEL = 2
-"""Rows per channel gathered before a state is updated once: below, state traffic dominates."""
+"""Rows per channel gathered before a state is updated once: with fewer, state traffic dominates."""
 
 MOST_DEVICE_ROWS = 4096
 """Rows a step up to which a GPU's narrow layers are sampled into a buffer. One program adds all of
 them to a block: 128 turns of its loop, as many as the 2C rows of 2048 channels take."""
 
-_HOST_ROWS_PER_CHANNEL = 1 / 3  # of one call: a CPU's kernel hides the traffic from there
+# Rows of one call, per channel, from which on a CPU's caches hide the state traffic.
+_HOST_ROWS_PER_CHANNEL = 1 / 3
 
 
 def buffer_rows(channels: int) -> int:
-    """Rows that a buffer on the host's counters holds before it is emptied."""
+    """Rows that a buffer with counters on the host holds before it is emptied."""
     return BUFFER_ROWS_PER_CHANNEL * channels
 
 
@@ -28,7 +29,7 @@ def direct_rows(channels: int, is_host: bool) -> int:
 
     Args:
         channels: Length of a row.
-        is_host: See :class:`fastcov.ops.backend.Service`.
+        is_host: True for a CPU: see :class:`fastcov.ops.backend.Service`.
 
     Example:
         >>> direct_rows(1536, is_host=True), direct_rows(1536, is_host=False)
@@ -39,12 +40,12 @@ def direct_rows(channels: int, is_host: bool) -> int:
 
 
 def device_buffer_limit(channels: int) -> int:
-    """Most rows a step that a buffer with counters on the device takes."""
+    """Largest number of rows that one step may bring to a buffer with counters on the device."""
     return max(buffer_rows(channels), MOST_DEVICE_ROWS)
 
 
 def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int] | None:
-    """Sizes of a buffer with counters on the device, where one serves.
+    """Sizes of a buffer with counters on the device.
 
     Args:
         channels: Length of a row.
@@ -52,8 +53,8 @@ def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int
         calls: Calls that bring them: each may round up.
 
     Returns:
-        Rows from which the buffer counts as full, and the most of a step: it holds both together.
-        None where a step brings more than one launch adds in good time.
+        Rows from which the buffer counts as full, and the largest number of a step; the capacity is
+        their sum. None where a step brings more rows than :func:`device_buffer_limit`.
 
     Example:
         >>> device_buffer_rows(64, 90.5, calls=1), device_buffer_rows(64, 400, calls=2)

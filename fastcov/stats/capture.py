@@ -1,4 +1,4 @@
-"""Counters on the device: what lets a CUDA graph replay a tracked step with right counts."""
+"""Counters on the device, with which a CUDA graph replays a tracked step and still counts right."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastcov.rows.layout import ActivationLayout
 from fastcov.stats.device_buffer import flush_full_, make_flush_table
 from fastcov.stats.layer import Layer
 
-_MOST_TOLD = 3  # layers of a reason, and reasons, in a warning
+_MOST_NAMED = 3  # reasons in a warning, and layers of each reason
 _held: list[Any] = []
-"""What captured graphs write into. They cannot be asked whether they live, and would go on writing
-where a closed tracker's memory has been given to others."""
+"""Tensors that captured graphs write into, kept forever: nobody tells when a graph is freed, and
+its replays would write to memory that a closed tracker's tensors left to others."""
 
 
 class DeviceCounters:
-    """Number of the running step, and the full buffers' one launch, without a host number.
+    """Step number on the device, and the one launch that empties the full buffers of all layers.
 
     Args:
-        layers: After a step that has shown dtypes, row counts and devices.
+        layers: Layers of the tracker, after a step that has shown dtypes, row counts and devices.
         step: Number of that step.
 
     Attributes:
         step: int64, number of the running step, or of the last one. []
-        is_captured: Whether a graph holds a step: replays then move ``step`` on their own.
-        is_warm: Whether an eager step has launched all this once: a kernel that is compiled and
-            loaded while a graph is captured may break the capture.
-        left_out: Layers that the last capture does not hold, and why.
+        is_captured: True if a graph holds a step: replays then move ``step`` on their own.
+        is_warm: True if an eager step has launched every kernel once: a kernel that is compiled
+            and loaded while a graph is captured may break the capture.
+        left_out: Reasons by layer, for layers that the last captured graph does not hold.
     """
 
     def __init__(self, layers: Sequence[Layer], step: int) -> None:
@@ -40,7 +40,7 @@ class DeviceCounters:
             self.step = torch.full((), step, dtype=torch.int64, device=device)
         self.is_captured = False
         self.is_warm = False
-        self._is_open = False  # a step that is read has begun and not ended
+        self._is_inside_step = False  # True from the begin of a step that is read to its end
         self.left_out: dict[Layer, str] = {}
         moved = [layer.use_device_buffer(self.step) for layer in layers]
         self._buffers = [buffer for buffer in moved if buffer is not None]
@@ -48,21 +48,21 @@ class DeviceCounters:
 
     @staticmethod
     def serve(layers: Sequence[Layer]) -> bool:
-        """Whether all layers that have seen a row are on one GPU that can do this."""
+        """True if all layers that have read a row are on one GPU that can count on its own."""
         states = (layer.state for layer in layers if layer.state is not None)
         if (first := next(states, None)) is None:
             return False
         device = first.moment.device
-        # Asked at the end of every step: on a CPU the first state answers.
+        # Runs at the end of every step. On a CPU the first condition is false: a cheap answer.
         return service_of(torch.float32, device).counts_on_device and all(
             state.moment.device == device for state in states
         )
 
     def renewed(self, layers: Sequence[Layer], step: int) -> DeviceCounters | None:
-        """What serves from the next step on: itself, unless layers have come, moved or left.
+        """Counters for the next steps: these, or new ones if layers were added, moved or removed.
 
         Args:
-            layers: After a step.
+            layers: Layers of the tracker, after a step.
             step: Number of that step.
 
         Returns:
@@ -85,20 +85,20 @@ class DeviceCounters:
         """Moves to the next step.
 
         Args:
-            number: Of that step, as the host counts.
-            is_read: Whether its activations are read.
-            decay: As for :meth:`end_step`.
+            number: Number of that step in the host's count.
+            is_read: True if the step's activations are read.
+            decay: Factor of :meth:`end_step`.
         """
-        if self._is_open:  # an exception ended the last one, whose rows need room too
+        if self._is_inside_step:  # ended by an exception: its rows leave the buffers now
             self.end_step(decay)
-        self._is_open = is_read
+        self._is_inside_step = is_read
         if self.is_captured:
             self.step += 1  # replays, which the host does not see, have moved it
         else:
             self.step.fill_(number)
 
     def begin_capture(self, layers: Sequence[Layer]) -> None:
-        """A CUDA graph captures the step that is about to begin."""
+        """Prepares for a CUDA graph that captures the step about to begin."""
         self.left_out = {}
         if not self.is_captured:
             self.is_captured = True
@@ -107,7 +107,7 @@ class DeviceCounters:
                 buffer.is_captured = True
 
     def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """True if a graph must not hold a call, or has not held one of that layer before."""
+        """True if a graph must not hold a call, or has left out an earlier call of the layer."""
         if layer in self.left_out:
             return True
         if not (reason := why_not_replayed(layer, layout)):
@@ -118,22 +118,26 @@ class DeviceCounters:
         return True
 
     def end_step(self, decay: float | None) -> None:
-        """Adds the full buffers of all layers to their states: one launch."""
+        """Adds the full buffers of all layers to their states: one launch.
+
+        Args:
+            decay: Factor of one step on everything before; None keeps everything.
+        """
         if self._table is not None:
             flush_full_(self._table, self.step, decay or 1.0)
         self.is_warm = True
-        self._is_open = False
+        self._is_inside_step = False
 
 
 def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
-    """Why a CUDA graph must not hold the next call of a layer: it would read the wrong rows.
+    """Reason why replays of a CUDA graph would read the wrong rows of a layer's next call.
 
     Args:
         layer: The layer.
         layout: Layout of the call.
 
     Returns:
-        The reason and a remedy; empty where replays are counted right.
+        The reason and a remedy; empty where replays read and count the right rows.
     """
     state, buffer = layer.state, layer.device_buffer
     if layer.weighting == "image":
@@ -145,7 +149,8 @@ def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
     if buffer is None and layer.why_on_host:
         return layer.why_on_host
     if layer.adds_at_once(layout) and layout.dtype is layer.dtype:
-        # A module's smaller calls, if any, wait: all of them are replayed, or none.
+        # Smaller calls of the same module, if any, wait in a buffer. With that buffer on the host,
+        # replays would leave them out: then this call is left out as well.
         if buffer is not None or layer.buffer.storage is None:
             return ""
     elif buffer is not None and layer.has_room(layout, layer.calls + 1):
@@ -157,22 +162,22 @@ def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
 
 
 def warn_left_out(reasons: Mapping[Layer, str]) -> None:
-    """One warning about the layers that a graph does not hold, if there are any."""
+    """Gives one warning about the layers that a graph does not hold, if there are any."""
     if not reasons:
         return
     layers: dict[str, list[str]] = {}
     for layer, reason in reasons.items():
         layers.setdefault(reason, []).append(repr(layer.name))
     parts = []
-    for reason, names in list(layers.items())[:_MOST_TOLD]:
-        more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
-        parts.append(f"{', '.join(names[:_MOST_TOLD])}{more}: {reason}")
-    if len(layers) > _MOST_TOLD:
+    for reason, names in list(layers.items())[:_MOST_NAMED]:
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        parts.append(f"{', '.join(names[:_MOST_NAMED])}{more}: {reason}")
+    if len(layers) > _MOST_NAMED:
         parts.append("other layers: see summary()")
-    what = "; ".join(parts)
-    warnings.warn(f"replays of a captured CUDA graph do not read {what}", stacklevel=2)
+    unread = "; ".join(parts)
+    warnings.warn(f"replays of a captured CUDA graph do not read {unread}", stacklevel=2)
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured; starts no CUDA context."""
+    """True while a CUDA graph is captured; starts no CUDA context."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Sampling buffers whose counters live on the GPU: what a CUDA graph replays with right counts.
+"""Sampling buffers whose counters live on the GPU, so that replays of a CUDA graph count right.
 
 Nothing that changes from step to step is an argument of a launch: fill, sample number and carried
 fraction are in a cursor, the step is a tensor, addresses and sizes are in a table written once.
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class DeviceBuffer:
-    """Rows waiting to be added to one state, with all counters on the device.
+    """Buffer of rows that wait to be added to one state, with all counters on the device.
 
     Args:
-        state: Where the rows go; its tensors must stay where they are.
+        state: State that gets the rows; its tensors must stay at their addresses.
         dtype: Dtype of the rows to come.
         step: int64, number of the running step, kept up to date by the caller. []
         threshold: Rows from which the buffer counts as full.
-        first_threshold: The same, until the buffer has been full once.
-        most_rows: The most that come between two flushes.
+        first_threshold: Threshold until the buffer has been full once.
+        most_rows: Largest number of rows between two flushes.
         sampled: Number of the next sample.
         carry: Fraction of a row carried so far, in units of 2**-32.
         state_step: Step up to which decay has been applied to the state.
@@ -39,8 +39,8 @@ class DeviceBuffer:
     Attributes:
         dtype: Dtype of the rows.
         device: Device of the rows.
-        step: As given.
-        most_rows: As given.
+        step: See the argument.
+        most_rows: See the argument.
         step_rows: Rows that the calls of the running step have offered.
         is_captured: True if a CUDA graph may hold the addresses.
     """
@@ -93,12 +93,12 @@ class DeviceBuffer:
     def prepare(
         self, activation: Tensor, layout: ActivationLayout, fraction: int, phase: int
     ) -> CountedGather | CursorGather:
-        """Launch that copies the rows that are due, of all activations of a layout.
+        """Prepared launch that copies the rows that are due from any activation of a layout.
 
         Args:
-            activation: One that ``layout`` fits; only its layout is read.
-            layout: Its layout.
-            fraction: Share of the rows, in units of 2**-32.
+            activation: An activation of the layout; its values are not read.
+            layout: Layout of the activation.
+            fraction: Share of the rows to read, in units of 2**-32.
             phase: Start of the sampling sequence, the same in all calls.
         """
         from fastcov.kernels.gather import CursorGather
@@ -117,13 +117,17 @@ class DeviceBuffer:
         )
 
     def flush(self, decay: float) -> None:
-        """Adds all rows to the state, whether the buffer is full or not."""
+        """Adds all rows to the state, be the buffer full or not.
+
+        Args:
+            decay: Factor of one step; 1 keeps everything.
+        """
         from fastcov.kernels.flush import launch_flush_
 
         launch_flush_(self._table, self.step, decay=decay, force=True)
 
     def counters(self) -> tuple[int, int, int]:
-        """Sample number, carried fraction, and step of the state: waits for the device."""
+        """Number of the next sample, carried fraction, step of the state; waits for the device."""
         from fastcov.kernels import gather
 
         values = self._cursor.tolist()
@@ -135,7 +139,7 @@ class DeviceBuffer:
 
 
 def make_flush_table(buffers: Sequence[DeviceBuffer]) -> FlushTable:
-    """Addresses and sizes of many buffers, for :func:`flush_full_`: not while capturing a graph."""
+    """Table of buffers' addresses and sizes, for :func:`flush_full_`; made outside any capture."""
     from fastcov.kernels.flush import FlushTable
 
     return FlushTable([buffer.layer for buffer in buffers])
@@ -145,7 +149,7 @@ def flush_full_(table: FlushTable, step: Tensor, decay: float) -> None:
     """Adds every full buffer to its state: one launch over all layers.
 
     Args:
-        table: From :func:`make_flush_table`.
+        table: Buffers, from :func:`make_flush_table`.
         step: int64, number of the running step. []
         decay: Factor of one step; 1 keeps everything.
     """

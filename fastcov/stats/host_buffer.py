@@ -1,4 +1,4 @@
-"""Rows of one layer that wait to be added together, each with its step and weight."""
+"""Buffer of rows of one layer that wait to be added together, with their steps and weights."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ from fastcov.rows.layout import ActivationLayout
 from fastcov.stats.buffering import buffer_rows
 from fastcov.stats.cursor import FILL, LIMIT, Counter, Cursor
 
-_MOST_VIEWS = 8  # a budget of so many rows a step fills a buffer in two or three ways
+# Views kept. A layer of constant rows a step empties its buffer at two or three different fills.
+_MOST_VIEWS = 8
 
 
 @dataclass
 class _Span:
+    """Neighbouring rows of one step, which weigh the same."""
+
     rows: int
     step: int
     weight: float
 
 
 class HostBuffer:
-    """A buffer in the rows' dtype, filled from the front.
+    """Buffer in the rows' dtype, filled from the front, with counters on the host.
 
     Args:
-        cursor: Where ``fill`` and ``limit`` are kept.
-        is_marked: Whether rows differ in weight: their steps and weights are kept.
-        first_fill: Share of it that fills before it has no more room for the first time.
+        cursor: Numbers of the layer, which hold ``fill`` and ``limit``.
+        is_marked: True if rows differ in weight: their steps and weights are kept.
+        first_fill: Share of the capacity that is filled before the buffer is first emptied.
 
     Attributes:
-        first_fill: As given.
-        is_marked: As given.
-        storage: All of it, None before the first rows. [capacity, C]
-        fill: Rows that wait.
-        limit: Rows that this fill takes.
+        first_fill: See the argument.
+        is_marked: See the argument.
+        storage: Memory of the buffer, None before the first rows. [capacity, C]
+        fill: Number of rows that wait.
+        limit: Most rows that the buffer takes before it is emptied.
     """
 
     fill = Counter(FILL)
@@ -48,17 +51,18 @@ class HostBuffer:
         self.is_marked = is_marked
         self.first_fill = first_fill
         self.storage: Tensor | None = None
-        self._views: dict[int, Tensor] = {}  # its first rows, by how many: a slice takes 1.6 us
+        # The first rows of the storage, by their number: kept, as taking a slice costs 1.6 us.
+        self._views: dict[int, Tensor] = {}
         self._capacity = 0
         self._spans: list[_Span] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Every view would be stored with all that it shows a part of.
+        # torch saves a view with the whole storage: each view would be another copy of it.
         return {**self.__dict__, "_views": {}}
 
     @property
     def rows(self) -> Tensor | None:
-        """What waits, if anything. [fill, C]"""
+        """Rows that wait; None without. [fill, C]"""
         if self.storage is None or self.fill == 0:
             return None
         view = self._views.get(self.fill)
@@ -70,7 +74,7 @@ class HostBuffer:
 
     @property
     def last_step(self) -> int | None:
-        """Step of the last rows, where steps are kept."""
+        """Step of the last rows; None without rows, or where steps are not kept."""
         return self._spans[-1].step if self._spans else None
 
     def room(self, layout: ActivationLayout, wanted: int) -> Tensor:
@@ -78,7 +82,7 @@ class HostBuffer:
 
         Args:
             layout: Layout of the rows to come.
-            wanted: Number of them.
+            wanted: Number of rows to come.
 
         Returns:
             The whole storage. [capacity, C]
@@ -98,12 +102,12 @@ class HostBuffer:
         return self.storage
 
     def mark(self, rows: int, step: int) -> None:
-        """Counts rows that were written behind the others."""
+        """Counts rows that were written into the storage, and keeps their step."""
         self.fill += rows
         self.mark_step(rows, step)
 
     def mark_step(self, rows: int, step: int) -> None:
-        """Keeps the step of rows that are counted already."""
+        """Keeps the step of rows that an operator has counted already."""
         if not self.is_marked:
             return
         if self._spans and self._spans[-1].step == step:
@@ -112,7 +116,7 @@ class HostBuffer:
             self._spans.append(_Span(rows, step, 1.0))
 
     def weigh(self, step: int, weight: float) -> None:
-        """Sets the weight of a step's rows, if the last ones are of that step."""
+        """Sets the weight of a step's rows, if the last rows are of that step."""
         if self._spans and self._spans[-1].step == step:
             self._spans[-1].weight = weight
 
@@ -125,17 +129,20 @@ class HostBuffer:
         return _filled(weights, [span.rows for span in self._spans], device)
 
     def clear(self) -> None:
-        """Drops the rows; the storage stays for the next, and all of it is filled."""
+        """Drops the rows; the storage stays, and the next fill uses all of it."""
         self.fill = 0
         self._spans = []
         self.limit = self._capacity
 
     def stagger(self) -> None:
-        """Makes the next fill the first again: all buffers were emptied at one moment."""
+        """Limits the next fill to ``first_fill``: for when all buffers are emptied at one moment.
+
+        Buffers that fill at one rate would else be full in the same step again.
+        """
         self.limit = ceil(self._capacity * self.first_fill)
 
     def release(self) -> None:
-        """Drops the rows and the storage: the next have another dtype or device."""
+        """Drops the rows and the storage: for when the next rows have another dtype or device."""
         self.storage = None
         self._views.clear()
         self._capacity = 0
@@ -143,8 +150,8 @@ class HostBuffer:
 
 
 def _filled(weights: list[float], rows: list[int], device: torch.device) -> Tensor:
-    # As torch.repeat_interleave, whose tensors a GPU would be waited for to take from the host; a
-    # number that fills a slice is an argument of its kernel.
+    # torch.repeat_interleave, without its wait for a GPU to copy two tensors from the host: the
+    # number that fills a slice is an argument of the kernel.
     filled = torch.empty(sum(rows), dtype=torch.float64, device=device)
     first = 0
     for weight, spans in itertools.groupby(zip(weights, rows, strict=True), lambda span: span[0]):

@@ -1,12 +1,12 @@
 """Layer: the running statistics of one tap, and the rows that wait to be added to them.
 
-A call that brings many rows has them added at once, while the activation is in cache. Sampled rows,
-and calls that bring few, are copied into a buffer first and added together: see
+Where a call brings many rows, they are added at once, while the activation is in cache. Sampled
+rows, and those of calls that bring few, are copied into a buffer first and added together: see
 :mod:`fastcov.stats.buffering`. The buffer's counters are on the host, or on a GPU, where a CUDA
 graph can replay the sampling.
 
-Calls that are laid out like an earlier one take a shorter way to the same result: the routes of
-:mod:`fastcov.stats.route`, which :meth:`Layer.changed` takes back.
+Later calls of a known layout take a shorter way to the same result: a route of
+:mod:`fastcov.stats.route`. :meth:`Layer.changed` makes every route decide anew.
 """
 
 from __future__ import annotations
@@ -46,16 +46,24 @@ from fastcov.stats.host_buffer import HostBuffer
 from fastcov.stats.state import CovarianceState
 
 RowSource = Callable[..., bool]
-"""Function that adds the rows of a call to a state by a cheaper way if it can, else returns False:
-takes the state, ``row_scale`` and ``decay`` (:meth:`fastcov.stats.affine.AffineMap.add_to`)."""
+"""Function of a state, ``row_scale`` and ``decay`` that adds a call's rows in a cheaper way, or
+returns False where it cannot: see :meth:`fastcov.stats.affine.AffineMap.add_to`."""
 
-_WAITING_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the budget
-_MOST_MOVES = 4  # to the device: each waits for it, and sizes or dtypes may alternate
+_KEPT_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the fraction to read
+# Moves of the counters to the device. Each waits for the device, so sizes or dtypes that alternate
+# from step to step must not cause one in every step.
+_MOST_MOVES = 4
 
 
 @dataclass
-class _Waiting:
-    """Rows of the first step, kept until the fraction to read is known."""
+class _EarlyRows:
+    """Rows of the first step, kept until the fraction to read is known.
+
+    Attributes:
+        rows: All rows of one call, or a sample of them.
+        offered: Rows that the call offered.
+        is_whole: True if ``rows`` are all of them.
+    """
 
     rows: Tensor
     offered: int
@@ -71,22 +79,25 @@ class Layer:
         fraction: Share of the rows to read, None until :meth:`plan` is called.
         weighting: "position": every row weighs 1. "image": every index of dim 0 weighs 1 a step,
             shared by its positions over all calls of the step.
-        decay: Factor on everything seen before, once a step; None keeps everything.
-        first_fill: See :func:`fastcov.rows.sequence.first_fill`.
+        decay: Factor on everything read before, once a step; None keeps everything.
+        first_fill: Share of the buffer that is filled before it is first emptied, from
+            :func:`fastcov.rows.sequence.first_fill`.
 
     Attributes:
         cursor: Counters, in memory that Python and operators share.
-        calls: Calls of the running step, then of the last one.
+        calls: Calls of the running step; after its end, of the last one.
         offered_rows: Rows that these calls offered.
         earlier_calls: Calls of the steps before.
-        fraction: As given, or as planned.
-        state: None before the first row.
-        buffer: Rows that wait, on the host's counters.
-        device_buffer: Rows that wait, on a GPU's counters, where it serves.
+        phase: See the argument.
+        fraction: Share of the rows to read, as given or planned.
+        state: Sums of the rows read; None before the first.
+        buffer: Rows that wait, with counters on the host.
+        device_buffer: Rows that wait, with counters on a GPU; None where the host counts.
         dtype: Dtype of the rows read last.
-        service: How such rows are served.
+        service: Implementation that serves rows of this dtype on the state's device.
         step: Number of the running step.
         state_step: Step up to which decay has been applied to the state.
+        why_on_host: Reason why the host counts for rows on a GPU; empty if none is known.
     """
 
     calls = Counter(CALLS)
@@ -121,28 +132,30 @@ class Layer:
         self.earlier_calls = 0
         self.buffer = HostBuffer(self.cursor, weighting == "image" or decay is not None, first_fill)
         self._listeners: list[Callable[[], None]] = []
-        self._waiting: list[_Waiting] = []
+        self._early_rows: list[_EarlyRows] = []
         self._device: torch.device | None = None  # of the state
-        # With weighting="image":
-        self._pooled: CovarianceState | None = None  # rows of this step, weighed at its end
-        self._is_pooled: bool | None = None  # several calls a step; None before the first has ended
-        self._is_unweighted = False  # the state holds this step's rows at weight 1 so far
+        # The rest is for weighting="image": the weight of a row is known when its step ends.
+        self._step_state: CovarianceState | None = None  # sums of the running step at weight 1
+        # True if the last step had several calls; None before the first step has ended.
+        self._has_many_calls: bool | None = None
+        # True while `state` itself holds the first step's rows, still at weight 1.
+        self._is_unweighted = False
         self._forget_device()
         self.set_fraction(fraction)
 
-    # what routes are told
+    # listeners
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Has a function called whenever an earlier call no longer tells how the next is read."""
+        """Registers a function that :meth:`changed` calls."""
         self._listeners.append(listener)
 
     def changed(self) -> None:
-        """Takes back all routes: state, buffer, fraction, dtype or device are other ones."""
+        """Tells the listeners that state, buffer, fraction, dtype or device changed."""
         for listener in self._listeners:
             listener()
 
     def set_fraction(self, fraction: float | None) -> None:
-        """Sets the share of the rows to read; None until it is planned."""
+        """Sets the share of the rows to read; None leaves it open until :meth:`plan`."""
         self.fraction = fraction
         self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
         self.changed()
@@ -167,12 +180,12 @@ class Layer:
     def read(
         self, activation: Tensor, layout: ActivationLayout, source: RowSource | None = None
     ) -> None:
-        """Takes the rows of one call, or the sample that is due.
+        """Reads the rows of one call, or the sample that is due.
 
         Args:
-            activation: One that ``layout`` fits, or a row view. [B, ..., C]
-            layout: Its layout.
-            source: Adds the same rows for less, where it can.
+            activation: The call's activation; a row view where the layout has no key. [B, ..., C]
+            layout: Layout of the activation.
+            source: Function that adds the same rows in a cheaper way, where it can.
         """
         offered = layout.rows
         if offered == 0:
@@ -188,7 +201,7 @@ class Layer:
                 gather = buffer.prepare(activation, layout, numbers[FRACTION], numbers[PHASE])
                 gather.launch_(activation)
                 return
-            # Another device or precision, or larger batches than planned: to the host's counters.
+            # Another device or dtype, or larger batches than planned: the host counts again.
             self._leave_full_buffer(buffer, layout)
         if self._device != layout.device:
             self.prepare(layout.channels, layout.device)
@@ -202,32 +215,32 @@ class Layer:
             if due:
                 self._sample(activation, layout, due)
         elif self.fraction is None:
-            self._wait(activation, layout)
+            self._keep_early(activation, layout)
 
     def end_step(self) -> None:
-        """Settles the weights of the step: all its calls have been seen."""
+        """Settles the weights of the step's rows, whose number is known now."""
         if self.calls == 0:
             return
-        self._is_pooled = self.calls > 1
+        self._has_many_calls = self.calls > 1
         if self.weighting == "position":
             return
         self.buffer.weigh(self.step, self._row_weight())
         if self._is_unweighted and self.state is not None:
             self.state.scale_(self._row_weight())
             self._is_unweighted = False
-        if self._pooled is not None and self.state is not None:
+        if self._step_state is not None and self.state is not None:
             self.state.scale_(self._decay_until(self.step))
-            self.state.merge(self._pooled, scale=self._row_weight())
-            if self._is_pooled:
-                self._pooled.reset()
+            self.state.merge(self._step_state, scale=self._row_weight())
+            if self._has_many_calls:
+                self._step_state.reset()
             else:
-                self._pooled = None
+                self._step_state = None
 
     def plan(self, fraction: float) -> None:
-        """Sets the share of the rows to read and takes it from the rows of the first step."""
+        """Sets the share of the rows to read, and reads this share of the first step's rows."""
         self.set_fraction(fraction)
-        waiting, self._waiting = self._waiting, []
-        for part in waiting:
+        early, self._early_rows = self._early_rows, []
+        for part in early:
             rows = part.rows
             layout = ActivationLayout(rows)
             if layout.dtype is not self.dtype:
@@ -239,21 +252,21 @@ class Layer:
                     continue
                 rows = rows[:due]
                 layout = ActivationLayout(rows)
-            # A call that was kept in part was large: later ones like it will need no buffer.
+            # Later calls of this size will be added at once: a buffer made for this one would stay.
             is_large = part.offered >= self._direct_rows(layout.channels)
             self._add(rows, layout, at_once=self._fixed_fraction == WHOLE and is_large)
 
     def prepare(self, channels: int, device: torch.device) -> CovarianceState:
-        """The state, made or moved to a device where needed."""
+        """State of the layer, made or moved to a device where needed."""
         if self.state is None:
             self.state = CovarianceState(channels, device)
         elif self.state.moment.device != device:
             self.leave_device()
             self.flush()
             self.state.to(device)
-            if self._pooled is not None:
-                self._pooled.to(device)
-            for part in self._waiting:  # of a first step that an exception has ended
+            if self._step_state is not None:
+                self._step_state.to(device)
+            for part in self._early_rows:  # left by a first step that an exception has ended
                 part.rows = part.rows.to(device)
             self.buffer.release()
             self._forget_device()
@@ -270,7 +283,7 @@ class Layer:
         return direct_rows(channels, self.service.is_host)
 
     def adds_at_once(self, layout: ActivationLayout) -> bool:
-        """True if all rows of such a call are added, with the same numbers in every step."""
+        """True if calls of a layout are added whole and at once, each row at weight 1."""
         return (
             self.cursor.numbers[FRACTION] == WHOLE
             and self.weighting == "position"
@@ -286,12 +299,12 @@ class Layer:
         source: RowSource | None = None,
         at_once: bool = False,
     ) -> None:
-        # Every row: at once where the call brings many, else through the buffer.
+        # All rows of the call: at once where these are many, else through the buffer.
         count = layout.rows
         if at_once or count >= self._direct_rows(layout.channels):
             last = None if self.decay is None else self.buffer.last_step
             if last is not None and last < self.step:
-                # The state moves to this step: rows of earlier ones would miss their decay.
+                # Decay brings the state to this step: rows of earlier steps must be in it before.
                 self._flush_full()
             if self.weighting == "position":
                 rows = layout.source(activation)
@@ -307,16 +320,17 @@ class Layer:
 
     def _add_image_weighted(self, rows: Tensor, source: RowSource | None) -> None:
         assert self.state is not None
-        # The weight of a row is known when the step's last call has been seen.
-        if self._is_pooled is False and self.calls == 1:
+        # Only if no further call follows in this step is the weight of a row known now: taken to be
+        # so where the last step had one call.
+        if self._has_many_calls is False and self.calls == 1:
             self._accumulate(rows, self.step, row_scale=self._row_weight(), source=source)
-        elif self._is_pooled is None and self.earlier_calls == 0:
-            self._accumulate(rows, self.step)  # all that the state holds is of this step
+        elif self._has_many_calls is None and self.earlier_calls == 0:
+            self._accumulate(rows, self.step)  # the state holds this step alone: scaled at its end
             self._is_unweighted = True
         else:
-            if self._pooled is None:
-                self._pooled = CovarianceState(self.state.channels, rows.device)
-            self._pooled.update(rows)
+            if self._step_state is None:
+                self._step_state = CovarianceState(self.state.channels, rows.device)
+            self._step_state.update(rows)
 
     def _accumulate(
         self,
@@ -374,20 +388,21 @@ class Layer:
         )
         self._sampled += due
 
-    def _wait(self, activation: Tensor, layout: ActivationLayout) -> None:
+    def _keep_early(self, activation: Tensor, layout: ActivationLayout) -> None:
         offered = layout.rows
-        kept_before = sum(part.rows.numel() for part in self._waiting) // layout.channels
-        limit = max(buffer_rows(layout.channels) - kept_before, ceil(offered * _WAITING_SHARE))
+        kept_before = sum(part.rows.numel() for part in self._early_rows) // layout.channels
+        limit = max(buffer_rows(layout.channels) - kept_before, ceil(offered * _KEPT_SHARE))
         kept: Tensor
         if offered <= limit:
             kept = layout.view(activation).clone(memory_format=torch.contiguous_format)
         else:
-            # Any prefix of the sampling sequence is a fair sample: the plan keeps what is due.
+            # Every prefix of the sampling sequence is a fair sample: plan() reads the first rows.
             kept = layout.new_rows(limit)
             self._gather(kept, 0, activation, layout, limit)
-        self._waiting.append(_Waiting(kept, offered, offered <= limit))
+        self._early_rows.append(_EarlyRows(kept, offered, is_whole=offered <= limit))
 
     def _decay_until(self, step: int) -> float:
+        # Factor that brings the state to a step; the caller applies it.
         steps = step - self.state_step
         if steps <= 0:
             return 1.0
@@ -422,7 +437,7 @@ class Layer:
             self.flush()
             self.buffer.release()
             if ROW_DTYPES[before].is_centred and not ROW_DTYPES[dtype].is_centred:
-                # Such rows have no exact form about a shift.
+                # The shift has more digits than rows of 16 bits can subtract exactly.
                 self.state.translate_(torch.zeros_like(self.state.shift))
         self.dtype = dtype
         self.service = service_of(dtype, self._device or torch.device("cpu"))
@@ -447,7 +462,7 @@ class Layer:
     # counters on the device
 
     def _forget_device(self) -> None:
-        # On another device all is decided anew.
+        # Experience with one device says nothing about another.
         self._moves_left = _MOST_MOVES
         self._largest_capacity = 0  # rows a step; never shrinks
         self.why_on_host = ""
@@ -461,7 +476,7 @@ class Layer:
             and self.calls > 0
             and self.fraction is not None
             and self.dtype is not None
-            # Of every row those that are added at once count nothing.
+            # Where all rows are read, only calls too small to be added at once use a buffer.
             and (self._fixed_fraction < WHOLE or self.buffer.storage is not None)
         )
 
@@ -469,7 +484,7 @@ class Layer:
         """Moves the counters to the device, so that CUDA graphs can replay the sampling.
 
         Only where rows go through a buffer, every row weighs the same, and a step brings no more
-        of them than one launch adds in good time.
+        rows than :func:`fastcov.stats.buffering.device_buffer_limit`.
 
         Args:
             step: int64, number of the running step, kept up to date by the caller. []
@@ -519,7 +534,7 @@ class Layer:
         else:
             most_waiting = self.calls * (self._direct_rows(channels) - 1)
             if self.decay is not None and rows > most_waiting:
-                return None  # some are added at once, with a decay that the host knows
+                return None  # some calls are added at once, with a decay that only the host knows
             rows = min(rows, most_waiting)
         sizes = device_buffer_rows(channels, rows, self.calls)
         if sizes is None:
@@ -558,7 +573,7 @@ class Layer:
         self.leave_device()
 
     def leave_device(self) -> None:
-        """Takes the counters back to the host: waits for the device."""
+        """Moves the counters back to the host, waiting for the device."""
         if self.device_buffer is not None:
             self.flush()
             self._sampled, self._carry, self.state_step = self.device_buffer.counters()
@@ -570,14 +585,14 @@ class Layer:
             return self.device_buffer.counters()
         return self._sampled, self._carry, self.state_step
 
-    # keeping
+    # merging and saving
 
     def __getstate__(self) -> dict[str, Any]:
-        # Routes belong to hooks, which a copy's model does not have.
+        # Listeners belong to routes, routes to hooks: a copy has none.
         return {**self.__dict__, "_listeners": []}
 
     def merge(self, other: Layer, step: int) -> None:
-        """Adds the rows that another layer has seen; decay is brought to ``step`` first."""
+        """Adds the rows that another layer has read, with both decayed up to ``step``."""
         self.flush()
         other.flush()
         if other.state is None:
@@ -600,18 +615,23 @@ class Layer:
             "sampled": sampled,
             "carry": carry,
             "total_calls": self.total_calls,
-            "is_pooled": self._is_pooled,
+            "is_pooled": self._has_many_calls,
         }
 
     def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
-        """Continues from :meth:`state_dict`; without rows only the plan is taken."""
+        """Continues from :meth:`state_dict`.
+
+        Args:
+            saved: Result of :meth:`state_dict`.
+            with_rows: False takes the fraction and the sampling position alone.
+        """
         self.reset()
         self.set_fraction(saved["fraction"])
         self.state_step = saved["state_step"]
         self.earlier_calls = saved["total_calls"]
         self._sampled = saved["sampled"]
         self._carry = saved["carry"]
-        self._is_pooled = saved["is_pooled"]
+        self._has_many_calls = saved["is_pooled"]
         if saved["state"] is not None and with_rows:
             device = torch.device("cpu") if self.state is None else self.state.moment.device
             self.prepare(saved["channels"], device).load_state_dict(saved["state"])
@@ -622,10 +642,10 @@ class Layer:
         self._forget_device()
         if self.state is not None:
             self.state.reset()
-        if self._pooled is not None:
-            self._pooled.reset()
+        if self._step_state is not None:
+            self._step_state.reset()
         self.buffer.clear()
-        self._waiting = []
+        self._early_rows = []
         self.earlier_calls = self.calls = self.offered_rows = 0
         self.state_step = 0
         self.changed()

@@ -1,6 +1,6 @@
 """Merging of states over ranks: the only collectives of the package.
 
-What is sent, and how it combines, is read from the declarations of a state's tensors.
+The declarations of a state's tensors say which are sent, and how those of several ranks combine.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def rank_and_ranks() -> tuple[int, int]:
 def sync_states(
     states: Sequence[CovarianceState], group: dist.ProcessGroup | None = None
 ) -> list[CovarianceState]:
-    """States of all ranks merged: two collectives, whatever the number of layers.
+    """States of all ranks merged, by two collectives, whatever the number of layers.
 
     Args:
-        states: One a layer, in the same order on every rank, on one device.
+        states: One state a layer, in the same order on every rank, all on one device.
         group: Process group; None is the default group.
 
     Returns:
@@ -53,7 +53,8 @@ def sync_states(
 
 
 def _share_shifts(states: Sequence[CovarianceState], group: dist.ProcessGroup | None) -> None:
-    # The first rank that has seen a row of a layer lends its shift; sums are additive about it.
+    # Sums of several ranks may be added if they are about one shift. Each layer takes the shift of
+    # the first rank that has read a row of it.
     has_rows = torch.stack([(state.count[0] > 0).double() for state in states])
     local = torch.cat([has_rows, *(state.shift for state in states)])
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
@@ -74,7 +75,7 @@ def _lower_half(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packed(declared: Declared, tensor: Tensor) -> Tensor:
-    # One vector of float64, which holds whole numbers to 2^53.
+    # A vector of float64, so that one collective takes all; counts up to 2^53 stay exact.
     values = tensor[_lower_half(tensor)] if declared.is_lower else tensor.flatten()
     return values.double()
 
@@ -91,14 +92,14 @@ def _unpack_(declared: Declared, tensor: Tensor, values: Tensor) -> None:
 def sync_named_states(
     states: Mapping[str, CovarianceState | None], group: dist.ProcessGroup | None = None
 ) -> dict[str, CovarianceState]:
-    """Merges named states of all ranks; a rank may have seen no row of some of them.
+    """States of all ranks merged, by name; a rank may have read no row of some layers.
 
     Args:
-        states: By layer, in the same order on every rank; None where this rank has none.
+        states: States by layer, in the same order on every rank; None where this rank has none.
         group: Process group; None is the default group.
 
     Returns:
-        New states of the layers of which some rank has seen a row, equal on every rank.
+        New states of the layers of which some rank has read a row, equal on every rank.
 
     Raises:
         RuntimeError: On every rank, if names or widths differ between ranks.

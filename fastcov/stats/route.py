@@ -1,17 +1,18 @@
-"""Routes: how a call is read that is laid out like an earlier call of the same tap.
+"""Routes: short ways to read calls whose layout is that of an earlier call of the same tap.
 
 The first call of a layout goes the whole way: :meth:`fastcov.stats.layer.Layer.read`. After it
-:func:`choose` decides once, and later calls only ask the chosen route, :meth:`Route.take`. Whatever
-makes the decision wrong (another fraction, dtype, buffer or device) ends in
+:func:`choose` decides once, and later calls only use the chosen route, :meth:`Route.take`. Changes
+that make the decision wrong (of fraction, dtype, buffer or device) end in
 :meth:`fastcov.stats.layer.Layer.changed`, and the next call decides anew.
 
 ==================  ==============================================================================
 Route               base: the layer decides in each call
 AddOnHost           every row, added by one operator that compares the layout itself
-SampleOnHost        the rows that are due, copied by such an operator
+SampleOnHost        the rows that are due, copied by one operator that compares the layout itself
 AddThroughInput     every row of an affine layer, added by way of its input
-LaunchAdd           every row, by launches prepared before
-LaunchSample        the rows that are due, by a launch prepared before
+LaunchAdd           every row, added by GPU launches that were prepared before
+LaunchSample        the rows that are due, copied by a GPU launch that was prepared before
+Closed              no call is read
 ==================  ==============================================================================
 """
 
@@ -34,16 +35,16 @@ from fastcov.stats.device_buffer import DeviceBuffer
 from fastcov.stats.layer import Layer
 
 MOST_LAYOUTS = 128
-"""Layouts kept of one tap: heads see several sizes a step, a detector other ones in each."""
+"""Most layouts kept of one tap: a detector's heads see several sizes a step, new ones each time."""
 
 
 class Known:
-    """One layout of a tap, how it is read, and the layout that came next the last time.
+    """Entry of one known layout: its route, and the layout that came next the last time.
 
     Attributes:
-        layout: None for the start, before any call.
-        route: Route of its calls.
-        follower: Entry of the layout that is likely to come next.
+        layout: The layout; None for :data:`START` and where one route takes every layout.
+        route: Route of the layout's calls.
+        follower: Entry of the layout that came next the last time, and is tried first.
     """
 
     __slots__ = ("follower", "layout", "route")
@@ -55,14 +56,14 @@ class Known:
 
 
 class Route:
-    """How calls of one layout are read. The base leaves the decision to the layer, call by call.
+    """Way to read the calls of one layout. The base leaves the decision to the layer, call by call.
 
     Args:
         routes: Routes of the tap.
         layout: Layout of the calls.
 
     Attributes:
-        layout: As given.
+        layout: See the argument.
     """
 
     __slots__ = ("_layer", "_routes", "layout")
@@ -76,9 +77,9 @@ class Route:
         """Reads a call.
 
         Args:
-            value: A tensor that the module returned or was given.
+            value: Tensor that the module returned or was given.
             module: The module.
-            args: Arguments of its forward.
+            args: Arguments of the module's forward.
 
         Returns:
             False, with nothing done, where the layout does not fit.
@@ -109,7 +110,7 @@ class AddOnHost(Route):
             if not self.layout.fits(value):
                 return False
             cursor.expect(self.layout)
-        # Fails where the layout differs: only then it is looked at here.
+        # Negative where the layout differs: the base then finds out which layout this is.
         if library.accumulate_again_(cursor.tensor, *self._state, value) >= 0:
             return True
         return super().take(value, module, args)
@@ -135,7 +136,7 @@ class SampleOnHost(Route):
             if not self.layout.fits(value):
                 return False
             cursor.expect(self.layout)
-        # Fails where the layout differs, and where the buffer is full.
+        # Negative where the layout differs, and where the buffer is full.
         due = library.gather_again_(cursor.tensor, self._storage, value)
         if due < 0:
             return super().take(value, module, args)
@@ -145,7 +146,7 @@ class SampleOnHost(Route):
 
 
 class AddThroughInput(Route):
-    """Every row of an affine layer, by way of its input: the layer asks the source in each call."""
+    """Every row of an affine layer, by way of its input where a check of the call allows it."""
 
     __slots__ = ()
 
@@ -178,7 +179,7 @@ class LaunchAdd(Route):
         numbers[CALLS] += 1
         numbers[OFFERED] += layout.rows
         numbers[POSITIONS] += layout.positions
-        # ActivationLayout.source, without a call in every hook.
+        # ActivationLayout.source, written out to save a Python call in every hook.
         self._add(value if layout.channel_dim > 0 else layout.view(value))
         return True
 
@@ -216,7 +217,7 @@ class LaunchSample(Route):
 
 
 class Closed(Route):
-    """No call is read this way: nothing is known of the tap, or its layer was given up."""
+    """Route that takes no call: nothing is known of the tap, or its layer is read no more."""
 
     __slots__ = ()
 
@@ -230,21 +231,21 @@ class Closed(Route):
 
 
 START = Known(None, Closed())
-"""Entry of a tap of which no layout is known: its next call goes the whole way."""
+"""Entry of a tap without known layouts: its next call goes the whole way."""
 
 
 def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
-    """The shortest way to read calls of a layout, as the layer stands now.
+    """Shortest route for calls of a layout, in the present state of the layer.
 
     Args:
-        routes: The tap's.
-        layout: A layout that may come again, of which a call was read.
-        value: That call's tensor; only its layout is read.
+        routes: Routes of the tap.
+        layout: Layout of a call that was read.
+        value: Tensor of that call; its values are not read.
     """
     layer = routes.layer
     state, service, buffer = layer.state, layer.service, layer.device_buffer
     fraction = layer.cursor.numbers[FRACTION]
-    undecided = Route(routes, layout)
+    undecided = Route(routes, layout)  # asks the layer in each call, then choose() again
     if state is None or service is None or not fraction:
         return undecided
     if layer.dtype is not layout.dtype or state.moment.device != layout.device:
@@ -259,7 +260,7 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
         return undecided if add is None else LaunchAdd(routes, layout, add)
     if buffer is not None and buffer.dtype is layout.dtype and buffer.device == layout.device:
         return LaunchSample(routes, layout, buffer, value)
-    # The operator copies no more rows of a call than a buffer holds, and never all of them.
+    # The sampling operator takes calls of which fewer rows are due than a buffer holds, never all.
     is_small = layout.rows * fraction < buffer_rows(layout.channels) * WHOLE
     if repeats and fraction < WHOLE and is_small and layer.buffer.storage is not None:
         return SampleOnHost(routes, layout)
@@ -271,13 +272,13 @@ class Routes:
 
     Args:
         layer: Layer that the tap feeds.
-        affine: Map from the module's inputs to its outputs, where every row is read.
-        is_unchanged: True if no other hook has changed the output of a module.
+        affine: Map from the module's inputs to its outputs; None if rows are not read through it.
+        is_unchanged: Predicate of a module: no other hook may have changed the module's output.
 
     Attributes:
-        layer: As given; see :meth:`assign`.
-        last: Layout of the last call; its follower is asked first.
-        wrap: Function of a route that gives the route to take instead; see :meth:`close`.
+        layer: Layer that the tap feeds; see :meth:`assign`.
+        last: Entry of the last call's layout, whose follower is tried first.
+        wrap: Function that puts a route around each chosen one; None leaves routes as they are.
     """
 
     def __init__(
@@ -299,7 +300,7 @@ class Routes:
         return len(self._known)
 
     def assign(self, layer: Layer) -> None:
-        """Leads the tap to another layer."""
+        """Makes the tap feed a layer."""
         if layer is not self.layer:
             self.layer = layer
             layer.listen(self.reconsider)
@@ -316,7 +317,7 @@ class Routes:
         self.last = Known(None, route)
 
     def reconsider(self) -> None:
-        """Keeps the layouts, but decides anew at the next call of each how it is read."""
+        """Drops the choices but keeps the layouts: the next call of each chooses anew."""
         for known in self._known.values():
             assert known.layout is not None
             known.route = self._wrapped(Route(self, known.layout))
@@ -325,13 +326,15 @@ class Routes:
         return route if self.wrap is None else self.wrap(route)
 
     def recall(self, value: Tensor) -> bool:
-        """True if a tensor has a known layout that was not expected; it is the follower now.
+        """True if a tensor has a known layout, whose entry is now tried first.
 
-        The heads of a detector see the levels of a pyramid in the same order in every step.
+        Also expects this layout after the last one from now on: the heads of a detector see the
+        levels of a pyramid in the same order in every step.
         """
         key = key_of(value)
         known = None if key is None else self._known.get(key)
-        if known is None or known is self.last.follower:  # which did not fit: on another device
+        # The follower has been tried: of the same key, it can only be on another device.
+        if known is None or known is self.last.follower:
             return False
         self.last.follower = known
         return True
@@ -348,7 +351,7 @@ class Routes:
         self.last = known
 
     def settle(self, layout: ActivationLayout, value: Tensor) -> None:
-        """Chooses again after a call that the layer decided about."""
+        """Chooses a route for a layout again, after a call that the layer decided about."""
         route = choose(self, layout, value)
         if type(route) is not Route and layout.key is not None:
             known = self._known.get(layout.key)
@@ -356,7 +359,7 @@ class Routes:
                 known.route = self._wrapped(route)
 
     def maps(self, layout: ActivationLayout) -> bool:
-        """True if calls of a layout are added through the module's inputs, where that is exact."""
+        """True if calls of a layout are added by way of the module's input, where that is exact."""
         service = self.layer.service
         return (
             self._affine is not None
@@ -367,7 +370,7 @@ class Routes:
         )
 
     def source(self, module: nn.Module, args: Any, output: Tensor) -> Callable[..., bool] | None:
-        """Function that adds the rows of a call by way of its input; None where it cannot."""
+        """Function that adds the rows of a call by way of the input; None where none can."""
         service = self.layer.service
         if self._affine is None or service is None or not service.is_host:
             return None

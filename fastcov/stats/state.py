@@ -1,7 +1,7 @@
-"""CovarianceState: the running second moment of one layer, in tensors that declare themselves.
+"""CovarianceState: running second moment of one layer, in tensors with a declaration each.
 
-Sums over rows are additive only about one shift, so merging first translates both states to a
-common one (Chan, Golub, LeVeque 1983: parallel updating of variances).
+Sums over rows may be added only if they are about the same shift, so merging first translates both
+states to a common shift (Chan, Golub, LeVeque 1983: parallel updating of variances).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fastcov.ops.covariance import accumulate_, are_read, covariance_of
 
 
 class Declared(NamedTuple):
-    """Declaration of one tensor of a state: its size, and how it is combined.
+    """Declaration of one tensor of a state: shape, dtype, and the rules to merge and scale it.
 
     Attributes:
         shape: Sizes; "C" stands for the number of channels.
-        dtype: Of the values.
-        reduction: How the tensors of two states about one shift become one: "sum", or "common",
-            where both hold the same.
-        power: A factor f on every row's weight is a factor f**power on this tensor, or on each of
-            its entries.
-        is_lower: Whether the lower half alone is valid.
+        dtype: Dtype of the values.
+        reduction: Rule that makes one tensor of two states about one shift: "sum", or "common",
+            where both hold the same values.
+        power: A factor f on every row's weight is a factor f**power on this tensor; a tuple gives
+            one power for each entry.
+        is_lower: True if only the lower half is valid.
     """
 
     shape: tuple[int | Literal["C"], ...]
@@ -37,12 +37,12 @@ class Declared(NamedTuple):
     is_lower: bool = False
 
     def zeros(self, channels: int, device: torch.device | str | None) -> Tensor:
-        """Tensor of a state that has seen no row."""
+        """Tensor of a state that has read no row."""
         sizes = [channels if size == "C" else size for size in self.shape]
         return torch.zeros(sizes, dtype=self.dtype, device=device)
 
     def scaled(self, tensor: Tensor, factor: float) -> Tensor:
-        """Tensor of rows whose weights are multiplied; the given one where nothing changes."""
+        """Tensor for rows whose weights are multiplied; the same object where nothing changes."""
         if isinstance(self.power, tuple):
             entries = zip(tensor.unbind(), self.power, strict=True)
             return torch.stack([entry * factor**power for entry, power in entries])
@@ -67,11 +67,11 @@ class StateTensors(
     Attributes:
         moment: Weighted second moment of the shifted rows. [C, C]
         sum: Weighted sum of the shifted rows. [C]
-        shift: Fixed by the first finite rows. [C]
+        shift: Vector subtracted from every row, fixed by the first finite rows. [C]
         weight: Sum of the rows' weights: the divisor. []
         count: Rows read and rows skipped as non-finite. [2]
-        excess: Sum of squared weights of the rows that were not simply added with weight 1, and
-            their number: rows of weight 1 leave it alone, so following it costs them nothing. [2]
+        excess: Sum of squared weights, and number, of the rows that were not simply added with
+            weight 1. The others leave it alone, so that keeping it costs them nothing. [2]
     """
 
     __slots__ = ()
@@ -89,10 +89,10 @@ class CovarianceState:
 
     Args:
         channels: Length of a row, C.
-        device: Where the tensors live.
+        device: Device of the tensors.
 
     Attributes:
-        tensors: All that the state holds; its fields are attributes of the state too.
+        tensors: Tensors of the state; each field is an attribute of the state too.
 
     Example:
         >>> state = CovarianceState(2)
@@ -146,28 +146,28 @@ class CovarianceState:
 
     @property
     def squared_weight(self) -> Tensor:
-        """Sum of the rows' squared weights; decay d multiplies what was there by d^2. []"""
+        """Sum of the rows' squared weights; decay d multiplies it by d^2. []"""
         squares, rows = self.excess.unbind()
         return squares + (self.count[0] - rows)
 
     @property
     def effective_count(self) -> Tensor:
-        r"""Rows of equal weight that would say as much: their number where all weigh the same.
+        r"""Kish's effective number of rows; the number of rows where all weigh the same.
 
         .. math:: \Bigl(\sum_r w_r\Bigr)^2 / \sum_r w_r^2
 
-        float64, at most the number of rows; NaN where no row was seen. For weights from 1e-150 to
-        1e150. []
+        float64, at most the number of rows; NaN where no row was read. Valid for weights from
+        1e-150 to 1e150. []
         """
         # Neither square is formed: weights may have any size.
         return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
     def covariance(self, centered: bool = False) -> Tensor:
-        """Symmetric matrix of the rows seen so far. [C, C]"""
+        """Second-moment matrix of the rows read, the covariance if ``centered``; float64. [C, C]"""
         return covariance_of(self, centered)
 
     def mean(self) -> Tensor:
-        """Mean of the rows seen so far. [C]"""
+        """Mean of the rows read, float64. [C]"""
         return self.sum / self.weight + self.shift
 
     def update(
@@ -178,7 +178,7 @@ class CovarianceState:
         row_scale: float = 1.0,
         decay: float = 1.0,
     ) -> None:
-        """Adds rows; see :func:`fastcov.ops.accumulate_`. Several threads may call it."""
+        """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once."""
         if torch.compiler.is_compiling():
             self._add(rows, row_weight, row_scale, decay)
         else:
@@ -196,9 +196,9 @@ class CovarianceState:
     def weighing(
         self, rows: Tensor, row_weight: Tensor | None, row_scale: float, decay: float
     ) -> Iterator[None]:
-        """Follows the squared weights through one call of an operator that adds rows.
+        """Context of one call of an operator that adds rows: keeps ``excess`` right.
 
-        Needed where some row may weigh other than 1, or decay is applied. No host synchronisation.
+        Needed where a row may weigh other than 1, or decay is applied. No host synchronisation.
 
         Args:
             rows: Rows that the operator adds; with ``row_weight``, channels last. [..., C]
@@ -217,7 +217,7 @@ class CovarianceState:
         self.excess.copy_(torch.stack([squares + added, self.count[0].double()]))
 
     def translate_(self, shift: Tensor) -> None:
-        """Expresses the sums about another shift. [C]"""
+        """Replaces the shift [C], and the sums by those of the same rows about the new shift."""
         with self._lock:
             moment, sum = _about(self.tensors, shift)
             self.moment.copy_(moment)
@@ -231,12 +231,11 @@ class CovarianceState:
                 tensor.copy_(declared.scaled(settled, factor))
 
     def merge(self, other: CovarianceState, scale: float = 1.0) -> None:
-        """Adds what another state has seen, leaving that state as it is.
+        """Adds the rows of another state, which stays as it is.
 
         Args:
-            other: State of as many channels; its tensors are moved to this state's device if need
-                be.
-            scale: Factor on the other's weights.
+            other: State of as many channels, on any device.
+            scale: Factor on the weights of the other state's rows.
 
         Raises:
             ValueError: If the numbers of channels differ.
@@ -249,8 +248,8 @@ class CovarianceState:
         device = self.moment.device
         added = _settled(StateTensors._make(tensor.to(device) for tensor in other.tensors))
         with self._lock:
-            # An empty state takes the other's shift, without a host synchronisation. The other's
-            # sums are then expressed about the common shift, in tensors of their own.
+            # An empty state takes the other's shift; torch.where needs no host synchronisation. New
+            # tensors then hold the other's sums about the common shift.
             self.shift.copy_(torch.where(self.count[0] == 0, added.shift, self.shift))
             moment, sum = _about(added, self.shift)
             added = added._replace(moment=moment, sum=sum)
@@ -259,7 +258,7 @@ class CovarianceState:
                     own.add_(declared.scaled(part, scale))
 
     def _declared(self, others: StateTensors) -> Iterator[tuple[Declared, Tensor, Tensor]]:
-        # Declaration, own tensor and another state's, for each tensor.
+        # Triples of declaration, own tensor and the tensor of another state.
         return zip(DECLARED.values(), self.tensors, others, strict=True)
 
     def reset(self) -> None:
@@ -275,7 +274,7 @@ class CovarianceState:
         return self
 
     def copy(self) -> CovarianceState:
-        """State of its own with the same content."""
+        """Independent state of the same rows."""
         with self._lock, torch.inference_mode(False):
             return _state_of(StateTensors._make(tensor.clone() for tensor in self.tensors))
 
@@ -291,7 +290,7 @@ class CovarianceState:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`, whole or not at all: everything is checked before.
 
-        In one that an older version saved without ``excess`` the rows count as equal, so that
+        Where an older version saved no ``excess``, the rows are taken to weigh the same, so that
         :attr:`effective_count` is ``count[0]``.
 
         Raises:
@@ -312,7 +311,7 @@ def _state_of(tensors: StateTensors) -> CovarianceState:
 
 
 def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
-    # Second moment and sum about another shift: new tensors, the given ones stay as they are.
+    # Second moment and sum of the same rows about another shift, as new tensors.
     step = tensors.shift - shift
     outer = torch.outer(step, tensors.sum)
     moment = tensors.moment + outer + outer.T + tensors.weight * torch.outer(step, step)
@@ -321,17 +320,17 @@ def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _settled(tensors: StateTensors) -> StateTensors:
-    # The same rows, all of whose weights are squared in `excess`: then they may be scaled.
+    # The same rows, all of them counted in `excess`: each tensor may then be scaled by itself.
     squares, rows = tensors.excess.unbind()
     count = tensors.count[0]
     return tensors._replace(excess=torch.stack([squares + (count - rows), count.double()]))
 
 
 def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
-    """Tensors of a saved state, on the own ones' device.
+    """Tensors of a saved state, checked and moved to the devices of ``own``.
 
     Args:
-        state_dict: As :meth:`CovarianceState.state_dict` gives it, or from a file of any origin.
+        state_dict: Mapping from a file of any origin.
         own: Tensors of the state that is to be restored.
     """
     if not isinstance(state_dict, Mapping):
@@ -356,7 +355,8 @@ def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
 
 
 def _modern_excess(excess: Any, weight: Tensor, count: Tensor) -> Any:
-    # Earlier versions kept no squared weights, then their sum less that of the weights.
+    # Files of earlier versions hold no squared weights, or (a single number) the sum of squared
+    # weights less the sum of weights.
     if excess is None:
         return torch.stack([weight * (weight / count.clamp(min=1)), count.double()])
     if isinstance(excess, Tensor) and excess.dim() == 0 and not excess.is_meta:
@@ -385,12 +385,13 @@ def _checked_tensor(name: str, tensor: Any, own: Tensor) -> Tensor:
     return tensor
 
 
-# Of the largest: what rounding of float32 may leave of a channel without variance.
+# Share of the largest diagonal entry: float32's rounding may leave a channel without variance this
+# far below 0.
 _ROUNDING = 1e-5
 
 
 def _contradiction(tensors: StateTensors) -> str:
-    """Reason why no rows can have these sums; empty where some can."""
+    """Reason why these cannot be sums of any rows; empty where they can."""
     rows, skipped = tensors.count.tolist()
     weight = float(tensors.weight)
     squares, settled = tensors.excess.tolist()

@@ -1,4 +1,4 @@
-"""Memory that one update of a state takes on a GPU and gives back: told by sizes alone."""
+"""Temporary GPU memory of one update of a state, computed from sizes alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastcov.rows.dtypes import ROW_DTYPES
 def update_workspace_bytes(rows: Tensor, device: torch.device, *, is_weighted: bool = False) -> int:
     """Most bytes that one call of :func:`fastcov.ops.accumulate_` takes from a GPU's allocator.
 
-    Partial results of Triton's kernels, mostly, whose number follows the GPU's multiprocessors.
+    Mostly partial results of Triton's kernels, whose number follows the GPU's multiprocessors.
 
     Args:
-        rows: Of the call; only sizes, strides and dtype are read, so it may lie anywhere. [..., C]
-        device: Where such rows would be added. The meta device stands for an H100, if triton is
-            installed.
-        is_weighted: Whether each row has its weight.
+        rows: Rows of the call, on any device: only sizes, strides and dtype are read. [..., C]
+        device: Device on which the rows would be added. The meta device stands for an H100, if
+            triton is installed.
+        is_weighted: True if each row has a weight of its own.
 
     Returns:
         0 on a CPU, whose scratch memory is not torch's, and where plain torch takes Triton's place,

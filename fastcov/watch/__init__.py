@@ -1,1 +1,1 @@
-"""What runs inside the training loop: which tensors are watched, and when."""
+"""Hooks inside the training loop: selection of tensors, steps, and reading of activations."""

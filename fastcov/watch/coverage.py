@@ -1,4 +1,4 @@
-"""Parameters that the watched modules hold, and modules that are no longer what they were."""
+"""Share of the parameters in watched modules, and notes on modules that were replaced since."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import nn
 
 from fastcov.watch.select import canonical_name
 
-_MOST_NAMED = 3  # modules of the line that are not watched
+_MOST_NAMED = 3  # unwatched modules that the line names
 
 
 def coverage(model: nn.Module, watched: Iterable[nn.Module]) -> str:
-    """One line on the parameters in modules that are watched, and the largest that are not.
+    """Sentence on the share of the parameters that watched modules hold, and the largest others.
 
-    A module that is watched counts with all modules inside. A parameter that several modules share
-    is watched if one of them is.
+    A watched module counts with all modules inside it. A parameter that several modules share
+    counts as watched if one of these modules is.
 
     Args:
         model: Root module.
         watched: Modules whose input or output is read.
 
     Returns:
-        A sentence; empty for a model without parameters.
+        The sentence; empty for a model without parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
@@ -30,9 +30,10 @@ def coverage(model: nn.Module, watched: Iterable[nn.Module]) -> str:
         'watched modules hold 20 of 28 parameters (71 %); largest that are not: 1 (8)'
     """
     inside = {id(each) for module in watched for each in module.modules()}
-    sizes: dict[int, int] = {}  # of each parameter
+    # By identity of the parameter; its holder is the name of the first module that has it.
+    sizes: dict[int, int] = {}
     is_watched: dict[int, bool] = {}
-    holder: dict[int, str] = {}  # the first module that has it
+    holder: dict[int, str] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             key = id(parameter)
@@ -42,26 +43,29 @@ def coverage(model: nn.Module, watched: Iterable[nn.Module]) -> str:
     total = sum(sizes.values())
     if not total:
         return ""
-    left: dict[str, int] = {}
+    unwatched: dict[str, int] = {}
     for key, size in sizes.items():
         if not is_watched[key]:
-            left[holder[key]] = left.get(holder[key], 0) + size
-    read = total - sum(left.values())
-    share = 100 * read // total  # rounded down: 100 % only where nothing is left out
-    line = f"watched modules hold {_short(read)} of {_short(total)} parameters ({share} %)"
-    largest = sorted(left.items(), key=lambda item: -item[1])[:_MOST_NAMED]
+            unwatched[holder[key]] = unwatched.get(holder[key], 0) + size
+    held = total - sum(unwatched.values())
+    share = 100 * held // total  # rounded down: 100 % only where nothing is left out
+    line = f"watched modules hold {_short(held)} of {_short(total)} parameters ({share} %)"
+    largest = sorted(unwatched.items(), key=lambda item: -item[1])[:_MOST_NAMED]
     if largest:
         line += "; largest that are not: " + ", ".join(f"{n} ({_short(s)})" for n, s in largest)
     return line
 
 
 def module_note(model: nn.Module | None, name: str, module: nn.Module | None) -> str:
-    """Reason why a module's rows are not what its name says; empty where they are.
+    """Warning that a watched module does not compute the tensor that its name stands for.
 
     Args:
         model: Root module, if it is alive.
         name: Canonical name of a watched module.
         module: The module that is watched, if it is alive.
+
+    Returns:
+        The warning and its remedy; empty where all is well.
     """
     if model is not None:
         named = {canonical_name(each): found for each, found in model.named_modules()}
@@ -75,6 +79,7 @@ def module_note(model: nn.Module | None, name: str, module: nn.Module | None) ->
 
 
 def _short(count: int) -> str:
+    # Three significant digits and a unit, from 10,000 on.
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**4)):
         if count >= size:
             return f"{count / (10**3 if unit == 'k' else size):.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Forward hooks: from a module's call to its tap's route, in eager mode and in compiled code."""
+"""Forward hooks: each passes its module's tensor to the tap's route, eagerly and compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPLICA = "runs as a replica of nn.DataParallel, which is not read: use Distribu
 
 
 class Reader(Protocol):
-    """The side of a watcher that hooks see: :class:`fastcov.watch.watcher.Watcher`."""
+    """Methods and attributes that hooks use of :class:`fastcov.watch.watcher.Watcher`."""
 
     root: Callable[[], nn.Module | None]
     clock: Tensor
@@ -45,13 +45,13 @@ class Reader(Protocol):
         module: nn.Module | None = None,
         args: Any = (),
     ) -> None:
-        """Reads a call that no route has taken."""
+        """Reads the activation of a call that no route has taken."""
 
     def refuse(self, tap: int, reason: str) -> None:
-        """Notes why a call is not read."""
+        """Notes why an activation is not read."""
 
     def fail(self, tap: int, error: Exception) -> None:
-        """Gives a tap up after an error."""
+        """Stops reading a tap's layer after an error."""
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """Begins a forward of the root."""
@@ -67,11 +67,11 @@ class Reader(Protocol):
 
 
 class Gate:
-    """Switch of all hooks of a tracker.
+    """Switch that opens the fast path (the routes) for all hooks of a tracker.
 
     Attributes:
-        thread: Thread whose calls are read by their routes; 0 while nothing is read, or while each
-            call must be looked at.
+        thread: Identity of the one thread whose calls take their routes. 0 closes the fast path:
+            while nothing is read, and while a CUDA graph captures, whose calls are all checked.
     """
 
     __slots__ = ("thread",)
@@ -89,18 +89,19 @@ def _is_exporting() -> bool:
 
 
 class Hook:
-    """Forward hook of one tap. A copy of it (deepcopy, pickle: EMA, checkpoints) does nothing.
+    """Forward hook of one tap. A copy (deepcopy, pickle: EMA, checkpoints) does nothing.
 
-    Compiled code keeps the calls that are read only while training: a model in evaluation mode
-    compiles to the graph that it has without a tracker. An exported model holds nothing of them.
+    torch.compile traces the hook into an operator only where the forward is a step: with
+    ``train_only``, a model in evaluation mode compiles to the graph that it has without a tracker.
+    torch.export leaves no trace of the hook.
 
     Args:
-        watcher: Reads the calls that no route takes; None for a copy.
+        watcher: Reads the activations that no route takes; None for a copy.
         tap: Number of the tap.
-        gate: The tracker's.
+        gate: Switch that all hooks of the tracker share.
 
     Attributes:
-        watcher: As given.
+        watcher: See the argument.
         routes: Routes of the tap, set by the watcher.
     """
 
@@ -180,7 +181,7 @@ class Hook:
             torch.ops.fastcov.observe_(watcher.clock, self._key, activation)
 
     def is_first(self, module: nn.Module) -> bool:
-        """True if no other forward hook may have changed the module's output before."""
+        """True if no forward hook but fastcov's may have changed the module's output before."""
         if module_hooks._global_forward_hooks:
             return False
         for hook in module._forward_hooks.values():
@@ -193,7 +194,11 @@ class Hook:
 
 
 class StepHook:
-    """Root hooks: a step is one training-mode forward of the root module."""
+    """Pair of hooks on the root module: they begin and end a step with each of its forwards.
+
+    Args:
+        watcher: Watcher whose steps these are; None for a copy, which does nothing.
+    """
 
     def __init__(self, watcher: Reader | None) -> None:
         self.watcher = watcher
@@ -202,7 +207,7 @@ class StepHook:
         return StepHook, (None,)
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Starts a step."""
+        """Begins a forward of the root, which is a step where its mode says so."""
         watcher = self.watcher
         if watcher is None or _is_exporting():
             return
@@ -217,7 +222,7 @@ class StepHook:
             watcher.begin_step(is_step, is_nested)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends the step; called after an exception too."""
+        """Ends the forward; torch calls this hook after an exception too."""
         watcher = self.watcher
         if watcher is None or _is_exporting():
             return
@@ -236,8 +241,9 @@ def watchers_of(model: nn.Module) -> list[Reader]:
 
 
 def _run_by_python(*functions: Callable[..., None]) -> None:
-    # torch.compile(module) starts below the module's own hooks: they would become graphs of their
-    # own, with guards and a compilation each. Inside a larger graph hooks are traced as ever.
+    # torch.compile(module) compiles the module's forward, not its hooks. Dynamo would then meet the
+    # hooks one by one and compile each as a graph with guards of its own; told to skip them, it
+    # leaves them to Python. Inside the graph of a larger module, hooks are traced all the same.
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     for function in functions:
         set_code_exec_strategy(function.__code__, skip)

@@ -1,4 +1,4 @@
-"""Keeps what the tracker runs inside a user's forward apart from the modes active there."""
+"""Isolation of the tracker's operators from the modes and transforms of a user's forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-# Bound once: they are asked in every hook.
+# Bound once, to save the attribute lookups: every hook calls all four.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform_level = torch._C._functorch.maybe_current_level
@@ -20,7 +20,7 @@ _graph_task = torch._C._current_graph_task_id
 
 
 def is_undisturbed() -> bool:
-    """Whether neither :func:`has_modes` nor :func:`is_recomputing` is true: one call, 0.3 us."""
+    """True if neither :func:`has_modes` nor :func:`is_recomputing` is: one call, 0.3 us."""
     return (
         _graph_task() == -1
         and _dispatch_modes() == 0
@@ -30,17 +30,17 @@ def is_undisturbed() -> bool:
 
 
 def is_recomputing() -> bool:
-    """Whether this code runs inside a backward pass."""
+    """True inside a backward pass, where checkpointing runs forwards again."""
     return _graph_task() != -1
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp) is running."""
+    """True inside a transform of torch.func (grad, vmap, jvp)."""
     return _transform_level() is not None
 
 
 def has_modes() -> bool:
-    """Whether some mode or transform would see the operators called here."""
+    """True if some mode or transform would intercept the operators called here."""
     return _dispatch_modes() > 0 or _function_modes() > 0 or _transform_level() is not None
 
 
@@ -59,11 +59,12 @@ def _has_compiled_code(forward: Any) -> bool:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Runs operators outside every mode and transform.
+    """Context in which operators run outside every mode and transform.
 
-    A transform refuses writes to tensors that it did not make. Selective checkpointing pairs the
-    operators of a forward with those of its recomputation: ours would shift the pairs and corrupt
-    gradients. Flop counters would count them, make_fx would record them.
+    Seen by a transform, the tracker's operators would fail: it refuses writes to tensors that it
+    did not make. Selective checkpointing pairs the operators of a forward with those of its
+    recomputation: the tracker's would shift the pairs and corrupt gradients. Flop counters would
+    count them, make_fx would record them.
     """
     with (
         temporarily_clear_interpreter_stack(),

@@ -1,4 +1,4 @@
-"""The one table of layer kinds: where a module holds its channels, how many, and its arithmetic.
+"""Table of layer kinds: the dimension and number of a module's channels, and its arithmetic.
 
 A new kind is one entry of :data:`KINDS`; the first entry that matches a module is its kind.
 """
@@ -41,10 +41,11 @@ class LayerKind(NamedTuple):
 
     Attributes:
         matches: True for modules of this kind.
-        layout: Where inputs and outputs hold their channels.
+        layout: Order of dimensions of a module's inputs and outputs.
         channels: Length of a row at a position; None until a row is seen.
-        macs_per_row: Multiply-accumulates of the forward for one row at a position, from the shapes
-            that the module declares: parametrised, sharded and flattened weights have others.
+        macs_per_row: Multiply-accumulates of the forward for one row at a position. Taken from the
+            sizes that the module declares where it can: parametrised, sharded and flattened weight
+            tensors have other shapes.
         batched_rank: Rank of a batched activation where unbatched ones are possible, else None.
         is_default: True if :func:`fastcov.track` watches this kind without ``include``.
     """
@@ -69,8 +70,9 @@ def _sequence_layout(module: Any) -> Layout:
     return Layout.CHANNELS_LAST if module.batch_first else Layout.SEQUENCE_FIRST
 
 
-def _side(output: str, given: str) -> Callable[[Any, Position], int]:
-    return lambda module, side: int(getattr(module, output if side == "output" else given))
+def _attribute(of_output: str, of_input: str) -> Callable[[Any, Position], int]:
+    # Channels, read from one of two attributes of the module.
+    return lambda module, side: int(getattr(module, of_output if side == "output" else of_input))
 
 
 def _convolution_macs(module: Any, position: Position) -> int:
@@ -94,7 +96,7 @@ KINDS = (
     LayerKind(
         _is(_ConvNd),
         _has(Layout.CHANNELS_FIRST),
-        _side("out_channels", "in_channels"),
+        _attribute("out_channels", "in_channels"),
         _convolution_macs,
         batched_rank=lambda module: len(module.kernel_size) + 2,
         is_default=True,
@@ -102,15 +104,15 @@ KINDS = (
     LayerKind(
         _is(nn.Linear),
         _has(Layout.CHANNELS_LAST),
-        _side("out_features", "in_features"),
+        _attribute("out_features", "in_features"),
         macs_per_row=lambda module, position: module.in_features * module.out_features,
         is_default=True,
     ),
-    LayerKind(_is_transposed_linear, _has(Layout.BY_RANK), _side("nf", "nx"), is_default=True),
+    LayerKind(_is_transposed_linear, _has(Layout.BY_RANK), _attribute("nf", "nx"), is_default=True),
     LayerKind(
         _is(nn.MultiheadAttention),
         _sequence_layout,
-        _side("embed_dim", "embed_dim"),
+        _attribute("embed_dim", "embed_dim"),
         batched_rank=lambda module: 3,
         is_default=True,
     ),
@@ -125,7 +127,7 @@ KINDS = (
     LayerKind(_is(_BatchNorm, _InstanceNorm, nn.GroupNorm), _has(Layout.CHANNELS_FIRST)),
     LayerKind(lambda module: True, _has(Layout.BY_RANK)),
 )
-"""Kinds in the order in which they are asked; the last one matches every module."""
+"""Kinds in the order in which they are tried; the last one matches every module."""
 
 
 def kind_of(module: nn.Module) -> LayerKind:
@@ -134,7 +136,7 @@ def kind_of(module: nn.Module) -> LayerKind:
 
 
 def inner_modules(model: nn.Module) -> set[int]:
-    """Identities of modules that never run: their parent calls a function with their weights."""
+    """Identities (``id``) of modules that never run: the parent uses their weights itself."""
     return {
         id(module.out_proj)
         for module in model.modules()
@@ -143,7 +145,7 @@ def inner_modules(model: nn.Module) -> set[int]:
 
 
 def is_sharded(module: nn.Module | None) -> bool:
-    """True if a module holds a part of its weights, as tensor parallelism leaves it."""
+    """True if a module holds only this rank's part of its weights (tensor parallelism)."""
     return module is not None and any(
         type(weight).__name__ == "DTensor" for weight in module.parameters()
     )

@@ -1,4 +1,4 @@
-"""Which tensor of which module is watched: selection and canonical names."""
+"""Selection of the watched tensors by include, exclude and where; canonical module names."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class Tap:
     Attributes:
         name: Canonical module name, with ``:in`` for an input.
         module_name: Canonical module name.
-        position: Which side of the module.
-        channels: Length of a row where the module tells, else None until a row is seen.
-        layout: Where the tensor holds its channels.
+        position: Side of the module: "output" or "input".
+        channels: Length of a row where the module declares it, else None.
+        layout: Order of the tensor's dimensions.
         batched_rank: Rank of a batched tensor where unbatched ones are possible.
-        macs_per_row: Multiply-accumulates of the module's forward for one row of this tap.
+        macs_per_row: Multiply-accumulates of the module's forward for one row of this tap; 0 for
+            the input where the output is watched too, so that a forward counts once.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Tap:
 
 
 def canonical_name(name: str) -> str:
-    """A module's name without what wrappers add.
+    """Name of a module without the parts that wrappers (DDP, FSDP, torch.compile) add.
 
     Example:
         >>> canonical_name("module._orig_mod.layer1.0.conv1")
@@ -67,10 +68,18 @@ def find_taps(
     exclude: Selector | None,
     where: Literal["output", "input", "both"],
 ) -> list[tuple[Tap, nn.Module]]:
-    """Taps of the selected modules, in the model's order.
+    """Taps of the selected modules and the modules themselves, in the model's order.
+
+    Args:
+        model: Root module.
+        include: See :func:`fastcov.track`.
+        exclude: See :func:`fastcov.track`.
+        where: See :func:`fastcov.track`.
 
     Raises:
-        ValueError: If a pattern matches no module (with the closest names), or nothing is left.
+        TypeError: If a selector is neither pattern, type nor predicate.
+        ValueError: If a pattern matches no module (with the closest names), nothing is left, or a
+            lazy module has no shape yet.
     """
     never_run = inner_modules(model)
     named = {canonical_name(name): module for name, module in model.named_modules()}
@@ -145,12 +154,12 @@ def _check_patterns(argument: str, selector: Selector, named: Mapping[str, nn.Mo
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor of an input or output: tuples, mappings, dataclasses too."""
+    """First floating-point tensor of an input or output, also inside tuples, dicts, dataclasses."""
     return _first(value, is_complex=False)
 
 
 def first_complex(value: Any) -> Tensor | None:
-    """The first complex tensor of an input or output, as :func:`first_tensor` looks for it."""
+    """First complex tensor of an input or output, also inside tuples, dicts, dataclasses."""
     return _first(value, is_complex=True)
 
 

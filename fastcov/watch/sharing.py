@@ -1,9 +1,10 @@
-"""Consumers of one tensor share one layer.
+"""Sharing of inputs: modules that consume one tensor share one layer, and its rows are read once.
 
 Two modules see the same tensor if they are given the same object in the same version: an in-place
-operation between them keeps the object and raises its version. Inference tensors have no version,
-and compiled code writes to tensors without raising it: there nothing is shared. Nor is it where the
-two hold their channels in different dimensions: one tensor is then other rows to each.
+operation between the two keeps the object and raises its version. Nothing is shared where this
+cannot be told: inference tensors have no version, and compiled code writes without raising it. Nor
+do modules share that hold their channels in different dimensions: the same tensor then holds
+different rows for each.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from fastcov.stats.route import Route
 
 Order = tuple[int, ...] | None
-"""Dimensions of a tensor in the order of its row view, from fastcov.rows.view.row_order."""
+"""Dimensions of a tensor in the order of its row view: see :func:`fastcov.rows.view.row_order`."""
 
 
 class _Sighting:
-    """A tensor as a tap has seen it, without keeping the tensor alive."""
+    """Record of a tensor that a tap saw: identity, version and order. Does not keep it alive."""
 
     __slots__ = ("_order", "_tensor", "_version")
 
@@ -46,35 +47,41 @@ def _version_of(tensor: Tensor) -> int | None:
 
 
 class SharedInputs:
-    """Which input taps see the same tensors, call by call.
+    """Record of the tensors that input taps see, which finds the taps that see the same ones.
 
-    The first tap that sees a tensor leads: its layer takes the rows. A tap that sees the same
-    tensor in the same step, and has no rows yet, follows. A tap whose first step is over leads no
-    further taps: they would show rows of steps in which they did not run. Sharing ends where the
-    two see different tensors: a branch that runs at times, a module called once more than the
-    other. Others may have seen some of the tensors before both: the heads of a detector share all
-    levels, though the last one also feeds a coarser level.
+    The first tap that sees a tensor is the owner: its layer takes the rows. A tap that sees the
+    same tensor in the same step, and has no rows yet, follows the owner. A tap whose first step is
+    over gets no new followers: these would show rows of steps in which they did not run.
+
+    A follower splits from its owner, for good, once the two see different tensors: as a branch
+    that runs at times, or a module called once more than the other. Only these two are compared.
+    Other taps may have seen some of the tensors first: the heads of a detector share all levels,
+    though the convolution that makes a coarser level sees the last one before them.
 
     Attributes:
-        owner: The leading tap, by following tap.
+        owner: Number of the owning tap, by number of the following tap.
     """
 
     def __init__(self) -> None:
         self.owner: dict[int, int] = {}
-        # Of the running step: sightings of each tap, and the taps in the order of all calls.
+        # Sightings in the running step: those of each tap, and the tap of each in order of calls.
         self._sightings: defaultdict[int, list[_Sighting]] = defaultdict(list)
-        self._order: list[int] = []
-        self._apart: set[int] = set()  # split once: they never share again
-        self._settled: set[int] = set()  # their first step is over
+        self._calling_taps: list[int] = []
+        self._never_shares: set[int] = set()  # taps that split once
+        self._past_first_step: set[int] = set()  # taps that get no new followers
 
     def end_step(self) -> list[int]:
         """Forgets the tensors of a step.
 
         Returns:
-            Taps whose first step it was.
+            Taps whose first step this was.
         """
-        new = [tap for tap, seen in self._sightings.items() if seen and tap not in self._settled]
-        self._settled.update(new)
+        new = [
+            tap
+            for tap, sightings in self._sightings.items()
+            if sightings and tap not in self._past_first_step
+        ]
+        self._past_first_step.update(new)
         self.forget_step()
         return new
 
@@ -82,35 +89,36 @@ class SharedInputs:
         """Forgets the tensors of a step that may not have ended."""
         for sightings in self._sightings.values():
             sightings.clear()
-        self._order.clear()
+        self._calling_taps.clear()
 
     def is_noted(self, tap: int) -> bool:
-        """True if other taps may ask which tensors a tap has seen."""
-        return tap not in self._settled or tap in self.owner.values()
+        """True if a tap's tensors must be noted: it has followers, or may still get some."""
+        return tap not in self._past_first_step or tap in self.owner.values()
 
     def note(self, tap: int, tensor: Tensor, order: Order) -> None:
-        """Keeps the tensor that a tap has just seen."""
+        """Notes that a tap has just seen a tensor."""
         self._sightings[tap].append(_Sighting(tensor, order))
-        self._order.append(tap)
+        self._calling_taps.append(tap)
 
     def see(
         self, tap: int, tensor: Tensor, order: Order, has_rows: bool
     ) -> Literal["reads", "shares", "splits"]:
-        """Role of a tap in one call.
+        """Role of a tap in one call; notes the tensor.
 
         Args:
-            tap: The tap.
-            tensor: Input of its module.
-            order: Where the tap takes the tensor's channels to be; None shares with nobody.
+            tap: Number of the tap.
+            tensor: Input of the tap's module.
+            order: The tap's order of the tensor's dimensions; None shares with nobody.
             has_rows: True if the tap has read rows of its own.
 
         Returns:
-            "reads" for itself, "shares" the rows of ``owner[tap]``, or "splits" from its owner
-            and reads for itself from now on.
+            "reads": the tap reads for itself. "shares": ``owner[tap]`` has read the rows already.
+            "splits": the tap leaves its owner and reads for itself from now on.
         """
         owner = self.owner.get(tap)
         if owner is None:
-            first = None if has_rows or tap in self._apart else self._first(tensor, order)
+            is_free = not has_rows and tap not in self._never_shares
+            first = self._first_to_see(tensor, order) if is_free else None
             self.note(tap, tensor, order)
             if first is None or first == tap:
                 return "reads"
@@ -124,25 +132,26 @@ class SharedInputs:
         return "splits"
 
     def is_seen_by(self, tap: int, tensor: Tensor, order: Order) -> bool:
-        """True if a tap has seen the same rows in this step: see the module's description."""
+        """True if a tap has seen a tensor's rows, in this order, in the running step."""
         version = _version_of(tensor)
         return any(sighting.is_of(tensor, version, order) for sighting in self._sightings[tap])
 
-    def _first(self, tensor: Tensor, order: Order) -> int | None:
+    def _first_to_see(self, tensor: Tensor, order: Order) -> int | None:
         version = _version_of(tensor)
         calls = {tap: iter(sightings) for tap, sightings in self._sightings.items()}
-        for tap in self._order:
-            if next(calls[tap]).is_of(tensor, version, order) and tap not in self._settled:
+        for tap in self._calling_taps:
+            is_same = next(calls[tap]).is_of(tensor, version, order)
+            if is_same and tap not in self._past_first_step:
                 return tap
         return None
 
     def split(self, tap: int) -> None:
         """Ends a tap's sharing, for good."""
         self.owner.pop(tap, None)
-        self._apart.add(tap)
+        self._never_shares.add(tap)
 
     def diverged(self) -> list[int]:
-        """Taps that were called more or less often than their owner in this step; they split."""
+        """Followers called more or less often than their owner in this step; splits them."""
         taps = [
             tap
             for tap, owner in self.owner.items()
@@ -154,11 +163,11 @@ class SharedInputs:
 
 
 class Leading(Route):
-    """Route of a tap whose tensors others may share: they are told of each.
+    """Route of a tap that may have followers: notes each tensor that the route inside has read.
 
     Args:
-        route: How the calls are read.
-        note: Function that keeps a tensor and its order: :meth:`SharedInputs.note` of the tap.
+        route: Route that reads the calls.
+        note: Function that notes a tensor and its order: :meth:`SharedInputs.note` for the tap.
         order: Order of the route's layout.
     """
 
@@ -178,21 +187,21 @@ class Leading(Route):
 
 
 class Following(Route):
-    """Route of a tap that shares: nothing is read where the leader has seen the tensor.
+    """Route of a tap that follows: takes the calls whose tensor the owner has read already.
 
     Args:
-        inputs: All sightings.
-        tap: The following tap.
-        leader: The tap that reads.
-        order: Order of the following tap, for tensors of as many dimensions.
+        inputs: Record of the tensors that taps have seen.
+        tap: Number of the following tap.
+        owner: Number of the tap that reads.
+        order: Order of dimensions of the following tap; tensors of other ranks are not taken.
     """
 
-    __slots__ = ("_inputs", "_leader", "_order", "_tap")
+    __slots__ = ("_inputs", "_order", "_owner", "_tap")
 
-    def __init__(self, inputs: SharedInputs, tap: int, leader: int, order: tuple[int, ...]) -> None:
+    def __init__(self, inputs: SharedInputs, tap: int, owner: int, order: tuple[int, ...]) -> None:
         self._inputs = inputs
         self._tap = tap
-        self._leader = leader
+        self._owner = owner
         self._order = order
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
@@ -201,7 +210,7 @@ class Following(Route):
         inputs = self._inputs
         if value.dim() != len(self._order):
             return False
-        if not inputs.is_seen_by(self._leader, value, self._order):
+        if not inputs.is_seen_by(self._owner, value, self._order):
             return False
         inputs.note(self._tap, value, self._order)
         return True

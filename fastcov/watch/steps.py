@@ -1,4 +1,4 @@
-"""Which forwards of the root module are steps."""
+"""Steps of the training, counted from the forwards of the root module."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ OVERLAP = (
 
 
 class Steps:
-    """Counts steps: one is one forward of the root module, in training mode where asked.
+    """Counter of steps. A step is one forward of the root module that ends without an exception.
 
-    A forward that calls itself is one step. One that an exception ends is none. A forward that a
-    backward pass runs again (checkpointing) or torch.jit.trace runs is none either. The capture of
-    a CUDA graph is none, its replays are. Of forwards that overlap in several threads the first to
-    begin is one.
+    ===================================================  ==========================================
+    Forward                                              Steps
+    ===================================================  ==========================================
+    of a root that calls itself                          one
+    ended by an exception                                none
+    run by torch.jit.trace                               none
+    run again by a backward pass (checkpointing)         none
+    captured by a CUDA graph                             none; each replay is one, which the device
+                                                         counts (:mod:`fastcov.stats.capture`)
+    overlapping others in several threads                one for the first to begin
+    ===================================================  ==========================================
 
     Attributes:
-        done: Steps so far.
+        done: Steps so far, without replays.
         is_running: True if a step has begun and not ended.
         is_captured: True if a CUDA graph captures the forward that began last.
         has_overlapped: True if forwards have overlapped in several threads.
-        not_counted: Why the last forward that might have been a step was none.
-        thread: Thread of the forward that began last.
+        not_counted: Reason why the last forward that might have been a step was none.
+        thread: Identity of the thread of the forward that began last.
     """
 
     def __init__(self) -> None:
@@ -40,10 +47,12 @@ class Steps:
         self.has_overlapped = False
         self.not_counted = ""
         self.thread = 0
-        self._is_refused = False
-        self._is_overlap_new = False
+        self._has_new_refusal = False
+        self._has_new_overlap = False
         self._depth = 0
-        self._handled: BaseException | None = None  # by the caller, when the forward began
+        # An exception that the caller was handling already when the forward began. Another one at
+        # the forward's end says that the forward itself failed.
+        self._exception_before: BaseException | None = None
 
     @property
     def is_inside(self) -> bool:
@@ -54,19 +63,19 @@ class Steps:
         """Starts a forward.
 
         Args:
-            counts: True if its mode makes it a step.
-            can_replay: True if a CUDA graph may hold it: the device then counts the replays.
+            counts: True if the root's mode makes the forward a step.
             is_nested: True if the root calls itself. If not, a forward that has not ended was
                 interrupted: by Ctrl-C, or by an error in compiled code.
+            can_replay: True if a CUDA graph may hold the forward: the device counts the replays.
 
         Returns:
-            Whether a step begins.
+            True if a step begins.
         """
         if is_recomputing():
             return False
         thread = threading.get_ident()
         if self._depth and thread != self.thread and _is_alive(self.thread):
-            self._is_overlap_new = not self.has_overlapped
+            self._has_new_overlap = not self.has_overlapped
             self.has_overlapped = True
             return False
         if self._depth and is_nested:
@@ -74,28 +83,28 @@ class Steps:
             return False
         self.thread = thread
         self._depth = 1
-        self._handled = sys.exc_info()[1]
+        self._exception_before = sys.exc_info()[1]
         self.is_running = counts
         self.is_captured = is_capturing()
-        if counts and (reason := self._not_counted(can_replay)):
+        if counts and (reason := self._why_not_counted(can_replay)):
             self.is_running, self.not_counted = False, reason
         return self.is_running
 
     def take_refusal(self) -> str:
-        """Why a graph must not hold the forward that has begun: once, else empty."""
-        was_refused, self._is_refused = self._is_refused, False
-        return self.not_counted if was_refused else ""
+        """Reason why a CUDA graph must not hold the forward that began; told once, else empty."""
+        is_new, self._has_new_refusal = self._has_new_refusal, False
+        return self.not_counted if is_new else ""
 
     def take_overlap(self) -> bool:
-        """True once, after forwards have overlapped in several threads."""
-        was_new, self._is_overlap_new = self._is_overlap_new, False
-        return was_new
+        """True the first time after forwards have overlapped in several threads."""
+        is_new, self._has_new_overlap = self._has_new_overlap, False
+        return is_new
 
     def end(self) -> bool:
-        """Ends a forward, as an exception does.
+        """Ends a forward; called after an exception too.
 
         Returns:
-            Whether a step is done.
+            True if a step is done.
         """
         if self._depth == 0 or threading.get_ident() != self.thread or is_recomputing():
             return False
@@ -103,18 +112,18 @@ class Steps:
         if self._depth:
             return False
         was_running, self.is_running = self.is_running, False
-        is_complete = sys.exc_info()[1] is self._handled
-        self._handled = None
+        is_complete = sys.exc_info()[1] is self._exception_before
+        self._exception_before = None
         if not (was_running and is_complete):
             return False
         self.done += not self.is_captured
         return True
 
-    def _not_counted(self, can_replay: bool) -> str:
+    def _why_not_counted(self, can_replay: bool) -> str:
         if torch._C._get_tracing_state() is not None:
             return "forwards under torch.jit.trace are not read"
         if self.is_captured and not can_replay:
-            self._is_refused = True
+            self._has_new_refusal = True
             return (
                 "a CUDA graph can replay a tracked step if every=1, two ran eagerly before, and "
                 "all layers are on one GPU that runs Triton kernels (sm_80 or newer)"

@@ -42,16 +42,16 @@ _NUMBERS = itertools.count(1)
 
 
 class Watcher:
-    """The part of a tracker that runs inside the training loop.
+    """Part of a tracker that runs inside the training loop: hooks, steps and layers.
 
-    Between a step's begin and its end (:class:`fastcov.watch.steps.Steps`) activations are read,
-    outside nothing is. Rows of a forward that fails half-way stay. No failure of reading ends a
-    forward: the layer is given up with a warning, and its note says why.
+    Activations are read between the begin and the end of a step
+    (:class:`fastcov.watch.steps.Steps`). Rows of a forward that fails half-way stay. No failure of
+    reading ends a forward: the layer is read no more, a warning and the layer's note say why.
 
     Args:
         model: Root module.
         taps: Tensors to watch, from :func:`fastcov.watch.select.find_taps`.
-        policy: How many rows are read.
+        policy: Sampling policy: the share of the rows that each layer reads.
         every: Steps from one that is read to the next.
         weighting: See :class:`fastcov.stats.layer.Layer`.
         decay: See :class:`fastcov.stats.layer.Layer`.
@@ -61,7 +61,7 @@ class Watcher:
 
     Attributes:
         taps: The taps that are watched, in the model's order.
-        modules: Weak references to their modules.
+        modules: Weak references to the taps' modules.
         layers: Layer of each tap, by name; taps that see the same tensors have the same layer.
         notes: Remarks on single layers, by name.
         steps: Counts the steps.
@@ -91,10 +91,12 @@ class Watcher:
         self.train_only = train_only
         self.on_step_end = on_step_end
         self.number = next(_NUMBERS)
-        # A module that torch.compile returns shares its mode with the one that it wraps, but cannot
-        # be traced.
+        # The wrapper that torch.compile returns cannot be traced in compiled code, where hooks ask
+        # for the root's mode. The module inside has the same mode.
         self.root: Callable[[], nn.Module | None] = weakref.ref(getattr(model, "_orig_mod", model))
-        with torch.inference_mode(False):  # orders the operators of a compiled step
+        # Compiled code passes the clock to the step operators, which claim to change it: this keeps
+        # them in order, and tells them the watcher's number.
+        with torch.inference_mode(False):
             self.clock = torch.tensor([self.number], device="cpu")
         self.taps: list[Tap] = []
         self.modules: list[Callable[[], nn.Module | None]] = []
@@ -126,8 +128,9 @@ class Watcher:
                 f"nothing to track: every selected layer is wider than max_channels="
                 f"{self.max_channels}; raise max_channels"
             )
-        # The root may be tapped too: its step begins before and ends after. (Not by prepend=True:
-        # torch.compile then guards the wrong hooks, torch 2.11.)
+        # The root may be tapped too: its step must begin before the tap's hooks run and end after,
+        # so its hooks are registered first and last. Not by prepend=True: torch.compile then guards
+        # the wrong hooks (torch 2.11).
         step = StepHook(self)
         self._handles.append(model.register_forward_pre_hook(step.begin))
         for tap, module in watched:
@@ -218,7 +221,7 @@ class Watcher:
         steps = self.steps
         self.is_reading = is_reading
         self.is_skipping = steps.is_inside and not is_reading
-        # A graph holds the calls of the step that it captures: each of them is looked at.
+        # No routes while a CUDA graph captures: each call is checked for what replays can repeat.
         self._gate.thread = steps.thread if is_reading and not steps.is_captured else 0
 
     def end_step(self) -> None:
@@ -233,9 +236,9 @@ class Watcher:
                 self._split(tap)
             for tap in self._inputs.end_step():
                 if not self._inputs.is_noted(tap):
-                    self._routes[tap].reconsider()  # no longer told to others, tensor by tensor
+                    self._routes[tap].reconsider()  # to drop Leading: no tap asks for its tensors
             fractions = self._plan()
-            # Of rows that weigh the same there is nothing more to say.
+            # Layers with a share and rows of equal weight have nothing to settle.
             for layer in self._unique:
                 if layer.name in fractions or self.weighting == "image":
                     self._end_layer(layer, fractions.get(layer.name))
@@ -251,7 +254,7 @@ class Watcher:
             self._fail(layer, error)
 
     def _plan(self) -> dict[str, float]:
-        # Shares of the rows to read, for layers that have just shown their first step.
+        # Shares of the rows to read, for layers that have just had their first step.
         new = {
             layer.name
             for layer in self._unique
@@ -261,7 +264,7 @@ class Watcher:
             return {}
         macs = dict.fromkeys((layer.name for layer in self._unique), 0)
         for tap in self.taps:
-            # Consumers of a shared tensor add to the flops; its rows are read once.
+            # Every consumer of a shared tensor adds its own flops, though the rows are read once.
             layer = self.layers[tap.name]
             macs[layer.name] += layer.offered_rows * tap.macs_per_row
         loads = {
@@ -288,7 +291,7 @@ class Watcher:
                 self.refuse(tap, f"not read by replays of a CUDA graph: {reason}")
         warn_left_out(reasons)
 
-    # activations that no route takes
+    # activations that no route took
 
     def observe(
         self,
@@ -306,7 +309,7 @@ class Watcher:
             activation: A tensor that the module returned or was given.
             batch_dims: Dimensions in front that torch.vmap has hidden from the module.
             module: The module, in eager mode; None in compiled code.
-            args: Arguments of its forward.
+            args: Arguments of the module's forward.
         """
         if is_recomputing():
             return
@@ -328,7 +331,8 @@ class Watcher:
             self.fail(tap, error)
 
     def _recall(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
-        # Sizes alternate, or come back: decisions about them hold.
+        # Takes the route of a layout that is known, but was not expected next (sizes that
+        # alternate). False where the call must be read the whole way.
         routes = self._routes[tap]
         if (
             self.steps.is_captured
@@ -375,9 +379,9 @@ class Watcher:
         order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
         layout = ActivationLayout(rows, plain, order)
         if spec.position == "input":
-            # Compiled code reuses memory behind the same tensor object.
-            shareable = None if module is None or batch_dims else order
-            if not self._reads_input(tap, activation, shareable):
+            # Compiled code (no module) reuses memory behind the same tensor object: never shared.
+            shared_order = None if module is None or batch_dims else order
+            if not self._reads_input(tap, activation, shared_order):
                 return
         routes = self._routes[tap]
         layer = routes.layer
@@ -412,7 +416,7 @@ class Watcher:
         return route
 
     def note(self, name: str) -> str:
-        """Remark on a layer or on one that was left out, by name; empty where all is well."""
+        """Remark on a watched or skipped layer, by name; empty where all is well."""
         found = self.notes.get(name, "")
         for tap, module in zip(self.taps, self.modules, strict=False):
             if tap.name == name:
@@ -420,7 +424,7 @@ class Watcher:
         return found
 
     def remarks(self) -> list[str]:
-        """Remarks on the whole: overlapping forwards, and the parameters that are watched."""
+        """Remarks on the whole model: overlapping forwards, and the share that is watched."""
         root = self.root()
         modules = [module for each in self.modules if (module := each()) is not None]
         lines = [OVERLAP] if self.steps.has_overlapped else []
@@ -431,8 +435,9 @@ class Watcher:
         self.notes[self.taps[tap].name] = reason
 
     def fail(self, tap: int, error: Exception) -> None:
-        """Gives a tap's layer up after an error."""
-        self._fail(self._routes[tap].layer, error)  # which a split may have changed
+        """Stops reading a tap's layer after an error."""
+        # The layer is looked up now: a split in this very call may have changed it.
+        self._fail(self._routes[tap].layer, error)
 
     def _fail(self, layer: Layer, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
@@ -464,7 +469,7 @@ class Watcher:
     def _list_layers(self) -> None:
         self._unique = list(dict.fromkeys(routes.layer for routes in self._routes))
 
-    # keeping
+    # names, saving and closing
 
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""
@@ -475,11 +480,15 @@ class Watcher:
         return self._unique
 
     def shared(self) -> dict[str, str]:
-        """Name of the layer that a tap shares, by the tap's name."""
+        """Name of the layer that a following tap shares, by the tap's name."""
         return {name: layer.name for name, layer in self.layers.items() if name != layer.name}
 
     def share(self, shared: Mapping[str, str]) -> None:
-        """Makes taps share layers again, as :meth:`shared` has told."""
+        """Makes taps share layers again.
+
+        Args:
+            shared: Result of :meth:`shared`, of this or an earlier run.
+        """
         number_of = {tap.name: number for number, tap in enumerate(self.taps)}
         for name, owner in shared.items():
             self._inputs.owner[number_of[name]] = number_of[owner]
@@ -488,7 +497,7 @@ class Watcher:
             self._routes[number_of[owner]].reconsider()
 
     def leave_device(self) -> None:
-        """Takes all counters back to the host: waits for the device.
+        """Moves all counters back to the host, waiting for the device.
 
         Raises:
             RuntimeError: If a captured CUDA graph writes into this tracker.
@@ -503,7 +512,7 @@ class Watcher:
         self._counters = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The statistics, tied to no model."""
+        """Attributes to copy or pickle: statistics, without hooks or references to the model."""
         if self._counters is not None:
             self.leave_device()
         copied = {
@@ -530,7 +539,7 @@ class Watcher:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Reads nothing and counts no step inside the ``with`` block."""
+        """Context in which nothing is read and no step counted."""
         before, self._is_paused = self._is_paused, True
         try:
             yield
