@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class Layer:
         self.state_step = 0
         self.earlier_calls = 0
         self.buffer = HostBuffer(self.cursor, weighting == "image" or decay is not None, first_fill)
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[WeakMethod[Callable[[], None]]] = []
         self._waiting: list[_Waiting] = []
         self._device: torch.device | None = None  # of the state
         # With weighting="image":
@@ -133,13 +134,17 @@ class Layer:
     # what routes are told
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Has a function called whenever an earlier call no longer tells how the next is read."""
-        self._listeners.append(listener)
+        """Has a method called whenever an earlier call no longer tells how the next is read.
+
+        Its object is not kept alive.
+        """
+        self._listeners.append(WeakMethod(listener))
 
     def changed(self) -> None:
         """Takes back all routes: state, buffer, fraction, dtype or device are other ones."""
         for listener in self._listeners:
-            listener()
+            if (call := listener()) is not None:
+                call()
 
     def set_fraction(self, fraction: float | None) -> None:
         """Sets the share of the rows to read; None until it is planned."""
@@ -314,9 +319,14 @@ class Layer:
             self._accumulate(rows, self.step)  # all that the state holds is of this step
             self._is_unweighted = True
         else:
-            if self._pooled is None:
-                self._pooled = CovarianceState(self.state.channels, rows.device)
-            self._pooled.update(rows)
+            self._pool(rows)
+
+    def _pool(self, rows: Tensor) -> None:
+        # Rows of the running step, whose weight its end will tell.
+        assert self.state is not None
+        if self._pooled is None:
+            self._pooled = CovarianceState(self.state.channels, rows.device)
+        self._pooled.update(rows)
 
     def _accumulate(
         self,
@@ -436,6 +446,8 @@ class Layer:
         self.buffer.stagger()
 
     def _flush_full(self) -> None:
+        if self.weighting == "image" and (held := self.buffer.take_unweighed()) is not None:
+            self._pool(held)
         rows = self.buffer.rows
         if rows is None:
             return
