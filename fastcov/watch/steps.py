@@ -31,6 +31,8 @@ class Steps:
         has_overlapped: True if forwards have overlapped in several threads.
         not_counted: Why the last forward that might have been a step was none.
         thread: Thread of the forward that began last.
+        is_on_stack: True if that thread's Python stack shows the forward: it runs in no compiled
+            code.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class Steps:
         self.has_overlapped = False
         self.not_counted = ""
         self.thread = 0
+        self.is_on_stack = False
         self._is_refused = False
         self._is_overlap_new = False
         self._depth = 0
@@ -73,6 +76,7 @@ class Steps:
             self._depth += 1
             return False
         self.thread = thread
+        self.is_on_stack = False
         self._depth = 1
         self._handled = sys.exc_info()[1]
         self.is_running = counts
@@ -80,6 +84,12 @@ class Steps:
         if counts and (reason := self._not_counted(can_replay)):
             self.is_running, self.not_counted = False, reason
         return self.is_running
+
+    def abandon(self) -> None:
+        """Forgets a forward that was interrupted, in whatever thread."""
+        self._depth = 0
+        self.is_running = False
+        self._handled = None
 
     def take_refusal(self) -> str:
         """Why a graph must not hold the forward that has begun: once, else empty."""
