@@ -79,7 +79,9 @@ class Tracker:
         self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
     def _end_step(self) -> None:
-        # One that fails (a full disk) is a warning, not the end of training.
+        if self._synced and not self._is_synced:
+            self._show_own_rows()  # frees the other ranks' rows
+        # A snapshot that fails (a full disk) is a warning, not the end of training.
         if self.snapshot_every is None or is_capturing():
             return
         try:
@@ -374,8 +376,8 @@ class Tracker:
                 f"state_dict has format {state_dict.get('format')!r}, expected {_FORMAT}: it was "
                 "not written by Tracker.state_dict() of this version"
             )
-        layers = state_dict["layers"]
-        unknown = [name for name in layers if name not in self.watcher.layers]
+        layers, shared = state_dict["layers"], state_dict["shared"]
+        unknown = [name for name in (*layers, *shared) if name not in self.watcher.layers]
         if unknown:
             raise ValueError(
                 f"state_dict holds layers that are not tracked here: {', '.join(unknown[:3])}; "
@@ -397,9 +399,7 @@ class Tracker:
         watcher.leave_device()
         watcher.step = state_dict["steps"]
         watcher.policy.rho = state_dict["rho"]
-        watcher.share(state_dict["shared"])
-        for name, saved in layers.items():
-            watcher.layers[name].load_state_dict(saved, with_rows=not is_elsewhere)
+        watcher.load_layers(layers, shared, with_rows=not is_elsewhere)
         self._continues = True
         self.history.truncate(self.steps + 1)
 

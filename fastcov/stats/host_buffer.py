@@ -25,6 +25,7 @@ class _Span:
     rows: int
     step: int
     weight: float
+    is_weighed: bool = False
 
 
 class HostBuffer:
@@ -119,6 +120,15 @@ class HostBuffer:
         """Sets the weight of a step's rows, if the last rows are of that step."""
         if self._spans and self._spans[-1].step == step:
             self._spans[-1].weight = weight
+            self._spans[-1].is_weighed = True
+
+    def take_unweighed(self) -> Tensor | None:
+        """Takes out the rows of the last step, if :meth:`weigh` has not been called for them."""
+        if not self._spans or self._spans[-1].is_weighed or self.storage is None:
+            return None
+        end = self.fill
+        self.fill -= self._spans.pop().rows
+        return self.storage[self.fill : end]
 
     def row_weight(self, decay: float, device: torch.device) -> Tensor | None:
         """Weights of all rows as of the last step; None where all weigh 1. [fill]"""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class Layer:
         self.state_step = 0
         self.earlier_calls = 0
         self.buffer = HostBuffer(self.cursor, weighting == "image" or decay is not None, first_fill)
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[WeakMethod[Callable[[], None]]] = []
         self._early_rows: list[_EarlyRows] = []
         self._device: torch.device | None = None  # of the state
         # The rest is for weighting="image": the weight of a row is known when its step ends.
@@ -146,13 +147,14 @@ class Layer:
     # listeners
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Registers a function that :meth:`changed` calls."""
-        self._listeners.append(listener)
+        """Registers a method that :meth:`changed` calls; its object is not kept alive."""
+        self._listeners.append(WeakMethod(listener))
 
     def changed(self) -> None:
         """Tells the listeners that state, buffer, fraction, dtype or device changed."""
         for listener in self._listeners:
-            listener()
+            if (call := listener()) is not None:
+                call()
 
     def set_fraction(self, fraction: float | None) -> None:
         """Sets the share of the rows to read; None leaves it open until :meth:`plan`."""
@@ -328,9 +330,14 @@ class Layer:
             self._accumulate(rows, self.step)  # the state holds this step alone: scaled at its end
             self._is_unweighted = True
         else:
-            if self._step_state is None:
-                self._step_state = CovarianceState(self.state.channels, rows.device)
-            self._step_state.update(rows)
+            self._pool(rows)
+
+    def _pool(self, rows: Tensor) -> None:
+        # Rows of the running step, whose weight its end will tell.
+        assert self.state is not None
+        if self._step_state is None:
+            self._step_state = CovarianceState(self.state.channels, rows.device)
+        self._step_state.update(rows)
 
     def _accumulate(
         self,
@@ -451,6 +458,8 @@ class Layer:
         self.buffer.stagger()
 
     def _flush_full(self) -> None:
+        if self.weighting == "image" and (held := self.buffer.take_unweighed()) is not None:
+            self._pool(held)
         rows = self.buffer.rows
         if rows is None:
             return

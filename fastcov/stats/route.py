@@ -267,6 +267,11 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
     return undecided
 
 
+def _is_unknown(module: nn.Module) -> bool:
+    del module
+    return False
+
+
 class Routes:
     """Routes of one tap, by layout.
 
@@ -308,12 +313,22 @@ class Routes:
 
     def close(self) -> None:
         """Forgets all layouts: the next call goes the whole way."""
+        # Entries follow themselves and each other: they would keep the layer until Python looks
+        # for cycles.
+        for known in self._known.values():
+            known.follower = START
         self._known.clear()
         self.last = START
 
+    def release(self) -> None:
+        """Lets go of the hook and of all layouts: the tap is read no more."""
+        self.close()
+        self.wrap = None
+        self._is_unchanged = _is_unknown
+
     def follow(self, route: Route) -> None:
         """Takes one route for all calls, whatever their layout."""
-        self._known.clear()
+        self.close()
         self.last = Known(None, route)
 
     def reconsider(self) -> None:
@@ -343,7 +358,7 @@ class Routes:
         """Keeps the layout of a call that was read the whole way, and chooses its route."""
         assert layout.key is not None
         if len(self._known) >= MOST_LAYOUTS:
-            del self._known[next(iter(self._known))]
+            self._known.pop(next(iter(self._known))).follower = START
         known = Known(layout, self._wrapped(choose(self, layout, value)))
         self._known[layout.key] = known
         if self.last is not START:

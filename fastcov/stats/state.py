@@ -269,7 +269,8 @@ class CovarianceState:
 
     def to(self, device: torch.device | str) -> CovarianceState:
         """Moves the tensors, in place."""
-        with self._lock:
+        # Tensors made under inference_mode could not be updated in training later.
+        with self._lock, torch.inference_mode(False):
             self.tensors = StateTensors._make(tensor.to(device) for tensor in self.tensors)
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from threading import get_ident
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -218,8 +219,14 @@ class StepHook:
         elif "_is_replica" in module.__dict__:
             watcher.steps.not_counted = REPLICA
         else:
-            is_nested = watcher.steps.is_inside and _runs_inside_itself(module)
+            steps, thread = watcher.steps, get_ident()
+            is_nested = False
+            if steps.is_inside and steps.thread == thread:
+                is_nested = _runs_inside_itself(module)
+            elif steps.is_inside and steps.is_on_stack and not _runs_in(steps.thread, module):
+                steps.abandon()
             watcher.begin_step(is_step, is_nested)
+            steps.is_on_stack = steps.is_on_stack or steps.thread == thread
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; torch calls this hook after an exception too."""
@@ -256,9 +263,16 @@ _CALL = nn.Module._call_impl.__code__
 
 def _runs_inside_itself(module: nn.Module) -> bool:
     # A forward that did not end is either still on the stack (recursion), or was interrupted.
+    return _calls_on_stack(sys._getframe(), module) > 1
+
+
+def _runs_in(thread: int, module: nn.Module) -> bool:
+    return _calls_on_stack(sys._current_frames().get(thread), module) > 0
+
+
+def _calls_on_stack(frame: FrameType | None, module: nn.Module) -> int:
     calls = 0
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    while frame is not None:
         calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
-    return calls > 1
+        frame = frame.f_back
+    return calls

@@ -85,6 +85,10 @@ class SharedInputs:
         self.forget_step()
         return new
 
+    def settle(self, tap: int) -> None:
+        """Notes that the first step of a tap was in an earlier run."""
+        self._past_first_step.add(tap)
+
     def forget_step(self) -> None:
         """Forgets the tensors of a step that may not have ended."""
         for sightings in self._sightings.values():

@@ -38,6 +38,8 @@ class Steps:
         has_overlapped: True if forwards have overlapped in several threads.
         not_counted: Reason why the last forward that might have been a step was none.
         thread: Identity of the thread of the forward that began last.
+        is_on_stack: True if that thread's Python stack shows the forward: it runs in no compiled
+            code.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class Steps:
         self.has_overlapped = False
         self.not_counted = ""
         self.thread = 0
+        self.is_on_stack = False
         self._has_new_refusal = False
         self._has_new_overlap = False
         self._depth = 0
@@ -82,6 +85,7 @@ class Steps:
             self._depth += 1
             return False
         self.thread = thread
+        self.is_on_stack = False
         self._depth = 1
         self._exception_before = sys.exc_info()[1]
         self.is_running = counts
@@ -89,6 +93,12 @@ class Steps:
         if counts and (reason := self._why_not_counted(can_replay)):
             self.is_running, self.not_counted = False, reason
         return self.is_running
+
+    def abandon(self) -> None:
+        """Forgets a forward that was interrupted, in whatever thread."""
+        self._depth = 0
+        self.is_running = False
+        self._handled = None
 
     def take_refusal(self) -> str:
         """Reason why a CUDA graph must not hold the forward that began; told once, else empty."""

@@ -93,7 +93,8 @@ class Watcher:
         self.number = next(_NUMBERS)
         # The wrapper that torch.compile returns cannot be traced in compiled code, where hooks ask
         # for the root's mode. The module inside has the same mode.
-        self.root: Callable[[], nn.Module | None] = weakref.ref(getattr(model, "_orig_mod", model))
+        root: nn.Module = getattr(model, "_orig_mod", model)
+        self.root: Callable[[], nn.Module | None] = weakref.ref(root, _release(weakref.ref(self)))
         # Compiled code passes the clock to the step operators, which claim to change it: this keeps
         # them in order, and tells them the watcher's number.
         with torch.inference_mode(False):
@@ -331,19 +332,18 @@ class Watcher:
             self.fail(tap, error)
 
     def _recall(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
-        # Takes the route of a layout that is known, but was not expected next (sizes that
-        # alternate). False where the call must be read the whole way.
-        routes = self._routes[tap]
-        if (
-            self.steps.is_captured
-            or type(activation) is not Tensor
-            or not is_undisturbed()
-            or not routes.recall(activation)
-        ):
+        # Takes the route of a known layout. False where the call must be read the whole way.
+        if self.steps.is_captured or type(activation) is not Tensor or not is_undisturbed():
             return False
+        routes = self._routes[tap]
+        # The expected one first: no hook has asked it about a tensor inside a tuple or a keyword.
         known = routes.last.follower
         if not known.route.take(activation, module, args):
-            return False
+            if not routes.recall(activation):
+                return False
+            known = routes.last.follower
+            if not known.route.take(activation, module, args):
+                return False
         routes.last = known
         return True
 
@@ -483,12 +483,28 @@ class Watcher:
         """Name of the layer that a following tap shares, by the tap's name."""
         return {name: layer.name for name, layer in self.layers.items() if name != layer.name}
 
-    def share(self, shared: Mapping[str, str]) -> None:
-        """Makes taps share layers again.
+    def load_layers(
+        self, layers: Mapping[str, dict[str, Any]], shared: Mapping[str, str], with_rows: bool
+    ) -> None:
+        """Continues with saved layers, shared as they were, and by no other taps.
 
         Args:
-            shared: Result of :meth:`shared`, of this or an earlier run.
+            layers: From :meth:`fastcov.stats.layer.Layer.state_dict`, by name.
+            shared: From :meth:`shared`.
+            with_rows: False to take the plans alone.
         """
+        self._share(shared)
+        for name, saved in layers.items():
+            self.layers[name].load_state_dict(saved, with_rows)
+        for tap, routes in enumerate(self._routes):
+            if routes.layer.total_calls:
+                self._inputs.settle(tap)
+
+    def _share(self, shared: Mapping[str, str]) -> None:
+        self._inputs.owner.clear()
+        for number, tap in enumerate(self.taps):
+            if self._routes[number].layer.name != tap.name:
+                self._assign(number, self._new_layer(number))
         number_of = {tap.name: number for number, tap in enumerate(self.taps)}
         for name, owner in shared.items():
             self._inputs.owner[number_of[name]] = number_of[owner]
@@ -518,7 +534,7 @@ class Watcher:
         copied = {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("_routes", "_inputs", "_handles", "modules", "root")
+            if name not in ("_routes", "_inputs", "_handles", "modules", "root", "on_step_end")
         }
         return {**copied, "_unique": [], "_layer_of": [routes.layer for routes in self._routes]}
 
@@ -526,6 +542,7 @@ class Watcher:
         layer_of = state.pop("_layer_of")
         self.__dict__.update(state)
         self.root = _no_model
+        self.on_step_end = _do_nothing
         self.modules, self._handles, self._inputs = [], [], SharedInputs()
         self._routes = [Routes(layer) for layer in layer_of]
         self._list_layers()
@@ -535,7 +552,18 @@ class Watcher:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        observers.pop(self.number, None)
+        if observers.get(self.number) is self:  # a copy has the same number
+            del observers[self.number]
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of hooks, routes and the tracker: the root is closed or gone.
+
+        They refer to each other, and would keep the statistics until Python looks for cycles.
+        """
+        self.on_step_end = _do_nothing
+        for routes in self._routes:
+            routes.release()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -549,3 +577,16 @@ class Watcher:
 
 def _no_model() -> None:
     return None
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _release(watcher: weakref.ref[Watcher]) -> Callable[[object], None]:
+    # Called when a model has gone, with its hooks: nothing is read any more.
+    def release(_: object) -> None:
+        if (alive := watcher()) is not None:
+            alive.release()
+
+    return release

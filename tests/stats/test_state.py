@@ -318,3 +318,10 @@ def test_state_made_under_inference_mode_can_be_trained_with() -> None:
         state = CovarianceState(5)
     state.update(draw(10, 0, 0.0))
     assert int(state.count[0]) == 10
+
+
+def test_a_state_that_moves_under_inference_mode_can_be_updated_in_training() -> None:
+    state = filled(torch.randn(5, 3))
+    with torch.inference_mode():
+        state.to("meta")
+    assert not any(tensor.is_inference() for tensor in state.tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from pathlib import Path
@@ -34,6 +35,17 @@ def test_a_second_tracker_is_announced_and_can_replace_the_first() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastcov.track(model).close()
+
+
+def test_a_closed_copy_leaves_the_compiled_steps_of_its_original_alone() -> None:
+    model = model_of()
+    tracker = fastcov.track(model, rows="all")
+    compiled = torch.compile(lambda x: model(x) * 2, backend="eager", fullgraph=True)
+    compiled(torch.randn(4, 8))
+    with copy.deepcopy(tracker) as copied:
+        assert copied.count("0") == 4
+    compiled(torch.randn(4, 8))
+    assert (tracker.count("0"), copied.count("0")) == (8, 4)
 
 
 def test_snapshots_of_a_second_run_are_not_appended_to_the_first(tmp_path: Path) -> None:
@@ -131,3 +143,23 @@ def test_many_threads_at_once_lose_no_row_of_the_steps_that_are_counted() -> Non
         assert tracker.count("0") == tracker.count("2") == 64 * tracker.steps > 0
         expected = model[0](torch.ones(1, 8)).detach().double()
         torch.testing.assert_close(tracker.mean("0"), expected[0])
+
+
+def test_a_forward_that_was_interrupted_in_another_thread_does_not_overlap() -> None:
+    model = model_of()
+    tracker = fastcov.track(model, rows="all")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(4, 8))
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        thread = threading.Thread(target=lambda: [model(torch.randn(4, 8)) for _ in range(3)])
+        thread.start()
+        thread.join()
+    assert tracker.steps == 3
+    assert tracker.count("2") == 12

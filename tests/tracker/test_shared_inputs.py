@@ -148,3 +148,69 @@ def test_layers_that_hold_channels_elsewhere_share_nothing() -> None:
     torch.testing.assert_close(
         tracker.covariance("head:in"), rows.T @ rows / len(rows), rtol=1e-6, atol=1e-7
     )
+
+
+class TwoConsumers(nn.Module):
+    """Two layers that read one tensor, or tensors of their own, in either order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.order = "ab"
+        self.is_apart = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for name in self.order:
+            given = x.clone() if self.is_apart and name == "b" else x
+            outputs.append(getattr(self, name)(given))
+        return torch.stack(outputs).sum(0)
+
+
+def _run(model: TwoConsumers, steps: int, order: str = "ab", is_apart: bool = False) -> None:
+    model.order, model.is_apart = order, is_apart
+    for _ in range(steps):
+        model(torch.randn(10, 4))
+
+
+@pytest.mark.parametrize("saved_apart", [False, True])
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_loaded_run_is_shared_as_it_was_saved(saved_apart: bool, order: str) -> None:
+    torch.manual_seed(0)
+    saved, loaded = TwoConsumers(), TwoConsumers()
+    first = fastcov.track(saved, where="input", rows="all")
+    _run(saved, 3, is_apart=saved_apart)
+    second = fastcov.track(loaded, where="input", rows="all")
+    _run(loaded, 2, order)
+    assert second.state_dict()["shared"]  # and in this order: other layers lead
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict()["shared"] == first.state_dict()["shared"]
+    for model in (saved, loaded):
+        torch.manual_seed(1)
+        _run(model, 2, is_apart=saved_apart)
+    for name in first.names():
+        assert first.count(name) == second.count(name) == 50
+        assert torch.equal(first.covariance(name), second.covariance(name))
+
+
+def test_a_branch_that_appears_in_a_resumed_run_has_the_rows_of_its_own_steps() -> None:
+    model = TwoConsumers()
+    tracker = fastcov.track(model, where="input", rows="all")
+    _run(model, 3, "a")
+    saved = tracker.state_dict()
+    tracker.close()
+    tracker = fastcov.track(model, where="input", rows="all")
+    tracker.load_state_dict(saved)
+    _run(model, 2)
+    assert (tracker.count("a:in"), tracker.count("b:in")) == (50, 20)
+
+
+def test_a_shared_layer_that_is_not_tracked_is_refused_before_anything_is_loaded() -> None:
+    model = TwoConsumers()
+    tracker = fastcov.track(model, where="input", rows="all")
+    _run(model, 3)
+    saved = tracker.state_dict()
+    other = fastcov.track(TwoConsumers(), where="input", rows="all", exclude="b")
+    with pytest.raises(ValueError, match=r"layers that are not tracked here: b:in"):
+        other.load_state_dict(saved)
+    assert other.steps == 0
