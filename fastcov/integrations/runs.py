@@ -375,7 +375,7 @@ class TrackedRun:
         return self.tracker.sync().state_dict()
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Goes back to saved statistics and drops those of the steps in between."""
+        """Goes back to saved statistics; later rows are forgotten."""
         self.tracker.load_state_dict(dict(saved))
         self._tracked_step = self.tracker.steps
 

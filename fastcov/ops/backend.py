@@ -87,7 +87,7 @@ HOST = Service("torch", False, counts_on_device=False, has_compiled_gather=False
 """Service of a CPU without the compiled library."""
 
 active: Machine = Machine()
-"""The machine that :func:`service_of` answers for; settable."""
+"""Machine whose services :func:`service_of` gives; settable."""
 
 
 def service_of(dtype: torch.dtype, device: torch.device) -> Service:
