@@ -130,11 +130,11 @@ def estimate(
     update: updates follow one another on a stream. The workspace adds to the peak of a step only
     where the update runs at that peak. Left out, as they come and go within one call:
 
-    - On a CPU, the scratch memory of the compiled operators. The thread that runs the forward keeps
-      it, outside torch's allocator and its profiler: about 16 MiB at most, or 0.8 MiB for each of
+    - On a CPU, the scratch memory of the compiled operators, which the thread that runs the forward
+      keeps outside torch's allocator and profiler: about 16 MiB at most, or 0.8 MiB for each of
       torch's threads where that is more (4 KiB a channel above 4096). A layer that is read through
-      its inputs (``rows="all"``) needs 8 bytes there for each of its weights and 4 for each entry
-      of its inputs' second moment, and takes 8 for each entry from torch.
+      its inputs (``rows="all"``) needs in scratch memory 8 bytes for each weight and 4 for each
+      entry of the inputs' second moment, and takes 8 more for each entry from torch.
     - On a CPU, the copy of a call's sampled rows, where they are more than 2 C.
     - Temporaries of plain torch, where it takes the place of a compiled operator or of Triton
       (:func:`fastcov.backends`), and for float64 rows on a GPU.

@@ -65,7 +65,7 @@ class FastcovCallback(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Keeps the checkpoint's statistics until the model is ready; a running fit loads them.
 
-        The latter happens with a tuner, which saves a checkpoint, trains, and loads it again.
+        A tuner makes a running fit load: it saves a checkpoint, trains, and loads the checkpoint.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return

@@ -65,7 +65,7 @@ class Watcher:
         layers: Layer of each tap, by name; taps that see the same tensors have the same layer.
         notes: Remarks on single layers, by name.
         steps: Counts the steps.
-        steps_begun: Steps that were read, whether they ended or not.
+        steps_begun: Steps that were begun and read, including those that an exception ended.
         is_reading: True inside a step that is read.
         is_skipping: True inside a forward of the root that is not read.
     """
