@@ -193,7 +193,7 @@ class Following(Route):
         inputs: Record of the tensors that taps have seen.
         tap: Number of the following tap.
         leader: Number of the owning tap, which reads.
-        order: Order of dimensions of the following tap; tensors of other ranks are not taken.
+        order: Order of dimensions of the following tap; a tensor with more or fewer is not taken.
     """
 
     __slots__ = ("_inputs", "_order", "_owner", "_tap")
