@@ -1,4 +1,4 @@
-"""Checks of what :func:`fastcov.track` and :func:`fastcov.estimate` are given alike."""
+"""Checks of arguments that :func:`fastcov.track` and :func:`fastcov.estimate` have in common."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from torch import nn
 
 
 def check_model(model: object) -> None:
-    """Refuses what is no module.
+    """Check that ``model`` is a module.
 
     Raises:
-        TypeError: With what it is.
+        TypeError: If not; names the type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
 def check_reading(where: object, weighting: object, max_channels: object) -> None:
-    """Checks choices and limits of :func:`fastcov.track`.
+    """Check of the arguments ``where``, ``weighting`` and ``max_channels``.
 
     Raises:
-        TypeError: If ``max_channels`` is of the wrong type.
-        ValueError: If one is out of range, or not among the choices.
+        TypeError: If ``max_channels`` is no int.
+        ValueError: If ``max_channels`` is below 1, or another argument not among its choices.
     """
     _check_choice("where", where, ("output", "input", "both"))
     _check_choice("weighting", weighting, ("position", "image"))
@@ -31,21 +31,21 @@ def check_reading(where: object, weighting: object, max_channels: object) -> Non
 
 
 def check_steps(argument: str, value: object) -> None:
-    """Refuses what is no number of steps.
+    """Check that an argument is a number of steps, an int of at least 1.
 
     Raises:
-        ValueError: With the argument and its value.
+        ValueError: If not; names the argument and its value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument}={value!r}: give a number of steps of at least 1")
 
 
 def check_decay(decay: object) -> None:
-    """Refuses what is no factor on the past.
+    """Check that ``decay`` is None or a number in (0, 1).
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of range.
+        TypeError: If ``decay`` is no number.
+        ValueError: If ``decay`` is out of range.
     """
     if decay is None:
         return

@@ -1,4 +1,4 @@
-"""What tracking would add, known before anything is allocated."""
+"""Estimate of the memory and arithmetic that tracking would add, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fastcov.stats.workspace import update_workspace_bytes
 from fastcov.watch.select import Selector, Tap, find_taps, first_tensor
 from fastcov.watch.sharing import SharedInputs
 
-_FILLS = 32  # of a buffer, whose workspaces are compared
+_COMPARED_FILLS = 32  # numbers of waiting rows, evenly spaced, whose workspaces are compared
 
 
 @dataclass(frozen=True)
 class LayerEstimate:
-    """One layer's part. Rows and flops are per step.
+    """Memory and arithmetic that tracking one layer would add. Rows and flops are per step.
 
     Attributes:
         name: Canonical name of the tap.
-        channels: Of a row, C.
-        rows_offered: That a step brings.
-        rows_read: Of those.
-        state_bytes: Of its sums, which stay.
-        buffer_bytes: Of rows that wait to be added; stays.
-        flops: Of its second moment.
-        workspace_bytes: On a GPU, the most that one update of the state takes and gives back.
+        channels: Length of a row, C.
+        rows_offered: Rows that a step brings.
+        rows_read: Rows that are read of these, on average.
+        state_bytes: Memory of the layer's sums, which stays.
+        buffer_bytes: Memory of rows that wait to be added, which stays.
+        flops: Arithmetic of the layer's second moment.
+        workspace_bytes: Memory that one update of the state takes on a GPU and gives back, at most.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Estimate:
     """Memory and arithmetic that tracking would add.
 
     Attributes:
-        layers: What is watched.
-        skipped: Wider than ``max_channels``, with their channels.
-        forward_flops: Of one forward of the model, by torch.utils.flop_counter.
+        layers: Estimates of the watched layers.
+        forward_flops: Flops of one forward of the model, by torch.utils.flop_counter.
+        skipped: Channels of the layers that are wider than ``max_channels``, by name.
     """
 
     layers: list[LayerEstimate]
@@ -65,15 +65,16 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """The most that is added at the peak, in bytes: states, buffers, one update's workspace."""
-        stay = sum(layer.state_bytes + layer.buffer_bytes for layer in self.layers)
-        return stay + self.workspace_bytes
+        """Bytes that are added at the peak: states, buffers, and the workspace of one update."""
+        lasting = sum(layer.state_bytes + layer.buffer_bytes for layer in self.layers)
+        return lasting + self.workspace_bytes
 
     @property
     def workspace_bytes(self) -> int:
-        """Of that, what only one update at a time takes and gives back: the largest layer's.
+        """Bytes of the largest layer's workspace: updates take and give it back one by one.
 
-        0 on a CPU, whose operators work outside torch's allocator: see :func:`estimate`.
+        Part of :attr:`memory_bytes`. 0 on a CPU, whose operators work outside torch's allocator:
+        see :func:`estimate`.
         """
         return max((layer.workspace_bytes for layer in self.layers), default=0)
 
@@ -84,7 +85,7 @@ class Estimate:
 
     @property
     def flops_share(self) -> float:
-        """Those flops over a training step's, three times the forward's."""
+        """:attr:`flops` over those of a training step, three times the forward's; NaN without."""
         return self.flops / (3 * self.forward_flops) if self.forward_flops else float("nan")
 
     def __str__(self) -> str:
@@ -125,37 +126,37 @@ def estimate(
     without memory or arithmetic of its own, as if it trained on an H100 (whose workspace is counted
     where triton is installed).
 
-    Memory is what stays, and on a GPU the workspace of one update, the largest: updates follow one
-    another on a stream. The peak is above what stays by that much only where the update meets the
-    rest of the step at its peak. Left out, as it comes and goes within one call:
+    Memory is that of states and buffers, which stays, and on a GPU the largest workspace of one
+    update: updates follow one another on a stream. The workspace adds to the peak of a step only
+    where the update runs at that peak. Left out, as they come and go within one call:
 
-    - On a CPU, the scratch memory of the compiled operators. The thread that runs the forward keeps
-      it, outside torch's allocator and its profiler: about 16 MiB at most, or 0.8 MiB for each of
+    - On a CPU, the scratch memory of the compiled operators, which the thread that runs the forward
+      keeps outside torch's allocator and profiler: about 16 MiB at most, or 0.8 MiB for each of
       torch's threads where that is more (4 KiB a channel above 4096). A layer that is read through
-      its inputs (``rows="all"``) needs 8 bytes there for each of its weights and 4 for each entry
-      of its inputs' second moment, and takes 8 for each entry from torch.
+      its inputs (``rows="all"``) needs in scratch memory 8 bytes for each weight and 4 for each
+      entry of the inputs' second moment, and takes 8 more for each entry from torch.
     - On a CPU, the copy of a call's sampled rows, where they are more than 2 C.
     - Temporaries of plain torch, where it takes the place of a compiled operator or of Triton
-      (:func:`fastcov.backends`), or of float64 rows on a GPU.
-    - With ``weighting="image"``, those of a module called several times a step, whose states are
-      merged: up to four times its 8 C^2 bytes.
+      (:func:`fastcov.backends`), and for float64 rows on a GPU.
+    - With ``weighting="image"``, temporaries of a module called several times a step, whose states
+      are merged: up to four times the 8 C^2 bytes of a state.
 
     Args:
-        model: As for :func:`fastcov.track`.
-        example: Its input: a tensor, a tuple of arguments or a mapping of keyword arguments, on
-            the model's device.
-        include: As for :func:`fastcov.track`.
-        exclude: As for :func:`fastcov.track`.
-        where: As for :func:`fastcov.track`.
-        rows: As for :func:`fastcov.track`.
-        weighting: As for :func:`fastcov.track`.
-        max_channels: As for :func:`fastcov.track`.
-        training: Whether the forward runs in training mode instead of evaluation mode: where the
-            two differ in shapes, as a detector's do, whose example then holds targets. Batch norm
-            stays in evaluation mode. A tracker of this model counts it, unless it is paused.
+        model: Module whose forward is one step.
+        example: Input of the model: a tensor, a tuple of arguments or a mapping of keyword
+            arguments, on the model's device.
+        include: See :func:`fastcov.track`.
+        exclude: See :func:`fastcov.track`.
+        where: See :func:`fastcov.track`.
+        rows: See :func:`fastcov.track`.
+        weighting: See :func:`fastcov.track`.
+        max_channels: See :func:`fastcov.track`.
+        training: True runs the forward in training mode, for models with other shapes there, as
+            detectors, whose example then holds targets. Batch norm stays in evaluation mode. A
+            tracker of this model counts the forward as a step, unless the tracker is paused.
 
     Returns:
-        Sums and one entry a layer; ``print`` shows them.
+        Sums, and one entry a layer; ``print`` shows both.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -185,46 +186,57 @@ def estimate(
     loads = survey.loads()
     fractions = policy.fractions(loads, loads)
     layers = [
-        _layer_estimate(survey.seen[name], name, fractions[name], weighting == "image")
+        _layer_estimate(survey.tap_loads[name], name, fractions[name], weighting == "image")
         for name in loads
     ]
     return Estimate(layers, counter.get_total_flops(), survey.skipped)
 
 
 @dataclass
-class _Seen:
-    """What one tap is given in one step."""
+class _TapLoad:
+    """Sizes of the tensors that one tap is given in one step.
+
+    Attributes:
+        channels: Length of a row.
+        dtype: Dtype of the rows.
+        device: Device of the rows.
+        calls: Number of rows of each call.
+        views: Row view of each call, on the meta device; empty for a CPU.
+    """
 
     channels: int
     dtype: torch.dtype
     device: torch.device
-    calls: list[int] = field(default_factory=list)  # rows of each
-    views: list[Tensor] = field(default_factory=list)  # likewise, on a GPU: their layout alone
+    calls: list[int] = field(default_factory=list)
+    views: list[Tensor] = field(default_factory=list)
 
 
-def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) -> LayerEstimate:
-    size, offered = seen.channels, sum(seen.calls)
+def _layer_estimate(
+    tap_load: _TapLoad, name: str, fraction: float, is_by_image: bool
+) -> LayerEstimate:
+    size, offered = tap_load.channels, sum(tap_load.calls)
     state_bytes = 8 * (size * size + 2 * size + 4)
     threshold = buffer_rows(size)
-    due = [fraction * count for count in seen.calls]
-    # As fastcov.stats.layer: calls of many rows are added at once, the others wait in a buffer.
-    service = service_of(seen.dtype, seen.device)
+    due = [fraction * count for count in tap_load.calls]
+    # As in fastcov.stats.layer: calls of many rows are added at once, the others wait in a buffer.
+    service = service_of(tap_load.dtype, tap_load.device)
     direct = direct_rows(size, service.is_host)
     buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
     capacity = threshold if any(buffered) else 0
     if is_by_image and len(due) > 1:
-        # A step's rows wait for its last call to be weighed: in the buffer, or in a second state.
+        # Rows are weighed after the step's last call. Until then they wait in the buffer, or their
+        # sums in a second state.
         capacity = max(
             capacity, ceil(sum(d for d, waits in zip(due, buffered, strict=True) if waits))
         )
         state_bytes *= 1 if all(buffered) else 2
     most_waiting, has_device_buffer = capacity, False
-    row_bytes = size * seen.dtype.itemsize
-    is_on_gpu = seen.device.type == "meta" or service.counts_on_device
+    row_bytes = size * tap_load.dtype.itemsize
+    is_on_gpu = tap_load.device.type == "meta" or service.counts_on_device
     if is_on_gpu and not is_by_image and (fraction < 1 or any(buffered)):
         waiting = fraction * offered if fraction < 1 else min(offered, len(due) * (direct - 1))
         if sizes := device_buffer_rows(size, waiting, len(due)):
-            capacity, row_bytes = sum(sizes), row_bytes + 4  # and the step of each row
+            capacity, row_bytes = sum(sizes), row_bytes + 4  # 4 for the step of each row
             has_device_buffer = True
     return LayerEstimate(
         name=name,
@@ -235,58 +247,59 @@ def _layer_estimate(seen: _Seen, name: str, fraction: float, is_by_image: bool) 
         buffer_bytes=capacity * row_bytes,
         flops=fraction * offered * size * (size + 1),
         workspace_bytes=_workspace_bytes(
-            seen, fraction, buffered, most_waiting, is_by_image, has_device_buffer
+            tap_load, fraction, buffered, most_waiting, is_by_image, has_device_buffer
         ),
     )
 
 
 def _workspace_bytes(
-    seen: _Seen,
+    tap_load: _TapLoad,
     fraction: float,
     buffered: list[bool],
     most_waiting: int,
     is_by_image: bool,
     has_device_buffer: bool,
 ) -> int:
-    """Of the largest update: of a call's rows at once, or of those that have waited.
+    """Workspace of the largest update, be it of a call's rows or of rows that have waited.
 
-    Rows wait on the host's counters for the first steps, and are added by the same kernels; a
-    buffer on the device is made later, and emptied without workspace.
+    In the first steps rows wait with counters on the host, and the same kernels add them. A buffer
+    with counters on the device is made later, and emptied without workspace.
     """
-    if not seen.views:
+    if not tap_load.views:
         return 0
 
     def rows(count: int) -> Tensor:
-        return torch.empty(count, seen.channels, dtype=seen.dtype, device="meta")
+        return torch.empty(count, tap_load.channels, dtype=tap_load.dtype, device="meta")
 
     sizes = [0]
-    for view, count, waits in zip(seen.views, seen.calls, buffered, strict=True):
+    for view, count, waits in zip(tap_load.views, tap_load.calls, buffered, strict=True):
         if not waits and fraction < 1:
             sample = rows(ceil(fraction * count))
-            gathered = 0 if has_device_buffer else sample.nbytes  # into memory of its own
-            sizes.append(gathered + update_workspace_bytes(sample, seen.device))
+            gathered = 0 if has_device_buffer else sample.nbytes  # a copy, made for the update
+            sizes.append(gathered + update_workspace_bytes(sample, tap_load.device))
         elif not waits:
-            sizes.append(update_workspace_bytes(view, seen.device))
-    for part in range(1, _FILLS + 1):  # a few rows less may be shared out among more programs
-        waiting = rows(ceil(most_waiting * part / _FILLS))
-        sizes.append(update_workspace_bytes(waiting, seen.device, is_weighted=is_by_image))
+            sizes.append(update_workspace_bytes(view, tap_load.device))
+    # Not only of the most rows: fewer may be divided among more programs, and take more.
+    for part in range(1, _COMPARED_FILLS + 1):
+        waiting = rows(ceil(most_waiting * part / _COMPARED_FILLS))
+        sizes.append(update_workspace_bytes(waiting, tap_load.device, is_weighted=is_by_image))
     return max(sizes)
 
 
 class _Survey:
-    """Sizes of all tapped tensors in one forward."""
+    """Collector of the sizes of all tapped tensors in one forward."""
 
     def __init__(self, taps: list[tuple[Tap, nn.Module]], max_channels: int) -> None:
         self.taps = taps
         self.max_channels = max_channels
-        self.seen: dict[str, _Seen] = {}
+        self.tap_loads: dict[str, _TapLoad] = {}
         self.skipped: dict[str, int] = {}
         self._shared = SharedInputs()
         self._macs = [0] * len(taps)
 
     @contextmanager
     def watching(self, model: nn.Module, training: bool) -> Iterator[None]:
-        """Hooks in place, the model in one mode; afterwards all is as before."""
+        """Context with hooks on all taps and the model in one mode; restores both afterwards."""
         handles = [
             module.register_forward_hook(self._output_hook(number))
             if tap.position == "output"
@@ -307,18 +320,18 @@ class _Survey:
                 module.training = mode
 
     def loads(self) -> dict[str, LayerLoad]:
-        """Channels, rows and MACs of every state that would be made."""
+        """Loads of the layers that would be made, by name."""
         self._shared.diverged()
-        macs = dict.fromkeys(self.seen, 0)
+        macs = dict.fromkeys(self.tap_loads, 0)
         for number, (tap, _) in enumerate(self.taps):
             owner = self.taps[self._shared.owner.get(number, number)][0].name
-            if owner in self.seen:
+            if owner in self.tap_loads:
                 macs[owner] += self._macs[number]
             if owner != tap.name:
-                self.seen.pop(tap.name, None)
+                self.tap_loads.pop(tap.name, None)
         return {
-            name: LayerLoad(seen.channels, sum(seen.calls), macs[name])
-            for name, seen in self.seen.items()
+            name: LayerLoad(tap_load.channels, sum(tap_load.calls), macs[name])
+            for name, tap_load in self.tap_loads.items()
         }
 
     def _output_hook(self, number: int) -> Any:
@@ -344,16 +357,17 @@ class _Survey:
         self._macs[number] += count * tap.macs_per_row
         if tap.position == "input":
             order = row_order(plain.dim(), tap.layout, tap.batched_rank)
-            self._shared.see(number, activation, order, tap.name in self.seen)
-        seen = self.seen.setdefault(tap.name, _Seen(channels, rows.dtype, rows.device))
-        seen.calls.append(count)
-        if seen.device.type != "cpu":
+            self._shared.see(number, activation, order, tap.name in self.tap_loads)
+        tap_load = self.tap_loads.setdefault(tap.name, _TapLoad(channels, rows.dtype, rows.device))
+        tap_load.calls.append(count)
+        if tap_load.device.type != "cpu":
             layout = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device="meta")
-            seen.views.append(layout)
+            tap_load.views.append(layout)
 
 
 def _sized(activation: Tensor) -> Tensor | None:
-    # On the meta device sizes are all there is, and all that is needed.
+    # The tensor whose sizes count; None where no rows can be read. Meta tensors have sizes, and no
+    # more is needed here, though plain_tensor refuses them.
     if activation.is_meta and activation.dim() > 0:
         return activation
     found = plain_tensor(activation)

@@ -1,4 +1,4 @@
-"""Tracker: what the watched statistics say, and how they are kept."""
+"""Tracker: access to the statistics of a watched model, their snapshots and checkpoints."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Tracker:
         taps: Tensors to watch.
         snapshot_every: See :func:`fastcov.track`.
         out: See :func:`fastcov.track`.
-        options: Of :class:`fastcov.watch.watcher.Watcher`.
+        options: Other arguments of :class:`fastcov.watch.watcher.Watcher`.
 
     Attributes:
         watcher: Hooks and layers.
-        snapshot_every: As given.
+        snapshot_every: See :func:`fastcov.track`.
     """
 
     def __init__(
@@ -69,19 +69,20 @@ class Tracker:
         out: str | Path | None,
         **options: Any,
     ) -> None:
-        # One process writes a folder: the ranks' snapshots differ only in the rows they sampled.
+        # Only rank 0 writes: the ranks' snapshots differ only in the rows that they sampled.
         rank, _ = rank_and_ranks()
         self.snapshot_every = snapshot_every
-        self._synced: dict[str, CovarianceState] = {}  # all ranks' rows
-        self._synced_at = -1  # steps that had begun then: the next one ends the view
+        # States of all ranks together, shown until another step begins than those counted here.
+        self._synced: dict[str, CovarianceState] = {}
+        self._synced_at = -1
         self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
-        self._continues = False  # the run that the history holds already
+        self._owns_history = False  # True once the history's snapshots are all of this run
         self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
     def _end_step(self) -> None:
         if self._synced and not self._is_synced:
             self._show_own_rows()  # frees the other ranks' rows
-        # A snapshot that fails (a full disk) is a warning, not the end of training.
+        # A snapshot that fails (a full disk) gives a warning and does not end the training.
         if self.snapshot_every is None or is_capturing():
             return
         try:
@@ -107,8 +108,8 @@ class Tracker:
 
     def _begin_history(self) -> None:
         # Snapshots of two runs in one history would read as one training.
-        if not self._continues:
-            self._continues = True
+        if not self._owns_history:
+            self._owns_history = True
             if (apart := self._snapshots.history.start_anew()) is not None:
                 warnings.warn(
                     f"the snapshots of an earlier run were moved to {apart}: a run is continued "
@@ -118,7 +119,7 @@ class Tracker:
 
     @property
     def history(self) -> History:
-        """The snapshots, including those whose spectra had to be waited for."""
+        """Snapshots so far; waits for the spectra that are still being computed."""
         self._snapshots.deliver()
         return self._snapshots.history
 
@@ -126,7 +127,7 @@ class Tracker:
         """Names of the watched tensors, in the model's order."""
         return self.watcher.names()
 
-    # reading
+    # statistics
 
     @torch.no_grad()
     def _state(self, name: str, needs_rows: bool = True) -> CovarianceState:
@@ -146,14 +147,14 @@ class Tracker:
 
         Args:
             name: One of :meth:`names`.
-            centered: Whether the mean is subtracted.
+            centered: True subtracts the mean.
 
         Returns:
             float64 on the layer's device; the divisor is the weight. [C, C]
 
         Raises:
             KeyError: If no such layer is tracked.
-            ValueError: If it has seen no row.
+            ValueError: If the layer has read no row.
         """
         return self._state(name).covariance(centered)
 
@@ -162,7 +163,10 @@ class Tracker:
         return self._state(name).mean()
 
     def count(self, name: str) -> int:
-        """Rows read of a layer; rows with a NaN or an infinity are not among them.
+        """Number of rows read of a layer, without those that hold a NaN or an infinity.
+
+        Args:
+            name: One of :meth:`names`.
 
         Raises:
             KeyError: If no such layer is tracked.
@@ -181,7 +185,7 @@ class Tracker:
         return self._pending({name: self._state(name)}, centered).get()[name]
 
     def spectra(self, centered: bool = False) -> dict[str, Spectrum]:
-        """Spectra of all layers that have seen a row: one batched eigenvalue call."""
+        """Spectra of all layers that have read a row, by name: one batched eigenvalue call."""
         return self._start_spectra(centered).get()
 
     def _start_spectra(self, centered: bool = False) -> PendingSpectra:
@@ -194,7 +198,7 @@ class Tracker:
         return self._pending({n: s for n, s in states.items() if s is not None}, centered)
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
-        # Numbers of this step, and nothing that holds the tracker or its model.
+        # Copies of this step's numbers, with no reference to the tracker or its model.
         return PendingSpectra(states, centered)
 
     @property
@@ -203,15 +207,15 @@ class Tracker:
         return self.watcher.steps_read
 
     def summary(self) -> Summary:
-        """What every layer's spectrum looks like so far.
+        """Summary of every layer's rows and spectrum so far.
 
         Returns:
-            A flat dict of floats, for any logger; ``print`` shows it as a table.
+            Flat dict of floats, for any logger; ``print`` shows it as a table.
         """
         return Summary(self.statuses(), self.watcher.remarks())
 
     def statuses(self) -> list[LayerStatus]:
-        """One line a layer: rows, spectrum, and a note where something is missing."""
+        """Statuses of all layers: rows, spectrum, and a note where something is missing."""
         spectra, run = self.spectra(), self._run_facts()
         untracked = [name for name in self.watcher.notes if name not in self.watcher.layers]
         facts = [self._layer_facts(name) for name in [*self.names(), *untracked]]
@@ -251,20 +255,20 @@ class Tracker:
             has_calls_lately=layer.calls > 0,
         )
 
-    # keeping
+    # snapshots, ranks and checkpoints
 
     def snapshot(self, step: int | None = None) -> Snapshot:
-        """Reads all spectra now and appends them to :attr:`history`.
+        """Computes all spectra now and appends them to :attr:`history`.
 
         Args:
-            step: Label; the number of steps by default.
+            step: Label of the snapshot; None is the number of steps.
 
         Returns:
             The snapshot.
 
         Raises:
             ValueError: If ``step`` comes before the last snapshot's.
-            OSError: If the folder cannot be written; the snapshots before it are intact.
+            OSError: If the folder cannot be written; the earlier snapshots are intact.
         """
         self._begin_history()
         snapshot = Snapshot(
@@ -279,14 +283,17 @@ class Tracker:
         self._snapshots.deliver()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Reads nothing and counts no step inside the ``with`` block."""
+        """Context in which nothing is read and no step counted: ``with tracker.paused():``."""
         return self.watcher.paused()
 
     def sync(self, group: dist.ProcessGroup | None = None) -> Tracker:
         """Shows the statistics of all ranks together until the next step: the only collective.
 
-        Every rank must call it. Each rank goes on collecting its own rows afterwards, so calling
-        it again counts nothing twice.
+        Every rank must call this method. Each rank goes on collecting its own rows afterwards, so
+        that another call counts nothing twice.
+
+        Args:
+            group: Process group; None is the default group.
 
         Returns:
             This tracker.
@@ -305,10 +312,10 @@ class Tracker:
         return self
 
     def merge(self, other: Tracker) -> None:
-        """Adds what another tracker of the same layers has seen; that one stays as it is.
+        """Adds the rows of another tracker of the same layers, which stays as it is.
 
         Args:
-            other: Of a model with these layers, whatever its device.
+            other: Tracker of a model with these layers, on any device.
 
         Raises:
             TypeError: If ``other`` is no tracker.
@@ -341,11 +348,11 @@ class Tracker:
             own.step = self.steps + other.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: tensors and numbers only, no collective.
+        """Checkpoint of the tracker: tensors and numbers only, made without a collective.
 
-        After :meth:`Tracker.sync`, or of a single process, it holds all rows: load it on any number
-        of ranks, rank 0 then carries them and the others start at zero. Else it holds this rank's
-        rows: as many ranks may load them again, each its own.
+        After :meth:`Tracker.sync`, or of a single process, the dict holds all rows: any number of
+        ranks may load it, rank 0 then carries the rows and the others start at zero. Else the dict
+        holds this rank's rows: the same number of ranks may load them again, each its own.
         """
         rank, ranks = rank_and_ranks()
         layers = {}
@@ -367,9 +374,12 @@ class Tracker:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from :meth:`state_dict`.
 
+        Args:
+            state_dict: Result of :meth:`state_dict`.
+
         Raises:
-            ValueError: If it is of another format, holds layers that are not tracked here, or is
-                one of several ranks' own rows and this is another rank, or one of more or fewer.
+            ValueError: If ``state_dict`` is of another format, holds layers that are not tracked
+                here, or holds one rank's own rows and this is another rank or number of ranks.
         """
         if state_dict.get("format") != _FORMAT:
             raise ValueError(
@@ -384,7 +394,7 @@ class Tracker:
                 "track the same model with the same include and exclude"
             )
         rank, ranks = rank_and_ranks()
-        saved_rank = state_dict.get("rank", rank)  # older ones do not tell
+        saved_rank = state_dict.get("rank", rank)  # checkpoints of older versions have no rank
         saved_ranks = state_dict.get("world_size", ranks)
         if not state_dict["is_synced"] and (saved_rank, saved_ranks) != (rank, ranks):
             raise ValueError(
@@ -393,18 +403,18 @@ class Tracker:
                 "sync() on every rank before state_dict(), then any number of ranks may load it; "
                 f"or load on {saved_ranks} ranks, each its own"
             )
-        is_elsewhere = state_dict["is_synced"] and rank > 0
+        rows_are_on_rank_0 = state_dict["is_synced"] and rank > 0
         watcher = self.watcher
         self._show_own_rows()
         watcher.leave_device()
         watcher.step = state_dict["steps"]
         watcher.policy.rho = state_dict["rho"]
-        watcher.load_layers(layers, shared, with_rows=not is_elsewhere)
-        self._continues = True
+        watcher.load_layers(layers, shared, with_rows=not rows_are_on_rank_0)
+        self._owns_history = True
         self.history.truncate(self.steps + 1)
 
     def reset(self) -> None:
-        """Forgets every row and step; what was planned from the first step's shapes stays."""
+        """Forgets every row and step; the shares of the rows that were planned stay."""
         self._show_own_rows()
         self.watcher.leave_device()
         self.watcher.step = 0
@@ -422,7 +432,7 @@ class Tracker:
     ) -> None:
         self.close()
 
-    # showing
+    # plots and reports
 
     def plot(self, layer: str | None = None, ax: Any = None) -> Any:
         """Draws spectra (of one layer, or all), as :func:`fastcov.show.plot.plot_spectrum` does.
@@ -437,7 +447,7 @@ class Tracker:
         Raises:
             ImportError: Without matplotlib (the extra ``plot``).
             KeyError: If no such layer is tracked.
-            ValueError: If it has seen no row.
+            ValueError: If the layer has read no row.
         """
         from fastcov.show.plot import plot_spectrum
 
@@ -447,14 +457,14 @@ class Tracker:
         """Writes one self-contained HTML page about every layer.
 
         Args:
-            path: Of the page; folders are made as needed.
+            path: Path of the page; folders are made as needed.
 
         Returns:
             The page's path.
 
         Raises:
             ImportError: Without matplotlib (the extra ``plot``).
-            OSError: If it cannot be written.
+            OSError: If the page cannot be written.
         """
         from fastcov.show.page import write_report
 
@@ -479,30 +489,31 @@ def track(
 ) -> Tracker:
     """Watches the feature covariance of a model's layers while it trains.
 
-    Nothing else in the training loop changes. Call it before the first compiled forward. A CUDA
-    graph of whole steps is read where two have run eagerly before; a warning names what cannot be.
+    Nothing else in the training loop changes. Call :func:`track` before the first compiled forward.
+    Replays of a CUDA graph of whole steps are read if two steps have run eagerly before the
+    capture; a warning names the layers that are left out, and why.
 
     Args:
-        model: The module whose forward is one step; where gradients accumulate, each micro-batch.
+        model: Module whose forward is one step; where gradients accumulate, each micro-batch.
         include: Glob patterns on module names, module types, or a predicate of (name, module);
             None watches every convolution, Linear and MultiheadAttention.
-        exclude: Likewise, taken away from ``include``.
-        where: The output of each module, its input (named ``layer:in``; consumers of one tensor
-            share one tap), or both.
-        rows: "auto" spends 1 % of the training flops; "all"; an int of rows a layer and step; or
-            a share of all rows in (0, 1].
+        exclude: Patterns, types or a predicate as for ``include``, of modules not to watch.
+        where: Side of each module: "output", "input" (named ``layer:in``; modules that are given
+            one tensor share its statistics), or "both".
+        rows: "auto" spends 1 % of the watched modules' training flops; "all"; an int of rows a
+            layer and step; or a float, the share of all rows in (0, 1].
         every: Reads steps 0, every, 2 * every, ...
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
-        decay: Factor in (0, 1) on all that was seen before, once a step; None keeps everything.
+        decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything.
         max_channels: Wider layers are skipped and listed in the summary.
-        train_only: Whether only forwards of a model in training mode are steps.
-        snapshot_every: Steps between snapshots of all spectra; None takes none. One that fails (a
-            full disk) is a warning.
+        train_only: True counts only forwards of a model in training mode as steps.
+        snapshot_every: Steps between snapshots of all spectra; None takes none. A snapshot that
+            fails (a full disk) gives a warning.
         out: Folder where rank 0 appends snapshots; None keeps them in memory. Snapshots of an
             earlier run are kept in a folder beside, unless :meth:`Tracker.load_state_dict`
             continues that run.
-        replace: Closes the trackers that the model has already; without it they go on reading, and
+        replace: True closes the trackers that the model has already; else they go on reading, and
             a warning says so.
 
     Returns:
@@ -527,7 +538,7 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where)
-    _meet_others(model, taps, replace)
+    _close_or_warn_of_others(model, taps, replace)
     return Tracker(
         model,
         taps,
@@ -542,7 +553,9 @@ def track(
     )
 
 
-def _meet_others(model: nn.Module, taps: list[tuple[Tap, nn.Module]], replace: bool) -> None:
+def _close_or_warn_of_others(
+    model: nn.Module, taps: list[tuple[Tap, nn.Module]], replace: bool
+) -> None:
     names = {tap.name for tap, _ in taps}
     others = [each for each in watchers_of(model) if replace or names & set(each.names())]
     if replace:

@@ -1,1 +1,1 @@
-"""Trackers inside other training loops: one file a framework, each importing only its own."""
+"""Callbacks and loggers for other frameworks: one file each, which imports only its framework."""

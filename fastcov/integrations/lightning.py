@@ -1,4 +1,4 @@
-"""Lightning: a callback that tracks the model, logs summaries and rides in checkpoints."""
+"""Lightning: callback that tracks the model, logs summaries and saves statistics in checkpoints."""
 
 import warnings
 import weakref
@@ -17,18 +17,22 @@ except ImportError as error:
 
 
 class FastcovCallback(Callback):
-    """Tracks a module while ``fit`` trains.
+    """Callback that tracks a module while ``fit`` trains.
 
     ``fit`` with ``ckpt_path`` continues the statistics of the checkpoint, and a second ``fit`` of
-    the same trainer those of the first; any other starts from zero. Batches of a tuner (learning
-    rate, batch size) are not counted. After an exception the hooks are gone.
+    the same trainer continues those of the first; any other ``fit`` starts from zero. Batches of a
+    tuner (learning rate, batch size) are not counted. An exception removes the hooks.
 
     Args:
-        module: Submodule whose forward is a step; "": ``training_step`` calls ``self(x)``.
-        log_every: Optimizer steps between summaries sent to the loggers; None sends none. Their
-            spectra are computed beside the training: loggers get them some batches later.
-        **options: Of :func:`fastcov.track`. Only rank 0 takes snapshots (of its own rows). With
-            ``out`` and no ``snapshot_every``, summaries are stored as snapshots.
+        module: Name of the submodule whose forward is a step; "" is the LightningModule itself,
+            whose ``training_step`` must call ``self(x)``.
+        log_every: Optimizer steps between summaries sent to the loggers; None sends none. The
+            spectra are computed beside the training: loggers get summaries some batches later.
+        **options: Arguments of :func:`fastcov.track`. Only rank 0 takes snapshots, of its own rows.
+            With ``out`` and no ``snapshot_every``, summaries are stored as snapshots.
+
+    Attributes:
+        tracker: Tracker of the running or last ``fit``; None before the first.
 
     Raises:
         ValueError: If ``log_every`` or ``snapshot_every`` is no number of steps.
@@ -41,25 +45,27 @@ class FastcovCallback(Callback):
         self.tracker: fastcov.Tracker | None = None
         self._run: TrackedRun | None = None
         self._trained: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
-        self._is_opening = False  # a fit has begun, and its model is not ready yet
-        self._has_loaded = False  # a checkpoint, for the fit that opens
-        self._loaded: Mapping[str, Any] | None = None
+        self._is_starting = False  # True from setup() until on_fit_start(): the model is not ready
+        # Checkpoint that was loaded while fit started, and the statistics that it held, if any.
+        self._has_checkpoint = False
+        self._checkpoint_statistics: Mapping[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or another process, gets: nothing of a running training."""
+        """Attributes to copy or send to another process: all but those of a running training."""
         return {**self.__dict__, "_run": None, "_trained": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets what an earlier fit left; evaluation leaves everything as it is."""
+        """Prepares for a fit: ends an earlier one. Other stages, as evaluation, change nothing."""
         if stage == TrainerFn.FITTING:
             if self._run is not None:
                 self._run.leave()
-            self._is_opening, self._has_loaded, self._loaded = True, False, None
+            self._is_starting = True
+            self._has_checkpoint, self._checkpoint_statistics = False, None
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Keeps the statistics until the model is ready; in a running fit, goes back to them.
+        """Keeps the checkpoint's statistics until the model is ready; a running fit loads them.
 
-        A tuner saves a checkpoint, trains, and loads it again.
+        A tuner makes a running fit load: it saves a checkpoint, trains, and loads the checkpoint.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -71,15 +77,15 @@ class FastcovCallback(Callback):
                 stacklevel=2,
             )
         saved = checkpoint.get(key)
-        if self._is_opening:
-            self._has_loaded, self._loaded = True, saved
+        if self._is_starting:
+            self._has_checkpoint, self._checkpoint_statistics = True, saved
         elif self._run is not None and self._run.is_open and saved is not None:
             self._run.load(saved)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hooks the module."""
-        saved = self._to_start_from(trainer, pl_module)
-        self._is_opening, self._loaded = False, None
+        """Starts tracking: the model is ready."""
+        saved = self._initial_statistics(trainer, pl_module)
+        self._is_starting, self._checkpoint_statistics = False, None
 
         def log(summary: Summary, step: int) -> None:
             for logger in trainer.loggers:
@@ -98,12 +104,12 @@ class FastcovCallback(Callback):
         self._trained = (weakref.ref(trainer), weakref.ref(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the step that a resumed training continues from."""
+        """Sets the step that a resumed training continues from."""
         if self._run is not None:
             self._run.start(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Marks what is due; sends what is ready to every logger."""
+        """Copies the statistics where a summary is due; sends finished summaries to the loggers."""
         if self._run is None:
             return
         if self._run.tracker.steps == 0:
@@ -112,13 +118,13 @@ class FastcovCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Stores all ranks' statistics; every rank saves, so the collective is safe."""
-        if self._is_opening:  # a tuner runs before this callback's turn
-            checkpoint[self._key(trainer)] = self._to_start_from(trainer, pl_module)
+        if self._is_starting:  # a tuner's callback saves before on_fit_start() of this one
+            checkpoint[self._key(trainer)] = self._initial_statistics(trainer, pl_module)
         elif self._run is not None:
             checkpoint[self._key(trainer)] = self._run.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sends the rest to the loggers, which are closed after this."""
+        """Sends the remaining summaries to the loggers, which are closed after this."""
         if self._run is not None:
             self._run.deliver()
 
@@ -133,16 +139,16 @@ class FastcovCallback(Callback):
             self._run.leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Removes the hooks of a fit that was broken off."""
+        """Removes the hooks of a fit that ended without ``on_fit_end``."""
         if self._run is not None:
             self._run.leave()
 
-    def _to_start_from(self, trainer: Trainer, pl_module: Any) -> Mapping[str, Any] | None:
-        if self._has_loaded:
-            return self._loaded
+    def _initial_statistics(self, trainer: Trainer, pl_module: Any) -> Mapping[str, Any] | None:
+        if self._has_checkpoint:
+            return self._checkpoint_statistics
         if self._run is None or self._trained is None or trainer.global_step == 0:
             return None
-        # Lightning goes on with the steps of a trainer whose fit is called again.
+        # Called again, fit of the same trainer continues its step count: so do the statistics.
         is_same = self._trained[0]() is trainer and self._trained[1]() is pl_module
         return self._run.tracker.state_dict() if is_same else None
 

@@ -1,9 +1,11 @@
-"""One training under a tracker, in a loop that belongs to somebody else.
+"""Run: one training under a tracker, in the training loop of another framework.
 
-A run begins, closing what an abandoned one left; it is marked while it goes on; it ends, or is left
-when an exception ends the training. The spectra of wide layers take seconds, so the training's
-thread only marks: it copies the statistics, and a thread of the lowest priority computes their
-spectra. What is ready goes to the loggers and the history at the end of a later batch.
+The spectra of wide layers take seconds, so the training's thread only takes marks, copies of the
+statistics. A worker thread of the lowest priority computes the spectra of the marks. At the end of
+a later batch the finished ones are delivered: summaries to the loggers, snapshots to the history.
+
+A run ends with its training (:meth:`TrackedRun.end`), or is left when an exception ends the
+training (:meth:`TrackedRun.leave`). A new run leaves an earlier one of the same callback.
 """
 
 from __future__ import annotations
@@ -31,25 +33,30 @@ from fastcov.spectra.snapshot import Snapshot
 from fastcov.stats.ranks import rank_and_ranks
 
 ROOM_BYTES = 64 * 2**20
-"""Copies of statistics that may wait for their spectra; more than one only where they are small."""
+"""Bytes of waiting marks from which on no further mark is taken; one may wait whatever its size."""
 
 _LOWEST_PRIORITY = 19
 
 
 class _Result(NamedTuple):
+    """Spectra of a mark by layer, and the summary made of them."""
+
     spectra: dict[str, fastcov.Spectrum]
     summary: Summary
 
 
 @dataclass(frozen=True, eq=False)
 class _Mark:
-    """Copy of all statistics at one step; of shared taps one.
+    """Copy of all statistics at one step.
 
     Attributes:
-        step: Optimizer steps, what loggers are told.
-        tracked_step: Steps of the tracker, what the history is told.
-        layers: As in ``Tracker.state_dict()``, by name of the tap.
-        copied: When the copies on each GPU are made.
+        step: Optimizer steps, the label for loggers.
+        tracked_step: Steps of the tracker, the label in the history.
+        wall_s: Time of the copy, in seconds since 1970.
+        layers: Layers of ``Tracker.state_dict()`` by name of the tap; shared taps have one object.
+        copied: Events that end the copies, by GPU.
+        is_logged: True if the summary goes to the loggers.
+        is_stored: True if the spectra go to the history.
     """
 
     step: int
@@ -82,7 +89,9 @@ def _solve(mark: _Mark) -> _Result:
     for key, layer in unique.items():
         by_device.setdefault(layer["state"]["moment"].device, []).append(key)
     eigenvalues: dict[int, torch.Tensor] = {}
-    rows: dict[int, tuple[float, int]] = {}  # trace and number of rows that the spectrum rests on
+    traces_and_rows: dict[
+        int, tuple[float, int]
+    ] = {}  # rows: the number that the spectrum rests on
     for device, keys in by_device.items():
         with _beside_the_training(device, mark.copied.get(device)):
             matrices = []
@@ -91,7 +100,7 @@ def _solve(mark: _Mark) -> _Result:
                 state.load_state_dict(unique[key]["state"])
                 if float(state.weight) > 0:
                     matrices.append((key, state.covariance()))
-                    rows[key] = (
+                    traces_and_rows[key] = (
                         float(matrices[-1][1].trace()),
                         min(int(state.count[0]), round(float(state.effective_count))),
                     )
@@ -102,8 +111,8 @@ def _solve(mark: _Mark) -> _Result:
     spectra, statuses = {}, []
     for name, layer in mark.layers.items():
         if id(layer) in eigenvalues:
-            total, count = rows[id(layer)]
-            spectra[name] = fastcov.Spectrum(eigenvalues[id(layer)], count, max(0.0, total), name)
+            trace, count = traces_and_rows[id(layer)]
+            spectra[name] = fastcov.Spectrum(eigenvalues[id(layer)], count, max(0.0, trace), name)
         read, skipped = (0, 0) if layer["state"] is None else layer["state"]["count"].tolist()
         weight = 0.0 if layer["state"] is None else float(layer["state"]["weight"])
         status = LayerStatus(name, layer["channels"], read, skipped, weight, spectra.get(name))
@@ -113,6 +122,7 @@ def _solve(mark: _Mark) -> _Result:
 
 @contextlib.contextmanager
 def _beside_the_training(device: torch.device, copied: torch.cuda.Event | None) -> Iterator[None]:
+    # Context whose GPU work runs on a stream of its own, after the copies are made.
     if copied is None:
         yield
         return
@@ -124,21 +134,22 @@ def _beside_the_training(device: torch.device, copied: torch.cuda.Event | None) 
 
 
 def _start_worker() -> ThreadPoolExecutor:
-    """One thread that takes what the training leaves of the CPU, and one core of it at most."""
+    """Worker thread on one core, which runs when the training leaves the core idle."""
     threads = torch.get_num_threads()
     worker = ThreadPoolExecutor(1, thread_name_prefix="fastcov")
-    worker.submit(_step_back).result()
-    # The number is each thread's own, once it has asked for it; new threads take the last one set.
+    worker.submit(_lower_own_priority).result()
+    # The worker has set torch's number of threads to 1. Threads that have read the number once keep
+    # their own; threads to come would take the worker's.
     torch.set_num_threads(threads)
     return worker
 
 
-def _step_back() -> None:
-    if sys.platform == "linux":  # where a thread has a priority of its own
+def _lower_own_priority() -> None:
+    if sys.platform == "linux":  # elsewhere priorities belong to processes, not threads
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-    torch.get_num_threads()
-    # Two teams of threads on the same cores would wait for each other.
+    torch.get_num_threads()  # makes the number this thread's own: see _start_worker
+    # With more, this thread's team and the training's would wait for each other on the same cores.
     torch.set_num_threads(1)
 
 
@@ -146,7 +157,11 @@ _Waiting = deque[tuple[_Mark, "Future[_Result]"]]
 
 
 def _store(history: History, mark: _Mark, result: Future[_Result]) -> Summary | None:
-    """Waits for the spectra of a mark and stores its snapshot; None where they failed."""
+    """Waits for the spectra of a mark and stores the snapshot, if the mark is to be stored.
+
+    Returns:
+        Summary of the mark; None where computing the spectra failed.
+    """
     try:
         spectra, summary = result.result()
     except Exception as error:
@@ -161,8 +176,8 @@ def _store(history: History, mark: _Mark, result: Future[_Result]) -> Summary | 
 
 
 def _warn_of(mark: _Mark, error: Exception) -> None:
-    what = f"{type(error).__name__}: {error}"
-    warnings.warn(f"no snapshot at step {mark.tracked_step}, {what}", stacklevel=2)
+    message = f"{type(error).__name__}: {error}"
+    warnings.warn(f"no snapshot at step {mark.tracked_step}, {message}", stacklevel=2)
 
 
 def _store_rest(history: History, waiting: _Waiting) -> None:
@@ -173,12 +188,12 @@ def _store_rest(history: History, waiting: _Waiting) -> None:
 
 
 class _Marks:
-    """Marks in the order in which they were taken, until their spectra are handed out.
+    """Queue of marks, in the order in which they were taken, until they are delivered.
 
     Args:
-        history: Takes the snapshots; all of them, also where the tracker or the process ends.
-        log: Takes summaries and their optimizer step.
-        tracker: What is marked.
+        history: History that gets all snapshots, even where the tracker or the process ends.
+        log: Function of a summary and its optimizer step; None where nobody listens.
+        tracker: Tracker of the marks.
     """
 
     def __init__(
@@ -192,39 +207,40 @@ class _Marks:
         weakref.finalize(tracker, _store_rest, history, self._waiting)
 
     def take(self, tracker: fastcov.Tracker, step: int, is_logged: bool, is_stored: bool) -> None:
-        """Copies the statistics; their spectra come later.
+        """Takes a mark: copies the statistics and has the worker compute their spectra.
 
-        A summary for loggers is left out while earlier ones fill the room; a snapshot waits.
+        While earlier marks fill ``ROOM_BYTES``, a mark that is only logged is dropped, and one that
+        is stored waits.
         """
         while sum(mark.bytes for mark, _ in self._waiting) >= ROOM_BYTES:
             if not is_stored:
-                self._say_dropped(step)
+                self._warn_of_dropped(step)
                 return
-            self._hand_out_first()
+            self._deliver_first()
         if self._worker is None:
             self._worker = _start_worker()
         mark = _mark(tracker, step, is_logged, is_stored)
         self._waiting.append((mark, self._worker.submit(_solve, mark)))
 
     def deliver(self, waits: bool = False) -> None:
-        """Hands out what is ready, or everything where it ``waits``."""
+        """Delivers the finished marks; all marks if ``waits``."""
         while self._waiting and (waits or self._waiting[0][1].done()):
-            self._hand_out_first()
+            self._deliver_first()
 
     def close(self) -> None:
-        """Stores the snapshots that wait; loggers get nothing any more."""
+        """Stores the snapshots that wait and ends the worker; loggers get nothing any more."""
         _store_rest(self._history, self._waiting)
         if self._worker is not None:
             self._worker.shutdown(wait=False)
             self._worker = None
 
-    def _hand_out_first(self) -> None:
+    def _deliver_first(self) -> None:
         mark, result = self._waiting.popleft()
         summary = _store(self._history, mark, result)
         if mark.is_logged and summary is not None and self._log is not None:
             self._log(summary, mark.step)
 
-    def _say_dropped(self, step: int) -> None:
+    def _warn_of_dropped(self, step: int) -> None:
         if not self._has_dropped:
             self._has_dropped = True
             warnings.warn(
@@ -235,10 +251,10 @@ class _Marks:
 
 
 def check_every(name: str, value: int | None) -> None:
-    """Refuses a number of steps that is none, before any training.
+    """Check, before any training, that an argument is None or a number of steps.
 
     Raises:
-        ValueError: If it is neither None nor an integer of at least 1.
+        ValueError: If ``value`` is neither None nor an integer of at least 1.
     """
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if value is not None and not is_count:
@@ -249,15 +265,20 @@ class TrackedRun:
     """One training of one model, from its first batch to its end or to an exception.
 
     Args:
-        model: Whose forward is a step of the tracker.
-        options: Of :func:`fastcov.track`. Snapshots are taken by the first process alone, of its
-            own rows; with ``out`` and no ``snapshot_every``, each summary is stored there as one.
-        is_first: Whether this is the first process.
+        model: Module whose forward is a step of the tracker.
+        options: Arguments of :func:`fastcov.track`. Only the first process takes snapshots, of its
+            own rows; with ``out`` and no ``snapshot_every``, summaries are stored as snapshots.
+        is_first: True in the first process.
         log_every: Optimizer steps between summaries; None makes none.
-        log: Takes summaries and their step, in the first process; None where nobody listens.
-        saved: What :meth:`state_dict` gave; None starts from zero.
-        before: The run that the same callback began before this one; it is left, if it has not
-            ended.
+        log: Function of a summary and its step, called in the first process; None where nobody
+            listens.
+        saved: Result of :meth:`state_dict`; None starts from zero.
+        before: Earlier run of the same callback, which is left if it has not ended.
+
+    Attributes:
+        tracker: Tracker of the run.
+        is_open: True until the run has ended or was left.
+        has_ended: True if the run has ended with its training.
 
     Raises:
         ValueError: If ``out`` holds the snapshots of another run, or ``saved`` does not fit.
@@ -317,14 +338,14 @@ class TrackedRun:
         history.truncate(0)
 
     def start(self, step: int) -> None:
-        """Says how many optimizer steps were made before the first batch of this run."""
+        """Sets the number of optimizer steps before the first batch of this run."""
         self._step = step
 
     def after_batch(self, step: int) -> None:
-        """Marks what is due, and hands out what is ready.
+        """Takes the marks that are due, and delivers the finished ones.
 
         Args:
-            step: Optimizer steps so far; stays where gradients accumulate.
+            step: Optimizer steps so far; the same after several batches where gradients accumulate.
         """
         if not self.is_open:
             return
@@ -346,20 +367,20 @@ class TrackedRun:
             self._marks.take(self.tracker, step, is_logged, is_stored)
 
     def deliver(self) -> None:
-        """Hands out everything that was marked, waiting for its spectra."""
+        """Delivers all marks, waiting for their spectra."""
         self._marks.deliver(waits=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics of all processes together: a collective, each must call it."""
+        """Statistics of all processes together: a collective, which every process must call."""
         return self.tracker.sync().state_dict()
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Goes back to what was saved: whatever ran in between counts for nothing."""
+        """Goes back to saved statistics; later rows are forgotten."""
         self.tracker.load_state_dict(dict(saved))
         self._tracked_step = self.tracker.steps
 
     def end(self) -> None:
-        """Hands out everything and removes the hooks; the statistics stay readable."""
+        """Delivers all marks and removes the hooks; the statistics stay readable."""
         if self.is_open:
             self.has_ended = True
             try:
@@ -379,5 +400,5 @@ class TrackedRun:
 
 
 def _is_due(every: int | None, before: int, now: int) -> bool:
-    # Not now % every: a batch may be several steps.
+    # Not `now % every == 0`: a batch may be several steps, and jump over the multiple.
     return every is not None and now // every > before // every

@@ -11,11 +11,11 @@ def write_tensorboard(
     """Writes the summary of a tracker as scalars, one group a measure.
 
     Args:
-        writer: ``torch.utils.tensorboard.SummaryWriter``, or any with its ``add_scalar`` and
-            ``add_figure``.
-        tracker: Of :func:`fastcov.track`.
+        writer: ``torch.utils.tensorboard.SummaryWriter``, or any object with the same
+            ``add_scalar`` and ``add_figure``.
+        tracker: Tracker, from :func:`fastcov.track`.
         step: Global step.
-        figures: Whether to draw all spectra, and demand against width; needs matplotlib.
+        figures: True draws all spectra, and demand against width; needs matplotlib.
 
     Example:
         >>> import tempfile, torch

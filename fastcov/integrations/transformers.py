@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a callback that tracks the model, logs summaries, rides in checkpoints."""
+"""Hugging Face Trainer: callback that tracks the model, logs summaries, saves in checkpoints."""
 
 import copy
 import os
@@ -25,20 +25,24 @@ except ImportError as error:
 
 
 class FastcovCallback(TrainerCallback):
-    """Tracks the model while ``train`` runs.
+    """Callback that tracks the model while ``train`` runs.
 
-    With ``resume_from_checkpoint`` the statistics of the checkpoint are continued, wherever it
-    lies; else they start from zero. Each trial of a hyperparameter search has its own, and its own
-    folder in ``out``. Summaries go to the reporting integrations of the Trainer (TensorBoard,
-    Weights & Biases, ...), and to ``log``; the Trainer's log history stays as it is.
+    With ``resume_from_checkpoint`` the statistics of the checkpoint are continued, in whatever
+    folder the checkpoint lies; else they start from zero. Each trial of a hyperparameter search has
+    its own statistics, and its own folder in ``out``. Summaries go to the reporting integrations of
+    the Trainer (TensorBoard, Weights & Biases, ...), and to ``log``; the Trainer's log history
+    stays as it is.
 
     Args:
-        log: Called with each summary and its global step, in process 0.
-        log_every: Optimizer steps between summaries; None makes none. Their spectra are computed
-            beside the training and arrive some steps later; where nobody takes them, none is
-            computed.
-        **options: Of :func:`fastcov.track`. Snapshots are taken by process 0 alone, of its own
+        log: Function of a summary and its global step, called in process 0.
+        log_every: Optimizer steps between summaries; None makes none. The spectra are computed
+            beside the training, so that summaries arrive some steps later; without integrations,
+            ``log`` and ``out``, none is computed.
+        **options: Arguments of :func:`fastcov.track`. Only process 0 takes snapshots, of its own
             rows. With ``out`` and no ``snapshot_every``, summaries are stored as snapshots.
+
+    Attributes:
+        tracker: Tracker of the running or last training; None before the first.
 
     Raises:
         ValueError: If ``log_every`` or ``snapshot_every`` is no number of steps.
@@ -58,11 +62,11 @@ class FastcovCallback(TrainerCallback):
         self._trainer: weakref.ref[Trainer] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or another process, gets: nothing of a running training."""
+        """Attributes to copy or send to another process: all but those of a running training."""
         return {**self.__dict__, "_run": None, "_trainer": None}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hooks the model, after removing the hooks that a broken-off training left."""
+        """Starts tracking, after removing the hooks of a training that was interrupted."""
         trainer, checkpoint = _training_now()
         self._trainer = None if trainer is None else weakref.ref(trainer)
         reporters = _reporters(trainer)
@@ -70,8 +74,9 @@ class FastcovCallback(TrainerCallback):
         def log(summary: Summary, step: int) -> None:
             if self.log is not None:
                 self.log(dict(summary), step)
+            # Reporters label values with the state's step, which has moved on since the copy.
             then = copy.copy(state)
-            then.global_step = step  # which reporters write down
+            then.global_step = step
             for reporter in reporters:
                 values = {f"fastcov/{key}": value for key, value in summary.items()}
                 reporter.on_log(args, then, control, model=kwargs["model"], logs=values)
@@ -91,24 +96,24 @@ class FastcovCallback(TrainerCallback):
         self.tracker = self._run.tracker
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Marks a snapshot that is due between optimizer steps."""
+        """Takes a snapshot that is due between two optimizer steps."""
         self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Marks what is due; hands out what is ready."""
+        """Copies the statistics where a summary is due; delivers finished summaries."""
         if self._run is not None:
             self._run.after_batch(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        """Hands out the rest with the Trainer's last log: reporters are closed after it."""
+        """Delivers the remaining summaries with the Trainer's last log, before reporters close."""
         if self._run is not None and logs is not None and "train_loss" in logs:
             self._run.deliver()
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stores the statistics before the checkpoint is sent to the hub."""
-        # Process 0 alone is asked, so a collective would never end.
+        # The Trainer calls this in process 0 alone, where a collective would wait forever.
         if not (dist.is_available() and dist.is_initialized()):
             self._store(args, state)
 
@@ -135,7 +140,7 @@ class FastcovCallback(TrainerCallback):
                 raise FileNotFoundError("there is no such checkpoint")
             torch.save(statistics, temporary)
             temporary.replace(stored)
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
             temporary.unlink(missing_ok=True)
             warnings.warn(
                 f"statistics of step {state.global_step} are not stored in {stored}: {error}; a "
@@ -148,10 +153,10 @@ class FastcovCallback(TrainerCallback):
             return None
         stored = None if checkpoint is None else checkpoint / self._file_name()
         if stored is None or not stored.is_file():
-            what = "the checkpoint" if stored is None else str(stored)
+            where = "the checkpoint" if stored is None else str(stored)
             warnings.warn(
-                f"training resumes at step {state.global_step}, but {what} holds no statistics (it "
-                "was saved without FastcovCallback, or moved in parts): they start from zero",
+                f"training resumes at step {state.global_step}, but {where} holds no statistics "
+                "(it was saved without FastcovCallback, or moved in parts): they start from zero",
                 stacklevel=2,
             )
             return None
@@ -168,7 +173,7 @@ class FastcovCallback(TrainerCallback):
         trainer = None if self._trainer is None else self._trainer()
         if trainer is None:
             return Path(args.output_dir)
-        # A trial of a hyperparameter search has a folder of its own, which only this method tells.
+        # Only this private method tells the folder of a trial in a hyperparameter search.
         return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
 
     def _out(self, args: Any) -> dict[str, Path]:
@@ -186,9 +191,9 @@ class FastcovCallback(TrainerCallback):
 
 
 def _training_now() -> tuple[Trainer | None, Path | None]:
-    """The Trainer whose ``train`` is running, and the checkpoint that it resumes from.
+    """Trainer whose ``train`` is running, and the checkpoint from which the training resumes.
 
-    The Trainer hands callbacks neither itself nor that path: both are on the stack of the call.
+    Callbacks get neither of the two from the Trainer: both are read from the call stack.
     """
     frame = sys._getframe()
     while frame.f_back is not None:

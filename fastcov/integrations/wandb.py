@@ -16,13 +16,13 @@ def log_wandb(
 ) -> None:
     """Logs the summary of a tracker under ``fastcov/``.
 
-    It is a warning where ``step`` lies before a step that was logged: wandb drops such values.
+    Warns where ``step`` lies before a step that was logged: wandb drops such values.
 
     Args:
-        run: What ``wandb.init`` returned.
-        tracker: Of :func:`fastcov.track`.
-        step: Global step; None leaves it to wandb.
-        figures: Whether to draw all spectra, and demand against width; needs matplotlib.
+        run: Run, from ``wandb.init``.
+        tracker: Tracker, from :func:`fastcov.track`.
+        step: Global step; None leaves the step to wandb.
+        figures: True draws all spectra, and demand against width; needs matplotlib.
     """
     summary = tracker.summary()
     values: dict[str, Any] = {f"fastcov/{key}": value for key, value in summary.items()}

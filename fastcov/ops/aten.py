@@ -1,8 +1,8 @@
-"""Operators in plain torch: where no compiled path serves. Those for GPUs wait for none.
+"""Operators in plain torch, for tensors that neither the compiled library nor Triton serves.
 
 Used on GPUs older than sm_80, for float64 rows on a GPU, and where the compiled library is
 missing. Same results as ops/reference.py within float32 rounding; grams run in chains of at most
-4096 rows and are added in float64.
+4096 rows and are added in float64. On a GPU, accumulate_ and gather_ never wait for the device.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from fastcov.ops.reference import (
 )
 
 CHAIN_ROWS = 4096
-# As in csrc/covariance_affine.cpp: times that a map's largest variance may be larger, about its
-# inputs' shift and were they not correlated, and squares that float32 sums without loss.
-_CANCELLATION, _LEAST_CANCELLATION = 4, 1.5
-_FEW_INPUTS = 64  # above, the first falls with the root of their number to the second
-_SMALLEST, _LARGEST = 1e-20, 1e30
+"""Rows whose gram is computed in float32 before it is added in float64."""
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
-
-
-_NEAR = 16  # squared standard deviations from shift to mean, as in csrc/covariance_update.h
+# Largest square of the distance from shift to mean, in variances, as in csrc/covariance_update.h.
+_MOST_SQUARED_DEVIATIONS = 16
+# Limits of accumulate_affine_, as in csrc/covariance_affine.cpp. Cancellation is the largest output
+# variance that uncorrelated inputs would give, about their shift, over the largest true one. Its
+# limit is the first value up to _FEW_INPUTS inputs, then falls with the root of their number to the
+# second.
+_CANCELLATION, _LEAST_CANCELLATION = 4, 1.5
+_FEW_INPUTS = 64
+_SMALLEST, _LARGEST = 1e-20, 1e30  # squares that float32 sums without loss
 
 
 def _first_rows(flat: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and variances of the first finite rows that weigh something, and their number."""
+    """Means and variances of the first finite rows of weight other than 0, and their number."""
     head = flat[:_SHIFT_WINDOW]
     is_used = torch.isfinite(head).all(1)
     if row_weight is not None:
@@ -49,13 +51,14 @@ def _first_rows(flat: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _passes_power_of_two(count: Tensor, rows: int) -> bool:
-    # How often a state of many rows looks again whether its shift is where they are. On a GPU the
-    # count would have to be waited for.
+    # Times at which a state without decay checks that its shift is still near the rows. Never on a
+    # GPU, where reading the count would wait for the device.
     return count.is_cpu and int(count[0]).bit_length() < (int(count[0]) + rows).bit_length()
 
 
 def _rounded_shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
-    # In digits that such rows subtract exactly; 0 where a row less the mean might overflow.
+    # Mean in so few digits that rows of the dtype subtract it exactly; 0 where a row less the mean
+    # might overflow.
     shift = mean.to(torch.bfloat16 if dtype.itemsize == 2 else dtype).double()
     limit = LARGEST_SHIFT.get(dtype, LARGEST_FLOAT_SHIFT)
     return torch.where(shift.abs() < limit, shift, 0.0)
@@ -70,26 +73,26 @@ def follow_mean_(
     flat: Tensor,
     row_weight: Tensor | None = None,
 ) -> None:
-    """Moves the shift of a state to the mean of the rows to come, where the mean has left it.
+    """Moves the shift of a state to the mean of the rows to come, where the two are far apart.
 
     Sums about a shift that is far from the rows cancel. No host synchronisation.
 
     Args:
-        moment: Of the state. [C, C]
-        sum: Of the state. [C]
-        shift: Of the state. [C]
-        weight: Of the state. []
-        count: Of the state. [2]
-        flat: At least one row. [N, C]
-        row_weight: Rows of weight 0 are passed over. [N]
+        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`. [C, C]
+        sum: Tensor of the state. [C]
+        shift: Tensor of the state. [C]
+        weight: Tensor of the state. []
+        count: Tensor of the state. [2]
+        flat: Rows to come, at least one. [N, C]
+        row_weight: Weights of the rows; rows of weight 0 are passed over. [N]
     """
     stride = max(1, len(flat) // SHIFT_ROWS)  # rows from all over the call
     spread_weight = None if row_weight is None else row_weight[::stride]
     mean, variance, found = _first_rows(flat[::stride], spread_weight)
-    own = sum / weight.clamp(min=torch.finfo(torch.float64).tiny)
-    own_variance = moment.diagonal() / weight.clamp(min=torch.finfo(torch.float64).tiny)
-    variance = variance + (own_variance - own.square()).clamp(min=0)
-    has_left = (mean - shift).square() > _NEAR * variance
+    own_mean = sum / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    own_square = moment.diagonal() / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    variance = variance + (own_square - own_mean.square()).clamp(min=0)
+    has_left = (mean - shift).square() > _MOST_SQUARED_DEVIATIONS * variance
     has_left &= (found > 0) & (count[0] > 0) & (weight > 0)
     step = torch.where(has_left, shift - _rounded_shift(mean, flat.dtype), 0.0)
     outer = torch.outer(step, sum)
@@ -100,7 +103,7 @@ def follow_mean_(
 
 
 def channels_to_end(rows: Tensor, channel_dim: int) -> Tensor:
-    """What an operator was given as rows, with the channels last. [..., C]"""
+    """Rows of an operator's argument, with the channels last. [..., C]"""
     return rows if channel_dim == -1 else rows.detach().movedim(channel_dim, -1)
 
 
@@ -125,7 +128,7 @@ def accumulate_(
         return
     mean, variance, _ = _first_rows(flat, row_weight)
     first_shift = _rounded_shift(mean, flat.dtype)
-    if flat.dtype.itemsize == 2:  # as they are, their products are exact
+    if flat.dtype.itemsize == 2:  # products of such rows are exact: no shift if means are small
         first_shift = torch.where(mean.square() <= variance, 0.0, first_shift)
     shift.copy_(torch.where(count[0] == 0, first_shift, shift))
     if decay != 1 or _passes_power_of_two(count, len(flat)):
@@ -149,7 +152,7 @@ def accumulate_(
             sum.add_(weights @ centred, alpha=row_scale)
             if row_weight is not None:
                 centred *= weights.sqrt()[:, None]
-            # A power of two above all values: neither they nor their squares leave float32.
+            # Divided by a power of two above all, values and their squares stay within float32.
             unit = torch.ldexp(centred.new_ones(()), torch.frexp(centred.abs().amax()).exponent)
             scaled = (centred / unit).to(work)
             moment.add_((scaled.T @ scaled).double() * (row_scale * unit) * unit)
@@ -172,26 +175,26 @@ def accumulate_affine_(
     row_scale: float,
     decay: float,
 ) -> Tensor:
-    """Adds the rows that a map makes of others, from the second moment of those.
+    """Adds the rows that an affine map makes of input rows, from the inputs' second moment.
 
     Args:
-        moment: Of the state. [C, C]
-        sum: Likewise. [C]
-        shift: Likewise. [C]
-        weight: Likewise. []
-        count: Likewise. [2]
-        input_moment: As a state's, the lower triangle, of ``rows`` rows that weigh 1. [I, I]
-        input_sum: Likewise. [I]
-        input_shift: Likewise. [I]
-        rows: How many.
-        matrix: float32. [C, I]
-        bias: float32, if any. [C]
+        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`. [C, C]
+        sum: Tensor of the state. [C]
+        shift: Tensor of the state. [C]
+        weight: Tensor of the state. []
+        count: Tensor of the state. [2]
+        input_moment: Second moment of the input rows, each of weight 1, lower half. [I, I]
+        input_sum: Sum of the input rows less their shift. [I]
+        input_shift: Shift of the input rows. [I]
+        rows: Number of input rows.
+        matrix: Matrix of the map, float32. [C, I]
+        bias: Added vector of the map, float32; None without. [C]
         row_scale: Factor on every row's weight.
-        decay: Factor on what the state holds.
+        decay: Factor on the sums that the state holds.
 
     Returns:
-        False, with the state untouched, where float32 cannot hold the result, or may lose more of
-        it than 2e-6 of its largest entry. []
+        False, with the state untouched, where float32 cannot hold the result, or may be off by more
+        than 2e-6 of the largest entry. []
     """
     if rows == 0 or matrix.numel() == 0:
         return torch.tensor(False, device="cpu")
@@ -200,9 +203,11 @@ def accumulate_affine_(
         mean += bias
     scatter = (input_moment - torch.outer(input_sum, input_sum / rows)).tril()
     about_shift = input_moment.diagonal()
-    unit = 2.0 ** math.frexp(float(about_shift.max()))[1]  # a power of two above both
-    about_shift, many = (about_shift / unit).float(), max(1.0, matrix.shape[1] / _FEW_INPUTS)
-    cancellation = max(_LEAST_CANCELLATION, _CANCELLATION / many**0.5)
+    # A power of two above all entries, of the scatter too: see accumulate_.
+    unit = 2.0 ** math.frexp(float(about_shift.max()))[1]
+    about_shift = (about_shift / unit).float()
+    inputs_ratio = max(1.0, matrix.shape[1] / _FEW_INPUTS)
+    most_cancellation = max(_LEAST_CANCELLATION, _CANCELLATION / inputs_ratio**0.5)
     scatter = ((scatter + scatter.tril(-1).T) / unit).float()
     scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
     with _full_precision(matrix.device.type):
@@ -213,8 +218,9 @@ def accumulate_affine_(
         if not (
             _SMALLEST < variance < _LARGEST
             and mean_square < _LARGEST
-            and uncorrelated < cancellation * variance
-            and (variance + mean_square) * unit < torch.finfo(torch.float32).max  # none overflowed
+            and uncorrelated < most_cancellation * variance
+            # The largest entry of the result: below it, no product has overflowed.
+            and (variance + mean_square) * unit < torch.finfo(torch.float32).max
         ):
             return torch.tensor(False, device="cpu")
         left, right = torch.cat((product, scaled_mean), 1), torch.cat((matrix, scaled_mean), 1)
@@ -227,8 +233,8 @@ def accumulate_affine_(
 
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    # Neither an enclosing autocast nor a global switch (TF32 on GPUs, bfloat16 by oneDNN on CPUs)
-    # may reach a product.
+    # Context in which neither an enclosing autocast nor a global switch (TF32 on GPUs, bfloat16 by
+    # oneDNN on CPUs) lowers the precision of products.
     switch: tuple[Any, str, Any] = (torch.backends.mkldnn, "enabled", False)
     if device_type == "cuda":
         switch = (torch.backends.cuda.matmul, "fp32_precision", "ieee")
@@ -243,7 +249,7 @@ def _full_precision(device_type: str) -> Iterator[None]:
 
 
 def _multiply_high(value: Tensor, factor: int) -> Tensor:
-    # Upper 64 bits of value * factor for unsigned 64-bit values held in int64, factor < 2**31.
+    # Upper 64 bits of value * factor, for unsigned 64-bit values held in int64 and factor < 2**31.
     low = (value & 0xFFFFFFFF) * factor
     high = ((value >> 32) & 0xFFFFFFFF) * factor
     return (high + ((low >> 32) & 0xFFFFFFFF)) >> 32
@@ -271,7 +277,7 @@ def gather_(
     start = _multiply_high(run * golden + phase, total)
     image = torch.div(start, positions, rounding_mode="floor")
     position = (start + sample % run_length) % positions
-    # One index a dimension, so that no strided activation is copied whole.
+    # Indexed dimension by dimension: flattening would copy the whole of a strided activation.
     index: list[Tensor] = []
     for size in reversed(rows.shape[1:-1]):
         index.insert(0, position % size)

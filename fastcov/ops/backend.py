@@ -1,7 +1,7 @@
-"""The one answer to "what serves this tensor".
+"""Backend: choice of the implementation (compiled library, Triton or plain torch) for a tensor.
 
-Operators, layers and estimates ask :func:`service_of`. A test or a benchmark that pretends another
-machine sets :data:`active`.
+Operators, layers and estimates all take :func:`service_of`. A test or a benchmark that pretends
+another machine sets :data:`active`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from fastcov.rows.dtypes import ROW_DTYPES
 
 
 class Service(NamedTuple):
-    """How rows of one dtype on one device are served.
+    """Implementation that serves rows of one dtype on one device, and its abilities.
 
     Attributes:
         kernels: "native" for the compiled library, "triton", or "torch" for plain torch.
-        repeats_calls: True if one operator does all of a call that is laid out like the last one,
-            on counters of the host.
-        counts_on_device: True if sampled rows can wait in a buffer whose counters are on their
+        repeats_calls: True if one operator, with counters on the host, does all of a call that has
+            the layout of the last one (:mod:`fastcov.stats.cursor`).
+        counts_on_device: True if sampled rows can wait in a buffer whose counters are on the rows'
             device, so that a CUDA graph replays the sampling.
-        has_compiled_gather: True if such a buffer is filled by one compiled operator.
-        is_host: True if adding a few rows to a state is cheap: a CPU's caches hide the traffic.
+        has_compiled_gather: True if one compiled operator fills a buffer with counters on the
+            device.
+        is_host: True for a CPU, where adding a few rows to a state is cheap: caches hide the
+            traffic.
     """
 
     kernels: Literal["native", "triton", "torch"]
@@ -38,13 +40,13 @@ class Service(NamedTuple):
 
 
 class Machine:
-    """Services of the machine as it is."""
+    """Machine as it is: finds the service of each dtype and device."""
 
     def service(self, dtype: torch.dtype, device: torch.device) -> Service:
-        """How rows of a dtype on a device are served."""
+        """Service of rows of a dtype on a device."""
         if device.type == "cpu":
             is_native = native.status()["cpu"].active
-            # Triton's interpreter stands for a GPU, of which it runs the kernels with counters.
+            # With Triton's interpreter the kernels that count on a GPU run on the CPU too.
             is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
             return Service(
                 "native" if is_native else "torch",
@@ -64,17 +66,17 @@ class Machine:
 
 
 class Pretended(Machine):
-    """One service for every tensor, wherever it lies: for tests and benchmarks.
+    """Machine with one service for every tensor on any device: for tests and benchmarks.
 
     Args:
-        service: The service to answer with.
+        service: The service.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def service(self, dtype: torch.dtype, device: torch.device) -> Service:
-        """The service that was given."""
+        """Service of the constructor."""
         del dtype, device
         return self._service
 
@@ -83,19 +85,19 @@ GPU = Service("triton", False, counts_on_device=True, has_compiled_gather=False,
 """Service of a GPU that runs Triton's kernels."""
 
 HOST = Service("torch", False, counts_on_device=False, has_compiled_gather=False, is_host=True)
-"""Service of a CPU whose operators repeat no call."""
+"""Service of a CPU without the compiled library."""
 
 active: Machine = Machine()
-"""The machine that :func:`service_of` answers for; settable."""
+"""Machine whose services :func:`service_of` gives; settable."""
 
 
 def service_of(dtype: torch.dtype, device: torch.device) -> Service:
-    """How rows of a dtype on a device are served."""
+    """Service of rows of a dtype on a device, by the :data:`active` machine."""
     return active.service(dtype, device)
 
 
 def backends() -> dict[str, Backend]:
-    """What is active and why: the compiled libraries and Triton.
+    """Backends by name, each with whether it is active and the reason.
 
     Returns:
         ``cpu`` and ``cuda`` for the compiled libraries, ``triton`` for the GPU kernels; each with

@@ -1,4 +1,4 @@
-"""Running covariance of feature rows: public functions. Check arguments, then dispatch."""
+"""Running covariance of feature rows: public functions, which check arguments and dispatch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastcov.ops import aten
 from fastcov.rows.dtypes import ROW_DTYPES, dtype_names
 
 Precision = Literal["split", "tf32", "ieee"]
-"""Products of float32 rows on a GPU: see :func:`accumulate_`."""
+"""Precision of products of float32 rows on a GPU: see :func:`accumulate_`."""
 _PRECISIONS = get_args(Precision)
 
 _LARGEST_WEIGHT = 1e150  # the square of a weight is a float64
@@ -30,7 +30,7 @@ class MomentState(Protocol):
 
     @property
     def shift(self) -> Tensor:
-        """What is subtracted from every row. [C]"""
+        """Vector that is subtracted from every row. [C]"""
 
     @property
     def weight(self) -> Tensor:
@@ -38,15 +38,15 @@ class MomentState(Protocol):
 
     @property
     def count(self) -> Tensor:
-        """Rows read and rows skipped. [2]"""
+        """Rows read and rows skipped as non-finite. [2]"""
 
 
 class WeightedState(MomentState, Protocol):
-    """Tensors of a running second moment that knows how unequal its rows' weights are."""
+    """Tensors of a running second moment that keeps its rows' squared weights."""
 
     @property
     def excess(self) -> Tensor:
-        """Squared weights beyond those of rows that weigh 1."""
+        """Squared weights, and number, of the rows not simply added with weight 1. [2]"""
 
 
 def accumulate_(
@@ -69,9 +69,9 @@ def accumulate_(
     (``x.permute(0, 2, 3, 1)`` for NCHW). No host synchronisation. Rows that hold a NaN or an
     infinity are skipped and counted in ``state.count[1]``; rows of weight 0 are left out.
 
-    Negative weights, and those that are not finite, are refused before anything is added. On a GPU,
-    and in a compiled graph, the answer would have to be waited for: there such rows are skipped and
-    counted in ``state.count[1]``.
+    Negative weights, and weights that are not finite, raise an error before anything is added. On a
+    GPU, and in a compiled graph, this check would have to wait for the device: there such rows are
+    skipped and counted in ``state.count[1]``.
 
     One state takes one call at a time. :meth:`fastcov.CovarianceState.update` holds a lock, which
     makes it safe on a CPU from several threads; this function holds none, and no lock orders the
@@ -86,19 +86,19 @@ def accumulate_(
       of the largest entry, 2e-3 at worst.
     - "ieee": as they are, in float32 without tensor cores. The most time, the least error.
 
-    Everything else is multiplied the same way whatever it says. 16-bit rows have exact products;
-    weighted, they are split. A CPU, and plain torch where Triton does not serve
-    (:func:`fastcov.backends`), multiply float32 rows in float32 and float64 rows in float64.
+    ``precision`` changes no other product. 16-bit rows have exact products; weighted, they are
+    split. A CPU, and plain torch where it takes Triton's place (:func:`fastcov.backends`), multiply
+    float32 rows in float32 and float64 rows in float64.
 
     Args:
-        state: Where to add: ``moment`` [C, C], ``sum`` [C], ``shift`` [C], ``weight`` [] in
+        state: Tensors to add to: ``moment`` [C, C], ``sum`` [C], ``shift`` [C], ``weight`` [] in
             float64, ``count`` [2] in int64.
-        x: float32, bfloat16, float16 or float64, last dimension channels. [..., C]
+        x: Rows in float32, bfloat16, float16 or float64, last dimension channels. [..., C]
         row_weight: One weight a row, bool, float32 or float64, at most 1e150. Gradients do not
             pass. [N] or [...]
         row_scale: Factor on every row's weight, above 0.
-        decay: Factor on what the state holds, at least 0.
-        precision: Of float32 rows on a GPU.
+        decay: Factor on the sums that the state holds, at least 0.
+        precision: Precision of products of float32 rows on a GPU.
 
     Raises:
         TypeError: If ``x`` is not a tensor of one of these dtypes.
@@ -131,14 +131,15 @@ def accumulate_(
         row_weight = _flat_weights(row_weight, x)
     counted = None
     if row_weight is not None and x.is_cuda:
-        # Triton's kernels count rows of weight 0 and add negative ones: weights are made fit before
-        # and counts right behind, without waiting.
+        # Triton's kernels count rows of weight 0 and add those of negative weight. So weights that
+        # are not to be read are set to 0 before the call and the counts put right after it, without
+        # waiting for the device.
         is_read, is_skipped = are_read(x, row_weight)
         row_weight = torch.where(is_read, row_weight, 0.0)
         counted = state.count + torch.stack([is_read.sum(), is_skipped.sum()])
     tensors = (state.moment, state.sum, state.shift, state.weight, state.count, x)
     if decay != 1.0 and x.is_cuda and x.numel() and ROW_DTYPES[x.dtype].is_centred:
-        # Triton's kernels never move a shift. A CPU's do, and so does plain torch.
+        # Triton's kernels never move a shift; the CPU's kernels and plain torch do.
         aten.follow_mean_(*tensors[:5], _first_matrix(x))
     weights = {"row_weight": row_weight, "row_scale": row_scale, "decay": decay}
     if precision == "split":
@@ -150,21 +151,21 @@ def accumulate_(
 
 
 def _first_matrix(x: Tensor) -> Tensor:
-    # Some first rows, without a copy of a strided activation. [N, C]
+    # The first few rows, without copying the whole of a strided activation. [N, C]
     while x.dim() > 2:
         x = x[0]
     return x.reshape(-1, x.shape[-1])
 
 
 def are_read(x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that a weighted call of :func:`accumulate_` reads, and rows that it skips.
+    """Masks of the rows that a weighted call of :func:`accumulate_` reads, and that it skips.
 
     Args:
-        x: Last dimension channels. [..., C]
+        x: Rows, last dimension channels. [..., C]
         row_weight: One weight a row. [N]
 
     Returns:
-        Two masks; rows of weight 0 are in neither. [N] each
+        Both masks; rows of weight 0 are in neither. [N] each
     """
     is_read = torch.isfinite(x).all(-1).flatten()
     is_read = is_read & torch.isfinite(row_weight) & (row_weight > 0)
@@ -199,8 +200,8 @@ def _flat_weights(row_weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    # Values of a tensor under torch.func's transforms cannot be asked for; torch.compile traces
-    # plain tensors alone.
+    # Under torch.func's transforms the values of a tensor cannot be read; torch.compile traces plain
+    # tensors alone.
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
@@ -224,9 +225,9 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
     16-bit rows in float32.
 
     Args:
-        x: float32, bfloat16, float16 or float64, last dimension channels. [..., C]
-        centered: Whether the mean is subtracted.
-        precision: Of float32 rows on a GPU: see :func:`accumulate_`.
+        x: Rows in float32, bfloat16, float16 or float64, last dimension channels. [..., C]
+        centered: True subtracts the mean.
+        precision: Precision of products of float32 rows on a GPU: see :func:`accumulate_`.
 
     Returns:
         float64, symmetric; NaN where ``x`` has no finite row. [C, C]
@@ -243,7 +244,7 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
     _check_rows(x)
     moments = Moments(x.shape[-1], x.device)
     if _is_wrapped(x):
-        # Made from x, they are one for each example of torch.vmap.
+        # Tensors made from x hold one second moment for each example of torch.vmap.
         for name, tensor in vars(moments).items():
             setattr(moments, name, x.new_zeros(tensor.shape, dtype=tensor.dtype))
     if centered and x.is_cuda and not ROW_DTYPES[x.dtype].is_centred:
@@ -254,7 +255,12 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
 
 
 class Moments:
-    """The tensors of one running second moment, without names, decay or merging."""
+    """Tensors of one running second moment, without a lock, weights' squares or merging.
+
+    Args:
+        channels: Length of a row, C.
+        device: Device of the tensors.
+    """
 
     def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
         # Tensors made under inference_mode could not be updated in training later.
@@ -266,23 +272,23 @@ class Moments:
             self.count = torch.zeros(2, dtype=torch.int64, device=device)
 
     def covariance(self, centered: bool = False) -> Tensor:
-        """Symmetric matrix of the rows seen so far. [C, C]"""
+        """Second-moment matrix of the rows read, the covariance if ``centered``; float64. [C, C]"""
         return covariance_of(self, centered)
 
     def mean(self) -> Tensor:
-        """Mean of the rows seen so far. [C]"""
+        """Mean of the rows read, float64. [C]"""
         return self.sum / self.weight + self.shift
 
 
 def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
-    """Symmetric matrix of the rows that a state has seen.
+    """Second-moment matrix of the rows that a state has read; the covariance if ``centered``.
 
     Args:
         state: Tensors of a running second moment.
-        centered: Whether the mean is subtracted.
+        centered: True subtracts the mean.
 
     Returns:
-        float64; NaN where no row was seen. [C, C]
+        float64, symmetric; NaN where no row was read. [C, C]
     """
     lower = state.moment.tril()
     moment = lower + lower.tril(-1).T

@@ -1,8 +1,8 @@
-"""Registers every operator: schema, fake, dispatch. The only file that touches torch.library.
+"""Registration of every operator: schema, fake, dispatch. The only file to use torch.library.
 
 A compiled library (ops/native.py) registers implementations for its dispatch keys when it is
-opened, after the schemas are defined here. What no library serves gets Triton on a GPU that can
-run it, else plain torch: never silently, :func:`fastcov.backends` says which and why.
+opened, after the schemas are defined here. Dispatch keys without one get Triton on a GPU that can
+run it, else plain torch. :func:`fastcov.backends` tells users which is active and why.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ def _no_result(*_: Any) -> None:
     return None
 
 
-# Rows run over all dimensions but channel_dim, in order: hooks hand activations over as they are,
-# because a detached and permuted view costs as much host time as the call itself. What hooks leave
-# out comes last: every argument that is given takes 0.2 us.
+# Rows run over all dimensions but channel_dim, in order: hooks pass activations as they are,
+# because a detached and permuted view costs as much host time as the call itself. Arguments that
+# hooks leave out come last: every argument that is given takes 0.2 us.
 _define(
     "accumulate_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift, Tensor(d!) weight,"
     " Tensor(e!) count, Tensor rows, int channel_dim=-1, Tensor? row_weight=None,"
     " float row_scale=1, float decay=1) -> ()",
     _no_result,
 )
-# The same, with float32 products of the caller's choice. An operator of its own: one more argument
-# would be converted at every hook's call, and compiled kernels take as many as they are built for.
+# accumulate_ with a choice of the precision of float32 products. A separate operator, because one
+# more argument would cost every hook its conversion, and kernels that are compiled already would no
+# longer fit the schema.
 _define(
     "accumulate_at_precision_(Tensor(a!) moment, Tensor(b!) sum, Tensor(c!) shift,"
     " Tensor(d!) weight, Tensor(e!) count, Tensor rows, str precision, int channel_dim=-1,"
@@ -59,8 +60,8 @@ def _affine_fake(moment: Tensor, *_: Any) -> Tensor:
     return moment.new_empty((), dtype=torch.bool)
 
 
-# Rows y = matrix x + bias, of whose x the moments are given. False [], and nothing is added, where
-# reading the rows themselves would be more exact.
+# Adds rows y = matrix x + bias, given the second moments of the rows x. Returns False [], and adds
+# nothing, where reading the rows y themselves would be more exact.
 _define(
     "accumulate_affine_(Tensor(a!) moment, Tensor(b!) sum, Tensor shift, Tensor(c!) weight,"
     " Tensor(d!) count, Tensor input_moment, Tensor input_sum, Tensor input_shift, int rows,"
@@ -72,18 +73,20 @@ _define(
     " int run_length, int phase, int channel_dim=-1) -> ()",
     _no_result,
 )
-# All of a call that is like the last one: counts it, and reads the rows that are due, or every row.
-# -1, and nothing is done, where there is more to decide. Host code, never traced: cursor.py.
+# All work of a call that has the layout of the last one (stats/cursor.py): counts the call, and
+# reads the rows that are due, or every row. Returns -1, with nothing done, where Python decides:
+# another layout, a full buffer. Host code, never traced.
 _define("gather_again_(Tensor(a!) cursor, Tensor(b!) buffer, Tensor rows) -> int", None)
 _define(
     "accumulate_again_(Tensor(a!) cursor, Tensor(b!) moment, Tensor(c!) sum, Tensor(d!) shift,"
     " Tensor(e!) weight, Tensor(f!) count, Tensor rows) -> int",
     None,
 )
-# Copies the rows that are due by counters on the device: counted.py. False, and nothing is done,
-# where rows are not those that were prepared for. Host code, never traced.
+# Copies the rows that are due, by counters on the device (ops/counted.py). Returns 0, with nothing
+# done, where the layout is not the prepared one. Host code, never traced.
 _define("gather_counted_(Tensor(a!) prepared, Tensor rows) -> int", None)
-# Rows on another device, sparse, nested: never like the last ones, which the CPU's kernel read.
+# Rows on another device, and sparse or nested ones, never have the layout of the last call, which
+# the CPU's kernel read.
 for _name in ("gather_again_", "accumulate_again_"):
     for _key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
         _LIBRARY.impl(_name, lambda *_: -1, _key)
@@ -101,21 +104,21 @@ def _count_above_fake(matrices: list[Tensor], thresholds: list[Tensor]) -> list[
     return [tau.new_empty((*tau.shape, 2), dtype=torch.int64) for tau in thresholds]
 
 
-# One entry is one matrix [n, n] or a batch [B, n, n]; sizes may differ between entries. is_alone:
-# no matrix is solved beside another, so that its bits depend on nothing else.
+# Each entry is one matrix [n, n] or a batch [B, n, n]; sizes may differ between entries. is_alone
+# solves matrices one by one, so that the bits of a result depend on its own matrix alone.
 _define("eigvalsh(Tensor[] matrices, bool is_alone=False) -> Tensor[]", _eigvalsh_fake)
 _define("eigh(Tensor[] matrices) -> (Tensor[], Tensor[])", _eigh_fake)
-# float64 alone: in float32 no bound on the error of a count is of any use.
+# Takes float64 alone: in float32 the bounds on the error of a count would be too wide to be of use.
 _define("count_above(Tensor[] matrices, Tensor[] thresholds) -> Tensor[]", _count_above_fake)
 
 
 def _vmapped(entry: Tensor, dim: int | None, size: int) -> Tensor:
-    # With the vmapped dimension in front: [size, ...].
+    # Entry with the vmapped dimension in front: [size, ...].
     return entry.expand(size, *entry.shape) if dim is None else entry.movedim(dim, 0)
 
 
 def _eigen_vmap(operator: str) -> Callable[..., Any]:
-    # The vmapped dimension and that of a batch [B, n, n] become one, and are two in the results.
+    # Merges the vmapped dimension with the batch's for the call, and splits both in the results.
     def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
         lists = [
             [_vmapped(e, d, info.batch_size) for e, d in zip(entries, dims, strict=True)]
@@ -149,13 +152,13 @@ for _name in ("eigvalsh", "eigh", "count_above"):
 
 
 class Observer(Protocol):
-    """What the step operators call: a tracker, found by its number."""
+    """Receiver of the step operators' calls: a watcher, found by its number."""
 
     def begin_step(self) -> None:
         """Starts a step."""
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
-        """Reads one activation, with ``batch_dims`` vmapped dimensions in front."""
+        """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
@@ -164,10 +167,11 @@ class Observer(Protocol):
         """Ends a step."""
 
 
-# Hooks of a compiled model reach their tracker through these operators: opaque, so that sampling
-# stays plain host code, and ordered by the clock that they claim to change. Tracker and tap are
-# numbers held in tensors: as ints they would be guards, and blocks that share one compiled graph
-# would each get their own. Replayed CUDA graphs run no host code, so they are cut around these.
+# Hooks of a compiled model reach their watcher through these operators. They are opaque, so that
+# sampling stays plain host code, and all claim to change the clock, so that they keep their order.
+# Watcher and tap are numbers held in tensors: ints would be guarded by value, and blocks that share
+# one compiled graph would be compiled one by one. Replays of a CUDA graph run no host code, so the
+# tag has torch cut graphs around these operators.
 _ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 _define("begin_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
 _define(
@@ -179,7 +183,7 @@ _define("refuse_(Tensor(a!) clock, Tensor tap, str reason) -> ()", _no_result, _
 _define("end_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
 
 observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
-"""Live trackers by number, which their clock holds. One that is gone is closed: nothing to do."""
+"""Open watchers by the number that their clock holds. Calls for a closed one do nothing."""
 
 
 def _begin_step(clock: Tensor) -> None:
@@ -210,7 +214,7 @@ def _observe_vmapped(
     activation: Tensor,
     batch_dims: int = 0,
 ) -> tuple[None, None]:
-    # Of the arguments only the activation is ever batched, else the rule is not called.
+    # Clock and tap are never batched, so the activation is: else torch would not call the rule.
     moved = activation.movedim(in_dims[2] or 0, 0)
     torch.ops.fastcov.observe_(clock, tap, moved, batch_dims + 1)
     return None, None
@@ -263,18 +267,18 @@ def _accumulate_cuda(
 def accumulation_of(
     state: MomentState, rows: Tensor, channel_dim: int = -1
 ) -> Callable[[Tensor], None] | None:
-    """What ``accumulate_`` comes to for rows on a GPU, to be called outside of all modes.
+    """Function that adds rows on a GPU without torch's dispatcher, which takes 4 us of every hook.
 
-    Torch's dispatcher would only look for it, in 4 us of every hook.
+    To be called outside of all modes and transforms.
 
     Args:
-        state: Where to add, for as long as its tensors stay the same.
-        rows: Of the device and dtype of those to come.
-        channel_dim: Where they hold their channels.
+        state: Tensors to add to; the function is valid while they stay the same.
+        rows: Tensor of the device and dtype of the rows to come.
+        channel_dim: Dimension of the rows to come that holds the channels.
 
     Returns:
-        Takes such rows (:meth:`fastcov.kernels.covariance.Accumulation.add`); None where the
-        operator is to be called.
+        :meth:`fastcov.kernels.covariance.Accumulation.add`; None where Triton does not serve, and
+        the operator ``accumulate_`` must be called.
     """
     if not _is_triton(rows):
         return None
@@ -314,7 +318,7 @@ def _accumulate_at_precision_cpu(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    # Compiled or not, a CPU's products are those of float32 itself, or of more digits.
+    # The CPU ignores `precision`: its products always have at least float32's.
     state = (moment, sum, shift, weight, count)
     accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
 
@@ -356,7 +360,7 @@ _FALLBACKS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def has_kernel(name: str, key: str) -> bool:
-    """Whether an operator has an implementation of its own for a dispatch key."""
+    """True if an operator has an implementation of its own for a dispatch key."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcov::{name}", key)
 
 
@@ -366,10 +370,10 @@ for (_name, _key), _implementation in _FALLBACKS.items():
         _LIBRARY.impl(_name, _implementation, _key)
 
 operators = torch.ops.fastcov
-"""The registered operators. Public functions call them from here, so that they are registered."""
+"""Registered operators. Public functions take them from here: importing registers them."""
 
-# What hooks and ops/eigen.py call. A packet would look for the overload at every call, 0.2 to
-# 1.8 us, and the overload's own __call__ only passes everything on to this, 0.3 us.
+# Functions that hooks and ops/eigen.py call. `operators.NAME` would look for the overload in every
+# call, 0.2 to 1.8 us, and the overload's __call__ only passes its arguments on to `_op`, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
@@ -385,11 +389,11 @@ ACCUMULATE: dict[str, Callable[..., None]] = {
     "torch": accumulate_,
     "triton": _accumulate_cuda,
 }
-"""Function that adds rows, by the kernels that serve them: Triton's launch needs no dispatcher."""
+"""Function that adds rows, by :attr:`Service.kernels`; Triton's launch needs no dispatcher."""
 
 GATHER: dict[str, Callable[..., None]] = {
     "native": gather_,
     "torch": gather_,
     "triton": _gather_cuda,
 }
-"""Function that copies sampled rows, by the kernels that serve them."""
+"""Function that copies sampled rows, by :attr:`Service.kernels`."""

@@ -1,4 +1,4 @@
-"""Opens the compiled libraries under their gates, and says for each whether and why.
+"""Loader of the compiled libraries: opens those that fit the machine, and keeps the reasons.
 
 The libraries use the LibTorch Stable ABI and hold no Python module: opening one registers its
 operators. The schemas must be defined before (ops/library.py).
@@ -18,22 +18,29 @@ from typing import NamedTuple
 import torch
 
 LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "lib"
-_SHORT_FOLDER = "fastcov/lib"  # of the package: reasons are published beside results
+# Name of the folder in reasons, which are published with results: no path of the machine.
+_SHORT_FOLDER = "fastcov/lib"
 BACKENDS = ("native", "triton", "torch")
 BACKEND_SWITCH = "FASTCOV_BACKEND"
 INTERFACE = 3
-"""Raised with every change of a schema or of stats/cursor.py: a library is compiled for one."""
+"""Version of the schemas and of stats/cursor.py, increased with each change. A library compiled for
+another version is not opened."""
 
 
 class Backend(NamedTuple):
-    """Whether a backend is in use, and why."""
+    """State of a backend.
+
+    Attributes:
+        active: True if the backend is in use.
+        reason: Reason why it is or is not.
+    """
 
     active: bool
     reason: str
 
 
 class UnavailableError(Exception):
-    """A gate that is closed; its message is the reason."""
+    """Error that a compiled library cannot be used; its message is the reason."""
 
 
 def allowed_backends() -> frozenset[str]:
@@ -56,7 +63,7 @@ def allowed_backends() -> frozenset[str]:
 
 
 def _driver_cuda_version() -> int:
-    """Newest CUDA that the driver runs, such as 13000; 0 without a driver. Makes no context."""
+    """Newest CUDA that the driver runs, such as 13000; 0 without a driver. Starts no context."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -67,7 +74,8 @@ def _driver_cuda_version() -> int:
 
 
 def _compute_capabilities() -> list[int]:
-    # Of the machine's GPUs, 90 for sm_90: from NVML, which starts no CUDA context. Empty: unknown.
+    # Capabilities of the machine's GPUs, 90 for sm_90, from NVML, which starts no CUDA context.
+    # Empty where NVML is missing.
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -88,7 +96,11 @@ def _compute_capabilities() -> list[int]:
 
 
 def _has_code(archs: str, capability: int) -> bool:
-    """Whether code for some architectures, with PTX of the newest, runs on a GPU.
+    """True if code for some architectures, with PTX of the newest, runs on a GPU.
+
+    Args:
+        archs: Architectures of the code, as CMake lists them.
+        capability: Compute capability of the GPU, 90 for sm_90.
 
     Example:
         >>> [_has_code("80;90", capability) for capability in (75, 80, 86, 90, 120)]
@@ -119,7 +131,8 @@ def _build_record() -> dict[str, str]:
 
 def _open(path: Path) -> ctypes.CDLL:
     reason = ""
-    # Asked before anything is registered: torch counts arguments, and does not know their order.
+    # Checked before anything is registered: torch would notice another number of arguments, but not
+    # another order.
     if (interface := _build_record().get("interface", "1")) != str(INTERFACE):
         reason = (
             f"{path.name} was compiled for other sources (interface {interface}, not {INTERFACE}): "
@@ -131,13 +144,21 @@ def _open(path: Path) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError as error:
             reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
-    # A library that is there and does not open is a broken installation, not a choice.
+    # A library that is there but does not open is a broken installation, not a choice: users must
+    # know.
     warnings.warn(f"fastcov runs without its compiled code: {reason}", RuntimeWarning, stacklevel=2)
     raise UnavailableError(reason)
 
 
 def load_cpu() -> str:
-    """Opens libfastcov_cpu.so; returns what it is, or raises :class:`UnavailableError`."""
+    """Opens libfastcov_cpu.so.
+
+    Returns:
+        Name of the library and of its instruction set.
+
+    Raises:
+        UnavailableError: If the library is missing, excluded, or does not load.
+    """
     path = _library_path("cpu")
     instruction_set = _open(path).fastcov_cpu_instruction_set
     instruction_set.restype = ctypes.c_char_p
@@ -145,7 +166,15 @@ def load_cpu() -> str:
 
 
 def load_cuda() -> str:
-    """Opens libfastcov_cuda.so where torch, driver and GPU fit; raises as :func:`load_cpu`."""
+    """Opens libfastcov_cuda.so.
+
+    Returns:
+        Name of the library and version of its CUDA.
+
+    Raises:
+        UnavailableError: If the library is missing, excluded, does not load, or does not fit torch,
+            the driver or the GPU.
+    """
     path = _library_path("cuda")
     if torch.version.cuda is None:
         raise UnavailableError(f"torch {torch.__version__} is not a CUDA build")
@@ -175,7 +204,7 @@ def load_cuda() -> str:
 
 @cache
 def load() -> None:
-    """Opens what can be opened, once. Never fails: :func:`status` holds the reasons."""
+    """Opens the libraries that can be opened, once. Never fails: :func:`status` has the reasons."""
     for name, open_library in (("cpu", load_cpu), ("cuda", load_cuda)):
         try:
             _status[name] = Backend(True, open_library())
@@ -187,6 +216,6 @@ _status: dict[str, Backend] = {}
 
 
 def status() -> dict[str, Backend]:
-    """What became of each compiled library: ``cpu`` and ``cuda``."""
+    """States of the compiled libraries, by name: ``cpu`` and ``cuda``."""
     load()
     return dict(_status)

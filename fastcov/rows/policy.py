@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Rows = Literal["auto", "all"] | int | float
-"""The argument ``rows`` of :func:`fastcov.track`."""
+"""Type of the argument ``rows`` of :func:`fastcov.track`."""
 
 AUTO_BUDGET = 0.01
 """Share of the watched modules' training flops that ``rows="auto"`` spends."""

@@ -92,7 +92,7 @@ class Route:
 
 
 class AddOnHost(Route):
-    """Every row, added by one operator."""
+    """Route that adds every row by one operator."""
 
     __slots__ = ("_cursor", "_state")
 
@@ -117,7 +117,7 @@ class AddOnHost(Route):
 
 
 class SampleOnHost(Route):
-    """The rows that are due, copied into the buffer by one operator."""
+    """Route that copies the rows that are due into the buffer, by one operator."""
 
     __slots__ = ("_cursor", "_mark_step", "_storage")
 
@@ -146,7 +146,7 @@ class SampleOnHost(Route):
 
 
 class AddThroughInput(Route):
-    """Every row of an affine layer, by way of its input where a check of the call allows it."""
+    """Route that adds every row of an affine layer by way of the input, where a check allows it."""
 
     __slots__ = ()
 
@@ -159,7 +159,7 @@ class AddThroughInput(Route):
 
 
 class LaunchAdd(Route):
-    """Every row, added by launches that were prepared before."""
+    """Route that adds every row by GPU launches that were prepared before."""
 
     __slots__ = ("_add", "_numbers")
 
@@ -185,7 +185,7 @@ class LaunchAdd(Route):
 
 
 class LaunchSample(Route):
-    """The rows that are due, copied into the device's buffer by a launch prepared before."""
+    """Route that copies the rows that are due into the device's buffer, by a prepared launch."""
 
     __slots__ = ("_buffer", "_launch_", "_numbers")
 

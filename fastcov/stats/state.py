@@ -71,7 +71,7 @@ class StateTensors(
         weight: Sum of the rows' weights: the divisor. []
         count: Rows read and rows skipped as non-finite. [2]
         excess: Sum of squared weights, and number, of the rows that were not simply added with
-            weight 1. The others leave it alone, so that keeping it costs them nothing. [2]
+            weight 1. Rows of weight 1 do not change ``excess``, so that they cost nothing more. [2]
     """
 
     __slots__ = ()

@@ -122,7 +122,7 @@ class Hook:
         """Reads a module's output."""
         # Cheaper than is_compiling(). Safe: values under torch.export are no plain tensors.
         if is_dynamo_compiling() or type(output) is not Tensor:
-            self._look(module, args, output)
+            self._pass_to_watcher(module, args, output)
             return
         try:
             if get_ident() == self._gate.thread and is_undisturbed():
@@ -131,14 +131,14 @@ class Hook:
                 if known.route.take(output, module, args):
                     routes.last = known
                     return
-            self._look(module, args, output)
+            self._pass_to_watcher(module, args, output)
         except Exception as error:
             self._fail(error)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Reads a module's first input, positional or by keyword."""
         if is_dynamo_compiling() or not args or type(args[0]) is not Tensor:
-            self._look(module, args, (args, kwargs))
+            self._pass_to_watcher(module, args, (args, kwargs))
             return
         try:
             if get_ident() == self._gate.thread and is_undisturbed():
@@ -147,7 +147,7 @@ class Hook:
                 if known.route.take(args[0], module, args):
                     routes.last = known
                     return
-            self._look(module, args, (args, kwargs))
+            self._pass_to_watcher(module, args, (args, kwargs))
         except Exception as error:
             self._fail(error)
 
@@ -155,7 +155,7 @@ class Hook:
         if self.watcher is not None:
             self.watcher.fail(self._tap, error)
 
-    def _look(self, module: nn.Module, args: Any, value: Any) -> None:
+    def _pass_to_watcher(self, module: nn.Module, args: Any, value: Any) -> None:
         watcher = self.watcher
         if watcher is None:
             return

@@ -61,10 +61,10 @@ def _has_compiled_code(forward: Any) -> bool:
 def isolated() -> Iterator[None]:
     """Context in which operators run outside every mode and transform.
 
-    Seen by a transform, the tracker's operators would fail: it refuses writes to tensors that it
-    did not make. Selective checkpointing pairs the operators of a forward with those of its
-    recomputation: the tracker's would shift the pairs and corrupt gradients. Flop counters would
-    count them, make_fx would record them.
+    A transform refuses writes to tensors that it did not make: the tracker's operators would fail.
+    Selective checkpointing pairs the operators of a forward with those of its recomputation:
+    more operators would shift the pairs and corrupt gradients. Flop counters would count the
+    tracker's operators, make_fx would record them.
     """
     with (
         temporarily_clear_interpreter_stack(),

@@ -196,16 +196,16 @@ class Following(Route):
     Args:
         inputs: Record of the tensors that taps have seen.
         tap: Number of the following tap.
-        owner: Number of the tap that reads.
-        order: Order of dimensions of the following tap; tensors of other ranks are not taken.
+        leader: Number of the owning tap, which reads.
+        order: Order of dimensions of the following tap; a tensor with more or fewer is not taken.
     """
 
     __slots__ = ("_inputs", "_order", "_owner", "_tap")
 
-    def __init__(self, inputs: SharedInputs, tap: int, owner: int, order: tuple[int, ...]) -> None:
+    def __init__(self, inputs: SharedInputs, tap: int, leader: int, order: tuple[int, ...]) -> None:
         self._inputs = inputs
         self._tap = tap
-        self._owner = owner
+        self._owner = leader
         self._order = order
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:

@@ -19,6 +19,8 @@ OVERLAP = (
 class Steps:
     """Counter of steps. A step is one forward of the root module that ends without an exception.
 
+    The caller tells by the root's mode which forwards may count. Special cases:
+
     ===================================================  ==========================================
     Forward                                              Steps
     ===================================================  ==========================================
@@ -32,7 +34,7 @@ class Steps:
     ===================================================  ==========================================
 
     Attributes:
-        done: Steps so far, without replays.
+        done: Steps so far; replays are added by :attr:`fastcov.watch.watcher.Watcher.step`.
         is_running: True if a step has begun and not ended.
         is_captured: True if a CUDA graph captures the forward that began last.
         has_overlapped: True if forwards have overlapped in several threads.

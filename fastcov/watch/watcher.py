@@ -52,7 +52,7 @@ class Watcher:
         model: Root module.
         taps: Tensors to watch, from :func:`fastcov.watch.select.find_taps`.
         policy: Sampling policy: the share of the rows that each layer reads.
-        every: Steps from one that is read to the next.
+        every: Period of reading: steps 0, every, 2 * every, ... are read.
         weighting: See :class:`fastcov.stats.layer.Layer`.
         decay: See :class:`fastcov.stats.layer.Layer`.
         max_channels: Wider layers are skipped and listed in ``notes``.
@@ -65,7 +65,7 @@ class Watcher:
         layers: Layer of each tap, by name; taps that see the same tensors have the same layer.
         notes: Remarks on single layers, by name.
         steps: Counts the steps.
-        steps_begun: Steps that were read, whether they ended or not.
+        steps_begun: Steps that were begun and read, including those that an exception ended.
         is_reading: True inside a step that is read.
         is_skipping: True inside a forward of the root that is not read.
     """
@@ -109,7 +109,7 @@ class Watcher:
         self.is_skipping = False
         self._gate = Gate()
         self._routes: list[Routes] = []
-        self._unique: list[Layer] = []
+        self._unique_layers: list[Layer] = []
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
         self._counters: DeviceCounters | None = None
@@ -136,7 +136,7 @@ class Watcher:
         self._handles.append(model.register_forward_pre_hook(step.begin))
         for tap, module in watched:
             self._watch(tap, module)
-        self._list_layers()
+        self._list_unique_layers()
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
 
@@ -155,7 +155,7 @@ class Watcher:
         if tap.position == "output":
             self._handles.append(module.register_forward_hook(hook.output))
         else:
-            hook.routes.wrap = partial(self._noted, number)
+            hook.routes.wrap = partial(self._with_noting, number)
             handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
             self._handles.append(handle)
 
@@ -194,31 +194,31 @@ class Watcher:
         return max(1, -(-self.step // self.every))
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
-        """A forward of the root module begins; see :meth:`fastcov.watch.steps.Steps.begin`."""
+        """Begins a forward of the root module; see :meth:`fastcov.watch.steps.Steps.begin`."""
         counters, steps = self._counters, self.steps
         can_replay = counters is not None and counters.is_warm and self.every == 1
         if not steps.begin(counts and not self._is_paused, is_nested, can_replay):
             if steps.take_overlap():
                 warnings.warn(OVERLAP, stacklevel=3)
-            self._read(self.is_reading and steps.is_running)
+            self._set_reading(self.is_reading and steps.is_running)
             if reason := steps.take_refusal():
-                self._note_left_out(dict.fromkeys(self._unique, reason))
+                self._note_left_out(dict.fromkeys(self._unique_layers, reason))
             return
         is_read = steps.done % self.every == 0
         if counters is not None:
             if steps.is_captured:
-                counters.begin_capture(self._unique)
+                counters.begin_capture(self._unique_layers)
                 for routes in self._routes:
                     routes.close()
             counters.begin_step(steps.done, is_read, self.decay)
-        self._read(is_read)
+        self._set_reading(is_read)
         if is_read:
             self.steps_begun += 1
             self._inputs.forget_step()
-            for layer in self._unique:
+            for layer in self._unique_layers:
                 layer.begin_step(steps.done)
 
-    def _read(self, is_reading: bool) -> None:
+    def _set_reading(self, is_reading: bool) -> None:
         steps = self.steps
         self.is_reading = is_reading
         self.is_skipping = steps.is_inside and not is_reading
@@ -226,10 +226,10 @@ class Watcher:
         self._gate.thread = steps.thread if is_reading and not steps.is_captured else 0
 
     def end_step(self) -> None:
-        """A forward of the root module ends, or an exception ends it."""
+        """Ends a forward of the root module; called after an exception too."""
         was_reading = self.is_reading
         is_done = self.steps.end()
-        self._read(was_reading and self.steps.is_running)
+        self._set_reading(was_reading and self.steps.is_running)
         if not (is_done and was_reading):
             return
         with torch.no_grad(), isolated() if has_modes() else nullcontext():
@@ -240,7 +240,7 @@ class Watcher:
                     self._routes[tap].reconsider()  # to drop Leading: no tap asks for its tensors
             fractions = self._plan()
             # Layers with a share and rows of equal weight have nothing to settle.
-            for layer in self._unique:
+            for layer in self._unique_layers:
                 if layer.name in fractions or self.weighting == "image":
                     self._end_layer(layer, fractions.get(layer.name))
             self._end_on_device()
@@ -258,19 +258,19 @@ class Watcher:
         # Shares of the rows to read, for layers that have just had their first step.
         new = {
             layer.name
-            for layer in self._unique
+            for layer in self._unique_layers
             if layer.fraction is None and layer.calls and layer.state is not None
         }
         if not new:
             return {}
-        macs = dict.fromkeys((layer.name for layer in self._unique), 0)
+        macs = dict.fromkeys((layer.name for layer in self._unique_layers), 0)
         for tap in self.taps:
             # Every consumer of a shared tensor adds its own flops, though the rows are read once.
             layer = self.layers[tap.name]
             macs[layer.name] += layer.offered_rows * tap.macs_per_row
         loads = {
             layer.name: LayerLoad(layer.state.channels, layer.offered_rows, macs[layer.name])
-            for layer in self._unique
+            for layer in self._unique_layers
             if layer.state is not None
         }
         return self.policy.fractions({name: loads[name] for name in loads if name in new}, loads)
@@ -281,9 +281,9 @@ class Watcher:
             self._counters.end_step(self.decay)
             if self.steps.is_captured:
                 self._note_left_out(self._counters.left_out)
-            self._counters = self._counters.renewed(self._unique, last)
-        elif DeviceCounters.serve(self._unique):
-            self._counters = DeviceCounters(self._unique, last)
+            self._counters = self._counters.renewed(self._unique_layers, last)
+        elif DeviceCounters.serve(self._unique_layers):
+            self._counters = DeviceCounters(self._unique_layers, last)
 
     def _note_left_out(self, reasons: Mapping[Layer, str]) -> None:
         for tap, routes in enumerate(self._routes):
@@ -410,7 +410,7 @@ class Watcher:
             self._routes[tap].follow(Following(self._inputs, tap, owner, order))
         return role != "shares"
 
-    def _noted(self, tap: int, route: Route) -> Route:
+    def _with_noting(self, tap: int, route: Route) -> Route:
         if self._inputs.is_noted(tap):
             return Leading(route, partial(self._inputs.note, tap), route.layout.order)
         return route
@@ -464,10 +464,10 @@ class Watcher:
         self._routes[tap].assign(layer)
         if self.layers[self.taps[tap].name] is not layer:
             self.layers[self.taps[tap].name] = layer
-            self._list_layers()
+            self._list_unique_layers()
 
-    def _list_layers(self) -> None:
-        self._unique = list(dict.fromkeys(routes.layer for routes in self._routes))
+    def _list_unique_layers(self) -> None:
+        self._unique_layers = list(dict.fromkeys(routes.layer for routes in self._routes))
 
     # names, saving and closing
 
@@ -477,7 +477,7 @@ class Watcher:
 
     def unique_layers(self) -> list[Layer]:
         """Layers in the model's order, shared ones once."""
-        return self._unique
+        return self._unique_layers
 
     def shared(self) -> dict[str, str]:
         """Name of the layer that a following tap shares, by the tap's name."""
@@ -523,7 +523,7 @@ class Watcher:
                 "a captured CUDA graph writes into this tracker: merge, load or reset before the "
                 "capture, or make a new tracker"
             )
-        for layer in self._unique:
+        for layer in self._unique_layers:
             layer.leave_device()
         self._counters = None
 
@@ -536,7 +536,11 @@ class Watcher:
             for name, value in self.__dict__.items()
             if name not in ("_routes", "_inputs", "_handles", "modules", "root", "on_step_end")
         }
-        return {**copied, "_unique": [], "_layer_of": [routes.layer for routes in self._routes]}
+        return {
+            **copied,
+            "_unique_layers": [],
+            "_layer_of": [routes.layer for routes in self._routes],
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layer_of = state.pop("_layer_of")
@@ -545,7 +549,7 @@ class Watcher:
         self.on_step_end = _do_nothing
         self.modules, self._handles, self._inputs = [], [], SharedInputs()
         self._routes = [Routes(layer) for layer in layer_of]
-        self._list_layers()
+        self._list_unique_layers()
 
     def close(self) -> None:
         """Removes every hook; the statistics stay readable, and captured graphs add to them."""
