@@ -126,7 +126,7 @@ class Layer:
         self._device: torch.device | None = None  # of the state
         # With weighting="image":
         self._pooled: CovarianceState | None = None  # rows of this step, weighed at its end
-        self._is_pooled: bool | None = None  # several calls a step; None before the first has ended
+        self._is_pooled: bool | None = None  # a step had several calls; None before one has ended
         self._is_unweighted = False  # the state holds this step's rows at weight 1 so far
         self._forget_device()
         self.set_fraction(fraction)
@@ -213,7 +213,8 @@ class Layer:
         """Settles the weights of the step: all its calls have been seen."""
         if self.calls == 0:
             return
-        self._is_pooled = self.calls > 1
+        # For good: a first call that is taken for the only one weighs too much in a step of two.
+        self._is_pooled = self._is_pooled is True or self.calls > 1
         if self.weighting == "position":
             return
         self.buffer.weigh(self.step, self._row_weight())
