@@ -200,8 +200,8 @@ def _flat_weights(row_weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    # Under torch.func's transforms the values of a tensor cannot be read; torch.compile traces plain
-    # tensors alone.
+    # Under torch.func's transforms the values of a tensor cannot be read. torch.compile traces
+    # plain tensors alone.
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -137,7 +137,7 @@ class Layer:
         self._device: torch.device | None = None  # of the state
         # The rest is for weighting="image": the weight of a row is known when its step ends.
         self._step_state: CovarianceState | None = None  # sums of the running step at weight 1
-        # True if the last step had several calls; None before the first step has ended.
+        # True if some step had several calls; None before the first step has ended.
         self._has_many_calls: bool | None = None
         # True while `state` itself holds the first step's rows, still at weight 1.
         self._is_unweighted = False
@@ -223,7 +223,8 @@ class Layer:
         """Settles the weights of the step's rows, whose number is known now."""
         if self.calls == 0:
             return
-        self._has_many_calls = self.calls > 1
+        # For good: a first call that is taken for the only one weighs too much in a step of two.
+        self._has_many_calls = self._has_many_calls is True or self.calls > 1
         if self.weighting == "position":
             return
         self.buffer.weigh(self.step, self._row_weight())

@@ -234,7 +234,8 @@ class Watcher:
             return
         with torch.no_grad(), isolated() if has_modes() else nullcontext():
             for tap in self._inputs.diverged():
-                self._split(tap)
+                if tap not in self._given_up:
+                    self._split(tap)
             for tap in self._inputs.end_step():
                 if not self._inputs.is_noted(tap):
                     self._routes[tap].reconsider()  # to drop Leading: no tap asks for its tensors

@@ -46,3 +46,22 @@ def test_two_calls_of_a_step(dtype: torch.dtype, is_asked_between: bool) -> None
     assert tracker.count("layer") == STEPS * IMAGES * 4
     error = (tracker.covariance("layer") - wanted).abs().max() / wanted.abs().max()
     assert float(error) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+def test_a_second_call_that_comes_in_some_steps(channels: int) -> None:
+    torch.manual_seed(0)
+    model = TwoCalls()
+    tracker = fastcov.track(model, include="layer", rows="all", weighting="image")
+    wanted = torch.zeros(channels, channels, dtype=torch.float64)
+    weight = 0.0
+    for step in range(6):
+        positions = (30, 10) if step % 2 == 0 else (30, 0)
+        calls = [torch.randn(IMAGES, each, channels) for each in positions]
+        model(*calls)
+        for call in calls:
+            rows = call.double().flatten(0, 1) / sum(positions) ** 0.5
+            wanted += rows.T @ rows
+        weight += IMAGES
+    error = (tracker.covariance("layer") - wanted / weight).abs().max() / wanted.abs().max()
+    assert float(error) * weight < 1e-5

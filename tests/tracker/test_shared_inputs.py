@@ -214,3 +214,20 @@ def test_a_shared_layer_that_is_not_tracked_is_refused_before_anything_is_loaded
     with pytest.raises(ValueError, match=r"layers that are not tracked here: b:in"):
         other.load_state_dict(saved)
     assert other.steps == 0
+
+
+def test_a_shared_layer_that_is_given_up_keeps_its_rows_for_all_taps() -> None:
+    class AnyWidth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Identity(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    model = AnyWidth()
+    tracker = fastcov.track(model, include=["a", "b"], where="input", rows="all")
+    for width in (4, 5, 4):
+        model(torch.randn(10, width))
+    assert (tracker.count("a:in"), tracker.count("b:in")) == (10, 10)
+    assert tracker.watcher.notes["b:in"] == "gave 5 channels after 4: not read since then"
