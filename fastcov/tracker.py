@@ -338,6 +338,7 @@ class Tracker:
             )
         self._show_own_rows()
         own.leave_device()
+        own.share_no_more_than(given)
         done: set[Layer] = set()
         for name in common:
             mine, theirs = own.layers[name], given.layers[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 import weakref
@@ -512,6 +513,22 @@ class Watcher:
             self._assign(number_of[name], self._routes[number_of[owner]].layer)
         for owner in set(shared.values()):
             self._routes[number_of[owner]].reconsider()
+
+    def share_no_more_than(self, other: Watcher) -> None:
+        """Parts taps that share a layer here, but not in another watcher.
+
+        Each keeps the rows that it shows.
+        """
+        for number, tap in enumerate(self.taps):
+            shared = self._routes[number].layer
+            if shared.name == tap.name or tap.name not in other.layers:
+                continue
+            if other.layers[tap.name] is not other.layers.get(shared.name):
+                layer = copy.deepcopy(shared)
+                new = self._new_layer(number)
+                layer.name, layer.phase = new.name, new.phase
+                self._inputs.split(number)
+                self._assign(number, layer)
 
     def leave_device(self) -> None:
         """Moves all counters back to the host, waiting for the device.

@@ -231,3 +231,33 @@ def test_a_shared_layer_that_is_given_up_keeps_its_rows_for_all_taps() -> None:
         model(torch.randn(10, width))
     assert (tracker.count("a:in"), tracker.count("b:in")) == (10, 10)
     assert tracker.watcher.notes["b:in"] == "gave 5 channels after 4: not read since then"
+
+
+@pytest.mark.parametrize("scales", [(1, 2), (2, 1), (2, 2), (1, 1)])
+def test_trackers_that_share_otherwise_are_merged(scales: tuple[int, int]) -> None:
+    class Scaled(TwoConsumers):
+        scale = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x if self.scale == 1 else self.scale * x)
+
+    torch.manual_seed(0)
+    wanted = {name: torch.zeros(4, 4, dtype=torch.float64) for name in ("a:in", "b:in")}
+    models = [Scaled(), Scaled()]
+    trackers = [fastcov.track(model, where="input", rows="all") for model in models]
+
+    def run(model: Scaled) -> None:
+        x = torch.randn(10, 4)
+        model(x)
+        for name, scale in (("a:in", 1), ("b:in", model.scale)):
+            rows = scale * x.double()
+            wanted[name] += rows.T @ rows / 30
+
+    for model, scale in zip(models, scales, strict=True):
+        model.scale = scale
+        run(model)
+    trackers[0].merge(trackers[1])
+    run(models[0])
+    for name, moment in wanted.items():
+        assert trackers[0].count(name) == 30
+        assert float((trackers[0].covariance(name) - moment).abs().max()) < 1e-5
