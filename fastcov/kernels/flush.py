@@ -399,7 +399,7 @@ def _tables(layers: Sequence[BufferedLayer], edge: int) -> tuple[Tensor, Tensor]
 
 
 def _on_device(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
     # A copy from memory that can be swapped out would wait for the device.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 

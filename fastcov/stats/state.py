@@ -48,6 +48,14 @@ class Declared(NamedTuple):
             return torch.stack([entry * factor**power for entry, power in entries])
         return tensor * factor**self.power if self.power else tensor
 
+    def scale_(self, tensor: Tensor, factor: float) -> None:
+        """Does :meth:`scaled` in place."""
+        if isinstance(self.power, tuple):
+            for entry, power in zip(tensor.unbind(), self.power, strict=True):
+                entry.mul_(factor**power)
+        elif self.power:
+            tensor.mul_(factor**self.power)
+
 
 class StateTensors(
     NamedTuple(
@@ -228,7 +236,9 @@ class CovarianceState:
         """Multiplies every row's weight."""
         with self._lock:
             for declared, tensor, settled in self._declared(_settled(self.tensors)):
-                tensor.copy_(declared.scaled(settled, factor))
+                if settled is not tensor:
+                    tensor.copy_(settled)
+                declared.scale_(tensor, factor)  # in place: moments are large
 
     def merge(self, other: CovarianceState, scale: float = 1.0) -> None:
         """Adds the rows of another state, which stays as it is.

@@ -484,7 +484,8 @@ def test_a_call_without_memory_says_so() -> None:
     program = """
 import resource, torch, fastcov
 matrix = torch.zeros(1).expand(40000, 40000)
-resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)
 try:
     fastcov.ops.eigvalsh(matrix)
 except MemoryError as error:
