@@ -170,9 +170,11 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
   }
   const int64_t threads = work < kSerialNanoseconds ? 1 : thread_count();
   std::vector<int64_t> starts;
+  int64_t bytes = 0;  // of the neediest order, which need not be the largest
   for (int64_t begin = 0; begin < total;) {
     int64_t end = begin;
     while (end < total && tasks[end].n == tasks[begin].n) ++end;
+    bytes = std::max(bytes, bytes_of(tasks[begin].n));
     for (const int64_t size : group_sizes<T>(tasks[begin].n, end - begin, most, threads)) {
       starts.push_back(begin);
       begin += size;
@@ -180,7 +182,6 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
   }
   const int64_t groups = static_cast<int64_t>(starts.size());
   starts.push_back(total);
-  const int64_t bytes = bytes_of(tasks.front().n);
   std::atomic<int64_t> next{0};
   const auto drain = [&] {
     void* const memory = arena.reserve(bytes);

@@ -584,3 +584,26 @@ def test_opcheck() -> None:
     taus = [torch.zeros(1).double(), torch.zeros(2, 1).double()]
     doubles = [matrix.double() for matrix in batch]
     torch.library.opcheck(torch.ops.fastcov.count_above, (doubles, taus))
+
+
+def test_a_list_of_orders_takes_the_memory_of_the_neediest() -> None:
+    """Groups of a middle order need more scratch than a single large matrix."""
+    program = """
+import torch, fastcov
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.float64):
+    for large in (300, 512, 700):
+        matrices = [torch.eye(n, dtype=dtype) + 1 for n in (large, *[256] * 24, *[128] * 40)]
+        for matrix, values in zip(matrices, fastcov.ops.eigvalsh(matrices)):
+            assert abs(float(values.max()) - len(matrix) - 1) < 1e-3
+print("done")
+"""
+    checking = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **checking},
+    )
+    assert result.stdout == "done\n", result.stderr[-500:]
