@@ -73,7 +73,7 @@ struct Located {
   }
 };
 
-// What the diagonal of a scaled matrix loses; every squad finds the same bits.
+// Mean that is subtracted from the diagonal of a scaled matrix; every squad finds the same bits.
 template <class Real, class Team>
 __device__ Real shift_of(Team& team, const Located<Real>& located, const Scale<Real>& scale) {
   if (!scale.is_finite) return Real(0);

@@ -103,7 +103,7 @@ def _primary(result: Mapping[str, Any]) -> list[str]:
 
 
 def _criteria(task: str, once: Mapping[str, Any], twice: Mapping[str, Any] | None) -> list[str]:
-    """What a task had to show on the tuning images."""
+    """Criteria that a task had to meet on the tuning images."""
     headings = ["asked of the task", "difference of AP", "n", ""]
     lines = [_row(headings), _row(["---"] * len(headings))]
     for one in criteria(task, once, twice):

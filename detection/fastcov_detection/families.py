@@ -230,7 +230,7 @@ def _ap(run: Path) -> float:
 
 
 def _label(runs: Sequence[Path]) -> str:
-    """What the folders of a family are in."""
+    """Name of the folder that holds the runs of a family."""
     return runs[0].parent.name
 
 

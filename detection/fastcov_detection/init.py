@@ -112,7 +112,7 @@ def _load_body(body: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
             f"{source} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; "
             "depth and norm must be those of this model"
         )
-    # What a ResNet of these names has and this one lacks would be dropped without a word: the
+    # Weights of these names that this ResNet lacks would be dropped without a word: the
     # statistics of a BatchNorm that meets a GroupNorm, blocks of a deeper network.
     parts = tuple(f"{name}." for name, _ in body.named_children())
     own = [n.removeprefix(prefix) for n in state if n.startswith(prefix)]

@@ -1,4 +1,4 @@
-"""What a task must show on the tuning images, and the plan's runs from its records."""
+"""Criteria of a task on the tuning images, and runs of the plan, from its records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that is asked for again may change, and what it says when it may not."""
+"""Settings that a run may change when it is resumed, and refusals of all others."""
 
 from __future__ import annotations
 
