@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,6 +41,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for kind, count in left_out.items():
         if count:
             terminalreporter.write_line(f"{count} {kind} tests were left out: {reasons[kind]}")
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator_state() -> Iterator[None]:
+    """accelerate's settings, of each test alone: a Trainer leaves its own in the process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

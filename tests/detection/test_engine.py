@@ -184,9 +184,12 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     histories = [fastcov.load_history(folder / "spectra") for folder in (run_dir, killed)]
     assert histories[0].steps() == histories[1].steps()
     for name, spectrum in histories[0][2].spectra.items():
-        torch.testing.assert_close(
-            histories[1][2].spectra[name].eigenvalues, spectrum.eigenvalues, rtol=1e-9, atol=1e-12
-        )
+        # A checkpoint empties the buffers, so float32 sums may begin at other rows and round
+        # otherwise, by less than 1e-7. A row that was lost would show as 1e-3.
+        atol = 1e-6 * float(spectrum.eigenvalues[0])
+        resumed = histories[1][2].spectra[name]
+        assert resumed.count == spectrum.count
+        torch.testing.assert_close(resumed.eigenvalues, spectrum.eigenvalues, rtol=0, atol=atol)
 
 
 def test_mask_rcnn_learns_and_is_scored_on_masks(
