@@ -28,6 +28,7 @@ from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
+from fastcov.stats.directions import Directions
 from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
@@ -157,6 +158,26 @@ class Tracker:
             ValueError: If the layer has read no row.
         """
         return self._state(name).covariance(centered)
+
+    def directions(
+        self, name: str, k: int | None = None, *, centered: bool = False, correction: float = 0
+    ) -> Directions:
+        """Directions of a layer's largest variance: eigenvalues and eigenvectors.
+
+        Args:
+            name: One of :meth:`names`.
+            k: Number of directions; None for all.
+            centered: True subtracts the mean: principal components.
+            correction: Degrees of freedom to take off the divisor; 1 for the unbiased covariance.
+
+        Returns:
+            ``eigenvalues`` [k], descending, and ``vectors`` [C, k], float64 on the layer's device.
+
+        Raises:
+            KeyError: If no such layer is tracked.
+            ValueError: If the layer has read no row, or ``k`` is out of range.
+        """
+        return self._state(name).directions(k, centered, correction)
 
     def mean(self, name: str) -> Tensor:
         """Mean of a layer's rows, float64; raises as :meth:`covariance` does. [C]"""

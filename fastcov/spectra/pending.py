@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from fastcov import ops
 from fastcov.spectra.history import History
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import Spectrum
-from fastcov.stats.state import CovarianceState
+
+if TYPE_CHECKING:
+    from fastcov.stats.state import CovarianceState
 
 _MOST_PENDING_SNAPSHOTS = 2  # each holds a copy of all states on the GPU
 

@@ -6,6 +6,7 @@ states to a common shift (Chan, Golub, LeVeque 1983: parallel updating of varian
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from fastcov import ops
 from fastcov.ops.covariance import accumulate_, are_read, covariance_of
+from fastcov.spectra.spectrum import Spectrum
+from fastcov.stats.directions import Directions, directions_of, inverse_of, whitening_of
 
 
 class Declared(NamedTuple):
@@ -170,9 +174,103 @@ class CovarianceState:
         # Neither square is formed: weights may have any size.
         return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
-    def covariance(self, centered: bool = False) -> Tensor:
-        """Second-moment matrix of the rows read, the covariance if ``centered``; float64. [C, C]"""
-        return covariance_of(self, centered)
+    def covariance(self, centered: bool = False, correction: float = 0) -> Tensor:
+        r"""Second-moment matrix of the rows read; the covariance if ``centered``.
+
+        Args:
+            centered: True subtracts the mean.
+            correction: Number c of degrees of freedom to take off the divisor: the matrix is
+                multiplied by n / (n - c), n the effective number of rows. 1 gives the unbiased
+                covariance, as :func:`torch.cov` does with ``aweights``.
+
+        Returns:
+            float64, symmetric; NaN where no more than ``correction`` rows were read. [C, C]
+
+        Raises:
+            ValueError: If ``correction`` is negative or not finite.
+        """
+        matrix = covariance_of(self, centered)
+        if correction == 0:
+            return matrix
+        if not (math.isfinite(correction) and correction > 0):
+            raise ValueError(f"correction={correction}: expected a finite number of at least 0")
+        left = 1 - correction / self.effective_count
+        return matrix / torch.where(left > 0, left, torch.nan)
+
+    def spectrum(self, centered: bool = False, correction: float = 0) -> Spectrum:
+        """Eigenvalues of :meth:`covariance`, whose arguments these are.
+
+        Raises:
+            ValueError: If no more than ``correction`` rows were read.
+
+        Example:
+            >>> state = CovarianceState(2)
+            >>> state.update(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+            >>> state.spectrum().eigenvalues
+            tensor([4.5000, 0.5000], dtype=torch.float64)
+        """
+        matrix = self._known_covariance(centered, correction)
+        count = min(int(self.count[0]), round(float(self.effective_count)))
+        return Spectrum(ops.eigvalsh(matrix), count, max(0.0, float(matrix.trace())))
+
+    def directions(
+        self, k: int | None = None, centered: bool = False, correction: float = 0
+    ) -> Directions:
+        """Eigenvalues and eigenvectors of :meth:`covariance`, the largest first.
+
+        Args:
+            k: Number of directions; None for all.
+            centered: As of :meth:`covariance`: True for principal components.
+            correction: As of :meth:`covariance`.
+
+        Returns:
+            ``eigenvalues`` [k] and ``vectors`` [C, k], float64 on the state's device.
+
+        Raises:
+            ValueError: If ``k`` is out of range, or no more than ``correction`` rows were read.
+        """
+        return directions_of(self._known_covariance(centered, correction), k)
+
+    def whitening(self, eps: float = 0.0, centered: bool = True) -> Tensor:
+        """Symmetric matrix that makes the rows' covariance the identity (ZCA).
+
+        White rows are ``(x - state.mean()) @ state.whitening()``.
+
+        Args:
+            eps: Added to every eigenvalue before the inverse root.
+            centered: False whitens the uncentred second moment: white rows are then ``x @ W``.
+
+        Returns:
+            float64. [C, C]
+
+        Raises:
+            ValueError: If no row was read, or the covariance is singular and ``eps`` too small.
+        """
+        return whitening_of(self._known_covariance(centered), eps)
+
+    def inverse(self, damping: float = 0.0, centered: bool = False) -> Tensor:
+        """Inverse of :meth:`covariance` with a number added to its diagonal.
+
+        Args:
+            damping: The number; a share of the mean diagonal entry is usual.
+            centered: As of :meth:`covariance`.
+
+        Returns:
+            float64, symmetric. [C, C]
+
+        Raises:
+            ValueError: If no row was read, or the covariance is singular and ``damping`` too small.
+        """
+        return inverse_of(self._known_covariance(centered), damping)
+
+    def _known_covariance(self, centered: bool, correction: float = 0) -> Tensor:
+        matrix = self.covariance(centered, correction)
+        if matrix.numel() and bool(matrix[0, 0].isnan()):
+            raise ValueError(
+                f"the state has read {int(self.count[0])} rows, worth "
+                f"{float(self.effective_count):g}: more than correction={correction} are needed"
+            )
+        return matrix
 
     def mean(self) -> Tensor:
         """Mean of the rows read, float64. [C]"""
