@@ -130,7 +130,7 @@ def _rounding_note(spectrum: Spectrum | None) -> list[str]:
         return []
     return [
         f"small eigenvalues are rounding: negative ones sum up to {negative:.2g} beside a largest "
-        f"of {largest:.2g}; read rows of float64"
+        f'of {largest:.2g}; track with precision="float64"'
     ]
 
 

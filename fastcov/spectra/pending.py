@@ -39,15 +39,20 @@ class PendingSpectra:
     Args:
         states: By layer, on any devices.
         centered: True to subtract the means.
+        in_float64: True solves in float64 on a GPU too, where float32 is the default.
     """
 
     @torch.no_grad()
-    def __init__(self, states: Mapping[str, CovarianceState], centered: bool) -> None:
+    def __init__(
+        self, states: Mapping[str, CovarianceState], centered: bool, in_float64: bool = False
+    ) -> None:
         self._names = list(states)
         by_device: dict[torch.device, dict[str, CovarianceState]] = {}
         for name, state in states.items():
             by_device.setdefault(state.moment.device, {})[name] = state
-        self._batches = [_start(batch, device, centered) for device, batch in by_device.items()]
+        self._batches = [
+            _start(batch, device, centered, in_float64) for device, batch in by_device.items()
+        ]
 
     def is_ready(self) -> bool:
         """True where :meth:`get` returns without waiting."""
@@ -136,17 +141,19 @@ class _Batch:
         return spectra
 
 
-def _start(states: dict[str, CovarianceState], device: torch.device, centered: bool) -> _Batch:
+def _start(
+    states: dict[str, CovarianceState], device: torch.device, centered: bool, in_float64: bool
+) -> _Batch:
     channels = {name: state.channels for name, state in states.items()}
     if device.type != "cuda":
-        return _Batch(channels, _numbers(list(states.values()), centered).cpu(), None)
+        return _Batch(channels, _numbers(list(states.values()), centered, in_float64).cpu(), None)
     here = torch.cuda.current_stream(device)
     side = _beside(here)
     # The training goes on changing its states, so copies are read, made in the training's order.
     twins = [state.copy() for state in states.values()]
     side.wait_stream(here)
     with torch.cuda.stream(side):
-        numbers = _numbers(twins, centered)
+        numbers = _numbers(twins, centered, in_float64)
         fetched = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
         fetched.copy_(numbers, non_blocking=True)
         done = side.record_event()
@@ -164,10 +171,12 @@ def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     return side
 
 
-def _numbers(states: list[CovarianceState], centered: bool) -> Tensor:
+def _numbers(states: list[CovarianceState], centered: bool, in_float64: bool) -> Tensor:
     # float64 costs little on a CPU; a GPU's fast path is float32, at most 1e-5 of the largest.
     matrices = [state.covariance(centered) for state in states]
-    eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
+    eigenvalues = ops.eigvalsh(
+        [m if in_float64 or m.device.type == "cpu" else m.float() for m in matrices]
+    )
     parts = []
     for state, matrix, values in zip(states, matrices, eigenvalues, strict=True):
         scalars = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastcov.ops import library
 from fastcov.ops.backend import Service, service_of
+from fastcov.ops.covariance import Precision
 from fastcov.rows.dtypes import ROW_DTYPES
 from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.sequence import WHOLE, fixed_point, rows_due
@@ -83,6 +84,7 @@ class Layer:
         decay: Factor on everything read before, once a step; None keeps everything.
         first_fill: Share of the buffer that is filled before it is first emptied, from
             :func:`fastcov.rows.sequence.first_fill`.
+        precision: Precision of the rows' products: see :func:`fastcov.ops.accumulate_`.
 
     Attributes:
         cursor: Counters, in memory that Python and operators share.
@@ -118,10 +120,12 @@ class Layer:
         weighting: Literal["position", "image"],
         decay: float | None,
         first_fill: float = 1.0,
+        precision: Precision = "split",
     ) -> None:
         self.name = name
         self.weighting = weighting
         self.decay = decay
+        self.precision: Precision = precision
         self.cursor = Cursor()
         self.phase = phase
         self.state: CovarianceState | None = None
@@ -286,11 +290,12 @@ class Layer:
         return direct_rows(channels, self.service.is_host)
 
     def adds_at_once(self, layout: ActivationLayout) -> bool:
-        """True if calls of a layout are added whole and at once, each row at weight 1."""
+        """True if the kernels add calls of a layout whole and at once, each row at weight 1."""
         return (
             self.cursor.numbers[FRACTION] == WHOLE
             and self.weighting == "position"
             and self.decay is None
+            and self.precision == "split"
             and self.service is not None
             and layout.rows >= self._direct_rows(layout.channels)
         )
@@ -338,7 +343,7 @@ class Layer:
         assert self.state is not None
         if self._step_state is None:
             self._step_state = CovarianceState(self.state.channels, rows.device)
-        self._step_state.update(rows)
+        self._step_state.update(rows, precision=self.precision)
 
     def _accumulate(
         self,
@@ -353,6 +358,8 @@ class Layer:
         assert state is not None
         assert service is not None
         accumulate_ = library.ACCUMULATE[service.kernels]
+        if self.precision != "split":
+            accumulate_, source = self._accumulate_at_precision_, None
         decay = 1.0 if self.decay is None else self._decay_until(step)
         to = (state.moment, state.sum, state.shift, state.weight, state.count)
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
@@ -362,6 +369,19 @@ class Layer:
         with state.weighing(rows, row_weight, row_scale, decay):
             if source is None or not source(state, row_scale=row_scale, decay=decay):
                 accumulate_(*to, rows, channel_dim, row_weight, row_scale, decay)
+
+    def _accumulate_at_precision_(
+        self,
+        moment: Tensor,
+        sum: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        count: Tensor,
+        rows: Tensor,
+        *options: Any,
+    ) -> None:
+        to = (moment, sum, shift, weight, count)
+        library.accumulate_at_precision_(*to, rows, self.precision, *options)
 
     def _sample(self, activation: Tensor, layout: ActivationLayout, due: int) -> None:
         if due >= layout.rows:
@@ -476,6 +496,9 @@ class Layer:
         self._moves_left = _MOST_MOVES
         self._largest_capacity = 0  # rows a step; never shrinks
         self.why_on_host = ""
+        if self.precision != "split":
+            self._moves_left = 0
+            self.why_on_host = f'precision="{self.precision}" is the host\'s to add; take "split"'
 
     @property
     def wants_device_buffer(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcov import ops
-from fastcov.ops.covariance import accumulate_, are_read, covariance_of
+from fastcov.ops.covariance import Precision, accumulate_, are_read, covariance_of
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.directions import Directions, directions_of, inverse_of, whitening_of
 
@@ -283,20 +283,30 @@ class CovarianceState:
         *,
         row_scale: float = 1.0,
         decay: float = 1.0,
+        precision: Precision = "split",
     ) -> None:
         """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once."""
         if torch.compiler.is_compiling():
-            self._add(rows, row_weight, row_scale, decay)
+            self._add(rows, row_weight, row_scale, decay, precision)
         else:
             with self._lock:
-                self._add(rows, row_weight, row_scale, decay)
+                self._add(rows, row_weight, row_scale, decay, precision)
 
-    def _add(self, rows: Tensor, row_weight: Tensor | None, row_scale: float, decay: float) -> None:
+    def _add(
+        self,
+        rows: Tensor,
+        row_weight: Tensor | None,
+        row_scale: float,
+        decay: float,
+        precision: Precision,
+    ) -> None:
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
-            accumulate_(self, rows)
+            accumulate_(self, rows, precision=precision)
             return
         with self.weighing(rows, row_weight, row_scale, decay):
-            accumulate_(self, rows, row_weight, row_scale=row_scale, decay=decay)
+            accumulate_(
+                self, rows, row_weight, row_scale=row_scale, decay=decay, precision=precision
+            )
 
     @contextmanager
     def weighing(
