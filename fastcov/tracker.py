@@ -532,7 +532,7 @@ def track(
             shared by its positions.
         decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything.
         precision: Precision of the rows' products, as of :func:`fastcov.ops.accumulate_`. "float64"
-            keeps small eigenvalues right beside attention sinks, for about three times the time.
+            keeps small eigenvalues right beside attention sinks, for about twice the time.
         max_channels: Wider layers are skipped and listed in the summary.
         train_only: True counts only forwards of a model in training mode as steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none. A snapshot that

@@ -87,7 +87,7 @@ def accumulate_(
     - "ieee": as they are, in float32 without tensor cores. More time, less error.
     - "float64": rows of every dtype, on every device, converted to float64 a piece at a time.
       Products and sums are float64's, whatever the magnitudes of the rows: beside rows of norm 1e5
-      the others stay right. On a CPU about three times the time of float32, on a GPU plain torch.
+      the others stay right. On a CPU about twice the time of float32, on a GPU plain torch.
 
     The first three change no other product. 16-bit rows have exact products; weighted, they are
     split. A CPU, and plain torch where it takes Triton's place (:func:`fastcov.backends`), multiply
