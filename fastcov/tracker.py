@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from contextlib import AbstractContextManager
@@ -33,6 +34,7 @@ from fastcov.stats.directions import Directions
 from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
+from fastcov.watch.budget import sketch_of
 from fastcov.watch.hooks import watchers_of
 from fastcov.watch.isolation import is_compiled
 from fastcov.watch.select import Selector, Tap, find_taps
@@ -144,6 +146,16 @@ class Tracker:
             return state
         raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
 
+    def _whole_state(self, name: str) -> CovarianceState:
+        state = self._state(name)
+        if state.sketch is not None:
+            raise ValueError(
+                f"layer {name!r} is sketched, {state.channels} channels to {state.sketch.width}: "
+                "it has a spectrum, but no covariance, mean or directions; give track() more "
+                "memory, or fewer layers (include=)"
+            )
+        return state
+
     def covariance(self, name: str, centered: bool = False) -> Tensor:
         """Second-moment matrix of a layer's rows, the covariance if ``centered``.
 
@@ -156,9 +168,9 @@ class Tracker:
 
         Raises:
             KeyError: If no such layer is tracked.
-            ValueError: If the layer has read no row.
+            ValueError: If the layer has read no row, or is sketched.
         """
-        return self._state(name).covariance(centered)
+        return self._whole_state(name).covariance(centered)
 
     def directions(
         self, name: str, k: int | None = None, *, centered: bool = False, correction: float = 0
@@ -176,13 +188,13 @@ class Tracker:
 
         Raises:
             KeyError: If no such layer is tracked.
-            ValueError: If the layer has read no row, or ``k`` is out of range.
+            ValueError: If the layer has read no row or is sketched, or ``k`` is out of range.
         """
-        return self._state(name).directions(k, centered, correction)
+        return self._whole_state(name).directions(k, centered, correction)
 
     def mean(self, name: str) -> Tensor:
         """Mean of a layer's rows, float64; raises as :meth:`covariance` does. [C]"""
-        return self._state(name).mean()
+        return self._whole_state(name).mean()
 
     def count(self, name: str) -> int:
         """Number of rows read of a layer, without those that hold a NaN or an infinity.
@@ -270,6 +282,7 @@ class Tracker:
         return LayerFacts(
             name=name,
             channels=channels or (0 if state is None else state.channels),
+            sketch=(state and state.sketch_width) or 0,
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
@@ -359,6 +372,14 @@ class Tracker:
                 f"cannot merge: decay {own.decay} at step {self.steps} with decay {given.decay} "
                 f"at step {other.steps}; decayed states must stand at the same step"
             )
+        for name in common:
+            mine_state, their_state = own.layers[name].state, given.layers[name].state
+            if mine_state and their_state and mine_state.sketch != their_state.sketch:
+                raise ValueError(
+                    f"cannot merge layer {name!r}: sketched to {their_state.sketch_width} channels "
+                    f"there, to {mine_state.sketch_width} here (None: all kept); track both with "
+                    "the same memory="
+                )
         self._show_own_rows()
         own.leave_device()
         own.share_no_more_than(given)
@@ -506,6 +527,7 @@ def track(
     weighting: Literal["position", "image"] = "position",
     decay: float | None = None,
     precision: Precision = "split",
+    memory: int | str | None = None,
     max_channels: int = 4096,
     train_only: bool = True,
     snapshot_every: int | None = None,
@@ -532,8 +554,12 @@ def track(
             shared by its positions.
         decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything.
         precision: Precision of the rows' products, as of :func:`fastcov.ops.accumulate_`. "float64"
-            keeps small eigenvalues right beside attention sinks, for about three times the time.
-        max_channels: Wider layers are skipped and listed in the summary.
+            keeps small eigenvalues right beside attention sinks, for about twice the time.
+        memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
+            not fit are sketched to fewer channels: their trace is exact, the other numbers of their
+            spectra are estimates (docs/memory.md), and the summary says so. No layer is too wide
+            then. None keeps all channels.
+        max_channels: Without ``memory``, wider layers are skipped and listed in the summary.
         train_only: True counts only forwards of a model in training mode as steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none. A snapshot that
             fails (a full disk) gives a warning.
@@ -566,6 +592,7 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where)
+    sketch = sketch_of(model, taps, memory)
     _close_or_warn_of_others(model, taps, replace)
     return Tracker(
         model,
@@ -575,7 +602,8 @@ def track(
         weighting=weighting,
         decay=decay,
         precision=precision,
-        max_channels=max_channels,
+        sketch=sketch,
+        max_channels=max_channels if memory is None else sys.maxsize,
         train_only=train_only,
         snapshot_every=snapshot_every,
         out=out,

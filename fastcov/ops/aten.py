@@ -137,7 +137,7 @@ def accumulate_(
     work = torch.float64 if flat.dtype == torch.float64 else torch.float32
     for tensor in (moment, sum, weight):
         tensor.mul_(decay)
-    with _full_precision(rows.device.type):
+    with full_precision(rows.device.type):
         for start in range(0, len(flat), CHAIN_ROWS):
             chain = flat[start : start + CHAIN_ROWS]
             is_read = torch.isfinite(chain).all(1)
@@ -253,7 +253,7 @@ def accumulate_affine_(
     most_cancellation = max(_LEAST_CANCELLATION, _CANCELLATION / inputs_ratio**0.5)
     scatter = ((scatter + scatter.tril(-1).T) / unit).float()
     scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
-    with _full_precision(matrix.device.type):
+    with full_precision(matrix.device.type):
         product = torch.mm(matrix, scatter)
         variance = float((product * matrix).sum(1).max())
         uncorrelated = float((matrix.square() * about_shift).sum(1).max())
@@ -275,9 +275,11 @@ def accumulate_affine_(
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    # Context in which neither an enclosing autocast nor a global switch (TF32 on GPUs, bfloat16 by
-    # oneDNN on CPUs) lowers the precision of products.
+def full_precision(device_type: str) -> Iterator[None]:
+    """Context in which no enclosing autocast or global switch lowers the precision of products.
+
+    Such switches are TF32 on GPUs, and bfloat16 by oneDNN on CPUs.
+    """
     switch: tuple[Any, str, Any] = (torch.backends.mkldnn, "enabled", False)
     if device_type == "cuda":
         switch = (torch.backends.cuda.matmul, "fp32_precision", "ieee")

@@ -87,7 +87,7 @@ def accumulate_(
     - "ieee": as they are, in float32 without tensor cores. More time, less error.
     - "float64": rows of every dtype, on every device, converted to float64 a piece at a time.
       Products and sums are float64's, whatever the magnitudes of the rows: beside rows of norm 1e5
-      the others stay right. On a CPU about three times the time of float32, on a GPU plain torch.
+      the others stay right. On a CPU about twice the time of float32, on a GPU plain torch.
 
     The first three change no other product. 16-bit rows have exact products; weighted, they are
     split. A CPU, and plain torch where it takes Triton's place (:func:`fastcov.backends`), multiply
@@ -117,7 +117,7 @@ def accumulate_(
                 [0.0000, 2.0000]], dtype=torch.float64)
     """
     channels = len(state.sum)
-    _check_rows(x)
+    check_rows(x)
     check_precision(precision)
     if x.shape[-1] != channels:
         raise ValueError(
@@ -244,7 +244,7 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
         tensor([[1., 0.],
                 [0., 0.]], dtype=torch.float64)
     """
-    _check_rows(x)
+    check_rows(x)
     moments = Moments(x.shape[-1], x.device)
     if _is_wrapped(x):
         # Tensors made from x hold one second moment for each example of torch.vmap.
@@ -313,7 +313,13 @@ def check_precision(precision: object) -> None:
         raise ValueError(f"precision={precision!r}: choose one of {choices}")
 
 
-def _check_rows(x: Tensor) -> None:
+def check_rows(x: Tensor) -> None:
+    """Check that a tensor holds rows of a dtype that is read.
+
+    Raises:
+        TypeError: If not a dense tensor of such a dtype.
+        ValueError: If there is no channel.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of rows [..., C]")
     if x.dtype not in ROW_DTYPES:

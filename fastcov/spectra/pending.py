@@ -114,13 +114,20 @@ class _Scalars(NamedTuple):
     weight: float
     rows: float
     effective_rows: float
+    squares: float
 
 
 @dataclass
 class _Batch:
-    """Layers of one device: their numbers end to end, and the event after which they are there."""
+    """Layers of one device: their numbers end to end, and the event after which they are there.
 
-    channels: dict[str, int]
+    Attributes:
+        channels: Width of each layer, and number of its eigenvalues, fewer where it is sketched.
+        numbers: Eigenvalues and scalars of each layer.
+        done: Event after which the numbers are there; None where they are.
+    """
+
+    channels: dict[str, tuple[int, int]]
     numbers: Tensor
     done: torch.cuda.Event | None
 
@@ -129,22 +136,33 @@ class _Batch:
             self.done.synchronize()
         spectra = {}
         behind = len(_Scalars._fields)
-        sizes = [channels + behind for channels in self.channels.values()]
-        for name, part in zip(self.channels, self.numbers.split(sizes), strict=True):
+        sizes = [solved + behind for _, solved in self.channels.values()]
+        parts = self.numbers.split(sizes)
+        for (name, (channels, _)), part in zip(self.channels.items(), parts, strict=True):
             layer = _Scalars(*part[-behind:].tolist())
             if layer.weight > 0:
                 # The uncertainty rests on fewer rows than were read where some weigh less.
                 rows = min(int(layer.rows), round(layer.effective_rows))
                 # A copy: the numbers of all layers would live as long as one of them.
                 eigenvalues = part[:-behind].clone()
-                spectra[name] = Spectrum(eigenvalues, rows, max(0.0, layer.trace), name)
+                spectra[name] = Spectrum.of(
+                    eigenvalues,
+                    count=rows,
+                    total=layer.trace,
+                    squares=layer.squares,
+                    channels=channels,
+                    name=name,
+                )
         return spectra
 
 
 def _start(
     states: dict[str, CovarianceState], device: torch.device, centered: bool, in_float64: bool
 ) -> _Batch:
-    channels = {name: state.channels for name, state in states.items()}
+    channels = {
+        name: (state.channels, state.sketch_width or state.channels)
+        for name, state in states.items()
+    }
     if device.type != "cuda":
         return _Batch(channels, _numbers(list(states.values()), centered, in_float64).cpu(), None)
     here = torch.cuda.current_stream(device)
@@ -173,14 +191,16 @@ def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 
 def _numbers(states: list[CovarianceState], centered: bool, in_float64: bool) -> Tensor:
     # float64 costs little on a CPU; a GPU's fast path is float32, at most 1e-5 of the largest.
-    matrices = [state.covariance(centered) for state in states]
+    of_states = [state.spectral_parts(centered) for state in states]
+    matrices = [parts.matrix for parts in of_states]
     eigenvalues = ops.eigvalsh(
         [m if in_float64 or m.device.type == "cpu" else m.float() for m in matrices]
     )
     parts = []
-    for state, matrix, values in zip(states, matrices, eigenvalues, strict=True):
+    for state, given, values in zip(states, of_states, eigenvalues, strict=True):
         scalars = {
-            "trace": matrix.trace(),
+            "trace": given.total,
+            "squares": given.squares,
             "weight": state.weight,
             "rows": state.count[0].double(),
             "effective_rows": state.effective_count,

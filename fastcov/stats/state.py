@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fastcov import ops
-from fastcov.ops.covariance import Precision, accumulate_, are_read, covariance_of
+from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
+from fastcov.spectra.sketched import squared_norm
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.directions import Directions, directions_of, inverse_of, whitening_of
+from fastcov.stats.sketch import Sketch
 
 
 class Declared(NamedTuple):
@@ -96,14 +98,33 @@ DECLARED: dict[str, Declared] = {
 """Declarations of a state's tensors by name, in the order of :class:`StateTensors`."""
 
 
+class SpectralParts(NamedTuple):
+    """Numbers of a state from which its spectrum is made.
+
+    Attributes:
+        matrix: Covariance, or that of the sketched rows. [n, n]
+        total: Trace of the covariance. []
+        squares: Of a sketch, the estimate of the covariance's squared Frobenius norm; else 0. []
+    """
+
+    matrix: Tensor
+    total: Tensor
+    squares: Tensor
+
+
 class CovarianceState:
     """Running second moment of feature rows about a fixed shift.
 
     Args:
         channels: Length of a row, C.
         device: Device of the tensors.
+        sketch: Width r of a random projection of the rows, for rows that are too wide for a [C, C]
+            matrix: the state then takes 8 (r + 1)^2 bytes, and has a :meth:`spectrum` alone, whose
+            trace is exact (docs/memory.md). None keeps all channels.
 
     Attributes:
+        sketch: Projection of the rows; None where all channels are kept. The tensors are then those
+            of the projected rows, and have r + 1 channels.
         tensors: Tensors of the state; each field is an attribute of the state too.
 
     Example:
@@ -113,11 +134,19 @@ class CovarianceState:
         tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        device: torch.device | str | None = None,
+        *,
+        sketch: int | None = None,
+    ) -> None:
+        self.sketch = None if sketch is None else Sketch(channels, sketch)
+        order = channels if self.sketch is None else self.sketch.width + 1
         # Tensors made under inference_mode could not be updated in training later.
         with torch.inference_mode(False):
             self.tensors = StateTensors._make(
-                declared.zeros(channels, device) for declared in DECLARED.values()
+                declared.zeros(order, device) for declared in DECLARED.values()
             )
         self._lock = threading.RLock()
 
@@ -154,7 +183,12 @@ class CovarianceState:
     @property
     def channels(self) -> int:
         """Length of a row."""
-        return len(self.tensors.sum)
+        return len(self.tensors.sum) if self.sketch is None else self.sketch.channels
+
+    @property
+    def sketch_width(self) -> int | None:
+        """Channels that a row is projected to; None where all are kept."""
+        return None if self.sketch is None else self.sketch.width
 
     @property
     def squared_weight(self) -> Tensor:
@@ -187,15 +221,39 @@ class CovarianceState:
             float64, symmetric; NaN where no more than ``correction`` rows were read. [C, C]
 
         Raises:
-            ValueError: If ``correction`` is negative or not finite.
+            ValueError: If ``correction`` is negative or not finite, or the state is sketched.
         """
+        self._refuse_sketch("covariance")
         matrix = covariance_of(self, centered)
-        if correction == 0:
-            return matrix
-        if not (math.isfinite(correction) and correction > 0):
+        return matrix if correction == 0 else matrix * self._correcting(correction)
+
+    def _correcting(self, correction: float) -> Tensor:
+        # Factor on a covariance whose divisor is the weight.
+        if not (math.isfinite(correction) and correction >= 0):
             raise ValueError(f"correction={correction}: expected a finite number of at least 0")
         left = 1 - correction / self.effective_count
-        return matrix / torch.where(left > 0, left, torch.nan)
+        return 1 / torch.where(left > 0, left, torch.nan)
+
+    def _refuse_sketch(self, wanted: str) -> None:
+        if self.sketch is not None:
+            raise ValueError(
+                f"the state is sketched, {self.channels} channels to {self.sketch.width}: it has a "
+                f"spectrum, but no {wanted}; keep all channels (more memory) for that"
+            )
+
+    def spectral_parts(self, centered: bool = False) -> SpectralParts:
+        """Matrix whose eigenvalues give the spectrum, and what else the spectrum needs.
+
+        No host synchronisation.
+        """
+        matrix = covariance_of(self, centered)
+        if self.sketch is None:
+            return SpectralParts(matrix, matrix.trace(), matrix.new_zeros(()))
+        width = self.sketch.width
+        sketch = matrix[:width, :width]
+        # The rows' norms tell nothing of the mean: a centred trace is the sketch's own estimate.
+        total = sketch.trace() if centered else matrix[width, width]
+        return SpectralParts(sketch, total, squared_norm(sketch))
 
     def spectrum(self, centered: bool = False, correction: float = 0) -> Spectrum:
         """Eigenvalues of :meth:`covariance`, whose arguments these are.
@@ -209,9 +267,16 @@ class CovarianceState:
             >>> state.spectrum().eigenvalues
             tensor([4.5000, 0.5000], dtype=torch.float64)
         """
-        matrix = self._known_covariance(centered, correction)
-        count = min(int(self.count[0]), round(float(self.effective_count)))
-        return Spectrum(ops.eigvalsh(matrix), count, max(0.0, float(matrix.trace())))
+        self._refuse_few_rows(correction)
+        parts = self.spectral_parts(centered)
+        factor = 1.0 if correction == 0 else float(self._correcting(correction))
+        return Spectrum.of(
+            ops.eigvalsh(parts.matrix) * factor,
+            count=min(int(self.count[0]), round(float(self.effective_count))),
+            total=float(parts.total) * factor,
+            squares=float(parts.squares) * factor**2,
+            channels=self.channels,
+        )
 
     def directions(
         self, k: int | None = None, centered: bool = False, correction: float = 0
@@ -265,15 +330,19 @@ class CovarianceState:
 
     def _known_covariance(self, centered: bool, correction: float = 0) -> Tensor:
         matrix = self.covariance(centered, correction)
-        if matrix.numel() and bool(matrix[0, 0].isnan()):
+        self._refuse_few_rows(correction)
+        return matrix
+
+    def _refuse_few_rows(self, correction: float) -> None:
+        if not float(self.effective_count) > correction:  # NaN without a row
             raise ValueError(
                 f"the state has read {int(self.count[0])} rows, worth "
                 f"{float(self.effective_count):g}: more than correction={correction} are needed"
             )
-        return matrix
 
     def mean(self) -> Tensor:
-        """Mean of the rows read, float64. [C]"""
+        """Mean of the rows read, float64; a ValueError refuses a sketched state. [C]"""
+        self._refuse_sketch("mean")
         return self.sum / self.weight + self.shift
 
     def update(
@@ -300,6 +369,9 @@ class CovarianceState:
         decay: float,
         precision: Precision,
     ) -> None:
+        if self.sketch is not None:
+            rows = self._projected(rows, precision)
+            row_weight = None if row_weight is None else row_weight.reshape(-1)
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
             accumulate_(self, rows, precision=precision)
             return
@@ -307,6 +379,16 @@ class CovarianceState:
             accumulate_(
                 self, rows, row_weight, row_scale=row_scale, decay=decay, precision=precision
             )
+
+    def _projected(self, rows: Tensor, precision: Precision) -> Tensor:
+        check_rows(rows)
+        assert self.sketch is not None
+        if rows.shape[-1] != self.channels:
+            raise ValueError(
+                f"rows have {rows.shape[-1]} channels (shape {tuple(rows.shape)}), the state has "
+                f"{self.channels}: channels must be the last dimension"
+            )
+        return self.sketch.project(rows.double() if precision == "float64" else rows)
 
     @contextmanager
     def weighing(
@@ -363,6 +445,12 @@ class CovarianceState:
                 f"cannot merge a state of {other.channels} channels into one of {self.channels}: "
                 "merge states of the same layer"
             )
+        if other.sketch != self.sketch:
+            raise ValueError(
+                f"cannot merge a state sketched to {other.sketch_width} channels into one of "
+                f"{self.sketch_width} (None: all channels kept): make both with the same sketch, "
+                "or track with the same memory="
+            )
         device = self.moment.device
         added = _settled(StateTensors._make(tensor.to(device) for tensor in other.tensors))
         with self._lock:
@@ -395,16 +483,20 @@ class CovarianceState:
     def copy(self) -> CovarianceState:
         """Independent state of the same rows."""
         with self._lock, torch.inference_mode(False):
-            return _state_of(StateTensors._make(tensor.clone() for tensor in self.tensors))
+            copied = StateTensors._make(tensor.clone() for tensor in self.tensors)
+            return _state_of(copied, self.sketch)
 
-    def __reduce__(self) -> tuple[Callable[[StateTensors], CovarianceState], tuple[StateTensors]]:
+    def __reduce__(self) -> tuple[Callable[..., CovarianceState], tuple[Any, ...]]:
         # A lock can be neither copied nor pickled.
-        return _state_of, (self.tensors,)
+        return _state_of, (self.tensors, self.sketch)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors, by name."""
+        """Copies of the tensors, by name; of a sketched state, also the sizes of its sketch."""
         with self._lock:
-            return {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
+            saved = {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
+        if self.sketch is not None:
+            saved["sketch"] = torch.tensor(self.sketch.sizes, dtype=torch.int64, device="cpu")
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`, whole or not at all: everything is checked before.
@@ -418,14 +510,22 @@ class CovarianceState:
             ValueError: If a shape differs, or values cannot be those of a state.
         """
         loaded = _checked(state_dict, self.tensors)
+        sizes = state_dict.get("sketch")
+        saved = tuple(sizes.tolist()) if isinstance(sizes, Tensor) else None
+        own_sizes = None if self.sketch is None else self.sketch.sizes
+        if saved != own_sizes:
+            raise ValueError(
+                f"the file holds a sketch of sizes {saved}, this state {own_sizes} (channels of a "
+                "row and of the sketch; None: all channels kept): make the state as the saved one"
+            )
         with self._lock:
             for own, tensor in zip(self.tensors, loaded, strict=True):
                 own.copy_(tensor)
 
 
-def _state_of(tensors: StateTensors) -> CovarianceState:
+def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> CovarianceState:
     state = CovarianceState(0)
-    state.tensors = tensors
+    state.tensors, state.sketch = tensors, sketch
     return state
 
 

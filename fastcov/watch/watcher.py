@@ -61,6 +61,7 @@ class Watcher:
         train_only: True if only forwards in training mode are steps.
         on_step_end: Called when a step that was read has ended.
         precision: See :class:`fastcov.stats.layer.Layer`.
+        sketch: See :class:`fastcov.stats.layer.Layer`.
 
     Attributes:
         taps: The taps that are watched, in the model's order.
@@ -86,12 +87,14 @@ class Watcher:
         train_only: bool,
         on_step_end: Callable[[], None],
         precision: Precision = "split",
+        sketch: int | None = None,
     ) -> None:
         self.policy = policy
         self.every = every
         self.weighting = weighting
         self.decay = decay
         self.precision: Precision = precision
+        self.sketch = sketch
         self.max_channels = max_channels
         self.train_only = train_only
         self.on_step_end = on_step_end
@@ -175,6 +178,7 @@ class Watcher:
             fraction=self.policy.first_fraction,
             first_fill=first_fill(tap),
             precision=self.precision,
+            sketch=self.sketch,
         )
 
     def _skip_wide(self, name: str, channels: int) -> None:
