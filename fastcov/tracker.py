@@ -35,6 +35,7 @@ from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
 from fastcov.watch.hooks import watchers_of
 from fastcov.watch.isolation import is_compiled
+from fastcov.watch.masking import Mask, MaskSource
 from fastcov.watch.select import Selector, Tap, find_taps
 from fastcov.watch.watcher import Watcher
 
@@ -267,6 +268,8 @@ class Tracker:
         state = self._synced.get(name, layer.state) if self._is_synced else layer.state
         channels = {tap.name: tap.channels for tap in watcher.taps}[name]
         count, skipped = (0, 0) if state is None else state.count.tolist()
+        if watcher.mask is not None and layer.total_calls and not (reason or count or skipped):
+            reason = "the mask left out every row so far"
         return LayerFacts(
             name=name,
             channels=channels or (0 if state is None else state.channels),
@@ -502,6 +505,7 @@ def track(
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
     rows: Rows = "auto",
+    mask: Mask | None = None,
     every: int = 1,
     weighting: Literal["position", "image"] = "position",
     decay: float | None = None,
@@ -527,6 +531,11 @@ def track(
             one tensor share its statistics), or "both".
         rows: "auto" spends 1 % of the watched modules' training flops; "all"; an int of rows a
             layer and step; or a float, the share of all rows in (0, 1].
+        mask: Name of an argument of the model's forward, or a function of its arguments, that gives
+            a tensor [B], [B, T] or [B, H, W] in each step: layers whose leading sizes are these
+            read a row where it is true (or not 0), or with its weight (floating point). The other
+            layers read all rows, and say so in the summary. With ``weighting="image"`` a mask of
+            integers numbers the sequences that are packed into one index of dim 0.
         every: Reads steps 0, every, 2 * every, ...
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
@@ -566,11 +575,13 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where)
+    source = None if mask is None else MaskSource(mask, model)
     _close_or_warn_of_others(model, taps, replace)
     return Tracker(
         model,
         taps,
         policy=policy,
+        mask=source,
         every=every,
         weighting=weighting,
         decay=decay,

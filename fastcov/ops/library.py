@@ -157,6 +157,9 @@ class Observer(Protocol):
     def begin_step(self) -> None:
         """Starts a step."""
 
+    def take_mask(self, mask: object) -> None:
+        """Sets the mask of the step that has begun."""
+
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
 
@@ -174,6 +177,7 @@ class Observer(Protocol):
 # tag has torch cut graphs around these operators.
 _ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 _define("begin_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
+_define("take_mask_(Tensor(a!) clock, Tensor mask) -> ()", _no_result, _ON_THE_HOST)
 _define(
     "observe_(Tensor(a!) clock, Tensor tap, Tensor activation, int batch_dims=0) -> ()",
     _no_result,
@@ -189,6 +193,11 @@ observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
 def _begin_step(clock: Tensor) -> None:
     if (target := observers.get(int(clock))) is not None:
         target.begin_step()
+
+
+def _take_mask(clock: Tensor, mask: Tensor) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.take_mask(mask)
 
 
 def _observe(clock: Tensor, tap: Tensor, activation: Tensor, batch_dims: int = 0) -> None:
@@ -221,6 +230,7 @@ def _observe_vmapped(
 
 
 _LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
+_LIBRARY.impl("take_mask_", _take_mask, "CompositeExplicitAutograd")
 _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
 _LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")

@@ -20,7 +20,8 @@ from torch.nn.modules import module as module_hooks
 
 from fastcov.rows.view import unreadable_type
 from fastcov.stats.route import Routes
-from fastcov.watch.isolation import is_undisturbed
+from fastcov.watch.isolation import is_recomputing, is_undisturbed
+from fastcov.watch.masking import MaskSource
 from fastcov.watch.select import first_complex, first_tensor
 from fastcov.watch.steps import Steps
 
@@ -33,6 +34,7 @@ class Reader(Protocol):
     root: Callable[[], nn.Module | None]
     clock: Tensor
     train_only: bool
+    mask: MaskSource | None
     is_reading: bool
     is_skipping: bool
     steps: Steps
@@ -56,6 +58,12 @@ class Reader(Protocol):
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """Begins a forward of the root."""
+
+    def take_mask(self, mask: object) -> None:
+        """Sets the mask of the step that has begun."""
+
+    def fail_all(self, error: Exception) -> None:
+        """Stops reading all layers."""
 
     def end_step(self) -> None:
         """Ends a forward of the root."""
@@ -228,6 +236,25 @@ class StepHook:
             watcher.begin_step(is_step, is_nested)
             steps.is_on_stack = steps.is_on_stack or steps.thread == thread
 
+    def begin_masked(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begins a forward of the root whose arguments give the mask of its rows."""
+        self.begin(module, args)
+        watcher = self.watcher
+        if watcher is None or watcher.mask is None or _is_exporting():
+            return
+        if is_compiling():
+            if module.training or not watcher.train_only:
+                mask = watcher.mask.find(args, kwargs)
+                if mask is not None:
+                    torch.ops.fastcov.take_mask_(watcher.clock, mask)
+        elif watcher.is_reading and watcher.steps.is_outermost and not is_recomputing():
+            try:
+                mask = watcher.mask.find(args, kwargs)
+            except Exception as error:
+                watcher.fail_all(error)
+            else:
+                watcher.take_mask(mask)
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; torch calls this hook after an exception too."""
         watcher = self.watcher
@@ -256,7 +283,7 @@ def _run_by_python(*functions: Callable[..., None]) -> None:
         set_code_exec_strategy(function.__code__, skip)
 
 
-_run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.end)
+_run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.begin_masked, StepHook.end)
 
 _CALL = nn.Module._call_impl.__code__
 

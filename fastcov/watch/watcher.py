@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastcov.ops.covariance import Precision
 from fastcov.ops.library import observers
 from fastcov.rows.layout import ActivationLayout
+from fastcov.rows.mask import RowMask, as_mask
 from fastcov.rows.policy import LayerLoad, Policy
 from fastcov.rows.sequence import first_fill, sequence_phase
 from fastcov.rows.view import plain_tensor, row_order, row_view
@@ -36,11 +37,16 @@ from fastcov.watch.isolation import (
     isolated,
 )
 from fastcov.watch.layers import is_sharded
+from fastcov.watch.masking import Masked, MaskSource
 from fastcov.watch.select import Tap
 from fastcov.watch.sharing import Following, Leading, Order, SharedInputs
 from fastcov.watch.steps import OVERLAP, Steps
 
 _NUMBERS = itertools.count(1)
+# Attributes that no copy has: hooks, references to the model and functions of the user.
+_LEFT_BEHIND = frozenset(
+    ("_routes", "_inputs", "_handles", "modules", "root", "on_step_end", "mask", "_row_mask")
+)
 
 
 class Watcher:
@@ -61,6 +67,7 @@ class Watcher:
         train_only: True if only forwards in training mode are steps.
         on_step_end: Called when a step that was read has ended.
         precision: See :class:`fastcov.stats.layer.Layer`.
+        mask: Source of the mask of the rows; None reads every row.
 
     Attributes:
         taps: The taps that are watched, in the model's order.
@@ -71,6 +78,7 @@ class Watcher:
         steps_begun: Steps that were begun and read, including those that an exception ended.
         is_reading: True inside a step that is read.
         is_skipping: True inside a forward of the root that is not read.
+        mask: See the argument.
     """
 
     def __init__(
@@ -86,7 +94,9 @@ class Watcher:
         train_only: bool,
         on_step_end: Callable[[], None],
         precision: Precision = "split",
+        mask: MaskSource | None = None,
     ) -> None:
+        self.mask = mask
         self.policy = policy
         self.every = every
         self.weighting = weighting
@@ -112,6 +122,8 @@ class Watcher:
         self.steps_begun = 0
         self.is_reading = False
         self.is_skipping = False
+        self._row_mask: RowMask | None = None  # of the running step
+        self._steps_without_mask = 0
         self._gate = Gate()
         self._routes: list[Routes] = []
         self._unique_layers: list[Layer] = []
@@ -138,7 +150,11 @@ class Watcher:
         # so its hooks are registered first and last. Not by prepend=True: torch.compile then guards
         # the wrong hooks (torch 2.11).
         step = StepHook(self)
-        self._handles.append(model.register_forward_pre_hook(step.begin))
+        if self.mask is None:
+            handle = model.register_forward_pre_hook(step.begin)
+        else:
+            handle = model.register_forward_pre_hook(step.begin_masked, with_kwargs=True)
+        self._handles.append(handle)
         for tap, module in watched:
             self._watch(tap, module)
         self._list_unique_layers()
@@ -157,10 +173,11 @@ class Watcher:
         hook.routes = Routes(layer, affine, hook.is_first)
         self._routes.append(hook.routes)
         self.layers[tap.name] = layer
+        if self.mask is not None or tap.position == "input":
+            hook.routes.wrap = partial(self._wrapped, number)
         if tap.position == "output":
             self._handles.append(module.register_forward_hook(hook.output))
         else:
-            hook.routes.wrap = partial(self._with_noting, number)
             handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
             self._handles.append(handle)
 
@@ -202,7 +219,10 @@ class Watcher:
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """Begins a forward of the root module; see :meth:`fastcov.watch.steps.Steps.begin`."""
         counters, steps = self._counters, self.steps
-        can_replay = counters is not None and counters.is_warm and self.every == 1
+        self._row_mask = None
+        can_replay = (
+            counters is not None and counters.is_warm and self.every == 1 and self.mask is None
+        )
         if not steps.begin(counts and not self._is_paused, is_nested, can_replay):
             if steps.take_overlap():
                 warnings.warn(OVERLAP, stacklevel=3)
@@ -224,6 +244,27 @@ class Watcher:
             for layer in self._unique_layers:
                 layer.begin_step(steps.done)
 
+    def take_mask(self, mask: object) -> None:
+        """Sets the mask of the step that has begun.
+
+        Args:
+            mask: Tensor that the source found; None where the forward was given none.
+        """
+        if not self.is_reading or mask is None:
+            return
+        try:
+            with torch.no_grad(), isolated() if has_modes() else nullcontext():
+                self._row_mask = RowMask(as_mask(mask), self.weighting == "image")
+        except Exception as error:
+            self.fail_all(error)
+
+    def fail_all(self, error: Exception) -> None:
+        """Stops reading all layers after an error that concerns them all."""
+        reason = f"not read since step {self.step}, {type(error).__name__}: {error}"
+        for layer in self._unique_layers:
+            self._give_up(layer, reason)
+        warnings.warn(f"fastcov no longer reads any layer: {error}", stacklevel=3)
+
     def _set_reading(self, is_reading: bool) -> None:
         steps = self.steps
         self.is_reading = is_reading
@@ -238,6 +279,8 @@ class Watcher:
         self._set_reading(was_reading and self.steps.is_running)
         if not (is_done and was_reading):
             return
+        if self.mask is not None and self._row_mask is None:
+            self._steps_without_mask += 1
         with torch.no_grad(), isolated() if has_modes() else nullcontext():
             for tap in self._inputs.diverged():
                 if tap not in self._given_up:
@@ -268,6 +311,10 @@ class Watcher:
             for layer in self._unique_layers
             if layer.fraction is None and layer.calls and layer.state is not None
         }
+        for layer in self._unique_layers:
+            if layer.name in new and layer.offered_rows == layer.left_out_rows:
+                layer.forget_early()  # the mask left out every row: the next step shows the rows
+                new.remove(layer.name)
         if not new:
             return {}
         macs = dict.fromkeys((layer.name for layer in self._unique_layers), 0)
@@ -276,7 +323,11 @@ class Watcher:
             layer = self.layers[tap.name]
             macs[layer.name] += layer.offered_rows * tap.macs_per_row
         loads = {
-            layer.name: LayerLoad(layer.state.channels, layer.offered_rows, macs[layer.name])
+            layer.name: LayerLoad(
+                layer.state.channels,
+                layer.offered_rows - layer.left_out_rows,
+                macs[layer.name],
+            )
             for layer in self._unique_layers
             if layer.state is not None
         }
@@ -399,8 +450,15 @@ class Watcher:
             self._give_up(layer, reason)
             return
         is_plain = layout.key is not None and plain is activation and module is not None
+        tensor = plain if layout.key is not None else rows
+        weights = self._weights_of(tap, rows.shape[:-1], rows.device)
+        if weights is not None:
+            layer.read_weighted(tensor, layout, weights)
+            if is_plain and not self.steps.is_captured:
+                routes.remember(layout, plain)
+            return
         source = routes.source(module, args, plain) if is_plain and module is not None else None
-        layer.read(plain if layout.key is not None else rows, layout, source)
+        layer.read(tensor, layout, source)
         if is_plain and not self.steps.is_captured:
             routes.remember(layout, plain)
 
@@ -417,7 +475,24 @@ class Watcher:
             self._routes[tap].follow(Following(self._inputs, tap, owner, order))
         return role != "shares"
 
-    def _with_noting(self, tap: int, route: Route) -> Route:
+    def _weights_of(self, tap: int, sizes: torch.Size, device: torch.device) -> Tensor | None:
+        # Weights of rows in the running step; None where all weigh the same.
+        mask = self._row_mask
+        if mask is None:
+            return None
+        weights = mask.weights_of(sizes, device)
+        if weights is None:
+            self.notes.setdefault(
+                self.taps[tap].name,
+                f"ignores the mask: {list(mask.shape)} fits no rows of {list(sizes)}",
+            )
+        return weights
+
+    def _wrapped(self, tap: int, route: Route) -> Route:
+        if self.mask is not None:
+            route = Masked(route, self._routes[tap], partial(self._weights_of, tap))
+        if self.taps[tap].position == "output":
+            return route
         if self._inputs.is_noted(tap):
             return Leading(route, partial(self._inputs.note, tap), route.layout.order)
         return route
@@ -435,6 +510,11 @@ class Watcher:
         root = self.root()
         modules = [module for each in self.modules if (module := each()) is not None]
         lines = [OVERLAP] if self.steps.has_overlapped else []
+        if self._steps_without_mask and self.mask is not None:
+            lines.append(
+                f"{self._steps_without_mask} of {self.steps_read} steps had no mask "
+                f"({self.mask.name}): all of their rows were read"
+            )
         return [*lines, coverage(root, modules)] if root is not None else lines
 
     def refuse(self, tap: int, reason: str) -> None:
@@ -554,11 +634,7 @@ class Watcher:
         """Attributes to copy or pickle: statistics, without hooks or references to the model."""
         if self._counters is not None:
             self.leave_device()
-        copied = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_routes", "_inputs", "_handles", "modules", "root", "on_step_end")
-        }
+        copied = {name: value for name, value in self.__dict__.items() if name not in _LEFT_BEHIND}
         return {
             **copied,
             "_unique_layers": [],
@@ -570,6 +646,7 @@ class Watcher:
         self.__dict__.update(state)
         self.root = _no_model
         self.on_step_end = _do_nothing
+        self.mask = self._row_mask = None
         self.modules, self._handles, self._inputs = [], [], SharedInputs()
         self._routes = [Routes(layer) for layer in layer_of]
         self._list_unique_layers()
