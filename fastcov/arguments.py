@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 
@@ -13,6 +15,32 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+
+
+def check_of(of: object) -> None:
+    """Check of the argument ``of``.
+
+    Raises:
+        ValueError: If ``of`` is not among its choices.
+    """
+    _check_choice("of", of, ("activation", "gradient", "both"))
+
+
+def loss_scale_of(unscale: object) -> Callable[[], float] | None:
+    """Function that gives the factor of the loss, from the argument ``unscale``.
+
+    Raises:
+        TypeError: If ``unscale`` is neither a GradScaler nor a function.
+    """
+    if unscale is None:
+        return None
+    function = getattr(unscale, "get_scale", unscale)
+    if not callable(function):
+        raise TypeError(
+            f"unscale={unscale!r}: give a torch.amp.GradScaler, or a function that returns the "
+            "factor by which the loss is scaled"
+        )
+    return function
 
 
 def check_reading(where: object, weighting: object, max_channels: object) -> None:

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcov.arguments import check_decay, check_model, check_reading, check_steps
+from fastcov.arguments import (
+    check_decay,
+    check_model,
+    check_of,
+    check_reading,
+    check_steps,
+    loss_scale_of,
+)
 from fastcov.names import closest
 from fastcov.ops.covariance import Precision, check_precision
 from fastcov.rows.policy import Rows, policy_of
@@ -27,6 +34,7 @@ from fastcov.show.status import (
 )
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
+from fastcov.spectra.sensitivity import sensitivity_spectrum
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
 from fastcov.stats.directions import Directions
@@ -36,7 +44,7 @@ from fastcov.stats.state import CovarianceState
 from fastcov.watch.hooks import watchers_of
 from fastcov.watch.isolation import is_compiled
 from fastcov.watch.masking import Mask, MaskSource
-from fastcov.watch.select import Selector, Tap, find_taps
+from fastcov.watch.select import Of, Selector, Tap, find_taps, gradient_name
 from fastcov.watch.watcher import Watcher
 
 _FORMAT = 1
@@ -137,6 +145,7 @@ class Tracker:
         if self._is_synced and name in self._synced:
             return self._synced[name]
         if (layer := self.watcher.layers.get(name)) is not None:
+            self.watcher.settle()
             layer.flush()
             state = layer.state
             if state is None or (needs_rows and float(state.weight) == 0):
@@ -194,6 +203,7 @@ class Tracker:
         Raises:
             KeyError: If no such layer is tracked.
         """
+        self.watcher.settle()
         layer = self.watcher.layers.get(name)
         if (
             layer is not None
@@ -211,10 +221,34 @@ class Tracker:
         """Spectra of all layers that have read a row, by name: one batched eigenvalue call."""
         return self._start_spectra(centered).get()
 
+    def sensitivity(self, name: str) -> Spectrum:
+        r"""Spectrum of :math:`S^{1/2} G S^{1/2}`: the directions of a layer that the loss feels.
+
+        S is the second moment of the layer's rows, G that of the loss's gradient with respect to
+        them. An eigenvalue is the squared change of the loss, to first order and on average over
+        the rows, if its direction went. The width rule ``"gradient"`` reads such spectra.
+
+        Args:
+            name: Name of a tensor that is watched with ``of="both"``.
+
+        Raises:
+            KeyError: If no such layer is tracked.
+            ValueError: If its gradient is not tracked, or one of both has no row.
+        """
+        if name in self.watcher.layers and gradient_name(name) not in self.watcher.layers:
+            raise ValueError(
+                f'the gradient of layer {name!r} is not tracked: pass track(..., of="both")'
+            )
+        state = self._state(name)
+        gradient = self._state(gradient_name(name))
+        count = min(float(state.effective_count), float(gradient.effective_count))
+        return sensitivity_spectrum(state.covariance(), gradient.covariance(), round(count), name)
+
     def _start_spectra(self, centered: bool = False) -> PendingSpectra:
         states: dict[str, CovarianceState | None] = dict(self._synced)
         if not self._is_synced:
             states = {}
+            self.watcher.settle()
             for name, layer in self.watcher.layers.items():
                 layer.flush()
                 states[name] = layer.state
@@ -270,6 +304,8 @@ class Tracker:
         count, skipped = (0, 0) if state is None else state.count.tolist()
         if watcher.mask is not None and layer.total_calls and not (reason or count or skipped):
             reason = "the mask left out every row so far"
+        if not (reason or layer.total_calls) and self.steps and name.endswith(gradient_name("")):
+            reason = "no backward pass has reached it"
         return LayerFacts(
             name=name,
             channels=channels or (0 if state is None else state.channels),
@@ -330,6 +366,7 @@ class Tracker:
         if not (dist.is_available() and dist.is_initialized()):
             return self
         states: dict[str, CovarianceState | None] = {}
+        self.watcher.settle()
         for name, layer in self.watcher.layers.items():
             layer.flush()
             states[name] = layer.state
@@ -364,6 +401,7 @@ class Tracker:
             )
         self._show_own_rows()
         own.leave_device()
+        given.settle()
         own.share_no_more_than(given)
         done: set[Layer] = set()
         for name in common:
@@ -382,6 +420,7 @@ class Tracker:
         holds this rank's rows: the same number of ranks may load them again, each its own.
         """
         rank, ranks = rank_and_ranks()
+        self.watcher.settle()
         layers = {}
         for layer in self.watcher.unique_layers():
             layers[layer.name] = layer.state_dict()
@@ -504,8 +543,10 @@ def track(
     include: Selector | None = None,
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
+    of: Of = "activation",
     rows: Rows = "auto",
     mask: Mask | None = None,
+    unscale: Any = None,
     every: int = 1,
     weighting: Literal["position", "image"] = "position",
     decay: float | None = None,
@@ -529,6 +570,8 @@ def track(
         exclude: Patterns, types or a predicate as for ``include``, of modules not to watch.
         where: Side of each module: "output", "input" (named ``layer:in``; modules that are given
             one tensor share its statistics), or "both".
+        of: "activation"; "gradient": of the loss with respect to the same tensor, named
+            ``layer:grad``, read in the backward pass; or "both".
         rows: "auto" spends 1 % of the watched modules' training flops; "all"; an int of rows a
             layer and step; or a float, the share of all rows in (0, 1].
         mask: Name of an argument of the model's forward, or a function of its arguments, that gives
@@ -536,6 +579,8 @@ def track(
             read a row where it is true (or not 0), or with its weight (floating point). The other
             layers read all rows, and say so in the summary. With ``weighting="image"`` a mask of
             integers numbers the sequences that are packed into one index of dim 0.
+        unscale: GradScaler, or a function that gives the factor by which the loss is scaled:
+            gradients are divided by it. Needed for ``of`` with float16 alone.
         every: Reads steps 0, every, 2 * every, ...
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
@@ -568,13 +613,15 @@ def track(
     """
     check_model(model)
     policy = policy_of(rows)
+    check_of(of)
+    loss_scale = loss_scale_of(unscale)
     check_reading(where, weighting, max_channels)
     check_decay(decay)
     check_precision(precision)
     check_steps("every", every)
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
-    taps = find_taps(model, include, exclude, where)
+    taps = find_taps(model, include, exclude, where, of)
     source = None if mask is None else MaskSource(mask, model)
     _close_or_warn_of_others(model, taps, replace)
     return Tracker(
@@ -582,6 +629,7 @@ def track(
         taps,
         policy=policy,
         mask=source,
+        unscale=loss_scale,
         every=every,
         weighting=weighting,
         decay=decay,

@@ -163,6 +163,9 @@ class Observer(Protocol):
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
 
+    def observe_gradient(self, tap: int, gradient: Tensor) -> None:
+        """Reads the gradient of one activation."""
+
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
 
@@ -180,6 +183,11 @@ _define("begin_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
 _define("take_mask_(Tensor(a!) clock, Tensor mask) -> ()", _no_result, _ON_THE_HOST)
 _define(
     "observe_(Tensor(a!) clock, Tensor tap, Tensor activation, int batch_dims=0) -> ()",
+    _no_result,
+    _ON_THE_HOST,
+)
+_define(
+    "observe_gradient_(Tensor(a!) clock, Tensor tap, Tensor gradient) -> ()",
     _no_result,
     _ON_THE_HOST,
 )
@@ -203,6 +211,11 @@ def _take_mask(clock: Tensor, mask: Tensor) -> None:
 def _observe(clock: Tensor, tap: Tensor, activation: Tensor, batch_dims: int = 0) -> None:
     if (target := observers.get(int(clock))) is not None:
         target.observe(int(tap), activation, batch_dims)
+
+
+def _observe_gradient(clock: Tensor, tap: Tensor, gradient: Tensor) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.observe_gradient(int(tap), gradient)
 
 
 def _refuse(clock: Tensor, tap: Tensor, reason: str) -> None:
@@ -232,6 +245,7 @@ def _observe_vmapped(
 _LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
 _LIBRARY.impl("take_mask_", _take_mask, "CompositeExplicitAutograd")
 _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
+_LIBRARY.impl("observe_gradient_", _observe_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
 torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)
