@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_model(model: object) -> None:
@@ -24,6 +24,30 @@ def check_of(of: object) -> None:
         ValueError: If ``of`` is not among its choices.
     """
     _check_choice("of", of, ("activation", "gradient", "both"))
+
+
+def check_observed(name: object, tensor: object, channel_dim: object) -> None:
+    """Check of the arguments of :meth:`fastcov.Tracker.observe`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, or the tensor not of floating point.
+        ValueError: If the name is empty, or the tensor has no such dimension.
+    """
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"observe({name!r}, {type(tensor).__name__}): give a name and a tensor, as "
+            'tracker.observe("heads", x)'
+        )
+    if not name:
+        raise ValueError("observe(''): give a name that is not empty")
+    if not tensor.is_floating_point():
+        raise TypeError(f"observe({name!r}): the tensor is {tensor.dtype}, expected floating point")
+    is_int = isinstance(channel_dim, int) and not isinstance(channel_dim, bool)
+    if not is_int or not -tensor.dim() <= int(str(channel_dim)) < tensor.dim():
+        raise ValueError(
+            f"observe({name!r}, channel_dim={channel_dim!r}): the tensor has shape "
+            f"{list(tensor.shape)}; give one of its dimensions"
+        )
 
 
 def loss_scale_of(unscale: object) -> Callable[[], float] | None:

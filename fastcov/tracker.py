@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -42,8 +43,9 @@ from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
 from fastcov.watch.hooks import watchers_of
-from fastcov.watch.isolation import is_compiled
+from fastcov.watch.isolation import is_compiled, is_exporting
 from fastcov.watch.masking import Mask, MaskSource
+from fastcov.watch.pairs import Pair, check_pairs, linear_cka, pair_name
 from fastcov.watch.select import Of, Selector, Tap, find_taps, gradient_name
 from fastcov.watch.watcher import Watcher
 
@@ -85,6 +87,7 @@ class Tracker:
         self.snapshot_every = snapshot_every
         # States of all ranks together, shown until another step begins than those counted here.
         self._synced: dict[str, CovarianceState] = {}
+        self._synced_pairs: dict[str, CovarianceState] = {}
         self._synced_at = -1
         self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
         self._owns_history = False  # True once the history's snapshots are all of this run
@@ -115,7 +118,7 @@ class Tracker:
         return self._synced_at == self.watcher.steps_begun
 
     def _show_own_rows(self) -> None:
-        self._synced, self._synced_at = {}, -1
+        self._synced, self._synced_pairs, self._synced_at = {}, {}, -1
 
     def _begin_history(self) -> None:
         # Snapshots of two runs in one history would read as one training.
@@ -137,6 +140,37 @@ class Tracker:
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""
         return self.watcher.names()
+
+    def observe(self, name: str, tensor: Tensor, channel_dim: int = -1) -> None:
+        """Watches a tensor of the model's forward: a tap like any other, under a name.
+
+        To be called inside a forward of the model, in eager or compiled code; elsewhere, and in
+        forwards that are no steps, nothing is read. A name may come several times in a step.
+
+        Args:
+            name: Name of the tensor in :meth:`names`, which no module's tensor has.
+            tensor: Floating-point tensor; dimension 0 of the rows holds the images.
+            channel_dim: Dimension that holds the channels; the others are rows.
+
+        Raises:
+            TypeError: If ``name`` is no string, or ``tensor`` no tensor of floating point.
+            ValueError: If the tensor has no such dimension, or a module's tensor has the name.
+
+        Example:
+            >>> class Heads(nn.Module):
+            ...     def forward(self, x):
+            ...         tracker.observe("heads", x.unflatten(-1, (2, 4)))
+            >>> model = Heads()
+            >>> tracker = track(model, include=Heads, rows="all")
+            >>> model(torch.randn(3, 5, 8))
+            >>> tracker.count("heads"), tracker.spectrum("heads").channels
+            (30, 4)
+        """
+        watcher = self.watcher
+        if not torch.compiler.is_compiling():
+            watcher.observe_named(name, tensor, channel_dim)
+        elif not is_exporting() and (not watcher.train_only or watcher.is_training()):
+            torch.ops.fastcov.observe_named_(watcher.clock, name, tensor, channel_dim)
 
     # statistics
 
@@ -244,6 +278,57 @@ class Tracker:
         count = min(float(state.effective_count), float(gradient.effective_count))
         return sensitivity_spectrum(state.covariance(), gradient.covariance(), round(count), name)
 
+    def cross_covariance(self, first: str, second: str, centered: bool = False) -> Tensor:
+        """Mean of the products of the rows of a pair of ``track(..., pairs=...)``.
+
+        Args:
+            first: Name of a tensor.
+            second: Name of the other tensor of a pair.
+            centered: True subtracts the means.
+
+        Returns:
+            float64; the divisor is the weight. [C_first, C_second]
+
+        Raises:
+            KeyError: If the two are no pair.
+            ValueError: If no rows of the two have been paired.
+        """
+        joint, channels = self._joint_covariance(first, second, centered)
+        block = joint[:channels, channels:]
+        return block if (first, second) in self.watcher.pairs else block.T
+
+    def cka(self, first: str, second: str) -> float:
+        """Linear centred kernel alignment of a pair: 1 where one is a rotation of the other.
+
+        With few rows the measure is too high: N rows of independent tensors have about sqrt(p q)
+        / N of it, with the participation ratios p and q of their covariances. Arguments and errors are those of :meth:`cross_covariance`.
+        """
+        return linear_cka(*self._joint_covariance(first, second, centered=True))
+
+    @torch.no_grad()
+    def _joint_covariance(self, first: str, second: str, centered: bool) -> tuple[Tensor, int]:
+        pairs = self.watcher.pairs
+        pair = pairs.get((first, second)) or pairs.get((second, first))
+        if pair is None:
+            listed = ", ".join(map(str, pairs)) or "none"
+            raise KeyError(
+                f"{first!r} and {second!r} are no pair: pass track(..., pairs=[({first!r}, "
+                f"{second!r})]); the pairs are: {listed}"
+            )
+        name = pair_name(pair.names)
+        pair.layer.flush()
+        state = self._synced_pairs.get(name) if self._is_synced else None
+        state = state or pair.layer.state
+        if state is None or float(state.weight) == 0:
+            raise ValueError(f"no rows of {name} have been paired: {self._why_unpaired(pair)}")
+        return state.covariance(centered), pair.channels[0]
+
+    def _why_unpaired(self, pair: Pair) -> str:
+        unseen = [name for name in pair.names if name not in self.watcher.layers]
+        if unseen and not pair.note:
+            return f"nothing is named {unseen[0]!r}{closest(unseen[0], self.names())}"
+        return pair.note or "no step has shown both"
+
     def _start_spectra(self, centered: bool = False) -> PendingSpectra:
         states: dict[str, CovarianceState | None] = dict(self._synced)
         if not self._is_synced:
@@ -270,7 +355,20 @@ class Tracker:
         Returns:
             Flat dict of floats, for any logger; ``print`` shows it as a table.
         """
-        return Summary(self.statuses(), self.watcher.remarks())
+        pairs: dict[str, float] = {}
+        lines = []
+        for first, second in self.watcher.pairs:
+            name, pair = pair_name((first, second)), self.watcher.pairs[first, second]
+            try:
+                pairs[f"{name}/cka"] = self.cka(first, second)
+            except ValueError as error:
+                lines.append(str(error))
+                continue
+            note = f"; {pair.note}" if pair.note else ""
+            lines.append(f"{name}: linear CKA {pairs[f'{name}/cka']:.3f}{note}")
+        summary = Summary(self.statuses(), [*lines, *self.watcher.remarks()])
+        summary.update(pairs)
+        return summary
 
     def statuses(self) -> list[LayerStatus]:
         """Statuses of all layers: rows, spectrum, and a note where something is missing."""
@@ -370,7 +468,13 @@ class Tracker:
         for name, layer in self.watcher.layers.items():
             layer.flush()
             states[name] = layer.state
-        self._synced = sync_named_states(states, group)
+        names = [pair_name(pair.names) for pair in self.watcher.pairs.values()]
+        for name, pair in zip(names, self.watcher.pairs.values(), strict=True):
+            pair.layer.flush()
+            states[name] = pair.layer.state
+        synced = sync_named_states(states, group)
+        self._synced_pairs = {name: synced.pop(name) for name in names if name in synced}
+        self._synced = synced
         self._synced_at = self.watcher.steps_begun
         return self
 
@@ -388,6 +492,8 @@ class Tracker:
         if not isinstance(other, Tracker):
             raise TypeError(f"other is a {type(other).__name__}, expected what fastcov.track gives")
         own, given = self.watcher, other.watcher
+        for name in given.named():
+            own.add_named(name)
         common = [name for name in own.layers if name in given.layers]
         if not common:
             raise ValueError(
@@ -409,6 +515,9 @@ class Tracker:
             if mine not in done:
                 done.add(mine)
                 mine.merge(theirs, self.steps)
+        for names, pair in own.pairs.items():
+            if (theirs_too := given.pairs.get(names)) is not None:
+                pair.merge(theirs_too, self.steps)
         if own.decay is None:
             own.step = self.steps + other.steps
 
@@ -435,7 +544,18 @@ class Tracker:
             "world_size": ranks,
             "shared": self.watcher.shared(),
             "layers": layers,
+            "named": self.watcher.named(),
+            "pairs": self._saved_pairs(),
         }
+
+    def _saved_pairs(self) -> dict[str, Any]:
+        saved: dict[str, dict[str, Any]] = {}
+        for names, pair in self.watcher.pairs.items():
+            name = pair_name(names)
+            saved[name] = {"layer": pair.layer.state_dict(), "channels": list(pair.channels)}
+            if self._is_synced and name in self._synced_pairs:
+                saved[name]["layer"]["state"] = self._synced_pairs[name].state_dict()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from :meth:`state_dict`.
@@ -453,6 +573,8 @@ class Tracker:
                 "not written by Tracker.state_dict() of this version"
             )
         layers, shared = state_dict["layers"], state_dict["shared"]
+        for name in state_dict.get("named", ()):
+            self.watcher.add_named(name)
         unknown = [name for name in (*layers, *shared) if name not in self.watcher.layers]
         if unknown:
             raise ValueError(
@@ -476,6 +598,11 @@ class Tracker:
         watcher.step = state_dict["steps"]
         watcher.policy.rho = state_dict["rho"]
         watcher.load_layers(layers, shared, with_rows=not rows_are_on_rank_0)
+        saved_pairs = state_dict.get("pairs", {})
+        for names, pair in watcher.pairs.items():
+            if (saved := saved_pairs.get(pair_name(names))) is not None:
+                pair.channels = (saved["channels"][0], saved["channels"][1])
+                pair.layer.load_state_dict(saved["layer"], with_rows=not rows_are_on_rank_0)
         self._owns_history = True
         self.history.truncate(self.steps + 1)
 
@@ -486,6 +613,8 @@ class Tracker:
         self.watcher.step = 0
         for layer in self.watcher.unique_layers():
             layer.reset()
+        for pair in self.watcher.pairs.values():
+            pair.layer.reset()
 
     def __enter__(self) -> Tracker:
         return self
@@ -552,6 +681,7 @@ def track(
     decay: float | None = None,
     precision: Precision = "split",
     max_channels: int = 4096,
+    pairs: Iterable[Sequence[str]] = (),
     train_only: bool = True,
     snapshot_every: int | None = None,
     out: str | Path | None = None,
@@ -588,6 +718,8 @@ def track(
         precision: Precision of the rows' products, as of :func:`fastcov.ops.accumulate_`. "float64"
             keeps small eigenvalues right beside attention sinks, for about three times the time.
         max_channels: Wider layers are skipped and listed in the summary.
+        pairs: Pairs of names of tensors of one step, modules' or observed ones, whose
+            :meth:`Tracker.cross_covariance` and :meth:`Tracker.cka` are kept.
         train_only: True counts only forwards of a model in training mode as steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none. A snapshot that
             fails (a full disk) gives a warning.
@@ -614,6 +746,7 @@ def track(
     check_model(model)
     policy = policy_of(rows)
     check_of(of)
+    pair_names = check_pairs(pairs)
     loss_scale = loss_scale_of(unscale)
     check_reading(where, weighting, max_channels)
     check_decay(decay)
@@ -630,6 +763,8 @@ def track(
         policy=policy,
         mask=source,
         unscale=loss_scale,
+        of=of,
+        pairs=pair_names,
         every=every,
         weighting=weighting,
         decay=decay,

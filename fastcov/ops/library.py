@@ -163,6 +163,11 @@ class Observer(Protocol):
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
 
+    def observe_named(
+        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
+    ) -> None:
+        """Reads a tensor that the user's forward names."""
+
     def observe_gradient(self, tap: int, gradient: Tensor) -> None:
         """Reads the gradient of one activation."""
 
@@ -183,6 +188,11 @@ _define("begin_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
 _define("take_mask_(Tensor(a!) clock, Tensor mask) -> ()", _no_result, _ON_THE_HOST)
 _define(
     "observe_(Tensor(a!) clock, Tensor tap, Tensor activation, int batch_dims=0) -> ()",
+    _no_result,
+    _ON_THE_HOST,
+)
+_define(
+    "observe_named_(Tensor(a!) clock, str name, Tensor tensor, int channel_dim) -> ()",
     _no_result,
     _ON_THE_HOST,
 )
@@ -211,6 +221,11 @@ def _take_mask(clock: Tensor, mask: Tensor) -> None:
 def _observe(clock: Tensor, tap: Tensor, activation: Tensor, batch_dims: int = 0) -> None:
     if (target := observers.get(int(clock))) is not None:
         target.observe(int(tap), activation, batch_dims)
+
+
+def _observe_named(clock: Tensor, name: str, tensor: Tensor, channel_dim: int) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.observe_named(name, tensor, channel_dim, is_compiled=True)
 
 
 def _observe_gradient(clock: Tensor, tap: Tensor, gradient: Tensor) -> None:
@@ -245,6 +260,7 @@ def _observe_vmapped(
 _LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
 _LIBRARY.impl("take_mask_", _take_mask, "CompositeExplicitAutograd")
 _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
+_LIBRARY.impl("observe_named_", _observe_named, "CompositeExplicitAutograd")
 _LIBRARY.impl("observe_gradient_", _observe_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")

@@ -269,6 +269,7 @@ class Layer:
         if layout.rows == 0:
             return
         draw = self.draw(layout)
+        self._expect(layout)
         if self.fraction is None:
             self.left_out_rows += int((weights == 0).sum())  # waits for a GPU, in a first step
         if draw.is_whole and self.fraction is not None:
@@ -289,7 +290,6 @@ class Layer:
         self._count(layout)
         self.leave_device()
         self._moves_left = 0
-        self._expect(layout)
         fraction, offered = self._fixed_fraction, layout.rows
         due = offered
         if self.fraction is None:
@@ -327,10 +327,12 @@ class Layer:
             rows: The rows. [N, C]
             weights: Weights of the rows, where they differ. [N]
         """
+        layout = ActivationLayout(rows)
+        self._expect(layout)
         if self.fraction is None:
             self._early_rows.append(_EarlyRows(rows, draw.offered, draw.is_whole, weights))
         elif weights is None:
-            self._add(rows, ActivationLayout(rows))
+            self._add(rows, layout)
         else:
             self._add_weighted(rows, weights)
 

@@ -35,9 +35,10 @@ class Tap:
     """One watched tensor of one module.
 
     Attributes:
-        name: Canonical module name, with ``:in`` for an input, then ``:grad`` for a gradient.
-        module_name: Canonical module name.
-        position: Side of the module: "output" or "input".
+        name: Canonical module name, with ``:in`` for an input, then ``:grad`` for a gradient; or
+            the name that the user has given to a tensor.
+        module_name: Canonical module name; empty for a tensor that the user names.
+        position: Side of the module: "output" or "input"; "named" without a module.
         channels: Length of a row where the module declares it, else None.
         layout: Order of the tensor's dimensions.
         batched_rank: Rank of a batched tensor where unbatched ones are possible.
@@ -49,7 +50,7 @@ class Tap:
 
     name: str
     module_name: str
-    position: Position
+    position: Position | Literal["named"]
     channels: int | None
     layout: Layout
     batched_rank: int | None
@@ -130,6 +131,11 @@ def gradient_name(name: str) -> str:
         'head:in:grad'
     """
     return f"{name}:grad"
+
+
+def named_tap(name: str) -> Tap:
+    """Tap of a tensor that the user names, channels last."""
+    return Tap(name, "", "named", None, Layout.CHANNELS_LAST, None, 0)
 
 
 def gradient_tap(tap: Tap, counts_macs: bool) -> Tap:

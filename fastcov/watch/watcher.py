@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastcov.arguments import check_observed
 from fastcov.ops.covariance import Precision
 from fastcov.ops.library import observers
 from fastcov.rows.layout import ActivationLayout
@@ -40,7 +41,8 @@ from fastcov.watch.isolation import (
 )
 from fastcov.watch.layers import is_sharded
 from fastcov.watch.masking import Masked, MaskSource
-from fastcov.watch.select import Tap, gradient_name
+from fastcov.watch.pairs import Pair, Side, pair_name
+from fastcov.watch.select import Of, Tap, gradient_name, gradient_tap, named_tap
 from fastcov.watch.sharing import Following, Leading, Order, SharedInputs
 from fastcov.watch.steps import OVERLAP, Steps
 
@@ -84,6 +86,8 @@ class Watcher:
         precision: See :class:`fastcov.stats.layer.Layer`.
         mask: Source of the mask of the rows; None reads every row.
         unscale: Function that gives the factor by which the loss is scaled; None is 1.
+        of: Whether activations, gradients or both are read of the tensors that the user names.
+        pairs: Names of pairs of tensors whose joint second moment is kept.
 
     Attributes:
         taps: The taps that are watched, in the model's order.
@@ -96,6 +100,8 @@ class Watcher:
         is_skipping: True inside a forward of the root that is not read.
         mask: See the argument.
         unscale: See the argument.
+        of: See the argument.
+        pairs: Pairs of tensors, by names.
     """
 
     def __init__(
@@ -113,11 +119,14 @@ class Watcher:
         precision: Precision = "split",
         mask: MaskSource | None = None,
         unscale: Callable[[], float] | None = None,
+        of: Of = "activation",
+        pairs: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.mask = mask
         self.policy = policy
         self.every = every
         self.unscale = unscale
+        self.of = of
         self.weighting = weighting
         self.decay = decay
         self.precision: Precision = precision
@@ -156,6 +165,12 @@ class Watcher:
         self._gradient_layers: list[Layer] = []
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
+        self._named: dict[str, tuple[int | None, int | None]] = {}  # taps of value and gradient
+        self._legs: list[tuple[Pair, Side, Tap]] = []
+        self.pairs = {
+            names: Pair(names, self._layer(pair_name(names), number))
+            for number, names in enumerate(pairs)
+        }
         self._counters: DeviceCounters | None = None
         self._is_paused = False
         self._handles: list[Any] = []
@@ -184,6 +199,8 @@ class Watcher:
         self._handles.append(handle)
         for tap, module in watched:
             self._watch(tap, module)
+        for tap, module in taps:
+            self._watch_legs(tap, module)
         self._list_unique_layers()
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
@@ -218,8 +235,66 @@ class Watcher:
             handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
             self._handles.append(handle)
 
+    def _watch_legs(self, tap: Tap, module: nn.Module) -> None:
+        for pair in self.pairs.values():
+            if tap.name in pair.names:
+                self._legs.append((pair, pair.names.index(tap.name), tap))
+                # Numbers below 0 stand for the legs.
+                hook = Hook(self, -len(self._legs))
+                if tap.position == "output":
+                    self._handles.append(module.register_forward_hook(hook.output))
+                else:
+                    handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
+                    self._handles.append(handle)
+
+    def add_named(self, name: str) -> tuple[int | None, int | None]:
+        """Taps of a tensor that the user names: its values and its gradient, as ``of`` says.
+
+        Args:
+            name: Name of the tensor, which is new or was added before.
+
+        Returns:
+            Numbers in ``taps``; None for the one that is not watched.
+
+        Raises:
+            ValueError: If a module's tensor has the name.
+        """
+        if name in self._named:
+            return self._named[name]
+        value = named_tap(name)
+        if name in self.layers or name in self.notes:
+            raise ValueError(
+                f"observe({name!r}): a module's tensor has this name already; choose another"
+            )
+        numbers: list[int | None] = []
+        for is_watched, tap in (
+            (self.of != "gradient", value),
+            (self.of != "activation", gradient_tap(value, counts_macs=False)),
+        ):
+            if not is_watched:
+                numbers.append(None)
+                continue
+            numbers.append(len(self.taps))
+            self.taps.append(tap)
+            self.modules.append(_no_model)
+            layer = self._new_layer(len(self.taps) - 1)
+            layer.begin_step(self.steps.done)
+            self._routes.append(Routes(layer))
+            if self.mask is not None and not tap.is_gradient:
+                self._routes[-1].wrap = partial(self._wrapped, len(self.taps) - 1)
+            self.layers[tap.name] = layer
+        self._named[name] = (numbers[0], numbers[1])
+        self._list_unique_layers()
+        return self._named[name]
+
+    def named(self) -> list[str]:
+        """Names of the tensors that the user has named."""
+        return list(self._named)
+
     def _new_layer(self, tap: int) -> Layer:
-        name = self.taps[tap].name
+        return self._layer(self.taps[tap].name, tap)
+
+    def _layer(self, name: str, number: int) -> Layer:
         rank, _ = rank_and_ranks()
         return Layer(
             name,
@@ -227,7 +302,7 @@ class Watcher:
             decay=self.decay,
             phase=sequence_phase(name, rank),
             fraction=self.policy.first_fraction,
-            first_fill=first_fill(tap),
+            first_fill=first_fill(number),
             precision=self.precision,
         )
 
@@ -282,6 +357,8 @@ class Watcher:
             self._inputs.forget_step()
             for layer in self._forward_layers:
                 layer.begin_step(steps.done)
+            for pair in self.pairs.values():
+                pair.begin_step(steps.done)
 
     def take_mask(self, mask: object) -> None:
         """Sets the mask of the step that has begun.
@@ -328,6 +405,10 @@ class Watcher:
                 if not self._inputs.is_noted(tap):
                     self._routes[tap].reconsider()  # to drop Leading: no tap asks for its tensors
             self._end_layers(self._forward_layers)
+            if self.pairs:
+                for pair in self.pairs.values():
+                    pair.end_step()
+                self._end_layers([pair.layer for pair in self.pairs.values()])
             self._end_on_device()
             self.on_step_end()
 
@@ -430,12 +511,94 @@ class Watcher:
                 self.refuse(tap, "runs in another thread than the tracked module: not read")
             return
         try:
-            if module is None or batch_dims or not self._recall(tap, activation, module, args):
+            if tap < 0:
+                self._observe_legs([self._legs[-1 - tap]], activation, batch_dims)
+            elif module is None or batch_dims or not self._recall(tap, activation, module, args):
                 is_wrapped = is_transformed()
                 with isolated() if has_modes() else nullcontext():
                     self._observe(tap, activation, batch_dims, is_wrapped, module, args)
         except Exception as error:
             self.fail(tap, error)
+
+    def observe_named(
+        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
+    ) -> None:
+        """Reads a tensor that the user's forward names.
+
+        Args:
+            name: See :meth:`fastcov.Tracker.observe`.
+            tensor: See :meth:`fastcov.Tracker.observe`.
+            channel_dim: See :meth:`fastcov.Tracker.observe`.
+            is_compiled: True if compiled code calls.
+        """
+        check_observed(name, tensor, channel_dim)
+        if is_recomputing():
+            gradient = self._named.get(name, (None, None))[1]
+            if gradient is not None:
+                self.watch_gradient(gradient, tensor, channel_dim)
+            return
+        if not self.is_reading:
+            if not self.steps.is_inside:
+                reason = f"observe({name!r}) ran, but in no forward of the tracked module"
+                self.steps.not_counted = reason
+            return
+        value, gradient = self.add_named(name)
+        if gradient is not None and is_compiled:
+            self.refuse(gradient, "gradients of named tensors are not read in compiled code")
+        elif gradient is not None:
+            self.watch_gradient(gradient, tensor, channel_dim)
+        moved = tensor.detach().movedim(channel_dim, -1)
+        if value is not None:
+            self.observe(value, moved, module=None if is_compiled else _NO_MODULE)
+        for pair in self.pairs.values():
+            if name in pair.names and get_ident() == self.steps.thread:
+                leg = (pair, pair.names.index(name), named_tap(name))
+                self._observe_legs([leg], moved, 0)
+
+    def _observe_legs(
+        self, legs: Sequence[tuple[Pair, Side, Tap]], activation: Tensor, batch_dims: int
+    ) -> None:
+        is_wrapped = is_transformed()
+        for leg in legs:
+            try:
+                with torch.no_grad(), isolated() if has_modes() else nullcontext():
+                    self._observe_leg(leg, activation, batch_dims, is_wrapped)
+            except Exception as error:
+                leg[0].stop(f"not read since step {self.step}, {type(error).__name__}: {error}")
+                warnings.warn(f"fastcov no longer reads {leg[0].note}", stacklevel=3)
+
+    def _observe_leg(
+        self,
+        leg: tuple[Pair, Side, Tap],
+        activation: Tensor,
+        batch_dims: int,
+        is_wrapped: bool,
+    ) -> None:
+        pair, side, tap = leg
+        found = plain_tensor(activation, is_wrapped)
+        if isinstance(found, str):
+            pair.note = f"{tap.name!r} {found}"
+            return
+        plain, hidden_dims = found
+        batch_dims += hidden_dims
+        rows = row_view(plain.detach(), tap.layout, tap.batched_rank, batch_dims)
+        if rows.numel() == 0:
+            return
+        if rows.shape[-1] > self.max_channels or self.steps.is_captured:
+            is_wide = rows.shape[-1] > self.max_channels
+            pair.note = (
+                f"{tap.name!r} has {rows.shape[-1]} channels > max_channels={self.max_channels}"
+                if is_wide
+                else "not read by replays of a CUDA graph"
+            )
+            return
+        order = row_order(plain.dim(), tap.layout, tap.batched_rank, batch_dims)
+        layout = ActivationLayout(rows, plain, order)
+        sizes = rows.shape[:-1]
+        mask = self._row_mask
+        weights = None if mask is None else mask.weights_of(sizes, rows.device)
+        tensor = plain if layout.key is not None else rows
+        pair.see(side, tensor, layout, sizes, weights)
 
     def _recall(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
         # Takes the route of a known layout. False where the call must be read the whole way.
@@ -531,12 +694,13 @@ class Watcher:
 
     # gradients
 
-    def watch_gradient(self, tap: int, tensor: Tensor) -> None:
+    def watch_gradient(self, tap: int, tensor: Tensor, channel_dim: int | None = None) -> None:
         """Reads the gradient of a tensor of the running step, once it comes.
 
         Args:
             tap: Number of the tap of the gradient in ``taps``.
-            tensor: Tensor that a module returned or was given.
+            tensor: Tensor that a module returned or was given, or that the user names.
+            channel_dim: Dimension of the channels; None where the tap's layout tells.
         """
         is_again = is_recomputing()
         if tap in self._given_up or (is_again and not self._reads_gradients):
@@ -548,7 +712,9 @@ class Watcher:
         elif is_transformed():
             self.refuse(tap, "gradients under torch.func are not read")
         elif tensor.requires_grad:
-            handle = tensor.register_hook(partial(self._on_gradient, tap, self._row_mask))
+            handle = tensor.register_hook(
+                partial(self._on_gradient, tap, self._row_mask, channel_dim=channel_dim)
+            )
             if tensor.grad_fn is None:
                 self._leaf_handles.append(handle)
         elif not is_again:
@@ -559,7 +725,9 @@ class Watcher:
         if self._reads_gradients:
             self._on_gradient(tap, self._row_mask, gradient)
 
-    def _on_gradient(self, tap: int, mask: RowMask | None, gradient: Tensor) -> None:
+    def _on_gradient(
+        self, tap: int, mask: RowMask | None, gradient: Tensor, channel_dim: int | None = None
+    ) -> None:
         if observers.get(self.number) is not self or tap in self._given_up:
             return  # closed since the forward
         try:
@@ -568,6 +736,8 @@ class Watcher:
                 torch.no_grad(),
                 isolated() if has_modes() else nullcontext(),
             ):
+                if channel_dim is not None:
+                    gradient = gradient.movedim(channel_dim, -1)
                 self._read_gradient(tap, mask, gradient)
         except Exception as error:
             self.fail(tap, error)
@@ -663,7 +833,7 @@ class Watcher:
     def _wrapped(self, tap: int, route: Route) -> Route:
         if self.mask is not None:
             route = Masked(route, self._routes[tap], partial(self._weights_of, tap))
-        if self.taps[tap].position == "output":
+        if self.taps[tap].position != "input":
             return route
         if self._inputs.is_noted(tap):
             return Leading(route, partial(self._inputs.note, tap), route.layout.order)
@@ -673,7 +843,7 @@ class Watcher:
         """Remark on a watched or skipped layer, by name; empty where all is well."""
         found = self.notes.get(name, "")
         for tap, module in zip(self.taps, self.modules, strict=False):
-            if tap.name == name:
+            if tap.name == name and tap.position != "named":
                 found = found or module_note(self.root(), tap.module_name, module())
         return found
 
@@ -696,10 +866,16 @@ class Watcher:
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
+        if tap < 0:
+            self._legs[-1 - tap][0].note = reason
+            return
         self.notes[self.taps[tap].name] = reason
 
     def fail(self, tap: int, error: Exception) -> None:
         """Stops reading a tap's layer after an error."""
+        if tap < 0:
+            self._legs[-1 - tap][0].stop(f"{type(error).__name__}: {error}")
+            return
         # The layer is looked up now: a split in this very call may have changed it.
         self._fail(self._routes[tap].layer, error)
 
@@ -735,6 +911,11 @@ class Watcher:
         gradients = {self.layers[tap.name] for tap in self.taps if tap.is_gradient}
         self._gradient_layers = [each for each in self._unique_layers if each in gradients]
         self._forward_layers = [each for each in self._unique_layers if each not in gradients]
+
+    def is_training(self) -> bool:
+        """True unless the root is in evaluation mode."""
+        root = self.root()
+        return root is None or root.training
 
     # names, saving and closing
 
