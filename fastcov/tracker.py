@@ -300,8 +300,9 @@ class Tracker:
     def cka(self, first: str, second: str) -> float:
         """Linear centred kernel alignment of a pair: 1 where one is a rotation of the other.
 
-        With few rows the measure is too high: N rows of independent tensors have about sqrt(p q)
-        / N of it, with the participation ratios p and q of their covariances. Arguments and errors are those of :meth:`cross_covariance`.
+        With few rows the measure is too high: N rows of independent tensors have about
+        sqrt(p q) / N of it, with the participation ratios p and q of their covariances. Arguments
+        and errors are those of :meth:`cross_covariance`.
         """
         return linear_cka(*self._joint_covariance(first, second, centered=True))
 
