@@ -399,21 +399,22 @@ class Tracker:
             return LayerFacts(name, reason=reason)
         layer = watcher.layers[name]
         state = self._synced.get(name, layer.state) if self._is_synced else layer.state
-        channels = {tap.name: tap.channels for tap in watcher.taps}[name]
+        tap = next(tap for tap in watcher.taps if tap.name == name)
         count, skipped = (0, 0) if state is None else state.count.tolist()
         if watcher.mask is not None and layer.total_calls and not (reason or count or skipped):
             reason = "the mask left out every row so far"
-        if not (reason or layer.total_calls) and self.steps and name.endswith(gradient_name("")):
+        if not (reason or layer.total_calls) and self.steps and tap.is_gradient:
             reason = "no backward pass has reached it"
         return LayerFacts(
             name=name,
-            channels=channels or (0 if state is None else state.channels),
+            channels=tap.channels or (0 if state is None else state.channels),
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
             reason=reason,
             has_calls=layer.total_calls > 0,
-            has_calls_lately=layer.calls > 0,
+            # Gradients of the last step may still be on their way.
+            has_calls_lately=layer.calls > 0 or tap.is_gradient,
         )
 
     # snapshots, ranks and checkpoints

@@ -225,16 +225,16 @@ def test_sensitivity_is_the_spectrum_of_both() -> None:
 
 def test_a_scaled_loss_is_unscaled() -> None:
     model, plain = make(), make()
-
-    class Scaler:
-        def get_scale(self) -> float:
-            return 1024.0
-
-    tracker = fastcov.track(model, of="gradient", rows="all", unscale=Scaler())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tracker = fastcov.track(model, of="gradient", rows="all", unscale=scaler)
     oracle = Oracle(plain, NAMES[:3])
     for seed in range(2):
-        (1024 * loss_of(seed)(model)).backward()
+        scaler.scale(loss_of(seed)(model)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         oracle.step(loss_of(seed))
+    assert scaler.get_scale() == 4096.0
     assert_equal(tracker, oracle)
     with pytest.raises(TypeError, match=r"unscale=3: give a torch\.amp\.GradScaler"):
         fastcov.track(model, of="gradient", unscale=3, replace=True)
@@ -281,8 +281,9 @@ def test_tensors_without_a_gradient_say_so() -> None:
     text = str(tracker.summary())
     assert text.count("no gradient reaches it") == 1  # the images
     tracker.close()
-    tracker = fastcov.track(model, include="head", of="gradient")
+    tracker = fastcov.track(model, include="head", of="both")
     model(images(0))
+    assert "did not run in the last step" not in str(tracker.summary())
     assert "no backward pass has reached it" in str(tracker.summary())
     model.eval()
     model(images(0)).sum().backward()
