@@ -344,7 +344,10 @@ class Watcher:
             return
         is_read = steps.done % self.every == 0
         self._row_mask = None
-        self._begin_gradients(is_read)
+        if steps.is_captured:
+            self._reads_gradients = False  # nor are those of before ended: replays would repeat it
+        else:
+            self._begin_gradients(is_read)
         if counters is not None:
             if steps.is_captured:
                 counters.begin_capture(self._forward_layers)

@@ -340,3 +340,55 @@ def test_checkpointing_and_half_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.randn(2, 7, 4), torch.ones(2, 7).tril()).sum().backward()
     assert tracker.count("layer") == 3 * 3
+
+
+class Asked(nn.Module):
+    """A layer of given rows, whose statistics are asked for between its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+        self.between: Any = lambda: None
+
+    def forward(self, calls: list[Tensor], mask: Tensor | None = None) -> None:
+        for x in calls:
+            self.layer(x)
+            self.between()
+
+
+@pytest.mark.parametrize("weighting", ["position", "image"])
+@pytest.mark.parametrize("decay", [None, 0.5])
+@pytest.mark.parametrize("is_asked", [False, True])
+@pytest.mark.parametrize("channels", [3, 64])
+def test_steps_with_and_without_a_mask(
+    weighting: Any, decay: float | None, is_asked: bool, channels: int
+) -> None:
+    """Weighted and plain rows wait in two buffers, which decay and are emptied in any order."""
+    torch.manual_seed(0)
+    model = Asked()
+    tracker = fastcov.track(
+        model, include="layer", rows="all", mask="mask", weighting=weighting, decay=decay
+    )
+    if is_asked:
+        model.between = lambda: tracker.count("layer")
+    total: Any = 0.0
+    weight = 0.0
+    count = 0
+    for step, is_masked in enumerate([True, True, False, True, False, False, True, True, False]):
+        lengths = torch.tensor([[5], [1 + step % 5]])
+        mask = torch.arange(5) < lengths if is_masked else torch.ones(2, 5, dtype=torch.bool)
+        calls = [torch.randn(2, 5, channels) for _ in range(1 + (step % 3 == 0))]
+        dtype = torch.bfloat16 if step == 4 else torch.float32
+        calls = [each.to(dtype) for each in calls]
+        model(calls, mask if is_masked else None)
+        total, weight = total * (decay or 1.0), weight * (decay or 1.0)
+        shares = mask.double()
+        if weighting == "image":
+            shares = shares / mask.sum(1, keepdim=True) / len(calls)
+        for each in calls:
+            total = total + torch.einsum("bt,btc,btd->cd", shares, each.double(), each.double())
+            weight += float(shares.sum())
+            count += int(mask.sum())
+    assert tracker.count("layer") == count
+    assert error(tracker.covariance("layer"), total / weight) < 1e-5
+    assert float(tracker._state("layer").weight) == pytest.approx(weight)
