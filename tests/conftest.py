@@ -57,3 +57,13 @@ def browser() -> str:
     found = _find_browser()
     assert found is not None, "tests that ask for it were left out"
     return found
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before, nothing left behind."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
