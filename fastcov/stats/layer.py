@@ -202,12 +202,12 @@ class Layer:
         numbers[POSITIONS] += layout.positions
         buffer = self.device_buffer
         if buffer is not None and not self.adds_at_once(layout):
-            if self.has_room(layout, numbers[CALLS]):
+            if self.has_room(layout, numbers[CALLS]) or self._make_room(layout, numbers[CALLS]):
                 buffer.step_rows += offered
                 gather = buffer.prepare(activation, layout, numbers[FRACTION], numbers[PHASE])
                 gather.launch_(activation)
                 return
-            # Another device or dtype, or larger batches than planned: the host counts again.
+            # Another device or dtype, or more rows than one launch adds: the host counts again.
             self._leave_full_buffer(buffer, layout)
         if self._device != layout.device:
             self.prepare(layout.channels, layout.device)
@@ -594,6 +594,25 @@ class Layer:
             and buffer.device == layout.device
             and due + calls <= buffer.most_rows
         )
+
+    def _make_room(self, layout: ActivationLayout, calls: int) -> bool:
+        """True if the device's buffer has grown for the rows of a call; waits for nothing."""
+        buffer = self.device_buffer
+        if (
+            buffer is None
+            or buffer.is_captured
+            or buffer.dtype is not layout.dtype
+            or buffer.device != layout.device
+        ):
+            return False
+        rows = (buffer.step_rows + layout.rows) * self.cursor.numbers[FRACTION] / WHOLE
+        sizes = device_buffer_rows(layout.channels, rows, calls)
+        if sizes is None:
+            return False
+        buffer.grow(*sizes)
+        self._largest_capacity = max(self._largest_capacity, buffer.most_rows)
+        self.changed()
+        return True
 
     def _leave_full_buffer(self, buffer: DeviceBuffer, layout: ActivationLayout) -> None:
         if buffer.is_captured:
