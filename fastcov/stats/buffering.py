@@ -20,6 +20,9 @@ MOST_DEVICE_ROWS = 4096
 """Rows a step up to which a GPU's narrow layers are sampled into a buffer. One program adds all of
 them to a block: 128 turns of its loop, as many as the 2C rows of 2048 channels take."""
 
+# More rows than a step has brought: the heads of a detector see another number in every step.
+_HEADROOM = 1.25
+
 # Rows of one call, per channel, from which on a CPU's caches hide the state traffic.
 _HOST_ROWS_PER_CHANNEL = 1 / 3
 
@@ -58,16 +61,18 @@ def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int
         calls: Calls that bring them: each may round up.
 
     Returns:
-        Rows from which the buffer counts as full, and the largest number of a step; the capacity is
-        their sum. None where a step brings more rows than :func:`device_buffer_limit`.
+        Rows from which the buffer counts as full, and the largest number of a step, a quarter more
+        than this one brings; the capacity is their sum. None where the step brings more rows than
+        :func:`device_buffer_limit`.
 
     Example:
         >>> device_buffer_rows(64, 90.5, calls=1), device_buffer_rows(64, 400, calls=2)
-        ((128, 92), (1, 402))
+        ((128, 115), (1, 502))
     """
-    threshold, most_rows = buffer_rows(channels), math.ceil(rows) + calls
-    if most_rows > device_buffer_limit(channels):
+    threshold, limit = buffer_rows(channels), device_buffer_limit(channels)
+    if math.ceil(rows) + calls > limit:
         return None
+    most_rows = min(math.ceil(_HEADROOM * rows) + calls, limit)
     # A buffer that one step fills is emptied in every step: no room for two of them.
     return threshold if most_rows <= threshold else 1, most_rows
 
