@@ -83,10 +83,10 @@ def _stoppable() -> Iterator[None]:
 
 
 def _is_expected(error: Exception) -> bool:
+    from fastcov_detection.detector.build import WidthsError
     from fastcov_detection.errors import CheckpointError, DataError
-    from fastcov_detection.logbook import LossError
-    from fastcov_detection.model import WidthsError
-    from fastcov_detection.runner import RunError
+    from fastcov_detection.search.runner import RunError
+    from fastcov_detection.train.logbook import LossError
 
     ours = (ConfigError, DataError, WidthsError, CheckpointError, LossError, RunError)
     if isinstance(error, (*ours, OSError)):
@@ -263,8 +263,8 @@ def _train_config(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.engine import train
-    from fastcov_detection.model import load_widths
+    from fastcov_detection.detector.build import load_widths
+    from fastcov_detection.train.loop import train
 
     result = train(
         _train_config(arguments),
@@ -286,8 +286,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.data import check_data
-    from fastcov_detection.findings import refuse_faults, tell_notes
+    from fastcov_detection.data.dataset import check_data
+    from fastcov_detection.data.findings import refuse_faults, tell_notes
 
     config = preset("mini" if arguments.data in (None, "mini") else "coco", arguments.model)
     if arguments.data is not None:
@@ -302,8 +302,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.model import load_widths
-    from fastcov_detection.pretrain import PretrainConfig, pretrain
+    from fastcov_detection.detector.build import load_widths
+    from fastcov_detection.studies.pretrain import PretrainConfig, pretrain
 
     chosen = {name: getattr(arguments, name) for name in ("objects", "crop")}
     config = PretrainConfig(
@@ -342,8 +342,8 @@ def _search(arguments: argparse.Namespace) -> None:
 
 
 def _planned(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.planned import criteria, run_planned, run_tuning
-    from fastcov_detection.summary import print_summary
+    from fastcov_detection.report.tables import print_summary
+    from fastcov_detection.studies.planned import criteria, run_planned, run_tuning
 
     places = Path(arguments.out), Path(arguments.results)
     options = {"jobs": arguments.jobs, "progress": not arguments.quiet}
@@ -368,9 +368,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _run_search(config: SearchConfig, arguments: argparse.Namespace) -> None:
-    from fastcov_detection.report import write_report
-    from fastcov_detection.search import run_search
-    from fastcov_detection.summary import print_summary
+    from fastcov_detection.report.report import write_report
+    from fastcov_detection.report.tables import print_summary
+    from fastcov_detection.search.run import run_search
 
     result = run_search(
         config,
@@ -384,7 +384,7 @@ def _run_search(config: SearchConfig, arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.compare import compare_runs, print_comparison
+    from fastcov_detection.studies.compare import compare_runs, print_comparison
 
     name = f"compare-{Path(arguments.a).name}-{Path(arguments.b).name}"
     comparison = compare_runs(arguments.a, arguments.b, arguments.out or name)
@@ -393,7 +393,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _families(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.families import compare_families, sentences
+    from fastcov_detection.studies.families import compare_families, sentences
 
     runs = [[Path(folder) for folder in side] for side in (arguments.a, arguments.b)]
     for sentence in sentences(compare_families(*runs, Path(arguments.out))):
@@ -402,23 +402,23 @@ def _families(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.report import write_report
-    from fastcov_detection.results import read_result
-    from fastcov_detection.summary import print_summary
+    from fastcov_detection.report.report import write_report
+    from fastcov_detection.report.tables import print_summary
+    from fastcov_detection.search.results import read_result
 
     print_summary(read_result(Path(arguments.dir)))
     print(f"report: {write_report(arguments.dir)}")
 
 
 def _evidence(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.evidence import write_evidence
+    from fastcov_detection.studies.evidence import write_evidence
 
     write_evidence(Path(arguments.results), Path(arguments.readme))
     print(f"{arguments.readme}: tables of {arguments.results}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.export import export_run
+    from fastcov_detection.studies.export import export_run
 
     out = export_run(arguments.source, arguments.out, arm=arguments.arm)
     print(f"{out}: model.pt, widths.json, model.json, rebuild.py")

@@ -19,8 +19,8 @@ from fastcov_detection.config import (
     save_config,
     to_dict,
 )
-from fastcov_detection.model import parse_name
-from fastcov_detection.schedule import learning_rate
+from fastcov_detection.detector.build import parse_name
+from fastcov_detection.train.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", presets())

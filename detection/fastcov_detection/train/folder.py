@@ -1,0 +1,89 @@
+"""A training run on disk: its result, and the detector that it left."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from fastcov_detection.config import ConfigError, TrainConfig, load_config
+from fastcov_detection.detector.build import build_model, load_widths
+from fastcov_detection.detector.weights import read_state
+from fastcov_detection.errors import CheckpointError
+from fastcov_detection.train import checkpoint as checkpoints
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run came to; AP in 0-1."""
+
+    ap: float
+    ap50: float
+    segm_ap: float | None
+    train_s: float
+    """Seconds of training steps, without evaluation, over all processes that the run took."""
+    params: int
+    backbone_params: int
+    macs: int
+    """On a square image of the configured ``min_size``."""
+    steps: int
+    seed: int
+    run_dir: str
+    cpu_s: float | None = None
+    """CPU seconds of the main process during the training steps, over all its threads: what
+    ``train_s`` would be on a thread that has a core to itself."""
+
+
+def load_run(
+    run_dir: str | os.PathLike[str],
+) -> tuple[GeneralizedRCNN, TrainConfig, RunResult | None]:
+    """A run's detector with its weights, in eval(), its configuration, and its result if it has
+    ended.
+
+    Raises:
+        ConfigError: If a file is missing or cannot be read.
+        CheckpointError: If the run has neither weights nor a checkpoint.
+    """
+    folder = Path(run_dir)
+    if (folder / "run.json").exists() and not has_weights(folder):
+        raise CheckpointError(
+            f"{folder} holds the result of a run whose weights are not here; "
+            f"delete {folder / 'run.json'} and run it again to have them"
+        )
+    config = load_config(TrainConfig, folder / "config.json")
+    model = build_model(replace(config.model, init="random"), load_widths(folder / "widths.json"))
+    if (folder / "model.pt").exists():
+        state = read_state(folder / "model.pt")
+    else:
+        saved = checkpoints.load_checkpoint(folder)
+        if saved is None:
+            raise CheckpointError(f"{folder} has neither model.pt nor a checkpoint; train it first")
+        state = saved["model"]
+    model.load_state_dict(state)
+    return model.eval(), config, read_run_result(folder)
+
+
+def has_weights(run_dir: Path) -> bool:
+    """Whether the folder holds the weights of a finished run, which a copy of its result lacks."""
+    return (run_dir / "model.pt").exists()
+
+
+def read_run_result(folder: Path) -> RunResult | None:
+    """The result of a run, or None where it has not ended.
+
+    Raises:
+        ConfigError: If its run.json cannot be read.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["result"]
+        return RunResult(**{**values, "run_dir": str(folder)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a run's result ({error}); delete it to finish the run again"
+        ) from None
