@@ -326,6 +326,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
+    from fastcov_detection.search.arms import Searched
+
     config = SearchConfig(train=_train_config(arguments))
     for name in ("rounds", "seeds", "peer_seeds", "peer_steps", "max_params", "budget", "jobs"):
         if getattr(arguments, name) is not None:
@@ -336,8 +338,8 @@ def _search(arguments: argparse.Namespace) -> None:
         config = replace(config, arms=tuple(_words(arguments.arms)))
     if arguments.rules is not None:
         first, *further = _words(arguments.rules) or [""]
-        config = override(config, {"rule": first})
-        config = replace(config, arms=(*config.arms, *(f"searched-{rule}" for rule in further)))
+        own = (Searched(rule).name for rule in further)
+        config = replace(config, rule=first, arms=(*config.arms, *own))
     _run_search(config, arguments)
 
 

@@ -180,7 +180,8 @@ class SearchConfig:
     """A width search: the training run it repeats, the rule, and the arms it compares."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    rule: Literal["dof", "share", "relative", "absolute", "gradient"] = "dof"
+    rule: str = "dof"
+    """A rule of ``fastcov.widths.RULES``: what a feature map's spectrum says it needs."""
     power: float = 1.0
     rounds: int = 1
     budget: float | None = None

@@ -125,7 +125,7 @@ def test_unknown_arms_and_rules_are_named(capsys, tmp_path):
     assert cli.main([*words, "--arms", "searched,unifrom"]) == 2
     assert "unknown arm 'unifrom'; did you mean 'uniform'" in capsys.readouterr().err
     assert cli.main([*words, "--rules", "dogs"]) == 2
-    assert "rule is 'dogs'; choose from dof, share, relative, absolute" in capsys.readouterr().err
+    assert "rule is 'dogs'; did you mean 'dof'?" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

@@ -10,26 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastcov import Spectrum, WidthGroup
+from fastcov_detection.search.arms import BASELINE, SEARCHED, Baseline, Searched, find_arm
 
-COLOURS = {
-    "baseline": "#2b2f33",
-    "searched": "#1f78b4",
-    "uniform": "#c8501e",
-    "random": "#8a6fb0",
-    "untrained": "#3f8f4f",
-    "power": "#b08d1f",
-}
 _FURTHER = ("#a3416b", "#2f8f8f", "#70563f", "#6b6b6b")
 _GRID = "#e4e4e4"
 _LEAST_RELATIVE = 1e-7
 
 
-def colour_of(arm: str, arms: Sequence[str]) -> str:
-    """The arm's colour, the same in every figure."""
-    if arm in COLOURS:
-        return COLOURS[arm]
-    further = [name for name in arms if name not in COLOURS]
-    return _FURTHER[further.index(arm) % len(_FURTHER)]
+def colour_of(name: str, names: Sequence[str]) -> str:
+    """Colour of an arm, the same in every figure of these arms."""
+    own = {one: _own_colour(one) for one in names}
+    further = [one for one in names if own[one] is None]
+    return own[name] or _FURTHER[further.index(name) % len(_FURTHER)]
+
+
+def _own_colour(name: str) -> str | None:
+    arm = find_arm(name)
+    return arm.colour if arm.name == type(arm).stem else None
 
 
 def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
@@ -122,31 +119,31 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
 
 def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
     """Widths of every arm relative to the baseline, one line for each group."""
-    baseline = result["arms"]["baseline"]["widths"]
-    others = [name for name in result["arms"] if name != "baseline"]
+    baseline = result["arms"][BASELINE]["widths"]
+    others = [name for name in result["arms"] if name != BASELINE]
     figure = Figure(figsize=(7.6, 1.1 + 0.2 * len(groups)), layout="constrained")
     ax = figure.add_subplot()
-    ax.axvline(1, color=COLOURS["baseline"], linewidth=1)
+    ax.axvline(1, color=Baseline.colour, linewidth=1)
     for name in others:
         widths = result["arms"][name]["widths"]
         shares = [widths[group] / baseline[group] for group in groups]
         ax.plot(
             shares,
             range(len(groups)),
-            "o" if name.startswith("searched") else "|",
+            "o" if find_arm(name).is_searched else "|",
             color=colour_of(name, list(result["arms"])),
-            markersize=6 if name.startswith("searched") else 8,
+            markersize=6 if find_arm(name).is_searched else 8,
             markeredgewidth=1.5,
             label=name,
         )
     _name_lines(ax, groups)
-    shown = "searched" if "searched" in others else (others or ["baseline"])[0]
+    shown = SEARCHED if SEARCHED in others else (others or [BASELINE])[0]
     found = result["arms"][shown]["widths"]
     _annotate(ax, [f"{baseline[group]} → {found[group]}" for group in groups])
     ax.set_xlabel("width / baseline's width")
     ax.set_xlim(0, None)
     ax.annotate(
-        f"baseline → {shown}",
+        f"{BASELINE} → {shown}",
         (1.01, 1),
         xytext=(0, 6),
         xycoords="axes fraction",
@@ -170,7 +167,7 @@ def draw_demand(
     lines = range(len(groups))
     shares = [trained[group.name] / group.width for group in groups]
     ax.barh(lines, [1.0] * len(groups), color="#eef2f4", height=0.75)
-    ax.barh(lines, shares, color=COLOURS["searched"], height=0.75, label="trained baseline")
+    ax.barh(lines, shares, color=Searched.colour, height=0.75, label="trained baseline")
     if untrained is not None:
         before = [untrained[group.name] / group.width for group in groups]
         ax.plot(before, lines, "|", color="#e07b39", markeredgewidth=2, label="before training")
@@ -195,7 +192,7 @@ def draw_stage_spectra(
     widest = max(group.width for group in stages)
     for ax, group in zip(cells, stages, strict=True):
         for spectra, style in (
-            (trained, {"color": COLOURS["searched"], "label": "trained"}),
+            (trained, {"color": Searched.colour, "label": "trained"}),
             (untrained, {"color": "#e07b39", "label": "before training"}),
         ):
             if spectra is not None:

@@ -31,9 +31,10 @@ from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.report import page, pictures
 from fastcov_detection.report.tables import columns, rows, sentences
-from fastcov_detection.search.folder import finished_runs, measured_path, plan_path
+from fastcov_detection.search.arms import BASELINE, SEARCHED, UNTRAINED
+from fastcov_detection.search.folder import measured_path, plan_path
 from fastcov_detection.search.proposals import load_plan
-from fastcov_detection.search.results import read_result
+from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.search.spectra import load_spectra
 from fastcov_detection.train.evaluate import draw_detections
 from fastcov_detection.train.folder import has_weights, load_run
@@ -101,7 +102,7 @@ class _Search:
 
     def _trained_config(self) -> ModelConfig:
         """The detector's configuration with the number of classes that the data has."""
-        path = self.first_runs["baseline"] / "run.json"
+        path = self.first_runs[BASELINE] / "run.json"
         config = json.loads(path.read_text(encoding="utf-8"))["config"]
         return from_dict(TrainConfig, config).model
 
@@ -155,7 +156,7 @@ class _Search:
 
     def detections(self) -> str:
         parts = []
-        for arm in ("baseline", "searched"):
+        for arm in (BASELINE, SEARCHED):
             if arm in self.first_runs and has_weights(self.first_runs[arm]):
                 model, _, _ = load_run(self.first_runs[arm])
                 path = self.folder / "pictures" / f"detections-{arm}.png"
@@ -187,9 +188,9 @@ class _Search:
 
     def _notes(self) -> list[str]:
         """What bent the searched widths: floors, caps, budgets that could not be met."""
-        if "searched" not in self.first_runs:
+        if SEARCHED not in self.first_runs:
             return []
-        plan = load_plan(plan_path(self.folder, self.first_runs["searched"].parent.name))
+        plan = load_plan(plan_path(self.folder, self.first_runs[SEARCHED].parent.name))
         text = (
             f"Searched widths follow {plan.alpha:.3g} x demand^{plan.power:.3g}; they use "
             f"{100 * plan.macs / plan.budget:.2f} % of the budget of {plan.budget:,.0f} MACs."
@@ -198,8 +199,8 @@ class _Search:
 
     def demand(self) -> str:
         rule = self.config.rule
-        trained = self._measured("baseline", rule)
-        untrained = self._measured("untrained", rule)
+        trained = self._measured(BASELINE, rule)
+        untrained = self._measured(UNTRAINED, rule)
         if trained is None:
             return ""
         figure = pictures.draw_demand(
@@ -212,10 +213,10 @@ class _Search:
         return page.section("Demand", _figure(figure, caption))
 
     def spectra(self) -> str:
-        trained = self._measured("baseline")
+        trained = self._measured(BASELINE)
         if trained is None:
             return ""
-        stages = pictures.draw_stage_spectra(self.groups, trained, self._measured("untrained"))
+        stages = pictures.draw_stage_spectra(self.groups, trained, self._measured(UNTRAINED))
         short = {name.removeprefix("backbone.body."): one for name, one in trained.items()}
         everything = page.picture(png(spectra_grid(short)), "Every measured feature map")
         caption = (
@@ -226,7 +227,7 @@ class _Search:
         )
 
     def dynamics(self) -> str:
-        folder = self.first_runs["baseline"] / "spectra"
+        folder = self.first_runs[BASELINE] / "spectra"
         if not (folder / "history.jsonl").exists():
             return ""
         history = load_history(folder)

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastcov_detection.search.arms import BASELINE, SEARCHED
 from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
 
 COLUMNS = (
@@ -28,7 +29,7 @@ COLUMNS = (
 def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row of text for each arm; changes are from the baseline, spreads standard errors."""
     arms = result["arms"]
-    baseline = arms.get("baseline")
+    baseline = arms.get(BASELINE)
     has_masks = any(run["segm_ap"] is not None for arm in arms.values() for run in arm["runs"])
     table = []
     for name, arm in arms.items():
@@ -60,7 +61,7 @@ def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What the numbers show and what they do not."""
     found = []
-    searched, baseline = result["arms"].get("searched"), result["arms"].get("baseline")
+    searched, baseline = result["arms"].get(SEARCHED), result["arms"].get(BASELINE)
     if searched and baseline:
         fewer = _words(searched["backbone_params"], baseline["backbone_params"])
         macs = 100 * searched["macs"] / baseline["macs"]

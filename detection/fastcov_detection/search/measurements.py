@@ -13,9 +13,9 @@ from fastcov.widths import find_rule
 from fastcov_detection.config import ModelConfig, SearchConfig
 from fastcov_detection.data.batches import mix_seed
 from fastcov_detection.detector.build import build_model
+from fastcov_detection.search.arms import Untrained
 from fastcov_detection.search.folder import measured_path
 from fastcov_detection.search.measure import Images, measure_gradient_spectra, measure_spectra
-from fastcov_detection.search.proposals import UNTRAINED
 from fastcov_detection.search.runner import threads_per_run
 from fastcov_detection.search.spectra import load_spectra, save_spectra
 from fastcov_detection.train.folder import load_run
@@ -52,7 +52,7 @@ class Measurements:
 
     def untrained(self, rule: str, seed: int) -> dict[str, Spectrum]:
         """What a rule reads of the network that a seed's baseline run starts from."""
-        return self._read(UNTRAINED, rule, lambda: self._before_training(seed))
+        return self._read(Untrained().name, rule, lambda: self._before_training(seed))
 
     def _before_training(self, seed: int) -> GeneralizedRCNN:
         with torch.random.fork_rng(devices=[]):

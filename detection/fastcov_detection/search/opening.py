@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastcov_detection.config import ConfigError, SearchConfig, load_config, to_dict
+from fastcov.widths import RULES
+from fastcov_detection.config import ConfigError, SearchConfig, closest, load_config, to_dict
 from fastcov_detection.files import write_text
-from fastcov_detection.search.proposals import PEERS, check_arms
-from fastcov_detection.search.pruning import check_peer
+from fastcov_detection.search.arms import check_arms
 from fastcov_detection.search.results import read_result
 
 # What a search may change when it goes on in a folder: everything else would mix two experiments.
@@ -42,10 +42,12 @@ def checked(config: SearchConfig) -> SearchConfig:
             f"model.init is {config.train.model.init!r}: pretrained weights fit one set of widths, "
             "and a search trains every set; use random"
         )
+    if config.rule not in RULES:
+        raise ConfigError(f"rule is {config.rule!r}{closest(config.rule, RULES)}")
     arms = check_arms(config.arms)
-    if set(PEERS) & set(arms):
-        check_peer(config.train.model.norm)
-    return replace(config, arms=arms)
+    for arm in arms:
+        arm.check(config)
+    return replace(config, arms=tuple(arm.name for arm in arms))
 
 
 def check_same_search(folder: Path, config: SearchConfig) -> None:

@@ -3,98 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastcov import Spectrum, WidthGroup
 from fastcov.widths import (
-    RULES,
     WidthPlan,
     power_widths,
     random_widths,
     suggest_widths,
     uniform_widths,
 )
-from fastcov_detection.config import ConfigError, ModelConfig, SearchConfig, closest
+from fastcov_detection.config import ConfigError, ModelConfig, SearchConfig
 from fastcov_detection.detector.cost import Cost, cost_of
 from fastcov_detection.files import write_text
-
-BASELINE = "baseline"
-SEARCHED = "searched"
-PEER = "torch-pruning"
-PEER_SCRATCH = f"{PEER}-scratch"
-PEERS = (PEER, PEER_SCRATCH)
-UNTRAINED = "untrained"
-UNIFORM, RANDOM, POWER = "uniform", "random", "power"
-CONTROLS = (UNIFORM, RANDOM, UNTRAINED, POWER)
-MATCHED = (UNIFORM, POWER)
-"""Controls with the parameters of the network that a rule searched."""
-QUARTER = "quarter"
-"""The baseline scaled to a quarter of its backbone's parameters, whatever the rules say."""
-EXPONENT = "exponent-"
-"""Begins the name of an arm whose widths are the baseline's to a fixed power, at the same MACs."""
-
-
-def arm_names() -> tuple[str, ...]:
-    """Every arm with a fixed name; ``searched-share`` follows another rule than the main one.
-
-    Its controls are ``uniform-share``, ``power-share`` and ``untrained-share``. Arms ``exponent-P``
-    for any positive number P come on top.
-    """
-    further = [f"{name}-{rule}" for name in (SEARCHED, *MATCHED, UNTRAINED) for rule in RULES]
-    return (BASELINE, SEARCHED, *CONTROLS, *further, QUARTER, *PEERS)
-
-
-def rule_arm(arm: str, rule: str | None) -> str:
-    """Name of a rule's own arm; None: of the search's main rule."""
-    return arm if rule is None else f"{arm}-{rule}"
-
-
-def exponent_of(arm: str) -> float | None:
-    """The power of an arm ``exponent-P``; None for other arms.
-
-    Raises:
-        ConfigError: If P is not a positive number.
-    """
-    if not arm.startswith(EXPONENT):
-        return None
-    text = arm.removeprefix(EXPONENT)
-    try:
-        exponent = float(text)
-    except ValueError:
-        exponent = math.nan
-    if not 0 < exponent <= 2 or arm != f"{EXPONENT}{exponent:g}":
-        raise ConfigError(
-            f"arm {arm!r}: the exponent is {text!r}; write a number above 0 and up to 2 in its "
-            f"shortest form, for example {EXPONENT}0.5"
-        )
-    return exponent
-
-
-def check_arms(arms: Sequence[str]) -> tuple[str, ...]:
-    """The arms in a fixed order, with the baseline that every other arm is derived from.
-
-    Raises:
-        ConfigError: If an arm is unknown, or uniform or power have no searched arm to match.
-    """
-    known = arm_names()
-    exponents = {arm: exponent_of(arm) for arm in arms}
-    for arm, exponent in exponents.items():
-        if arm not in known and exponent is None:
-            raise ConfigError(f"unknown arm {arm!r}{closest(arm, known)}")
-    wanted = {BASELINE, *arms}
-    for arm in wanted:
-        control, _, rule = arm.partition("-")
-        matched_to = rule_arm(SEARCHED, rule or None)
-        if control in MATCHED and matched_to not in wanted:
-            raise ConfigError(
-                f"arm {arm!r} has the parameters of the searched network; "
-                f"add {matched_to!r} to the arms"
-            )
-    fixed = sorted((power, arm) for arm, power in exponents.items() if power is not None)
-    return (*(arm for arm in known if arm in wanted), *(arm for _, arm in fixed))
 
 
 class Costs:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastcov_detection.config import ConfigError, ModelConfig
+from fastcov_detection.config import ConfigError, ModelConfig, closest
 from fastcov_detection.detector.build import parse_name
 from fastcov_detection.detector.cost import BOX_REGIONS, MASK_REGIONS
 from fastcov_detection.files import write_text
 from fastcov_detection.provenance import commit
-from fastcov_detection.search.proposals import MATCHED
-from fastcov_detection.search.verdicts import Comparison, Question, compare_paired
+from fastcov_detection.search.arms import find_arm
+from fastcov_detection.search.folder import run_dir
+from fastcov_detection.search.verdicts import Comparison, compare_paired
 from fastcov_detection.train.folder import RunResult
 
 SCHEMA_VERSION = 1
@@ -64,36 +65,41 @@ class ArmRecord:
         }
 
 
-def compare_arms(arms: Sequence[ArmRecord]) -> list[Comparison]:
-    """Every arm against the baseline (no loss?), searched ones against the controls (better?)."""
-    by_name = {arm.name: arm for arm in arms}
-    pairs: list[tuple[str, str, Question]] = []
-    searched = [name for name in by_name if name.startswith("searched")]
-    controls = [name for name in by_name if name != "baseline" and name not in searched]
-    if "baseline" in by_name:
-        pairs += [(name, "baseline", "no loss") for name in searched]
-    pairs += [
-        (name, control, "better")
-        for name in searched
-        for control in controls
-        if _are_comparable(name, control)
-    ]
-    if "baseline" in by_name:
-        pairs += [(control, "baseline", "no loss") for control in controls]
+def compare_arms(records: Sequence[ArmRecord]) -> list[Comparison]:
+    """Every comparison that asks something: searched arms first, then their controls."""
+    arms = [(find_arm(record.name), record) for record in records]
+    arms.sort(key=lambda pair: not pair[0].is_searched)
     found = []
     for metric in ("ap", "segm_ap"):
-        for arm, versus, question in pairs:
-            values = by_name[arm].by_seed(metric), by_name[versus].by_seed(metric)
-            comparison = compare_paired(arm, versus, metric, *values, question)
-            if comparison is not None:
-                found.append(comparison)
+        for arm, record in arms:
+            for versus, other in arms:
+                question = arm.question(versus)
+                if arm == versus or question is None:
+                    continue
+                values = record.by_seed(metric), other.by_seed(metric)
+                comparison = compare_paired(arm.name, versus.name, metric, *values, question)
+                if comparison is not None:
+                    found.append(comparison)
     return found
 
 
-def _are_comparable(searched: str, control: str) -> bool:
-    """False for controls that have the parameters of what a further rule searched, not this one."""
-    kind, _, rule = control.partition("-")
-    return kind not in MATCHED or rule in ("", searched.partition("-")[2])
+def finished_runs(folder: Path, result: Mapping[str, Any], name: str) -> list[Path]:
+    """Folders of an arm's finished runs, in the order of its seeds.
+
+    Args:
+        folder: Of the search.
+        result: Its result.json.
+        name: Of the arm.
+
+    Raises:
+        ConfigError: If the search has no such arm.
+    """
+    if name not in result["arms"]:
+        raise ConfigError(f"{folder} has no arm {name!r}{closest(name, list(result['arms']))}")
+    record = result["arms"][name]
+    runs_of = find_arm(name).run_folder(folder, record["widths"])
+    runs = (run_dir(folder, runs_of, run["seed"]) for run in record["runs"])
+    return [run for run in runs if (run / "run.json").exists()]
 
 
 def macs_input(model: ModelConfig, image_size: int) -> dict[str, Any]:

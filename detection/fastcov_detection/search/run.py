@@ -12,35 +12,24 @@ A search lives in one folder and goes on from whatever is finished there:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastcov import Spectrum
-from fastcov.widths import WidthPlan
-from fastcov_detection.config import (
-    SearchConfig,
-    TrainConfig,
-    save_config,
-    to_dict,
-)
+from fastcov.widths import RULES, WidthPlan
+from fastcov_detection.config import SearchConfig, save_config
 from fastcov_detection.data.dataset import LoadedData, load_data
 from fastcov_detection.detector.build import build_model, parse_name, save_widths
 from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.distributed import pick_device
-from fastcov_detection.files import write_file, write_text
+from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
-from fastcov_detection.search.folder import (
-    plan_path,
-    run_dir,
-    searched_folder,
-    start_path,
-)
+from fastcov_detection.search.arms import KINDS, Arm, Baseline, Prepared, Searched, find_arm
+from fastcov_detection.search.folder import plan_path, run_dir, start_path
 from fastcov_detection.search.keeping import keep, restore
 from fastcov_detection.search.latency import measure_latency
 from fastcov_detection.search.measurements import Measurements
@@ -50,24 +39,8 @@ from fastcov_detection.search.opening import (
     checked,
     recorded_latency,
 )
-from fastcov_detection.search.proposals import (
-    BASELINE,
-    PEER,
-    PEER_SCRATCH,
-    PEERS,
-    QUARTER,
-    RANDOM,
-    SEARCHED,
-    UNTRAINED,
-    Costs,
-    Proposer,
-    exponent_of,
-    has_settled,
-    load_plan,
-    rule_arm,
-    save_plan,
-)
-from fastcov_detection.search.pruning import WIDER, peer_version, prune_to_budget
+from fastcov_detection.search.proposals import Costs, Proposer, load_plan, save_plan
+from fastcov_detection.search.pruning import peer_version, prune_to_budget
 from fastcov_detection.search.results import ArmRecord, compare_arms, macs_input, write_result
 from fastcov_detection.search.runner import Job, locked, run_jobs
 from fastcov_detection.train.folder import RunResult, has_weights, load_run, read_run_result
@@ -75,18 +48,6 @@ from fastcov_detection.train.folder import RunResult, has_weights, load_run, rea
 # Below 8 input channels, the gradient of a strided 1x1 convolution in channels_last writes outside
 # its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
 _LEAST_WIDTH = 8
-WIDER_ARM = f"{PEER}-from"
-_PEER_RUNS = "train-peer.json"
-
-
-@dataclass
-class Arm:
-    """An arm that is to be trained: its folder, and its plan for each seed."""
-
-    name: str
-    folder: str
-    plans: dict[int, tuple[str, WidthPlan]] = field(default_factory=dict)
-    """By seed: the name of the plan's file and the plan."""
 
 
 def run_search(
@@ -122,16 +83,9 @@ def run_search(
         if kept is not None:
             restore(kept, folder)
         save_config(config, folder / "config.json")
-        for name, train in (("train.json", config.train), (_PEER_RUNS, _peer_train(config))):
-            write_text(folder / name, json.dumps(to_dict(train), indent=2) + "\n")
+        for kind in KINDS:
+            save_config(kind.train_config(config), folder / kind.settings)
         return _Search(config, folder, lock, kept, progress).run()
-
-
-def _peer_train(config: SearchConfig) -> TrainConfig:
-    """Each of the two trainings of the torch-pruning arm."""
-    if config.peer_steps == "each":
-        return config.train
-    return replace(config.train, steps=max(1, config.train.steps // 2))
 
 
 class _Search:
@@ -162,125 +116,66 @@ class _Search:
         self.measurements = Measurements(
             config, folder, self.model_config, self.data.train, self.device, progress=progress
         )
-        self.arms: dict[str, Arm] = {}
+        self.arms: dict[Arm, Prepared] = {}
         self.latency = recorded_latency(folder)
 
     def run(self) -> dict[str, Any]:
         """Every step of the search; what an earlier process finished is read, not repeated."""
-        baseline = self._arm(BASELINE, BASELINE, self.proposer.baseline)
+        arms = [find_arm(name) for name in self.config.arms]
+        baseline = self.arms[Baseline()] = Baseline().prepare(self)
         # One run is what the widths follow from; others keep cores busy meanwhile. After that,
         # seed by seed: whenever a search is stopped, what it has finished can be compared.
-        self._train([baseline], seeds=self.seeds[: self.config.jobs])
-        arms = [baseline]
-        if any(name.startswith((SEARCHED, UNTRAINED)) for name in self.config.arms):
+        self.train([baseline], self.seeds[: self.config.jobs])
+        if any(arm.reads_spectra for arm in arms):
             # The report shows spectra of features whatever the rule reads.
-            for rule in dict.fromkeys(("dof", self.config.rule)):
-                self._measured(BASELINE, baseline, rule)
-                self.measurements.untrained(rule, self.seeds[0])
-        for name in self.config.arms:
-            if name == BASELINE:
-                continue
-            if name == SEARCHED:
-                searched = self._search_rounds(baseline)
-                arms.append(searched)
-                save_widths(self._all_widths(searched), self.folder / "widths.json")
-            elif name == RANDOM:
-                arms.append(self._random())
-            elif name == PEER:
-                arms.append(self._pruned(arms))
-            elif name == PEER_SCRATCH:
-                arms.append(self._pruned_from_scratch(arms))
-            elif name.startswith((SEARCHED, UNTRAINED)):
-                arms.append(self._by_rule(name, baseline))
-            elif name == QUARTER:
-                arms.append(self._arm(name, name, self.proposer.quarter))
-            elif (power := exponent_of(name)) is not None:
-                arms.append(self._arm(name, name, partial(self.proposer.exponent, power)))
-            else:
-                arms.append(self._matched(name, arms))
+            features = next(name for name, rule in RULES.items() if rule.reads == "features")
+            for rule in dict.fromkeys((features, self.config.rule)):
+                self.spectra(baseline.folder, baseline, rule)
+                self.untrained_spectra(rule)
+        for arm in arms:
+            if arm not in self.arms:
+                self.arms[arm] = arm.prepare(self)
+        if Searched() in self.arms:
+            save_widths(self._all_widths(self.arms[Searched()]), self.folder / "widths.json")
         # What is known already, from here or kept elsewhere, is recorded before anything is added.
-        self._enter(arms)
         self._record()
-        self._train(arms)
+        self.train(list(self.arms.values()), self.seeds)
         self.latency = self._latency() or self.latency
         return self._record()
 
-    def _by_rule(self, name: str, baseline: Arm) -> Arm:
-        """``untrained``, or ``searched-RULE`` and ``untrained-RULE`` by a rule of their own."""
-        source, _, own = name.partition("-")
-        rule = own or self.config.rule
-        if source == UNTRAINED:
-            spectra = self.measurements.untrained(rule, self.seeds[0])
-        else:
-            spectra = self._measured(BASELINE, baseline, rule)
-        return self._arm(name, name, partial(self.proposer.from_spectra, spectra, rule))
+    def prepared(self, arm: Arm) -> Prepared:
+        """An arm that was prepared before."""
+        return self.arms[arm]
 
-    def _matched(self, name: str, before: Sequence[Arm]) -> Arm:
-        """``uniform`` or ``power`` at the parameters of what the same rule searched."""
-        control, _, rule = name.partition("-")
-        plans = {arm.name: self._first_plan(arm) for arm in before}
-        searched = plans[rule_arm(SEARCHED, rule or None)]
-        return self._arm(name, name, partial(getattr(self.proposer, control), searched))
+    def plan(self, name: str, propose: Callable[[], WidthPlan]) -> WidthPlan:
+        """The plan of a name, proposed once and read from its file afterwards."""
+        path = plan_path(self.folder, name)
+        if not path.exists():
+            with progress_bar(f"widths of {name}", 1, enabled=self.progress) as advance:
+                save_plan(propose(), path)
+                advance(1)
+        return load_plan(path)
 
-    def _search_rounds(self, baseline: Arm) -> Arm:
-        """Proposes and trains until widths stand still or the rounds are used up."""
-        rule = self.config.rule
-        arm = self._round_arm(1, self._measured(BASELINE, baseline, rule))
-        for number in range(2, self.config.rounds + 1):
-            self._train([arm], seeds=self.seeds[:1])
-            spectra = self._measured(arm.folder, arm, rule)
-            following = self._round_arm(number, spectra)
-            if has_settled(self.groups, self._first_plan(arm), self._first_plan(following)):
-                break
-            arm = following
-        return arm
+    def spectra(self, name: str, prepared: Prepared, rule: str) -> Mapping[str, Spectrum]:
+        """Spectra that a rule reads of an arm's first run."""
 
-    def _round_arm(self, number: int, spectra: Mapping[str, Spectrum]) -> Arm:
-        propose = partial(self.proposer.from_spectra, spectra)
-        return self._arm(SEARCHED, searched_folder(number), propose)
+        def find() -> Path:
+            # Weights may be missing where an earlier process ended before it measured spectra.
+            self._train_for_weights(prepared, self.seeds[:1])
+            return self._run_dir(prepared, self.seeds[0])
 
-    def _random(self) -> Arm:
-        arm = Arm("random", "random")
-        for seed in self.seeds:
-            name = f"random-seed{seed}"
-            arm.plans[seed] = name, self._plan(name, partial(self.proposer.random, seed))
-        return arm
+        return self.measurements.trained(name, rule, find)
 
-    def _pruned(self, before: Sequence[Arm]) -> Arm:
-        """What Torch-Pruning makes of a wider detector, for the seeds that are asked for."""
-        arm = Arm(PEER, PEER)
-        seeds = self.seeds[: self.config.peer_seeds]
-        names = {seed: f"{PEER}-seed{seed}" for seed in seeds}
-        # A run whose result was kept needs neither the wider detector nor its pruned weights.
-        self._prune_wider(
-            {
-                seed: name
-                for seed, name in names.items()
-                if not (self._run_dir(arm, seed) / "run.json").exists()
-                and not start_path(self.folder, name).exists()
-            },
-            before,
-        )
-        for seed in seeds:
-            arm.plans[seed] = names[seed], load_plan(plan_path(self.folder, names[seed]))
-        return arm
+    def untrained_spectra(self, rule: str) -> Mapping[str, Spectrum]:
+        """Spectra that a rule reads of the baseline before it is trained."""
+        return self.measurements.untrained(rule, self.seeds[0])
 
-    def _pruned_from_scratch(self, before: Sequence[Arm]) -> Arm:
-        """The widths of the first pruning at every seed, from random weights like every arm."""
-        name = f"{PEER}-seed{self.seeds[0]}"
-        if not plan_path(self.folder, name).exists():
-            self._prune_wider({self.seeds[0]: name}, before)
-        plan = load_plan(plan_path(self.folder, name))
-        return Arm(PEER_SCRATCH, PEER_SCRATCH, dict.fromkeys(self.seeds, (name, plan)))
-
-    def _prune_wider(self, names: Mapping[int, str], before: Sequence[Arm]) -> None:
+    def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
         """Trains the wider detector at some seeds, and leaves what pruning makes of each.
 
         It takes longer than any arm, so that the arms before it are trained first.
         """
-        if names:
-            self._train(before)
-        wider = self._arm(WIDER_ARM, WIDER_ARM, partial(self.proposer.wider, WIDER))
+        self.train(list(self.arms.values()), self.seeds)
         self._train_for_weights(wider, list(names))
         for seed, name in names.items():
             self._prune(self._run_dir(wider, seed), name)
@@ -297,68 +192,29 @@ class _Search:
         weights = start_path(self.folder, name)
         write_file(weights, lambda file: torch.save(pruned.state, file))
 
-    def _arm(self, name: str, folder: str, propose: Callable[[], WidthPlan]) -> Arm:
-        """An arm with one plan for all seeds."""
-        plan = self._plan(folder, propose)
-        return Arm(name, folder, dict.fromkeys(self.seeds, (folder, plan)))
-
-    def _plan(self, name: str, propose: Callable[[], WidthPlan]) -> WidthPlan:
-        path = plan_path(self.folder, name)
-        if not path.exists():
-            with progress_bar(f"widths of {name}", 1, enabled=self.progress) as advance:
-                save_plan(propose(), path)
-                advance(1)
-        return load_plan(path)
-
-    def _first_plan(self, arm: Arm) -> WidthPlan:
-        return next(iter(arm.plans.values()))[1]
-
-    def _all_widths(self, arm: Arm) -> dict[str, int]:
+    def _all_widths(self, prepared: Prepared) -> dict[str, int]:
         """The arm's widths, those of the groups that do not vary included."""
         with torch.device("meta"):
             model = build_model(
-                replace(self.model_config, init="random"), self._first_plan(arm).widths
+                replace(self.model_config, init="random"), prepared.first_plan.widths
             )
         return dict(model.widths)
 
-    def _run_dir(self, arm: Arm, seed: int) -> Path:
-        return run_dir(self.folder, arm.folder, seed)
+    def _run_dir(self, prepared: Prepared, seed: int) -> Path:
+        return run_dir(self.folder, prepared.folder, seed)
 
-    def _train_for_weights(self, arm: Arm, seeds: Sequence[int]) -> None:
+    def _train_for_weights(self, prepared: Prepared, seeds: Sequence[int]) -> None:
         """Trains runs whose weights are needed: results alone, kept elsewhere, do not do."""
         for seed in seeds:
-            run = self._run_dir(arm, seed)
+            run = self._run_dir(prepared, seed)
             if not has_weights(run):
                 (run / "run.json").unlink(missing_ok=True)
-        self._train([arm], seeds)
+        self.train([prepared], seeds)
 
-    def _enter(self, arms: Sequence[Arm]) -> None:
-        """Arms that the record holds from now on."""
-        self.arms |= {arm.name: arm for arm in arms if arm.name != WIDER_ARM}
-
-    def _train(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> None:
-        self._enter(arms)
-        jobs = []
-        for seed in self.seeds if seeds is None else seeds:
-            for arm in arms:
-                if seed not in arm.plans:
-                    continue
-                plan_name, _ = arm.plans[seed]
-                is_peer = arm.name in (PEER, WIDER_ARM)
-                start = start_path(self.folder, plan_name)
-                jobs.append(
-                    Job(
-                        label=f"{arm.name}, seed {seed}",
-                        run_dir=self._run_dir(arm, seed),
-                        config_file=self.folder / (_PEER_RUNS if is_peer else "train.json"),
-                        widths_file=plan_path(self.folder, plan_name),
-                        seed=seed,
-                        steps=(_peer_train(self.config) if is_peer else self.config.train).steps,
-                        start_file=start if arm.name == PEER else None,
-                    )
-                )
+    def train(self, arms: Sequence[Prepared], seeds: Sequence[int]) -> None:
+        """Trains what is not finished of these arms, seed by seed."""
         run_jobs(
-            jobs,
+            [self._job(one, seed) for seed in seeds for one in arms if seed in one.plans],
             at_once=self.config.jobs,
             lock=self.lock,
             # A long search can be read, and stopped, after every run.
@@ -366,23 +222,25 @@ class _Search:
             progress=self.progress,
         )
 
-    def _measured(self, name: str, arm: Arm, rule: str) -> dict[str, Spectrum]:
-        """What a rule reads of the arm's first run."""
-
-        def find() -> Path:
-            # Weights may be missing where an earlier process ended before it measured spectra.
-            self._train_for_weights(arm, self.seeds[:1])
-            return self._run_dir(arm, self.seeds[0])
-
-        return self.measurements.trained(name, rule, find)
+    def _job(self, prepared: Prepared, seed: int) -> Job:
+        arm, (plan_name, _) = prepared.arm, prepared.plans[seed]
+        return Job(
+            label=f"{arm.name}, seed {seed}",
+            run_dir=self._run_dir(prepared, seed),
+            config_file=self.folder / arm.settings,
+            widths_file=plan_path(self.folder, plan_name),
+            seed=seed,
+            steps=arm.train_config(self.config).steps,
+            start_file=arm.start(self.folder, plan_name),
+        )
 
     def _record(self) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""
         records = []
-        for arm in self.arms.values():
-            runs = [self._result(arm, seed) for seed in arm.plans]
-            record = ArmRecord(arm.name, self._all_widths(arm), [run for run in runs if run])
-            record.made_with = self._first_plan(arm).rule if arm.name in PEERS else None
+        for arm, prepared in self.arms.items():
+            runs = [self._result(prepared, seed) for seed in prepared.plans]
+            record = ArmRecord(arm.name, self._all_widths(prepared), [run for run in runs if run])
+            record.made_with = prepared.first_plan.rule if arm.names_its_maker else None
             record.latency_ms = self.latency.get(arm.name)
             records.append(record)
         counted_on = macs_input(self.model_config, self.image_size)
@@ -392,11 +250,11 @@ class _Search:
             keep(self.folder, self.kept)
         return result
 
-    def _result(self, arm: Arm, seed: int) -> RunResult | None:
-        result = read_run_result(self._run_dir(arm, seed))
+    def _result(self, prepared: Prepared, seed: int) -> RunResult | None:
+        result = read_run_result(self._run_dir(prepared, seed))
         if result is None:
             return None
-        _, plan = arm.plans[seed]
+        _, plan = prepared.plans[seed]
         cost = self.proposer.costs(plan.widths)
         return replace(
             result,
@@ -407,7 +265,10 @@ class _Search:
 
     def _latency(self) -> dict[str, float]:
         """Latency of every arm, or of none: times of different machines do not compare."""
-        runs = {n: self._run_dir(arm, next(iter(arm.plans))) for n, arm in self.arms.items()}
+        runs = {
+            arm.name: self._run_dir(prepared, next(iter(prepared.plans)))
+            for arm, prepared in self.arms.items()
+        }
         if not all(has_weights(run) for run in runs.values()):
             return {}
         models = {name: load_run(run)[0] for name, run in runs.items()}

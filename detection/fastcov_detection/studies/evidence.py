@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcov_detection.config import ConfigError
 from fastcov_detection.files import write_text
+from fastcov_detection.search.arms import BASELINE
 from fastcov_detection.search.results import read_result
 from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
 from fastcov_detection.studies.planned import TUNING, TWICE, criteria
@@ -66,7 +67,7 @@ def _section(name: str, result: Mapping[str, Any], found: Mapping[str, Mapping[s
     headings += [*(names[metric] for metric in metrics), "CPU seconds a run", "seeds"]
     lines += [_row(headings), _row(["---"] * len(headings))]
     for arm_name, arm in arms.items():
-        lines.append(_row(_cells(arm_name, arm, arms["baseline"], metrics)))
+        lines.append(_row(_cells(arm_name, arm, arms[BASELINE], metrics)))
     lines.append("")
     if name.endswith(TWICE):
         return "\n".join(lines)

@@ -12,8 +12,7 @@ import torch
 from fastcov_detection.config import ConfigError, ModelConfig
 from fastcov_detection.detector.build import PYRAMID_LEVELS, parse_name, save_widths
 from fastcov_detection.files import write_file, write_text
-from fastcov_detection.search.folder import finished_runs
-from fastcov_detection.search.results import read_result
+from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.train.folder import load_run
 
 _REBUILD = '''"""Rebuilds the detector beside this file with torch and torchvision alone."""

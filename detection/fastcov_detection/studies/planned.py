@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcov_detection.config import SearchConfig, TrainConfig, preset
-from fastcov_detection.search.proposals import BASELINE, EXPONENT, QUARTER
+from fastcov_detection.search.arms import BASELINE, EXPONENT, QUARTER
 from fastcov_detection.search.results import read_result
 from fastcov_detection.search.run import run_search
 from fastcov_detection.search.verdicts import CONFIDENCE, mean_and_error, t_quantile

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastcov_detection.search.proposals import (
+from fastcov_detection.search.arms import (
     BASELINE,
     EXPONENT,
     POWER,

@@ -161,7 +161,7 @@ def _figures():
     return {
         "accuracy": pictures.draw_accuracy(result),
         "losses": pictures.draw_losses(
-            {"baseline": [(1, 2.0), (2, 1.5)], "own": [(1, 2.1)], "e": []}
+            {"baseline": [(1, 2.0), (2, 1.5)], "quarter": [(1, 2.1)], "power": []}
         ),
         "widths": pictures.draw_widths(result, names),
         "demand": pictures.draw_demand(GROUPS, demands, None, "dof"),
@@ -245,7 +245,7 @@ def test_many_names_share_the_height():
 
 def test_names_of_arms_that_lie_on_one_another_do_not_overlap():
     result = _result()
-    result["arms"] |= {f"arm{k}": _arm(1_184_000, [0.54, 0.55, 0.54]) for k in range(8)}
+    result["arms"] |= {f"exponent-0.{k + 1}": _arm(1_184_000, [0.54, 0.55, 0.54]) for k in range(8)}
     figure = pictures.draw_accuracy(result)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -21,10 +21,9 @@ from fastcov_detection.detector.build import load_widths
 from fastcov_detection.detector.cost import cost_of
 from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.report.report import write_report
-from fastcov_detection.search.folder import finished_runs
 from fastcov_detection.search.measurements import Measurements
 from fastcov_detection.search.proposals import load_plan
-from fastcov_detection.search.results import read_result, write_result
+from fastcov_detection.search.results import finished_runs, read_result, write_result
 from fastcov_detection.search.run import run_search
 from fastcov_detection.search.runner import locked
 from fastcov_detection.search.spectra import load_spectra

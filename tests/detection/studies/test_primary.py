@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastcov_detection.search.proposals import check_arms
+from fastcov_detection.search.arms import check_arms
 from fastcov_detection.studies.primary import (
     PLAN,
     answer,
@@ -39,7 +39,7 @@ def _result(lead: float, seeds: int = 4, saving: int = 30, spread: float = 1.0) 
 
 
 def test_the_plans_arms_are_arms_of_a_search() -> None:
-    assert set(check_arms(PLAN.arms())) == set(PLAN.arms())
+    assert {arm.name for arm in check_arms(PLAN.arms())} == set(PLAN.arms())
     assert set(PLAN.rivals("gradient")) <= set(PLAN.arms())
 
 
