@@ -42,40 +42,57 @@ class ModelConfig:
     num_classes: int | None = None
     """Classes with the background; None: as many as the data has."""
     norm: Literal["batch", "sync", "group", "frozen"] = "batch"
+    """Norm behind every convolution of the backbone."""
     init: str = "random"
     """``random``, ``imagenet`` (torchvision's weights), or a state_dict's or run folder's path."""
     trainable_layers: int = 5
     """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on."""
     zero_init_last_norm: bool = False
+    """Start the last norm of each block at zero."""
     width_multiplier: float = 1.0
     """Scales the stem, stage and inner widths of the backbone."""
     fpn_channels: int = 256
+    """Channels of every map of the pyramid."""
     fpn_norm: bool = False
     """Normalise the pyramid's maps as well, with the norm of the backbone."""
     box_head_width: int = 1024
+    """Units of both layers of the box head."""
     mask_head_width: int = 256
+    """Channels of every layer of the mask head."""
     min_size: int = 800
+    """Length to which the shorter edge of an image is resized."""
     max_size: int = 1333
+    """Most pixels of the longer edge after that."""
     train_sizes: tuple[int, ...] = ()
     """Further lengths of the shorter edge that training draws from (multi-scale)."""
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     """One anchor size for each of the five pyramid levels."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width of the anchors of each size."""
     rpn_batch: int = 256
+    """Anchors that are sampled from each training image."""
     rpn_pre_nms_train: int = 2000
+    """Best proposals of a level that training hands to non-maximum suppression."""
     rpn_pre_nms_test: int = 1000
+    """The same in evaluation."""
     rpn_post_nms_train: int = 2000
+    """Proposals of an image that training keeps."""
     rpn_post_nms_test: int = 1000
+    """Proposals of an image that evaluation keeps."""
     roi_batch: int = 512
     """Regions of interest that are sampled from each training image."""
     roi_sampling_ratio: int = 2
+    """Samples of RoIAlign along each edge of a bin."""
     roi_align: Literal["torchvision", "rows"] = "torchvision"
     """``rows``: the same values up to rounding, with a gradient that is faster on processors."""
     roi_canonical_scale: int = 224
     """Edge of the box that is read from pyramid level ``roi_canonical_level``."""
     roi_canonical_level: int = 4
+    """Pyramid level of boxes with edge ``roi_canonical_scale``."""
     detections_per_image: int = 100
+    """Most detections of an image."""
     score_threshold: float = 0.05
+    """Detections with a lower score are dropped."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +100,13 @@ class MiniConfig:
     """The ``mini`` data set: handwritten digits on real photographs, nothing to download."""
 
     train: int = 2000
+    """Training images."""
     val: int = 300
+    """Validation images."""
     canvas: int = 96
+    """Edge of an image in pixels."""
     seed: int = 0
+    """Seed of everything that is drawn."""
     brightness: float = 0.5
     """What photographs are multiplied by."""
     colour_low: int = 150
@@ -110,9 +131,13 @@ class DataConfig:
     """Folder where ``mini`` is kept; rebuilt only when its parameters change."""
     mini: MiniConfig = field(default_factory=MiniConfig)
     train_images: str | None = None
+    """Folder of training images."""
     train_annotations: str | None = None
+    """File of training annotations."""
     val_images: str | None = None
+    """Folder of validation images."""
     val_annotations: str | None = None
+    """File of validation annotations."""
     exif: Literal["turn", "ignore"] = "turn"
     """``turn``: images are turned as their EXIF orientation asks and viewers show them; ``ignore``:
     for boxes that were drawn on the pixels as they are stored."""
@@ -127,6 +152,7 @@ class DataConfig:
     cache: bool = False
     """Keep decoded training images in memory, for data that fits."""
     workers: int = 0
+    """Processes that read images; 0: the training process reads them itself."""
 
 
 @dataclass(frozen=True)
@@ -136,26 +162,37 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 90_000
+    """Steps of the optimizer."""
     batch_size: int = 16
     """Images of one step over all processes."""
     eval_batch_size: int = 1
+    """Images of one forward pass of an evaluation."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer of all parameters."""
     lr: float = 0.02
+    """Learning rate after warm-up."""
     momentum: float = 0.9
     """Of SGD; AdamW keeps torch's two factors."""
     nesterov: bool = False
+    """Nesterov momentum of SGD."""
     weight_decay: float = 1e-4
+    """Weight decay of parameters."""
     decay_vectors: bool = True
     """Apply weight decay to norms and biases too."""
     warmup_steps: int = 1000
+    """Steps over which the learning rate rises to ``lr``."""
     schedule: Literal["step", "cosine"] = "step"
+    """How the learning rate falls."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     """Where the step schedule divides the rate by ten, as shares of ``steps``."""
     final_lr: float = 0.0
     """Where the cosine schedule ends, as a share of ``lr``."""
     clip_norm: float | None = None
+    """Largest norm of the gradient; None: not clipped."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of autocast; float32: none."""
     channels_last: bool = False
+    """Keep feature maps in channels_last memory."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int | None = None
@@ -165,12 +202,17 @@ class TrainConfig:
     track: Literal["none", "backbone", "model"] = "backbone"
     """Which part ``fastcov.track`` watches while training runs."""
     track_where: Literal["output", "input", "both"] = "output"
+    """Which tensors of a layer are watched."""
     track_decay: float | None = None
+    """Factor of earlier steps; None: all steps count the same."""
     track_rows: int | None = None
     """Rows that are read of a layer and step; None: as many as 1 % of the training flops allow."""
     snapshot_every: int = 1000
+    """Steps between snapshots of the spectra."""
     log_every: int = 20
+    """Steps between lines of the log."""
     checkpoint_every: int = 1000
+    """Steps between checkpoints."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: at the end only."""
 
@@ -183,26 +225,34 @@ class SearchConfig:
     rule: str = "dof"
     """A rule of ``fastcov.widths.RULES``: what a feature map's spectrum says it needs."""
     power: float = 1.0
+    """Exponent of demand in the rule of widths."""
     rounds: int = 1
+    """Times that the search trains, measures and proposes, at most."""
     budget: float | None = None
     """MACs of the searched detector; None: those of the baseline."""
     max_params: int | None = None
+    """Cap on the searched parameters."""
     vary: tuple[str, ...] = ("backbone",)
     """Which widths may change: ``backbone``, ``fpn``, ``heads``."""
     arms: tuple[str, ...] = ("baseline", "searched", "uniform", "random", "untrained", "power")
+    """Networks that are trained and compared."""
     seeds: int = 1
+    """Runs of each arm."""
     peer_seeds: int = 1
     """Runs of arm ``torch-pruning``, which needs a second, larger training for each."""
     peer_steps: Literal["each", "shared"] = "each"
     """Steps of its two trainings: as many as every arm has, or half of them each, so that what
     is left has seen no more steps than any other network."""
     first_seed: int = 0
+    """Seed of the first run; the others follow."""
     measure_images: int = 512
+    """Images of a measuring pass."""
     image_size: int | None = None
     """Edge of the square input on which MACs are counted; None: ``train.model.min_size``."""
     jobs: int = 1
     """Training runs side by side."""
     latency_runs: int = 20
+    """Timed forward passes of each arm."""
 
 
 def _mini() -> TrainConfig:
