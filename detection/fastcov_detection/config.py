@@ -214,7 +214,10 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0: at the end only."""
+    """Steps between evaluations; 0: at the end only, or as ``evaluate_epochs`` says."""
+    evaluate_epochs: float = 0.0
+    """Passes over the training images between evaluations; the weights with the highest AP of boxes
+    are kept as ``best.pt``. 0: as ``evaluate_every`` says."""
 
 
 @dataclass(frozen=True)

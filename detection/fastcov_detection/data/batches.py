@@ -35,6 +35,11 @@ def mix_seed(*parts: int) -> int:
     return state & _MASK_63
 
 
+def aspect_buckets(aspect_ratios: Sequence[float]) -> list[int]:
+    """Buckets of shapes, a third of an octave apart at most; one shape in a batch saves padding."""
+    return [max(-4, min(4, round(3 * math.log2(ratio)))) for ratio in aspect_ratios]
+
+
 class BatchPlan(Sampler[list[Draw]]):
     """Batches of images of similar shape, in the same order whenever and wherever it is asked.
 
@@ -70,8 +75,7 @@ class BatchPlan(Sampler[list[Draw]]):
                 f"batch_size is {batch_size}, the images of a step over all processes; "
                 f"choose a multiple of {world_size}"
             )
-        # A third of an octave apart at most; one shape in a batch saves padding.
-        self.buckets = [max(-4, min(4, round(3 * math.log2(ratio)))) for ratio in aspect_ratios]
+        self.buckets = aspect_buckets(aspect_ratios)
         self.batch_size, self.seed = batch_size, seed
         self.steps, self.first_step = steps, first_step
         self.rank, self.world_size = rank, world_size
@@ -131,6 +135,11 @@ class AugmentedView(Dataset[tuple[Tensor, Target]]):
         image, target = self._kept[index]
         # Transforms make new tensors but may put them into the same dictionary.
         return image, dict(target)
+
+
+def to_float(image: Tensor) -> Tensor:
+    """An image with values in [0, 1]; eight-bit pixels, as loaders ship them, are scaled."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def to_device(target: dict[str, Any], device: torch.device) -> dict[str, Any]:

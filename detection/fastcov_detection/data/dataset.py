@@ -123,6 +123,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """Width by height of every image, as annotated."""
         return [record.width / record.height for record in self.records]
 
+    def image_ids(self) -> list[int | str]:
+        """Ids of the images, as annotated."""
+        return [record.image_id for record in self.records]
+
+    def has_objects(self) -> bool:
+        """True if an image has an object that is not a crowd."""
+        return any(not a.is_crowd for record in self.records for a in record.annotations)
+
     def drop_empty(self) -> None:
         """Leaves out images without a single object to learn from."""
         self.records = [r for r in self.records if any(not a.is_crowd for a in r.annotations)]

@@ -13,14 +13,18 @@ from typing import Any
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
 from fastcov_detection.config import ConfigError, ModelConfig, closest
 from fastcov_detection.detector.backbone import STAGE_BLOCKS, build_resnet, norm_layer, stock_widths
+from fastcov_detection.detector.boxes import (
+    Float32Anchors,
+    Float32BoxPredictor,
+    Float32RPNHead,
+)
 from fastcov_detection.detector.roi_align import RowRoIAlign
 from fastcov_detection.detector.transform import BatchTransform
 from fastcov_detection.detector.weights import initialise_backbone
@@ -125,7 +129,7 @@ def build_model(
         backbone,
         min_size=(*config.train_sizes, config.min_size),
         max_size=config.max_size,
-        rpn_anchor_generator=AnchorGenerator(
+        rpn_anchor_generator=Float32Anchors(
             tuple((size,) for size in config.anchor_sizes),
             (tuple(config.anchor_ratios),) * len(config.anchor_sizes),
         ),
@@ -136,7 +140,8 @@ def build_model(
         rpn_batch_size_per_image=config.rpn_batch,
         box_roi_pool=_roi_align(config, 7),
         box_head=TwoMLPHead(channels * 7 * 7, complete["box_head"]),
-        box_predictor=FastRCNNPredictor(complete["box_head"], num_classes),
+        box_predictor=Float32BoxPredictor(complete["box_head"], num_classes),
+        rpn_head=Float32RPNHead(channels, len(config.anchor_ratios)),
         box_score_thresh=config.score_threshold,
         box_detections_per_img=config.detections_per_image,
         box_batch_size_per_image=config.roi_batch,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from fastcov_detection.data.batches import to_float
 from fastcov_detection.progress import progress_bar
 
 _WARM_UP = 3
@@ -30,7 +31,7 @@ def measure_latency(
 
     Args:
         models: By name; moved to the device and back to the CPU.
-        image: Values in [0, 1]. [3, H, W]
+        image: Values in [0, 1], or pixels in eight bits. [3, H, W]
         runs: Timed passes of each model, after three that are not.
         device: Where the passes run.
         progress: Show a bar.
@@ -43,7 +44,7 @@ def measure_latency(
     place = torch.device(device)
     finish = torch.cuda.synchronize if place.type == "cuda" else nullcontext
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    images = [image.to(place)]
+    images = [to_float(image.to(place))]
     for model in models.values():
         model.to(place).eval()
     bar = progress_bar("measuring latency", _WARM_UP + runs, enabled=progress)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import fastcov
-from fastcov_detection.data.batches import mix_seed, to_device
+from fastcov_detection.data.batches import mix_seed, to_device, to_float
 from fastcov_detection.detector.backbone import NORMS
 from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.progress import progress_bar
@@ -162,7 +162,7 @@ def _passes(
         for number, index in enumerate(chosen):
             torch.manual_seed(mix_seed(seed, 5, number))
             image, target = dataset[index]
-            yield image.to(device), to_device(target, device)
+            yield to_float(image.to(device)), to_device(target, device)
             advance(1)
 
 

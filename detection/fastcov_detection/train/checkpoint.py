@@ -165,6 +165,7 @@ _FREE = {
     "config.log_every",
     "config.checkpoint_every",
     "config.evaluate_every",
+    "config.evaluate_epochs",
 }
 _PLACES = {
     "config.data.name",

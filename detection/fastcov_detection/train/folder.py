@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -14,6 +14,9 @@ from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.detector.weights import read_state
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.train import checkpoint as checkpoints
+
+BEST = "best.pt"
+"""Weights of the best evaluation so far."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +38,45 @@ class RunResult:
     cpu_s: float | None = None
     """CPU seconds of the main process during the training steps, over all its threads: what
     ``train_s`` would be on a thread that has a core to itself."""
+    numbers: dict[str, float | None] = field(default_factory=dict)
+    """COCO's twelve numbers of boxes, and of masks after ``segm_``; empty in older runs."""
+    classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """AP of every class by name, under ``ap`` and ``segm_ap``; empty in older runs."""
+    best: dict[str, float] | None = None
+    """Step and AP of the best evaluation, whose weights ``best.pt`` holds; None where the run was
+    evaluated at its end alone."""
 
 
 def load_run(
-    run_dir: str | os.PathLike[str],
+    run_dir: str | os.PathLike[str], *, best: bool = False
 ) -> tuple[GeneralizedRCNN, TrainConfig, RunResult | None]:
     """A run's detector with its weights, in eval(), its configuration, and its result if it has
     ended.
+
+    Args:
+        run_dir: Folder of the run.
+        best: Take the weights of the best evaluation instead of the last ones.
 
     Raises:
         ConfigError: If a file is missing or cannot be read.
         CheckpointError: If the run has neither weights nor a checkpoint.
     """
     folder = Path(run_dir)
-    if (folder / "run.json").exists() and not has_weights(folder):
+    if not best and (folder / "run.json").exists() and not has_weights(folder):
         raise CheckpointError(
             f"{folder} holds the result of a run whose weights are not here; "
             f"delete {folder / 'run.json'} and run it again to have them"
         )
     config = load_config(TrainConfig, folder / "config.json")
     model = build_model(replace(config.model, init="random"), load_widths(folder / "widths.json"))
-    if (folder / "model.pt").exists():
+    if best:
+        if not (folder / BEST).exists():
+            raise CheckpointError(
+                f"{folder} has no {BEST}; set evaluate_epochs or evaluate_every to have the best "
+                "weights kept while training runs"
+            )
+        state = read_state(folder / BEST)
+    elif (folder / "model.pt").exists():
         state = read_state(folder / "model.pt")
     else:
         saved = checkpoints.load_checkpoint(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Logbook:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.lines.flush()
-        for name, value in values.items():
+        for name, value in _flat(values):
             if value is not None:
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
@@ -123,6 +123,15 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Curves by path: those of a mapping under its name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", one) for inner, one in _flat(value))
+        else:
+            yield name, value
 
 
 def _keep_until(path: Path, step: int) -> None:

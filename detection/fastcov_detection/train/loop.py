@@ -21,7 +21,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import fastcov
 from fastcov_detection.config import TrainConfig, save_config, to_dict
-from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed, to_device
+from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed, to_device, to_float
 from fastcov_detection.data.dataset import (
     LoadedData,
     Target,
@@ -38,12 +38,13 @@ from fastcov_detection.files import write_file, write_text
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.provenance import made_by
 from fastcov_detection.train import checkpoint as checkpoints
-from fastcov_detection.train.evaluate import evaluate, tell_limits
-from fastcov_detection.train.folder import RunResult, has_weights, load_run, read_run_result
+from fastcov_detection.train.evaluate import Evaluation, evaluate, tell_limits, write_predictions
+from fastcov_detection.train.folder import BEST, RunResult, has_weights, load_run, read_run_result
 from fastcov_detection.train.logbook import Logbook
 from fastcov_detection.train.schedule import (
     build_optimizer,
     calmer_settings,
+    evaluation_steps,
     learning_rate,
     set_learning_rate,
 )
@@ -66,8 +67,10 @@ def train(
     """Trains a detector to its end and evaluates it.
 
     The folder gets ``config.json``, ``widths.json``, ``classes.json``, ``log.jsonl``,
-    ``tensorboard/``, ``spectra/`` (what :func:`fastcov.track` saw), ``checkpoint.pt``, and at the
-    end ``model.pt`` (a plain state_dict) and ``run.json``. Order of images, their random changes
+    ``tensorboard/``, ``spectra/`` (what :func:`fastcov.track` saw), ``checkpoint.pt``, ``best.pt``
+    (where it is evaluated on the way: the weights with the highest AP of boxes), and at the end
+    ``model.pt`` (a plain state_dict), ``predictions.bbox.json`` (and ``.segm``, in COCO's results
+    format) and ``run.json``. Order of images, their random changes
     and the sampling of regions follow from the seed, the step and the rank alone, so a run that was
     killed goes on to the same losses.
 
@@ -138,6 +141,8 @@ class _Run:
         self.dtype = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
+        self.best: dict[str, float] | None = None
+        self.evaluate_steps = evaluation_steps(config, len(data.train))
         self.tracker = self._track()
         self._restore()
         self.logbook = Logbook(
@@ -152,16 +157,16 @@ class _Run:
         """Trains what is left, evaluates, and leaves the result."""
         try:
             self._train()
-            scores = self._evaluate()
+            final = self._evaluate()
         finally:
             self.logbook.close()
             if self.tracker is not None:
                 self.tracker.close()
         cost = count_cost(self.model, self.config.model.min_size)
         result = RunResult(
-            ap=float(scores["ap"] or 0.0),
-            ap50=float(scores["ap50"] or 0.0),
-            segm_ap=scores["segm_ap"],
+            ap=final.ap,
+            ap50=final.numbers["ap50"] or 0.0,
+            segm_ap=final.numbers["segm_ap"],
             train_s=self.train_s,
             params=cost.params,
             backbone_params=cost.backbone_params,
@@ -170,12 +175,13 @@ class _Run:
             seed=self.seed,
             run_dir=str(self.folder),
             cpu_s=self.cpu_s,
+            numbers=final.numbers,
+            classes=final.classes,
+            best=self.best,
         )
         if self.is_main:
-            state = {
-                name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()
-            }
-            write_file(self.folder / "model.pt", lambda file: torch.save(state, file))
+            write_predictions(final, self.folder)
+            self._write_weights("model.pt")
             kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
             content = {**self.identity, "result": kept, "made_by": made_by()}
             write_text(self.folder / "run.json", json.dumps(content, indent=2) + "\n")
@@ -223,7 +229,7 @@ class _Run:
                     note = f"loss {self.logbook.flush(self.step, rate, self.train_s)['loss']:.3f}"
                 if saves:
                     self._save()
-                if config.evaluate_every and self.step % config.evaluate_every == 0 and not is_last:
+                if self.evaluate_steps and self.step % self.evaluate_steps == 0 and not is_last:
                     pause_s, pause_cpu_s = time.monotonic(), time.process_time()
                     self._evaluate()
                     start_s += time.monotonic() - pause_s
@@ -235,7 +241,7 @@ class _Run:
     def _step(self, batch: list[tuple[Tensor, Target]], rate: float) -> None:
         set_learning_rate(self.optimizer, rate)
         torch.manual_seed(mix_seed(self.seed, 3, self.step, rank()))
-        images = [image.to(self.device, non_blocking=True) for image, _ in batch]
+        images = [to_float(image.to(self.device, non_blocking=True)) for image, _ in batch]
         targets = [to_device(target, self.device) for _, target in batch]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             losses: dict[str, Tensor] = self.replica(images, targets)
@@ -255,16 +261,27 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.logbook.add(values)
 
-    def _evaluate(self) -> dict[str, float | None]:
-        scores = evaluate(
+    def _evaluate(self) -> Evaluation:
+        """Scores the weights as they are, and keeps them where none were better."""
+        found = evaluate(
             self.model,
             self.data.val,
             batch_size=self.config.eval_batch_size,
             workers=self.config.data.workers,
+            precision=self.dtype,
             progress=self.progress,
         )
-        self.logbook.write("eval", self.step, scores)
-        return scores
+        values = {**found.numbers, "seconds": found.seconds, "classes": found.classes}
+        self.logbook.write("eval", self.step, values)
+        if self.evaluate_steps and (self.best is None or found.ap > self.best["ap"]):
+            self.best = {"step": self.step, "ap": found.ap}
+            if self.is_main:
+                self._write_weights(BEST)
+        return found
+
+    def _write_weights(self, name: str) -> None:
+        state = {key: tensor.cpu().contiguous() for key, tensor in self.model.state_dict().items()}
+        write_file(self.folder / name, lambda file: torch.save(state, file))
 
     def _track(self) -> fastcov.Tracker | None:
         config = self.config
@@ -292,6 +309,7 @@ class _Run:
                 "step": self.step,
                 "train_s": self.train_s,
                 "cpu_s": self.cpu_s,
+                "best": self.best,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -305,7 +323,7 @@ class _Run:
         barrier()
         if saved is not None:
             self.step, self.train_s = saved["step"], saved["train_s"]
-            self.cpu_s = saved["cpu_s"]
+            self.cpu_s, self.best = saved["cpu_s"], saved.get("best")
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -332,7 +350,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunRes
         checkpoints.remove_leftovers(folder)
         if not resume:
             checkpoints.remove_checkpoints(folder)
-            for name in ("run.json", "model.pt"):
+            for name in ("run.json", "model.pt", BEST):
                 (folder / name).unlink(missing_ok=True)
             for name in ("spectra", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)

@@ -29,6 +29,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * warmup * share
 
 
+def evaluation_steps(config: TrainConfig, images: int) -> int:
+    """Steps between evaluations; 0 where a run is evaluated at its end only.
+
+    Args:
+        config: ``evaluate_every``, or else ``evaluate_epochs`` and ``batch_size``.
+        images: Of training.
+    """
+    if config.evaluate_every or config.evaluate_epochs <= 0:
+        return config.evaluate_every
+    return max(1, round(config.evaluate_epochs * images / config.batch_size))
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """SGD or AdamW over what is trained; norms and biases without weight decay where so configured.
 

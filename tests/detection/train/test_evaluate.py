@@ -17,7 +17,13 @@ from fastcov_detection.config import ModelConfig
 from fastcov_detection.data.dataset import CocoDataset
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.errors import DataError
-from fastcov_detection.train.evaluate import draw_detections, evaluate, tell_limits
+from fastcov_detection.train.evaluate import (
+    draw_detections,
+    evaluate,
+    tell_limits,
+    write_predictions,
+)
+from fastcov_detection.train.scoring import NUMBERS, class_names
 
 _SEED = torch.Generator().manual_seed(0)
 
@@ -62,10 +68,11 @@ def val(tiny_root: Path) -> CocoDataset:
 
 
 def test_the_truth_scores_one(val: CocoDataset) -> None:
-    scores = evaluate(_Oracle(_truth(val)), val, batch_size=4)
+    found = evaluate(_Oracle(_truth(val)), val, batch_size=4)
+    scores = found.numbers
     assert scores["ap"] == scores["ap50"] == pytest.approx(1.0)
     assert scores["segm_ap"] == scores["segm_ap50"] == pytest.approx(1.0)
-    assert scores["seconds"] > 0
+    assert found.seconds > 0
 
 
 def test_finding_nothing_scores_zero(val: CocoDataset) -> None:
@@ -73,7 +80,7 @@ def test_finding_nothing_scores_zero(val: CocoDataset) -> None:
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
         for _ in range(len(val))
     ]
-    scores = evaluate(_Oracle(nothing), val)
+    scores = evaluate(_Oracle(nothing), val).numbers
     assert scores["ap"] == scores["ap50"] == 0.0
     assert scores["segm_ap"] is None
 
@@ -81,7 +88,7 @@ def test_finding_nothing_scores_zero(val: CocoDataset) -> None:
 def test_wrong_labels_score_zero(val: CocoDataset) -> None:
     wrong = [{**one, "labels": one["labels"] % 10 + 1} for one in _truth(val)]
     present = torch.cat([one["labels"] for one in _truth(val)])
-    assert evaluate(_Oracle(wrong), val)["ap"] < 0.5 or len(present.unique()) == 10
+    assert evaluate(_Oracle(wrong), val).ap < 0.5 or len(present.unique()) == 10
 
 
 def test_shifted_boxes_lose_the_strict_thresholds(val: CocoDataset) -> None:
@@ -91,7 +98,7 @@ def test_shifted_boxes_lose_the_strict_thresholds(val: CocoDataset) -> None:
         boxes = one["boxes"].clone()
         boxes[:, [0, 2]] += 0.25 * (boxes[:, 2] - boxes[:, 0])[:, None]
         shifted.append({**one, "boxes": boxes})
-    scores = evaluate(_Oracle(shifted), val)
+    scores = evaluate(_Oracle(shifted), val).numbers
     assert scores["ap50"] == pytest.approx(1.0)
     assert scores["ap"] == pytest.approx(0.3, abs=0.01)
     assert scores["segm_ap"] == pytest.approx(1.0)
@@ -116,7 +123,7 @@ def test_a_crowd_costs_nothing(coco_folder: Callable[..., Path]) -> None:
         "labels": torch.tensor([2, 2, 2]),
         "scores": torch.tensor([0.5, 0.9, 0.8]),
     }
-    assert evaluate(_Oracle([found, nothing]), dataset)["ap"] == pytest.approx(1.0)
+    assert evaluate(_Oracle([found, nothing]), dataset).ap == pytest.approx(1.0)
 
 
 UNLEARNED = [
@@ -153,7 +160,7 @@ def test_objects_that_training_skips_stay_in_the_official_score(
     for one in found:
         one["boxes"] = one["boxes"] + torch.rand(one["boxes"].shape, generator=_SEED)
         one["scores"] = torch.rand(len(one["boxes"]), generator=_SEED)
-    scores = evaluate(_Oracle(found), dataset)
+    scores = evaluate(_Oracle(found), dataset).numbers
     results = [
         {
             "image_id": dataset.records[index].image_id,
@@ -171,12 +178,88 @@ def test_objects_that_training_skips_stay_in_the_official_score(
     scoring.evaluate()
     scoring.accumulate()
     scoring.summarize()
-    assert scores["ap"] == scoring.stats[0]
-    assert scores["ap50"] == scoring.stats[1]
+    expected = [None if value < 0 else value for value in scoring.stats]
+    assert [scores[name] for name in NUMBERS] == expected
     assert 0.1 < scoring.stats[0] < 0.9
     if with_masks:
         assert scores["segm_ap"] is not None
         assert scores["segm_ap50"] < 18 / 27, "what cannot be found is missed"
+
+
+def _alone(truth: Path, found: Path, kind: str, category: int | None = None) -> list[float]:
+    """The twelve numbers by pycocotools alone, from files."""
+    official = COCO(str(truth))
+    scoring = COCOeval(official, official.loadRes(str(found)), kind)
+    if category is not None:
+        scoring.params.catIds = [category]
+    scoring.evaluate()
+    scoring.accumulate()
+    scoring.summarize()
+    return [None if value < 0 else float(value) for value in scoring.stats]
+
+
+def test_files_of_predictions_have_the_numbers_of_pycocotools(
+    val: CocoDataset, tiny_root: Path, tmp_path: Path
+) -> None:
+    """Boxes, masks and every class: the files score by themselves what the evaluation says."""
+    found = _truth(val)
+    for one in found:
+        count = len(one["boxes"])
+        one["boxes"] = one["boxes"] + 4 * torch.rand(one["boxes"].shape, generator=_SEED)
+        one["scores"] = torch.rand(count, generator=_SEED)
+        one["masks"] = one["masks"].roll(1, dims=3)
+    evaluation = evaluate(_Oracle(found), val, batch_size=4)
+    paths = write_predictions(evaluation, tmp_path)
+    assert [path.name for path in paths] == ["predictions.bbox.json", "predictions.segm.json"]
+    truth = tiny_root / "annotations" / "instances_val2017.json"
+    for path, kind, prefix in zip(paths, ("bbox", "segm"), ("", "segm_"), strict=True):
+        expected = _alone(truth, path, kind)
+        assert [evaluation.numbers[prefix + name] for name in NUMBERS] == expected
+        assert 0.05 < expected[0] < 0.95
+        classes = evaluation.classes[f"{prefix}ap"]
+        assert list(classes) == list(val.class_names)
+        for category, name in val.file.categories.items():
+            assert classes[name] == pytest.approx(_alone(truth, path, kind, category)[0])
+    known = [value for value in evaluation.classes["ap"].values() if value is not None]
+    assert evaluation.ap == pytest.approx(sum(known) / len(known))
+
+
+def test_images_of_one_shape_share_a_batch(coco_folder: Callable[..., Path]) -> None:
+    """The order of the images changes, their detections stay with them."""
+    box = {"category_id": 5, "bbox": [2, 3, 8, 9]}
+    root = coco_folder([{**box, "id": i, "image_id": i} for i in (1, 2, 3, 4)], images=4)
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for number in (1, 3):
+        content["images"][number - 1] |= {"width": 96, "height": 24}
+        Image.new("RGB", (96, 24)).save(root / "val2017" / f"{number}.png")
+    path.write_text(json.dumps(content))
+    dataset = CocoDataset(root / "val2017", path)
+    shapes: list[list[int]] = []
+
+    class Looking(_Oracle):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            shapes.append([image.shape[2] for image in images])
+            return super().forward(images)
+
+    assert evaluate(Looking(_truth(dataset)), dataset, batch_size=2).ap == pytest.approx(1.0)
+    assert sorted(shapes) == [[32, 32], [96, 96]]
+
+
+def test_labels_of_another_model_are_translated(val: CocoDataset) -> None:
+    """Labels that the data set does not know are left out."""
+    found = _truth(val)
+    for one in found:
+        one["labels"] = one["labels"] + 40
+        one["labels"][-1:] = 7
+    category_of = {label + 40: category for label, category in val.category_of.items()}
+    evaluation = evaluate(_Oracle(found), val, category_of=category_of)
+    assert 0.3 < evaluation.ap < 1
+    assert len(evaluation.detections) == sum(len(one["labels"]) - 1 for one in found)
+
+
+def test_categories_of_one_name_are_told_apart() -> None:
+    assert class_names({1: "cat", 4: "dog", 9: "cat"}) == {1: "cat (1)", 4: "dog", 9: "cat (9)"}
 
 
 def test_image_ids_that_are_texts_are_scored(coco_folder: Callable[..., Path]) -> None:
@@ -189,7 +272,7 @@ def test_image_ids_that_are_texts_are_scored(coco_folder: Callable[..., Path]) -
             entry[key] = f"frame {entry[key]}"
     path.write_text(json.dumps(content))
     dataset = CocoDataset(root / "val2017", path)
-    assert evaluate(_Oracle(_truth(dataset)), dataset)["ap"] == pytest.approx(1.0)
+    assert evaluate(_Oracle(_truth(dataset)), dataset).ap == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
