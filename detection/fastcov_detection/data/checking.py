@@ -31,7 +31,6 @@ from fastcov_detection.data.checks import (
     Split,
     dicts,
     entry_name,
-    used_categories,
 )
 from fastcov_detection.data.coco import Sheet, image_size, is_id
 from fastcov_detection.data.findings import Finding, Problem, as_json, from_json, shorten
@@ -173,7 +172,7 @@ def synthetic_roots(sheets: Sequence[Sheet]) -> frozenset[int]:
             and all(other.get("supercategory") == category.get("name") for other in others)
         ):
             roots.add(category["id"])
-    return frozenset(roots - {key for sheet in sheets for key in used_categories(sheet)})
+    return frozenset(roots - {key for sheet in sheets for key in sheet.used_categories})
 
 
 def _check_headers(split: Split, listed: Sequence[ListedImage], advance: Advance) -> list[Finding]:

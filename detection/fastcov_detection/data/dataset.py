@@ -24,7 +24,7 @@ from fastcov_detection.data.checking import (
     synthetic_roots,
 )
 from fastcov_detection.data.checks import Split
-from fastcov_detection.data.coco import CocoFile, ImageRecord, build_file, read_sheet
+from fastcov_detection.data.coco import CocoFile, ImageRecord, Records, build_file, read_sheet
 from fastcov_detection.data.findings import Finding, Problem, refuse_faults, tell_notes
 from fastcov_detection.data.layouts import find_annotations, find_images, nearby
 from fastcov_detection.data.mini import make_mini
@@ -79,7 +79,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.file: CocoFile = annotation_file
         self.transforms = transforms
         self.with_masks, self.turn = with_masks, turn
-        self.records: list[ImageRecord] = self.file.images
+        self.records: Records = self.file.images
         self.class_names: tuple[str, ...] = tuple(self.file.categories.values())
         self.label_of = {category: label for label, category in enumerate(self.file.categories, 1)}
         self.category_of = {label: category for category, label in self.label_of.items()}
@@ -121,20 +121,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     def aspect_ratios(self) -> list[float]:
         """Width by height of every image, as annotated."""
-        return [record.width / record.height for record in self.records]
+        sizes = self.records.sizes()
+        ratios: list[float] = (sizes[:, 0] / sizes[:, 1]).tolist()
+        return ratios
 
     def image_ids(self) -> list[int | str]:
         """Ids of the images, as annotated."""
-        return [record.image_id for record in self.records]
+        return self.records.image_ids()
 
     def has_objects(self) -> bool:
         """True if an image has an object that is not a crowd."""
-        return any(not a.is_crowd for record in self.records for a in record.annotations)
+        return bool((self.records.counts() > 0).any())
 
     def drop_empty(self) -> None:
         """Leaves out images without a single object to learn from."""
-        self.records = [r for r in self.records if any(not a.is_crowd for a in r.annotations)]
-        if not self.records:
+        self.records = self.records.with_objects()
+        if not len(self.records):
             raise DataError(f"{self.file.path} has no object that is not a crowd; nothing to learn")
 
     def _decode(self, record: ImageRecord) -> tv_tensors.Image:
@@ -176,9 +178,8 @@ def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = 
     roots = synthetic_roots([split.sheet for split in splits.values()])
     halves = {}
     for name, split in splits.items():
-        file = build_file(split.sheet, roots)
-        for record in file.images:
-            record.path = checked[name].paths[record.image_id]
+        file = build_file(split.sheet, roots, with_masks=with_masks)
+        file.images.set_paths(checked[name].paths)
         halves[name] = CocoDataset(
             split.images_dir, file, with_masks=with_masks, turn=config.exif == "turn"
         )
@@ -231,9 +232,7 @@ def _read_alone(images_dir: Path, annotations: Path, with_masks: bool) -> CocoFi
     refuse_faults(findings)
     tell_notes(findings)
     file = build_file(split.sheet)
-    paths = {one.image_id: one.path for one in listed}
-    for record in file.images:
-        record.path = paths[record.image_id]
+    file.images.set_paths({one.image_id: one.path for one in listed if one.path is not None})
     return file
 
 

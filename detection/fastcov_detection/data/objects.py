@@ -55,8 +55,8 @@ class ObjectCrops(Dataset[tuple[Tensor, int]]):
         self.hflip, self.varies = hflip, varies
         self.places = [
             (index, number)
-            for index, record in enumerate(dataset.records)
-            for number in range(sum(not a.is_crowd for a in record.annotations))
+            for index, count in enumerate(dataset.records.counts().tolist())
+            for number in range(count)
         ]
         if not self.places:
             raise DataError(f"{dataset.file.path} has no object that is not a crowd")

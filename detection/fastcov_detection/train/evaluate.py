@@ -130,7 +130,7 @@ def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
         dataset: Of validation.
         detections_per_image: What the detector returns at most.
     """
-    counts = [sum(not a.is_crowd for a in record.annotations) for record in dataset.records]
+    counts: list[int] = dataset.records.counts().tolist()
     most = max(counts, default=0)
     if most > detections_per_image:
         log.warning(
@@ -182,7 +182,7 @@ def draw_detections(
     Returns:
         ``path``.
     """
-    with_objects = [i for i, record in enumerate(dataset.records) if record.annotations]
+    with_objects = [index for index, count in enumerate(dataset.records.counts()) if count]
     chosen = [
         with_objects[k * len(with_objects) // count] for k in range(min(count, len(with_objects)))
     ]
