@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import zlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class Records(Sequence[ImageRecord]):
     """Images with their objects, held in arrays and made as they are asked for.
 
     Processes that are forked from this one share the arrays: 860,000 objects of 118,000 images take
-    0.1 GB, and 0.3 GB more with masks.
+    0.1 GB, and 0.2 GB more with masks.
 
     Args:
         table: Everything about the images and their objects.
@@ -270,7 +271,7 @@ def build_file(
 
 
 class _Table:
-    """Images and objects of an annotation file as arrays; segmentations as JSON text.
+    """Images and objects of an annotation file as arrays; segmentations as packed JSON.
 
     Args:
         sheet: Checked.
@@ -292,7 +293,9 @@ class _Table:
         places, numbers, boxes, areas = array("q"), array("q"), array("d"), array("d")
         crowds, learned = bytearray(), bytearray()
         self._text, ends = bytearray(), array("q", [0])
-        self._own_ids: list[Any] = []
+        own_ids = array("q")
+        self._other_ids: dict[int, Any] = {}
+        """Ids that are no integers of 64 bits, by the annotation's place in the file."""
         for value in sheet.annotations:
             place = place_of[value["image_id"]]
             size = int(self.sizes[place, 0]), int(self.sizes[place, 1])
@@ -304,9 +307,12 @@ class _Table:
             areas.append(_area(value, segmentation, *size))
             crowds.append(bool(value.get("iscrowd")))
             learned.append(has_area_inside((left, top, width, height), *size))
-            self._own_ids.append(value.get("id"))
+            key = value.get("id")
+            if type(key) is not int or abs(key) >= 2**63:
+                self._other_ids[len(own_ids)], key = key, 0
+            own_ids.append(key)
             if with_masks and segmentation is not None:
-                self._text += json.dumps(segmentation, separators=(",", ":")).encode()
+                self._text += _pack(segmentation)
             ends.append(len(self._text))
         at = np.array(places, dtype=np.int64)
         self._order = np.argsort(at, kind="stable").astype(np.int32)
@@ -317,9 +323,8 @@ class _Table:
         self._crowds = np.frombuffer(crowds, dtype=np.bool_)
         self._learned = np.frombuffer(learned, dtype=np.bool_)
         self._ends = np.array(ends, dtype=np.int64)
+        self._own_ids = np.array(own_ids, dtype=np.int64)
         self._at = at
-        if all(type(key) is int and abs(key) < 2**63 for key in self._own_ids):
-            self._own_ids = np.array(self._own_ids, dtype=np.int64)
 
     def record(self, place: int) -> ImageRecord:
         """One image and its objects."""
@@ -329,7 +334,7 @@ class _Table:
         )
         for row in self._order[self._start[place] : self._start[place + 1]].tolist():
             annotation = Annotation(
-                annotation_id=self._id(row),
+                annotation_id=self._other_ids.get(row, int(self._own_ids[row])),
                 box=tuple(self._boxes[row].tolist()),
                 category_id=int(self._categories[row]),
                 area=float(self._areas[row]),
@@ -344,13 +349,14 @@ class _Table:
         rows = self._at[self._learned & ~self._crowds]
         return np.bincount(rows, minlength=len(self.image_ids))
 
-    def _id(self, row: int) -> Any:
-        found = self._own_ids[row]
-        return int(found) if isinstance(found, np.integer) else found
-
     def _segmentation(self, row: int) -> Any:
         start, end = self._ends[row], self._ends[row + 1]
-        return json.loads(self._text[start:end]) if end > start else None
+        return json.loads(zlib.decompress(self._text[start:end])) if end > start else None
+
+
+def _pack(segmentation: Any) -> bytes:
+    """A segmentation as JSON, at half the size; numbers keep every digit."""
+    return zlib.compress(json.dumps(segmentation, separators=(",", ":")).encode(), 1)
 
 
 def is_id(value: Any) -> bool:
