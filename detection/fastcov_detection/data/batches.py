@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision import tv_tensors
 
-from fastcov_detection.data.dataset import CocoDataset, Target, Transform
+from fastcov_detection.data.augment import Augmentation
+from fastcov_detection.data.dataset import CocoDataset, Target
 
 _MASK_63 = (1 << 63) - 1
 
@@ -111,30 +113,29 @@ class AugmentedView(Dataset[tuple[Tensor, Target]]):
 
     Args:
         dataset: Images and targets by index.
-        transform: The random changes.
-        cache: Keep what was read in memory.
+        augmentation: The random changes.
+        cache: Keep decoded images in memory.
     """
 
-    def __init__(self, dataset: CocoDataset, transform: Transform, *, cache: bool = False) -> None:
-        self.dataset, self.transform = dataset, transform
-        self._kept: dict[int, tuple[tv_tensors.Image, Target]] | None = {} if cache else None
+    def __init__(
+        self, dataset: CocoDataset, augmentation: Augmentation, *, cache: bool = False
+    ) -> None:
+        self.dataset, self.augmentation = dataset, augmentation
+        self._kept: dict[int, NDArray[np.uint8]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Target]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw.seed)
-            return self.transform(*self._read(draw.image))
+        draws = torch.Generator().manual_seed(draw.seed)
+        return self.dataset.read(draw.image, self.augmentation, draws, self._pixels(draw.image))
 
-    def _read(self, index: int) -> tuple[tv_tensors.Image, Target]:
+    def _pixels(self, index: int) -> NDArray[np.uint8] | None:
         if self._kept is None:
-            return self.dataset.read(index)
+            return None
         if index not in self._kept:
-            self._kept[index] = self.dataset.read(index)
-        image, target = self._kept[index]
-        # Transforms make new tensors but may put them into the same dictionary.
-        return image, dict(target)
+            self._kept[index] = self.dataset.decode(index)
+        return self._kept[index]
 
 
 def to_float(image: Tensor) -> Tensor:

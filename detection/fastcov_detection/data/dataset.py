@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from fastcov_detection.config import DataConfig
+from fastcov_detection.data.augment import Augmentation, large_enough, whole
 from fastcov_detection.data.checking import (
     Checked,
     check_entries,
@@ -33,7 +34,6 @@ from fastcov_detection.distributed import rank
 from fastcov_detection.errors import DataError
 
 Target = dict[str, Any]
-Transform = Callable[[Any, Target], tuple[Any, Target]]
 Batch = TypeVar("Batch")
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "Target",
     "check_data",
     "load_data",
-    "training_transform",
 ]
 
 
@@ -56,7 +55,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     Args:
         images_dir: Folder that the file names are relative to.
         annotation_file: COCO instances JSON, which is checked, or one that was checked and built.
-        transforms: Called with (image, target) of tv_tensors; None: only scale pixels to [0, 1].
         with_masks: Put the objects' masks into the targets.
         turn: Turn images as their EXIF orientation asks.
 
@@ -68,7 +66,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self,
         images_dir: str | os.PathLike[str],
         annotation_file: str | os.PathLike[str] | CocoFile,
-        transforms: Transform | None = None,
         *,
         with_masks: bool = False,
         turn: bool = True,
@@ -77,7 +74,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if not isinstance(annotation_file, CocoFile):
             annotation_file = _read_alone(self.images_dir, Path(annotation_file), with_masks)
         self.file: CocoFile = annotation_file
-        self.transforms = transforms
         self.with_masks, self.turn = with_masks, turn
         self.records: Records = self.file.images
         self.class_names: tuple[str, ...] = tuple(self.file.categories.values())
@@ -88,36 +84,80 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        image, target = self.read(index)
-        if self.transforms is not None:
-            return self.transforms(image, target)
-        return plain_transform(image, target)
+        """One image and its target, unchanged; see :meth:`read`."""
+        return self.read(index)
 
-    def read(self, index: int) -> tuple[tv_tensors.Image, Target]:
-        """One image and its target before any transform.
+    def read(
+        self,
+        index: int,
+        augmentation: Augmentation | None = None,
+        draws: torch.Generator | None = None,
+        pixels: NDArray[np.uint8] | None = None,
+    ) -> tuple[Tensor, Target]:
+        """One image and its target, changed at random where that is asked for.
+
+        Args:
+            index: Of the image.
+            augmentation: Random changes; None: none.
+            draws: Where they come from; needed with ``augmentation``.
+            pixels: Of the image, where they are known already.
+
+        Returns:
+            Pixels of eight bits [3, H, W], and boxes, labels, image_id and, where they are wanted,
+            masks [N, H, W].
 
         Raises:
             DataError: If the image cannot be decoded or has another size than annotated.
         """
         record = self.records[index]
-        pixels = self._decode(record)
+        pixels = self._decode(record) if pixels is None else pixels
         objects = [a for a in record.annotations if not a.is_crowd]
         boxes = torch.tensor([record.clipped_box(a) for a in objects], dtype=torch.float32)
-        size = (record.height, record.width)
+        boxes = boxes.reshape(-1, 4)
+        frame = None
+        if augmentation is not None and draws is not None:
+            frame = augmentation.frame(record.width, record.height, draws)
+            if augmentation.photometric > 0 or frame != whole(record.width, record.height):
+                changed = augmentation.colours(frame.pixels(Image.fromarray(pixels)), draws)
+                pixels = np.array(changed)
+            boxes = frame.boxes(boxes)
+            if augmentation.zoom is not None:
+                kept = large_enough(boxes)
+                boxes = boxes[kept]
+                objects = [
+                    one for one, is_kept in zip(objects, kept.tolist(), strict=True) if is_kept
+                ]
+        frame = frame or whole(record.width, record.height)
         target: Target = {
-            "boxes": tv_tensors.BoundingBoxes(
-                boxes.reshape(-1, 4), format="XYXY", canvas_size=size
-            ),
+            "boxes": boxes,
             "labels": torch.tensor(
                 [self.label_of[a.category_id] for a in objects], dtype=torch.int64
             ),
             "image_id": record.image_id,
         }
         if self.with_masks:
-            masks = [record.mask(a) for a in objects]
-            stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
-        return pixels, target
+            outlines = [one.segmentation for one in objects]
+            masks = frame.masks(outlines, record.height, record.width)
+            target["masks"] = torch.from_numpy(masks)
+        return torch.from_numpy(pixels).permute(2, 0, 1), target
+
+    def decode(self, index: int) -> NDArray[np.uint8]:
+        """The pixels of one image. [H, W, 3]
+
+        Raises:
+            DataError: If the image cannot be decoded or has another size than annotated.
+        """
+        return self._decode(self.records[index])
+
+    def _decode(self, record: ImageRecord) -> NDArray[np.uint8]:
+        path = self.images_dir / (record.path or record.file_name)
+        pixels = read_pixels(path, turn=self.turn)
+        if pixels.shape[:2] != (record.height, record.width):
+            raise DataError(
+                f"image {path} is {pixels.shape[1]}x{pixels.shape[0]}, annotated as "
+                f"{record.width}x{record.height}; its boxes would be wrong"
+            )
+        return pixels
 
     def aspect_ratios(self) -> list[float]:
         """Width by height of every image, as annotated."""
@@ -138,16 +178,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.records = self.records.with_objects()
         if not len(self.records):
             raise DataError(f"{self.file.path} has no object that is not a crowd; nothing to learn")
-
-    def _decode(self, record: ImageRecord) -> tv_tensors.Image:
-        path = self.images_dir / (record.path or record.file_name)
-        pixels = read_pixels(path, turn=self.turn)
-        if pixels.shape[:2] != (record.height, record.width):
-            raise DataError(
-                f"image {path} is {pixels.shape[1]}x{pixels.shape[0]}, annotated as "
-                f"{record.width}x{record.height}; its boxes would be wrong"
-            )
-        return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 class LoadedData(NamedTuple):
@@ -280,43 +310,3 @@ def _find_split(config: DataConfig, name: str, with_masks: bool, progress: bool)
     if not Path(images).is_dir():
         raise DataError(f"image folder {images} is missing; check the path{nearby(Path(images))}")
     return Split(name, sheet, Path(images), with_masks=with_masks, turn=config.exif == "turn")
-
-
-def plain_transform(image: tv_tensors.Image, target: Target) -> tuple[Tensor, Target]:
-    """Pixels to [0, 1], everything to plain tensors."""
-    plain = {k: v.as_subclass(Tensor) if isinstance(v, Tensor) else v for k, v in target.items()}
-    return image.as_subclass(Tensor).float() / 255, plain
-
-
-def training_transform(config: DataConfig) -> Transform:
-    """The random changes of training images, of torchvision's v2 transforms.
-
-    Multi-scale is not among them: the detector's own resizing draws from ``model.train_sizes``.
-    """
-    steps: list[Any] = []
-    if config.photometric > 0:
-        steps.append(v2.RandomPhotometricDistort(p=config.photometric))
-    if config.scale_jitter is not None:
-        # The mean colour of ImageNet around the image, no object there.
-        fill: Any = {tv_tensors.Image: (124, 116, 104), "others": 0}
-        steps.append(
-            v2.RandomAffine(
-                degrees=0,
-                translate=(0.1, 0.1),
-                scale=config.scale_jitter,
-                interpolation=v2.InterpolationMode.BILINEAR,
-                fill=fill,
-            )
-        )
-        steps.append(v2.ClampBoundingBoxes())
-        steps.append(v2.SanitizeBoundingBoxes(min_size=2))
-    if config.hflip > 0:
-        steps.append(v2.RandomHorizontalFlip(p=config.hflip))
-    if not steps:
-        return plain_transform
-    varied = v2.Compose(steps)
-
-    def transform(image: Any, target: Target) -> tuple[Any, Target]:
-        return plain_transform(*varied(image, target))
-
-    return transform

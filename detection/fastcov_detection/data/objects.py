@@ -82,7 +82,7 @@ class ObjectCrops(Dataset[tuple[Tensor, int]]):
         low, high = self.context
         side = max(1, round(max(width, height) * (low + (high - low) * factor)))
         crop = functional.resized_crop(
-            pixels.as_subclass(Tensor),
+            pixels,
             round(top - (side - height) * down),
             round(left - (side - width) * right),
             side,

@@ -191,7 +191,7 @@ def draw_detections(
         image, target = dataset.read(indices[0])
         kept = outputs[0]["scores"] >= score
         found = {name: tensor[kept] for name, tensor in outputs[0].items()}
-        pictures.append(_draw(image.as_subclass(Tensor), target, found, dataset.class_names))
+        pictures.append(_draw(image, target, found, dataset.class_names))
     height, width = (max(p.shape[side] for p in pictures) for side in (1, 2))
     padded = [
         nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures
@@ -299,9 +299,7 @@ def _draw(
         masks = found["masks"].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
         picture = draw_segmentation_masks(picture, masks, alpha=0.45)
     if len(target["boxes"]):
-        picture = draw_bounding_boxes(
-            picture, target["boxes"].as_subclass(Tensor) * zoom, colors=_TRUTH_COLOUR
-        )
+        picture = draw_bounding_boxes(picture, target["boxes"] * zoom, colors=_TRUTH_COLOUR)
     if len(found["boxes"]):
         labels = [
             f"{class_names[label - 1]} {value:.2f}"

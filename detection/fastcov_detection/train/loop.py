@@ -21,13 +21,13 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import fastcov
 from fastcov_detection.config import TrainConfig, save_config, to_dict
+from fastcov_detection.data.augment import training_transform
 from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed, to_device, to_float
 from fastcov_detection.data.dataset import (
     LoadedData,
     Target,
     load_data,
     one_line,
-    training_transform,
 )
 from fastcov_detection.detector.build import build_model, parse_name, save_widths
 from fastcov_detection.detector.cost import count_cost

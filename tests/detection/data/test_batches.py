@@ -8,7 +8,8 @@ import torch
 
 from fastcov_detection.config import DataConfig, TrainConfig
 from fastcov_detection.data.batches import AugmentedView, BatchPlan
-from fastcov_detection.data.dataset import load_data, training_transform
+from fastcov_detection.data.augment import training_transform
+from fastcov_detection.data.dataset import load_data
 
 
 def test_kept_images_are_those_of_the_files_and_are_read_once(tiny_run: TrainConfig) -> None:
@@ -18,13 +19,13 @@ def test_kept_images_are_those_of_the_files_and_are_read_once(tiny_run: TrainCon
     dataset = load_data(tiny_run.data, progress=False).train
     expected = [AugmentedView(dataset, transform)[draw] for draw in plan]
     reads: list[int] = []
-    read = dataset.read
+    decode = dataset.decode
 
     def counted(index: int) -> Any:
         reads.append(index)
-        return read(index)
+        return decode(index)
 
-    dataset.read = counted
+    dataset.decode = counted
     view = AugmentedView(dataset, transform, cache=True)
     for draw, (image, target) in zip(plan, expected, strict=True):
         found_image, found_target = view[draw]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
+from fastcov_detection.data import stream
 from fastcov_detection.data.checking import check_entries
 from fastcov_detection.data.checks import Split
-from fastcov_detection.data.coco import read_sheet
+from fastcov_detection.data.coco import build_file, read_sheet
 from fastcov_detection.data.dataset import CocoDataset
 from fastcov_detection.data.findings import refuse_faults
 from fastcov_detection.errors import DataError
@@ -197,3 +200,70 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, content: str, messag
 def test_a_missing_annotation_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"annotation file .*a\.json is missing"):
         _check(tmp_path / "a.json")
+
+
+def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
+    """20,000 objects of 5,000 images: no object of Python stays for each of them."""
+    polygon = [round(0.37 * number % 31, 2) for number in range(44)]
+    images = [
+        {"id": i, "file_name": f"{i:012d}.jpg", "width": 32, "height": 24} for i in range(5000)
+    ]
+    annotations = [
+        {
+            "id": i,
+            "image_id": i % 5000,
+            "category_id": 1 + i % 2,
+            "bbox": [i % 7, 2.25, 11.5, 9],
+            "area": 80.5,
+            "iscrowd": 0,
+            "segmentation": [polygon],
+        }
+        for i in range(20_000)
+    ]
+    path = tmp_path / "large.json"
+    content = {"images": images, "annotations": annotations}
+    path.write_text(json.dumps({**content, "categories": [{"id": 1}, {"id": 2}]}))
+    tracemalloc.start()
+    file = build_file(read_sheet(path))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Lists of Python objects took 2,900 bytes an object, and twice that on the way.
+    assert kept < 400 * len(annotations)
+    assert peak - kept < 5 * 2**20 + 4 * 2**22, "four times the part that is read at once"
+    assert len(file.images) == 5000
+    record = file.images[4999]
+    assert [one.annotation_id for one in record.annotations] == [4999, 9999, 14999, 19999]
+    assert record.annotations[0].segmentation == [polygon]
+    assert record.annotations[0].box == (4999 % 7, 2.25, 11.5, 9)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 22])
+def test_a_file_is_read_in_parts_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, chunk: int
+) -> None:
+    monkeypatch.setattr(stream, "_CHUNK", chunk)
+    content = {
+        "info": {"by": "Zoë", "images": [1, {"a": "]"}]},
+        "images": [{"id": 1, "name": "größe, ein [Bild]"}, 12345, None],
+        "annotations": [],
+        "more": -1.5e3,
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding=encoding)
+    seen: list[Any] = []
+    found = stream.read_lists(path, {"images": seen.append, "annotations": seen.append})
+    assert seen == content["images"]
+    for _ in range(2):
+        assert list(found.lists["images"]) == content["images"]
+    assert list(found.lists["annotations"]) == []
+    assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"images": [1, 2', '{"images": [1,]}', '{"images": [] "a": 1}', "{} {}", '{"a": 1,}']
+)
+def test_broken_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"at byte \d+"):
+        stream.read_lists(tmp_path / "a.json", {"images": lambda entry: None})

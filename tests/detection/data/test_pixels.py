@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from fastcov_detection.data.findings import Problem
 from fastcov_detection.data.pixels import Header, read_header, read_pixels
@@ -81,3 +81,19 @@ def test_an_end_that_a_tool_padded_is_an_end(tmp_path: Path) -> None:
     Image.new("RGB", (32, 24)).save(path)
     path.write_bytes(path.read_bytes() + b"\0" * 20 + b"\r\n")
     assert isinstance(read_header(path), Header)
+
+
+@pytest.mark.parametrize("quality", [30, 92])
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_jpegs_have_the_bits_of_pillow(
+    tmp_path: Path, quality: int, subsampling: int, orientation: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "a.jpg"
+    Image.fromarray(pixels).save(path, quality=quality, subsampling=subsampling, exif=exif)
+    with Image.open(path) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_pixels(path), expected)
