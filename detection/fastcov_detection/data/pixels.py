@@ -123,7 +123,7 @@ def read_pixels(path: Path, *, turn: bool = True) -> NDArray[np.uint8]:
 
 
 def _decode_jpeg(image: Image.Image, file: IO[bytes], *, turn: bool) -> NDArray[np.uint8]:
-    """The pixels of a whole JPEG in RGB, by torchvision: the same bits as Pillow's in half the time.
+    """The pixels of a whole JPEG in RGB, by torchvision: the bits of Pillow in half the time.
 
     Args:
         image: The file as Pillow opened it.

@@ -99,7 +99,7 @@ def _results(truth: COCO, detections: Sequence[Detection], kind: str) -> COCO:
 
 
 def _known(value: float) -> float | None:
-    """pycocotools writes -1 where there is nothing to find."""
+    """None for the -1 that stands where there is nothing to find."""
     return None if value < 0 else float(value)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fastcov_detection.config import DataConfig, TrainConfig
-from fastcov_detection.data.batches import AugmentedView, BatchPlan
 from fastcov_detection.data.augment import training_transform
+from fastcov_detection.data.batches import AugmentedView, BatchPlan
 from fastcov_detection.data.dataset import load_data
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fastcov_detection.config import DataConfig
-from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed
 from fastcov_detection.data.augment import training_transform
+from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed
 from fastcov_detection.data.dataset import CocoDataset, load_data, one_line
 from fastcov_detection.errors import DataError
 
