@@ -61,6 +61,7 @@ def train(
         quiet: No progress bars.
     """
     from fastcov_detection.detector.build import load_widths
+    from fastcov_detection.studies.scoring import print_scores
     from fastcov_detection.train.loop import train as train_detector
 
     result = train_detector(
@@ -75,11 +76,57 @@ def train(
     if os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks for all
         return
     masks = "" if result.segm_ap is None else f", mask AP {result.segm_ap:.3f}"
+    print_scores(result.numbers, result.classes)
     print(
         f"AP {result.ap:.3f}, AP50 {result.ap50:.3f}{masks} after {result.steps} steps in "
         f"{result.train_s:.0f} s; {result.params:,} parameters, {result.macs:,} MACs; "
         f"files in {result.run_dir}"
     )
+
+
+def evaluate(
+    model: str,
+    data: str | None = None,
+    out: str = "runs/evaluate",
+    weights: str | None = None,
+    best: bool = False,
+    batch: int = 1,
+    workers: int = 0,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    quiet: bool = False,
+) -> None:
+    """Score a detector: COCO's twelve numbers, every class, and predictions as COCO results.
+
+    Args:
+        model: Run folder, exported folder, or the name of one of torchvision's detectors.
+        data: Folder in COCO layout; null: the data of the run.
+        out: Folder to write.
+        weights: State_dict of torchvision's detector; null: torchvision's own, downloaded.
+        best: Of a run: the weights of its best evaluation.
+        batch: Images of one forward pass.
+        workers: Processes that read images.
+        precision: Autocast to this type.
+        device: Device of the detector: auto, cpu, cuda or cuda:N.
+        quiet: No progress bars.
+    """
+    from fastcov_detection.studies.scoring import evaluate_detector, print_scores, with_data
+
+    found = evaluate_detector(
+        model,
+        out,
+        data=with_data(data, workers),
+        weights=weights,
+        best=best,
+        batch_size=batch,
+        precision=precision,
+        device=device,
+        progress=not quiet,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print_scores(found.numbers, found.classes)
+    print(f"{found.images} images in {found.seconds:.0f} s; files in {out}")
 
 
 def check(settings: TrainConfig, quiet: bool = False) -> None:
@@ -296,7 +343,7 @@ def export(run: str, out: str, arm: str = "searched") -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
-        *(train, check, pretrain, search, planned, demo),
+        *(train, evaluate, check, pretrain, search, planned, demo),
         *(compare, families, report, evidence, export),
     )
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fastcov_detection.settings import (
     ConfigError,
@@ -28,6 +29,7 @@ __all__ = [
     "override",
     "preset",
     "presets",
+    "read_saved",
     "save_config",
     "to_dict",
 ]
@@ -43,10 +45,15 @@ class ModelConfig:
     """Classes with the background; None: as many as the data has."""
     norm: Literal["batch", "sync", "group", "frozen"] = "batch"
     """Norm behind every convolution of the backbone."""
+    norm_groups: Literal["nearest", "common"] = "nearest"
+    """Groups of GroupNorm. ``nearest``: the divisor of the width that is nearest to 32 and leaves
+    two channels a group (25 for a width of 1000); ``common``: the largest common divisor with 32
+    (8 for 1000), as runs of earlier versions have it."""
     init: str = "random"
     """``random``, ``imagenet`` (torchvision's weights), or a state_dict's or run folder's path."""
-    trainable_layers: int = 5
-    """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on."""
+    trainable_layers: int | None = None
+    """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on.
+    None: as torchvision, 3 from ImageNet weights and 5 from others."""
     zero_init_last_norm: bool = False
     """Start the last norm of each block at zero."""
     width_multiplier: float = 1.0
@@ -55,8 +62,14 @@ class ModelConfig:
     """Channels of every map of the pyramid."""
     fpn_norm: bool = False
     """Normalise the pyramid's maps as well, with the norm of the backbone."""
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    """Box head: two linear layers, or four 3x3 convolutions and one linear layer."""
     box_head_width: int = 1024
-    """Units of both layers of the box head."""
+    """Units of the linear layers of the box head."""
+    box_conv_width: int = 256
+    """Channels of the four convolutions of box head 4conv1fc; a search leaves them alone."""
+    head_norm: bool = False
+    """Normalise the convolutions of the box and mask heads, with the norm of the backbone."""
     mask_head_width: int = 256
     """Channels of every layer of the mask head."""
     min_size: int = 800
@@ -165,12 +178,21 @@ class TrainConfig:
     """Steps of the optimizer."""
     batch_size: int = 16
     """Images of one step over all processes."""
+    accumulate: int = 1
+    """Parts into which each process cuts its images of a step, one forward and backward pass for
+    each: a larger batch in the same memory. BatchNorm sees one part at a time."""
     eval_batch_size: int = 1
     """Images of one forward pass of an evaluation."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimizer of all parameters."""
     lr: float = 0.02
-    """Learning rate after warm-up."""
+    """Learning rate after warm-up, of a batch of ``lr_batch`` images."""
+    lr_batch: int | None = None
+    """Batch that ``lr`` is meant for: the rate is ``lr * batch_size / lr_batch``. None: ``lr`` as
+    it is, whatever the batch."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, for example 0.9998; the average is evaluated and
+    kept as the result. None: no average."""
     momentum: float = 0.9
     """Of SGD; AdamW keeps torch's two factors."""
     nesterov: bool = False
@@ -324,10 +346,37 @@ def _coco() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(train_sizes=(640, 672, 704, 736, 768)),
         data=DataConfig(name="coco", workers=4),
+        lr_batch=16,
+        eval_batch_size=4,
+        evaluate_epochs=1.0,
         clip_norm=10.0,
         precision="bfloat16",
         channels_last=True,
         deterministic=False,
+    )
+
+
+def _coco_scratch() -> TrainConfig:
+    """The field's recipe from scratch: GroupNorm everywhere, a 4conv1fc head, six times as long.
+
+    Of mmdetection's scratch_faster_rcnn_r50_fpn_gn-all_6x: 73 epochs, the rate falls after 65 and
+    71, no stage is frozen, norms without weight decay.
+    """
+    coco = _coco()
+    model = replace(
+        coco.model,
+        norm="group",
+        fpn_norm=True,
+        head_norm=True,
+        box_head="4conv1fc",
+        trainable_layers=5,
+    )
+    return replace(
+        coco,
+        model=model,
+        steps=540_000,
+        milestones=(65 / 73, 71 / 73),
+        decay_vectors=False,
     )
 
 
@@ -396,6 +445,7 @@ _PRESETS = {
     "late": _late,
     "small": _small,
     "coco": _coco,
+    "coco-scratch": _coco_scratch,
 }
 
 
@@ -410,8 +460,8 @@ def preset(name: str, model: str | None = None) -> TrainConfig:
     Args:
         name: ``mini`` (two CPU cores, minutes), ``mini-harder`` (a task short of capacity),
             ``early`` and ``late`` (tasks with opposite needs, trained until they converge),
-            ``small`` (a few hundred photographs, two cores) or ``coco`` (torchvision's settings, a
-            GPU).
+            ``small`` (a few hundred photographs, two cores), ``coco`` (torchvision's settings, a
+            GPU) or ``coco-scratch`` (the field's recipe from random weights, GPUs).
         model: Replaces the preset's detector, for example ``maskrcnn_resnet50_fpn``.
 
     Raises:
@@ -421,3 +471,15 @@ def preset(name: str, model: str | None = None) -> TrainConfig:
         raise ConfigError(f"unknown preset {name!r}{closest(name, _PRESETS)}")
     config = _PRESETS[name]()
     return config if model is None else replace(config, model=replace(config.model, name=model))
+
+
+def read_saved(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a run as its folder holds it.
+
+    A setting that came later has the value that it had then.
+
+    Args:
+        values: Of config.json or of a checkpoint.
+    """
+    model = {"norm_groups": "common", **values.get("model", {})}
+    return from_dict(TrainConfig, {**values, "model": model})

@@ -29,10 +29,44 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 NormLayer = Callable[[int], nn.Module]
 
 
-def norm_layer(kind: str) -> NormLayer:
-    """Constructor of a normalisation: ``batch``, ``sync``, ``group`` or ``frozen``."""
+_GROUPS = 32
+
+
+def norm_groups(width: int, rule: str = "nearest") -> int:
+    """Groups of a GroupNorm.
+
+    Args:
+        width: Channels.
+        rule: ``nearest``: the divisor of the width that is nearest to 32 and leaves at least two
+            channels a group, of two the smaller; ``common``: the largest common divisor with 32.
+
+    Example:
+        >>> [norm_groups(width) for width in (64, 1000, 104, 16, 41)]
+        [32, 25, 26, 8, 1]
+    """
+    if rule == "common":
+        return math.gcd(_GROUPS, width)
+    if rule != "nearest":
+        raise ValueError(f"unknown rule of groups {rule!r}; choose from nearest, common")
+    divisors = [groups for groups in range(1, width // 2 + 1) if width % groups == 0] or [1]
+    return min(divisors, key=lambda groups: (abs(groups - _GROUPS), groups))
+
+
+def unusual_groups(model: nn.Module) -> dict[int, int]:
+    """Groups of the model's GroupNorms by width, where they are not 32."""
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    return {n.num_channels: n.num_groups for n in norms if n.num_groups != _GROUPS}
+
+
+def norm_layer(kind: str, groups: str = "nearest") -> NormLayer:
+    """Constructor of a normalisation.
+
+    Args:
+        kind: ``batch``, ``sync``, ``group`` or ``frozen``.
+        groups: Rule of :func:`norm_groups`.
+    """
     if kind == "group":
-        return lambda width: nn.GroupNorm(math.gcd(32, width), width)
+        return lambda width: nn.GroupNorm(norm_groups(width, groups), width)
     kinds: dict[str, NormLayer] = {
         "batch": nn.BatchNorm2d,
         "sync": nn.SyncBatchNorm,

@@ -14,12 +14,18 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
 from fastcov_detection.config import ConfigError, ModelConfig, closest
-from fastcov_detection.detector.backbone import STAGE_BLOCKS, build_resnet, norm_layer, stock_widths
+from fastcov_detection.detector.backbone import (
+    STAGE_BLOCKS,
+    NormLayer,
+    build_resnet,
+    norm_layer,
+    stock_widths,
+)
 from fastcov_detection.detector.boxes import (
     Float32Anchors,
     Float32BoxPredictor,
@@ -116,13 +122,15 @@ def build_model(
     channels = complete["fpn"]
     backbone = _build_backbone(config, depth, complete)
     initialise_backbone(backbone.body, config, depth)
-    _freeze(backbone.body, config.trainable_layers)
+    _freeze(backbone.body, config)
     options: dict[str, Any] = {}
+    norm = norm_layer(config.norm, config.norm_groups)
+    head_norm = norm if config.head_norm else None
     if predicts_masks:
         mask_width = complete["mask_head"]
         options = {
             "mask_roi_pool": _roi_align(config, 14),
-            "mask_head": MaskRCNNHeads(channels, (mask_width,) * 4, 1),
+            "mask_head": MaskRCNNHeads(channels, (mask_width,) * 4, 1, norm_layer=head_norm),
             "mask_predictor": MaskRCNNPredictor(mask_width, mask_width, num_classes),
         }
     model = (MaskRCNN if predicts_masks else FasterRCNN)(
@@ -139,7 +147,7 @@ def build_model(
         rpn_post_nms_top_n_test=config.rpn_post_nms_test,
         rpn_batch_size_per_image=config.rpn_batch,
         box_roi_pool=_roi_align(config, 7),
-        box_head=TwoMLPHead(channels * 7 * 7, complete["box_head"]),
+        box_head=_box_head(config, channels, complete["box_head"], head_norm),
         box_predictor=Float32BoxPredictor(complete["box_head"], num_classes),
         rpn_head=Float32RPNHead(channels, len(config.anchor_ratios)),
         box_score_thresh=config.score_threshold,
@@ -163,14 +171,23 @@ def _with_classes(config: ModelConfig, num_classes: int) -> ModelConfig:
 
 
 def _build_backbone(config: ModelConfig, depth: int, widths: Mapping[str, int]) -> BackboneWithFPN:
-    resnet = build_resnet(depth, widths, norm_layer(config.norm), config.zero_init_last_norm)
+    norm = norm_layer(config.norm, config.norm_groups)
+    resnet = build_resnet(depth, widths, norm, config.zero_init_last_norm)
     return BackboneWithFPN(
         resnet,
         {f"layer{stage}": level for stage, level in enumerate(PYRAMID_LEVELS, 1)},
         [widths[f"layer{stage}"] for stage in range(1, 5)],
         widths["fpn"],
-        norm_layer=norm_layer(config.norm) if config.fpn_norm else None,
+        norm_layer=norm if config.fpn_norm else None,
     )
+
+
+def _box_head(config: ModelConfig, channels: int, width: int, norm: NormLayer | None) -> nn.Module:
+    if config.box_head == "2fc":
+        return TwoMLPHead(channels * 7 * 7, width)
+    if config.box_head != "4conv1fc":
+        raise ConfigError(f"unknown model.box_head {config.box_head!r}; choose 2fc, 4conv1fc")
+    return FastRCNNConvFCHead((channels, 7, 7), [config.box_conv_width] * 4, [width], norm)
 
 
 def _roi_align(config: ModelConfig, output_size: int) -> nn.Module:
@@ -188,7 +205,10 @@ def _roi_align(config: ModelConfig, output_size: int) -> nn.Module:
     )
 
 
-def _freeze(body: IntermediateLayerGetter, trainable_layers: int) -> None:
+def _freeze(body: IntermediateLayerGetter, config: ModelConfig) -> None:
+    trainable_layers = config.trainable_layers
+    if trainable_layers is None:
+        trainable_layers = 3 if config.init == "imagenet" else 5
     if not 0 <= trainable_layers <= 5:
         raise ConfigError(f"trainable_layers is {trainable_layers}; choose 0 to 5")
     trained = ["layer4", "layer3", "layer2", "layer1", "conv1"][:trainable_layers]

@@ -32,6 +32,8 @@ from fastcov import WidthGroup
 
 PARTS = ("backbone", "fpn", "heads")
 _BODY = "backbone.body."
+# The four blocks of torchvision's FastRCNNConvFCHead come before its linear layer.
+_BOX_CONVS = tuple(f"roi_heads.box_head.{block}.0" for block in range(4))
 _MAKES_WIDTH = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _KEEPS_CHANNELS = (nn.functional.interpolate, nn.functional.max_pool2d, nn.functional.relu)
@@ -132,14 +134,22 @@ def width_groups(
 
 
 def part_of(group: str) -> str:
-    """The part of the detector that a group belongs to: ``backbone``, ``fpn`` or ``heads``."""
+    """The part of the detector that a group belongs to: ``backbone``, ``fpn`` or ``heads``.
+
+    The convolutions of a 4conv1fc box head are ``fixed``: a linear layer reads their flattened map,
+    whose spectrum is not that of channels.
+    """
     if group == "fpn":
         return "fpn"
+    if group == "box_convs":
+        return "fixed"
     return "heads" if group in ("box_head", "mask_head") else "backbone"
 
 
 def _group_name(axis: _Axis) -> str:
     last = axis.makers[-1]
+    if last.startswith(_BOX_CONVS):
+        return "box_convs"
     for prefix, name in _ONE_ARGUMENT.items():
         if last.startswith(prefix + "."):
             return name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -11,9 +12,17 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from fastcov_detection.config import ConfigError, ModelConfig
 
+log = logging.getLogger("fastcov_detection")
+
+_CLASS_HEADS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+_TORCHVISION_COCO: tuple[str, ...] = tuple(
+    FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+)
+"""Class names of torchvision's detectors by label, the background first and gaps as N/A."""
 _PREFIXES = ("backbone.body.", "body.", "module.", "")
 
 
@@ -45,8 +54,17 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
     _load_body(body, state, source)
 
 
-def load_start(model: nn.Module, path: Path) -> str:
+def load_start(model: nn.Module, path: Path, class_names: Sequence[str] = ()) -> str:
     """Loads the weights of a whole detector.
+
+    Class heads of another number of classes are not refused: of the 91 classes of torchvision's
+    own detectors, those of the same name are taken, whatever their places; what has no counterpart
+    keeps its fresh weights. Both are told.
+
+    Args:
+        model: Of the same depth, norm and widths as the weights.
+        path: File of a state_dict.
+        class_names: Names of the model's labels 1 to K.
 
     Returns:
         The file's digest, which tells runs from different weights apart.
@@ -54,8 +72,9 @@ def load_start(model: nn.Module, path: Path) -> str:
     Raises:
         ConfigError: If the file cannot be read or holds another detector.
     """
+    state = _with_class_heads(read_state(path), model.state_dict(), class_names, path)
     try:
-        model.load_state_dict(read_state(path))
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(
@@ -63,6 +82,45 @@ def load_start(model: nn.Module, path: Path) -> str:
             "give the weights of the same model, classes and widths"
         ) from None
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _with_class_heads(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], class_names: Sequence[str], path: Path
+) -> dict[str, Tensor]:
+    """The weights with class heads of the model's size, and with its norms' counters alone."""
+    head = "roi_heads.box_predictor.cls_score.weight"
+    counters = "num_batches_tracked"
+    state = {name: one for name, one in state.items() if name in own or not name.endswith(counters)}
+    state |= {name: own[name] for name in own if name.endswith(counters) and name not in state}
+    if head not in state or head not in own or len(state[head]) == len(own[head]):
+        return state
+    count = len(state[head])
+    known = _TORCHVISION_COCO if count == len(_TORCHVISION_COCO) else ()
+    names = ("__background__", *class_names)
+    places = {to: known.index(name) for to, name in enumerate(names) if name in known}
+    if len(places) == 1:  # the background alone says nothing
+        places = {}
+    for name in own:
+        if not name.startswith(_CLASS_HEADS) or name not in state:
+            continue
+        # Rows of one class lie together: one of a score or mask, four of a box.
+        fresh = own[name].clone()
+        rows = len(fresh) // len(own[head])
+        theirs = state[name].reshape(count, rows, *fresh.shape[1:])
+        ours = fresh.reshape(len(own[head]), rows, *fresh.shape[1:])
+        for to, source in places.items():
+            ours[to] = theirs[source]
+        state[name] = fresh
+    log.warning(
+        "%s has heads of %d classes, this detector of %d: %s",
+        path,
+        count,
+        len(names),
+        f"{len(places) - 1} of {len(class_names)} classes are taken by name, others start anew"
+        if places
+        else "the class heads start anew",
+    )
+    return state
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -10,63 +10,12 @@ from typing import Any
 import torch
 
 from fastcov_detection.config import ConfigError, ModelConfig
+from fastcov_detection.detector.backbone import unusual_groups
 from fastcov_detection.detector.build import PYRAMID_LEVELS, parse_name, save_widths
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.search.results import finished_runs, read_result
-from fastcov_detection.train.folder import load_run
-
-_REBUILD = '''"""Rebuilds the detector beside this file with torch and torchvision alone."""
-
-import json
-import math
-from pathlib import Path
-
-import torch
-from torch import nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
-
-
-def group_norm(width):
-    return nn.GroupNorm(math.gcd(32, width), width)
-
-
-NORMS = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d, "group": group_norm}
-
-
-def rebuild(folder=Path(__file__).parent):
-    spec = json.loads((folder / "model.json").read_text())
-    state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-    norm = NORMS[spec["norm"]]
-    trunk = resnet_fpn_backbone(backbone_name=spec["resnet"], weights=None, norm_layer=norm)
-    options = {**spec["options"], "rpn_anchor_generator": AnchorGenerator(**spec["anchors"])}
-    for name, size in spec["pools"].items():
-        options[name] = MultiScaleRoIAlign(output_size=size, **spec["roi_align"])
-    model = (MaskRCNN if spec["masks"] else FasterRCNN)(trunk, **options)
-    for name, layer in list(model.named_modules()):  # every layer gets the width of its weights
-        weight = state.get(name + ".weight")
-        if weight is None or weight.shape == layer.weight.shape:
-            continue
-        if isinstance(layer, nn.Linear):
-            new = nn.Linear(weight.shape[1], weight.shape[0])
-        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            ins, outs = weight.shape[:2] if layer.transposed else weight.shape[1::-1]
-            size = layer.kernel_size, layer.stride, layer.padding
-            new = type(layer)(ins, outs, *size, bias=layer.bias is not None)
-        else:
-            new = norm(len(weight))
-        model.set_submodule(name, new)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-if __name__ == "__main__":
-    detector = rebuild()
-    print(sum(p.numel() for p in detector.parameters()), "parameters")
-    print({name: tensor.shape for name, tensor in detector([torch.rand(3, 96, 96)])[0].items()})
-'''
+from fastcov_detection.studies import rebuild
+from fastcov_detection.train.folder import category_ids, load_run
 
 
 def export_run(
@@ -77,8 +26,8 @@ def export_run(
     Args:
         source: Folder of a training run, or of a search.
         out: Folder that gets ``model.pt`` (tensors by torchvision's names), ``widths.json``,
-            ``model.json`` (what else must be known to build it, class names included) and
-            ``rebuild.py``.
+            ``model.json`` (what else must be known to build it, class names and category ids
+            included) and ``rebuild.py``.
         arm: Of a search: whose first seed is exported.
 
     Returns:
@@ -92,23 +41,37 @@ def export_run(
     folder = Path(out)
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    ids = category_ids(run)
     write_file(folder / "model.pt", lambda file: torch.save(state, file))
     save_widths(model.widths, folder / "widths.json")
-    described = describe(model.config, classes)
+    described = describe(model.config, classes, ids) | {"groups": unusual_groups(model)}
     write_text(folder / "model.json", json.dumps(described, indent=2) + "\n")
-    write_text(folder / "rebuild.py", _REBUILD)
+    write_text(folder / "rebuild.py", Path(rebuild.__file__).read_text(encoding="utf-8"))
     return folder
 
 
-def describe(config: ModelConfig, classes: list[str]) -> dict[str, Any]:
-    """Arguments of torchvision's constructors for this detector, as JSON."""
+def describe(
+    config: ModelConfig, classes: list[str], category_ids: list[int] | None = None
+) -> dict[str, Any]:
+    """Arguments of torchvision's constructors for this detector, as JSON.
+
+    Args:
+        config: Of the detector.
+        classes: Names of labels 1 to K.
+        category_ids: Ids of the same classes in the annotation files; None where a run of an
+            earlier version did not keep them.
+    """
     predicts_masks, depth = parse_name(config.name)
     norm = "batch" if config.norm == "sync" else config.norm
     return {
         "classes": ["background", *classes],
+        "category_ids": None if category_ids is None else [None, *category_ids],
         "masks": predicts_masks,
         "resnet": f"resnet{depth}",
         "norm": norm,
+        "fpn_norm": config.fpn_norm,
+        "head_norm": config.head_norm,
+        "box_head": config.box_head,
         "options": {
             "num_classes": len(classes) + 1,
             "min_size": config.min_size,

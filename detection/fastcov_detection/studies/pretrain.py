@@ -93,7 +93,10 @@ def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: in
         raise ConfigError("model.norm is 'frozen': it holds what a training found; use batch")
     _, depth = parse_name(config.model.name)
     body = build_resnet(
-        depth, widths, norm_layer(config.model.norm), config.model.zero_init_last_norm
+        depth,
+        widths,
+        norm_layer(config.model.norm, config.model.norm_groups),
+        config.model.zero_init_last_norm,
     )
     initialise_backbone(body, config.model, depth)
     layers: OrderedDict[str, nn.Module] = OrderedDict(body.named_children())

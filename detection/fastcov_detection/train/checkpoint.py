@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcov_detection.config import TrainConfig, from_dict, to_dict
+from fastcov_detection.config import read_saved, to_dict
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.files import write_file
 
@@ -119,7 +119,7 @@ def check_same_run(
         CheckpointError: Naming the first setting that differs.
     """
     # A setting that came later had its default then.
-    complete = to_dict(from_dict(TrainConfig, saved["config"]))
+    complete = to_dict(read_saved(saved["config"]))
     before, now = _flatten({**saved, "config": complete}), _flatten(wanted)
     steps = now.get("config.steps", 0)
     may_end = reached < steps if is_finished else reached <= steps
@@ -176,6 +176,7 @@ _PLACES = {
 }
 _OF_THE_REST = {
     "config.lr",
+    "config.lr_batch",
     "config.clip_norm",
     "config.warmup_steps",
     "config.schedule",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from fastcov_detection.config import ConfigError, TrainConfig, load_config
+from fastcov_detection.config import ConfigError, TrainConfig, load_config, read_saved
 from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.detector.weights import read_state
 from fastcov_detection.errors import CheckpointError
@@ -67,7 +67,8 @@ def load_run(
             f"{folder} holds the result of a run whose weights are not here; "
             f"delete {folder / 'run.json'} and run it again to have them"
         )
-    config = load_config(TrainConfig, folder / "config.json")
+    load_config(TrainConfig, folder / "config.json")
+    config = read_saved(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model = build_model(replace(config.model, init="random"), load_widths(folder / "widths.json"))
     if best:
         if not (folder / BEST).exists():
@@ -85,6 +86,15 @@ def load_run(
         state = saved["model"]
     model.load_state_dict(state)
     return model.eval(), config, read_run_result(folder)
+
+
+def category_ids(run_dir: Path) -> list[int] | None:
+    """Category ids of labels 1 to K; None for a run of an earlier version."""
+    path = run_dir / "category_ids.json"
+    if not path.exists():
+        return None
+    ids: list[int] = json.loads(path.read_text(encoding="utf-8"))
+    return ids
 
 
 def has_weights(run_dir: Path) -> bool:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,18 @@ from fastcov_detection.files import write_file, write_text
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.provenance import made_by
 from fastcov_detection.train import checkpoint as checkpoints
+from fastcov_detection.train.average import Average
 from fastcov_detection.train.evaluate import Evaluation, evaluate, tell_limits, write_predictions
 from fastcov_detection.train.folder import BEST, RunResult, has_weights, load_run, read_run_result
 from fastcov_detection.train.logbook import Logbook
 from fastcov_detection.train.schedule import (
     build_optimizer,
     calmer_settings,
+    check_parts,
     evaluation_steps,
     learning_rate,
     set_learning_rate,
+    tell_recipe,
 )
 
 __all__ = ["RunResult", "has_weights", "load_run", "train"]
@@ -66,7 +69,8 @@ def train(
 ) -> RunResult:
     """Trains a detector to its end and evaluates it.
 
-    The folder gets ``config.json``, ``widths.json``, ``classes.json``, ``log.jsonl``,
+    The folder gets ``config.json``, ``widths.json``, ``classes.json``,
+    ``category_ids.json``, ``log.jsonl``,
     ``tensorboard/``, ``spectra/`` (what :func:`fastcov.track` saw), ``checkpoint.pt``, ``best.pt``
     (where it is evaluated on the way: the weights with the highest AP of boxes), and at the end
     ``model.pt`` (a plain state_dict), ``predictions.bbox.json`` (and ``.segm``, in COCO's results
@@ -104,7 +108,7 @@ def train(
             "seed": seed,
             "config": to_dict(config),
             "widths": dict(model.widths),
-            "start": None if start is None else load_start(model, Path(start)),
+            "start": None if start is None else load_start(model, Path(start), data.class_names),
             "data": data.content,
         }
         finished = _open_folder(folder, identity, resume)
@@ -115,6 +119,9 @@ def train(
             save_widths(model.widths, folder / "widths.json")
             tell_limits(data.val, config.model.detections_per_image)
             write_text(folder / "classes.json", json.dumps(list(data.class_names)) + "\n")
+            ids = list(data.train.category_of.values())
+            write_text(folder / "category_ids.json", json.dumps(ids) + "\n")
+            tell_recipe(config, model, world_size())
         return _Run(config, model, data, folder, identity, device, progress).run()
 
 
@@ -143,6 +150,8 @@ class _Run:
         self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
         self.best: dict[str, float] | None = None
         self.evaluate_steps = evaluation_steps(config, len(data.train))
+        # Before the tracker, whose hooks would be copied.
+        self.average = None if config.ema is None else Average(self.model, config.ema)
         self.tracker = self._track()
         self._restore()
         self.logbook = Logbook(
@@ -190,6 +199,7 @@ class _Run:
 
     def _train(self) -> None:
         config = self.config
+        check_parts(config, world_size())
         plan = BatchPlan(
             self.data.train.aspect_ratios(),
             config.batch_size,
@@ -241,13 +251,12 @@ class _Run:
     def _step(self, batch: list[tuple[Tensor, Target]], rate: float) -> None:
         set_learning_rate(self.optimizer, rate)
         torch.manual_seed(mix_seed(self.seed, 3, self.step, rank()))
-        images = [to_float(image.to(self.device, non_blocking=True)) for image, _ in batch]
-        targets = [to_device(target, self.device) for _, target in batch]
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            losses: dict[str, Tensor] = self.replica(images, targets)
-            loss = torch.stack(list(losses.values())).sum()
-        self.scaler.scale(loss).backward()
-        values = {"loss": loss, **losses}
+        size = len(batch) // self.config.accumulate
+        values: dict[str, Tensor] = {}
+        for start in range(0, len(batch), size):
+            is_last = start + size == len(batch)
+            for name, value in self._backward(batch[start : start + size], is_last).items():
+                values[name] = values[name] + value if name in values else value
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -259,12 +268,34 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model, self.step)
         self.logbook.add(values)
+
+    def _backward(self, part: list[tuple[Tensor, Target]], is_last: bool) -> dict[str, Tensor]:
+        """Losses of a part of a step's images, with their gradients added; its share of the mean.
+
+        Processes exchange gradients after the last part alone.
+        """
+        images = [to_float(image.to(self.device, non_blocking=True)) for image, _ in part]
+        targets = [to_device(target, self.device) for _, target in part]
+        waits = isinstance(self.replica, DistributedDataParallel) and not is_last
+        with self.replica.no_sync() if waits else nullcontext():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                losses: dict[str, Tensor] = self.replica(images, targets)
+                loss = torch.stack(list(losses.values())).sum()
+            share = 1 / self.config.accumulate
+            self.scaler.scale(loss * share).backward()
+        return {name: value.detach() * share for name, value in {"loss": loss, **losses}.items()}
+
+    def _result_model(self) -> nn.Module:
+        """The model that is evaluated and kept."""
+        return self.model if self.average is None else self.average.model
 
     def _evaluate(self) -> Evaluation:
         """Scores the weights as they are, and keeps them where none were better."""
         found = evaluate(
-            self.model,
+            self._result_model(),
             self.data.val,
             batch_size=self.config.eval_batch_size,
             workers=self.config.data.workers,
@@ -280,7 +311,10 @@ class _Run:
         return found
 
     def _write_weights(self, name: str) -> None:
-        state = {key: tensor.cpu().contiguous() for key, tensor in self.model.state_dict().items()}
+        state = {
+            key: tensor.cpu().contiguous()
+            for key, tensor in self._result_model().state_dict().items()
+        }
         write_file(self.folder / name, lambda file: torch.save(state, file))
 
     def _track(self) -> fastcov.Tracker | None:
@@ -311,6 +345,7 @@ class _Run:
                 "cpu_s": self.cpu_s,
                 "best": self.best,
                 "model": self.model.state_dict(),
+                "average": None if self.average is None else self.average.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "tracker": None if self.tracker is None else self.tracker.state_dict(),
@@ -325,6 +360,8 @@ class _Run:
             self.step, self.train_s = saved["step"], saved["train_s"]
             self.cpu_s, self.best = saved["cpu_s"], saved.get("best")
             self.model.load_state_dict(saved["model"])
+            if self.average is not None:
+                self.average.model.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             if self.tracker is not None and saved["tracker"] is not None:
