@@ -5,9 +5,9 @@ rows, weighted bilinearly, and a cell the mean of its samples:
 
 .. math:: \text{out}_{c} = \sum_k a_{ck} F_{p_{ck}}
 
-``embedding_bag`` computes it row by row. The gradient is the transposed sum, so that the same kernel
-computes it from the samples sorted by their rows; torchvision's kernel for processors adds the
-gradient number by number, that of ``embedding_bag`` sample by sample.
+``embedding_bag`` computes it row by row. The gradient is the transposed sum, so that the same
+kernel computes it from the samples sorted by their rows; torchvision's kernel for processors adds
+the gradient number by number, that of ``embedding_bag`` sample by sample.
 """
 
 from __future__ import annotations
