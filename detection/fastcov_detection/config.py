@@ -310,7 +310,7 @@ def _early() -> TrainConfig:
     )
     config = _converged(look, "data/early")
     model = replace(config.model, anchor_sizes=(8, 14, 20, 32, 48))
-    return replace(config, model=model, steps=1200)
+    return replace(config, model=model, steps=2400)
 
 
 def _late() -> TrainConfig:
