@@ -130,8 +130,8 @@ class MiniConfig:
     """Fewest and most objects of an image."""
     sizes: tuple[int, int] = (12, 48)
     """Shortest and longest longer edge of an object before rotation, in pixels."""
-    places: int = 1
-    """Digits that make up one object: 1 for the classes 0 to 9, 2 for the numbers 00 to 99."""
+    pictures: int = 0
+    """Classes of objects that are pictures, pieces of photographs; 0: objects are digits."""
 
 
 @dataclass(frozen=True)
@@ -413,29 +413,20 @@ def _early() -> TrainConfig:
     )
     config = _converged(look, "data/early")
     model = replace(config.model, anchor_sizes=(8, 14, 20, 32, 48))
-    return replace(config, model=model, steps=1200)
+    return replace(config, model=model, steps=2400)
 
 
 def _late() -> TrainConfig:
-    """Large objects of a hundred classes, read from the last pyramid levels alone."""
-    look = MiniConfig(
-        train=3000,
-        brightness=0.5,
-        colour_low=110,
-        angle=10.0,
-        digits=(3, 6),
-        sizes=(20, 32),
-        places=2,
-    )
+    """Large objects of a hundred classes that only many features tell apart."""
+    look = MiniConfig(train=3000, angle=20.0, digits=(2, 4), sizes=(20, 32), pictures=100)
     config = _converged(look, "data/late")
     model = replace(
         config.model,
-        fpn_norm=True,
-        roi_canonical_scale=12,
+        roi_canonical_scale=40,
         anchor_sizes=(8, 16, 24, 32, 40),
-        anchor_ratios=(0.6, 1.0),
+        anchor_ratios=(1.0,),
     )
-    return replace(config, model=model, optimizer="adamw", lr=0.001, steps=1200)
+    return replace(config, model=model, optimizer="adamw", lr=0.002, steps=1200)
 
 
 _PRESETS = {

@@ -2,6 +2,10 @@
 
 Digits are scikit-learn's, photographs those that the scikit-learn and scikit-image packages carry:
 nothing is downloaded. Training and validation share neither a digit nor a photograph.
+
+With ``pictures``, objects are pictures in place of digits: square pieces of the photographs, each a
+class of its own, pasted at random size, angle, brightness and colour. Training and validation then
+share the pictures, and neither the backgrounds nor the looks.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +34,9 @@ RECIPE = "mini.json"
 _FORMAT = 1
 _VAL_SHARE = 1 / 3
 _PLACING_TRIES = 20
+_PICTURE_EDGE = 48
+_LEAST_CONTRAST = 30.0
+"""Standard deviation of a picture's grey values; plainer pieces of photographs are passed over."""
 _SKIMAGE, _SKLEARN = ("skimage", "data"), ("sklearn", "datasets", "images")
 # Photographs without writing or printed figures in them; of the stereo pair, one view.
 _PHOTOGRAPHS = (
@@ -48,6 +55,15 @@ class _Sources:
     glyphs: NDArray[np.float64]
     labels: NDArray[np.int64]
     photographs: list[Image.Image]
+    pictures: list[Image.Image]
+
+
+class _Object(NamedTuple):
+    """What is pasted: values [H, W, 3] or [3], opacity in [0, 1] [H, W], and the class."""
+
+    values: NDArray[np.float64]
+    opacity: NDArray[np.float64]
+    label: int
 
 
 def make_mini(
@@ -97,8 +113,8 @@ def _check(config: MiniConfig) -> None:
             f"digits of {low} to {high} pixels do not fit a canvas of {config.canvas}; "
             f"sizes must lie between 4 and {int(config.canvas / 1.42)}"
         )
-    if config.places not in (1, 2):
-        raise DataError(f"places is {config.places}; choose 1 (digits) or 2 (numbers to 99)")
+    if config.pictures < 0:
+        raise DataError(f"pictures is {config.pictures}; choose 0 (digits) or a number of classes")
     fewest, most = config.digits
     if not 0 <= fewest <= most or most == 0:
         raise DataError(f"digits is {config.digits}; expected fewest and most, for example 1,5")
@@ -130,7 +146,7 @@ def _replace_folder(partial: Path, target: Path, config: MiniConfig) -> None:
 
 
 def _build(root: Path, config: MiniConfig, progress: bool) -> None:
-    train, val = _split_sources(config.seed)
+    train, val = _split_sources(config.seed, config.pictures)
     (root / "annotations").mkdir()
     with progress_bar("building mini", config.train + config.val, enabled=progress) as advance:
         for code, (split, count, sources) in enumerate(
@@ -159,8 +175,8 @@ def _build_split(
         for label, mask in objects:
             annotations.append(_annotation(len(annotations) + 1, index + 1, label, mask))
         advance(1)
-    places = config.places
-    categories = [{"id": k + 1, "name": f"{k:0{places}d}"} for k in range(10**places)]
+    names = [f"picture {k}" for k in range(config.pictures)] or [str(k) for k in range(10)]
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -182,28 +198,26 @@ def _annotation(number: int, image_id: int, label: int, mask: NDArray[np.bool_])
 def _compose(
     sources: _Sources, config: MiniConfig, draw: np.random.Generator
 ) -> tuple[NDArray[np.uint8], list[tuple[int, NDArray[np.bool_]]]]:
-    """One image and its objects: a crop of a photograph with digits that do not touch."""
+    """One image and its objects: a crop of a photograph with digits or pictures apart."""
     photograph = sources.photographs[draw.integers(len(sources.photographs))]
     canvas = _crop(photograph, config.canvas, draw) * config.brightness
     taken = np.zeros(canvas.shape[:2], dtype=bool)
     objects = []
     for _ in range(draw.integers(config.digits[0], config.digits[1] + 1)):
-        chosen = [int(draw.integers(len(sources.glyphs))) for _ in range(config.places)]
-        opacity = _render(_side_by_side([sources.glyphs[k] for k in chosen]), config, draw)
-        colour = draw.integers(config.colour_low, 256, size=3)
-        place = _place(opacity.shape, taken, draw)
+        drawn = (_picture if config.pictures else _digit)(sources, config, draw)
+        shape = drawn.opacity.shape
+        place = _place(shape, taken, draw)
         if place is None:
             continue
         window = (
-            slice(place[0], place[0] + opacity.shape[0]),
-            slice(place[1], place[1] + opacity.shape[1]),
+            slice(place[0], place[0] + shape[0]),
+            slice(place[1], place[1] + shape[1]),
         )
-        canvas[window] += opacity[..., None] * (colour - canvas[window])
+        canvas[window] += drawn.opacity[..., None] * (drawn.values - canvas[window])
         taken[window] = True
         mask = np.zeros_like(taken)
-        mask[window] = opacity >= 0.5
-        label = int("".join(str(sources.labels[k]) for k in chosen))
-        objects.append((label, mask))
+        mask[window] = drawn.opacity >= 0.5
+        objects.append((drawn.label, mask))
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), objects
 
 
@@ -221,26 +235,50 @@ def _crop(photograph: Image.Image, edge: int, draw: np.random.Generator) -> NDAr
     return np.asarray(crop, dtype=np.float64)
 
 
-def _side_by_side(glyphs: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Ink of one object in [0, 255]: its digits at one height, a column apart."""
-    inks = []
-    for glyph in glyphs:
-        rows, columns = np.flatnonzero(glyph.any(axis=1)), np.flatnonzero(glyph.any(axis=0))
-        ink = glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        inks.append(ink * (255 / glyph.max()))
-    if len(inks) == 1:
-        return inks[0]
-    height = max(ink.shape[0] for ink in inks)
-    gap = np.zeros((height, 1))
-    spaced = [part for ink in inks for part in (gap, _stretch(ink, height))]
-    return np.concatenate(spaced[1:], axis=1)
+def _digit(sources: _Sources, config: MiniConfig, draw: np.random.Generator) -> _Object:
+    chosen = int(draw.integers(len(sources.glyphs)))
+    opacity = _render(_ink(sources.glyphs[chosen]), config, draw)
+    colour = draw.integers(config.colour_low, 256, size=3)
+    return _Object(colour.astype(np.float64), opacity, int(sources.labels[chosen]))
 
 
-def _stretch(ink: NDArray[np.float64], height: int) -> NDArray[np.float64]:
-    """Ink at a height, its width as before."""
-    drawn = Image.fromarray(ink.astype(np.uint8))
-    resized = drawn.resize((ink.shape[1], height), Image.Resampling.BICUBIC)
-    return np.asarray(resized, dtype=np.float64)
+def _picture(sources: _Sources, config: MiniConfig, draw: np.random.Generator) -> _Object:
+    """A picture, turned behind its square window, in another light and with noise."""
+    label = int(draw.integers(len(sources.pictures)))
+    edge = int(draw.integers(config.sizes[0], config.sizes[1] + 1))
+    angle = float(draw.uniform(-config.angle, config.angle))
+    margin = _PICTURE_EDGE / 8  # more than a turn of 20 degrees leaves empty at the corners
+    window = (margin, margin, _PICTURE_EDGE - margin, _PICTURE_EDGE - margin)
+    turned = sources.pictures[label].rotate(angle, Image.Resampling.BILINEAR)
+    shown = turned.resize((edge, edge), Image.Resampling.BILINEAR, window)
+    light = draw.uniform(0.6, 1.2) * draw.uniform(0.7, 1.3, size=3)
+    values = np.asarray(shown, dtype=np.float64) * light + draw.normal(0, 15, size=3)
+    return _Object(np.clip(values, 0, 255), np.ones((edge, edge)), label)
+
+
+def _cut_pictures(
+    photographs: list[Image.Image], count: int, draw: np.random.Generator
+) -> list[Image.Image]:
+    pictures: list[Image.Image] = []
+    while len(pictures) < count:
+        photograph = photographs[draw.integers(len(photographs))]
+        side = int(draw.integers(40, max(41, min(photograph.size) // 2)))
+        left = int(draw.integers(photograph.width - side + 1))
+        top = int(draw.integers(photograph.height - side + 1))
+        box = (left, top, left + side, top + side)
+        edges = (_PICTURE_EDGE, _PICTURE_EDGE)
+        piece = photograph.resize(edges, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
+        if np.asarray(piece.convert("L"), dtype=np.float64).std() >= _LEAST_CONTRAST:
+            pictures.append(piece)
+    return pictures
+
+
+def _ink(glyph: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ink of one digit in [0, 255], without the empty rows and columns around it."""
+    rows, columns = np.flatnonzero(glyph.any(axis=1)), np.flatnonzero(glyph.any(axis=0))
+    ink = glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scaled: NDArray[np.float64] = ink * (255 / glyph.max())
+    return scaled
 
 
 def _render(
@@ -274,8 +312,8 @@ def _place(
     return None
 
 
-def _split_sources(seed: int) -> tuple[_Sources, _Sources]:
-    """Digits and photographs for training and for validation."""
+def _split_sources(seed: int, count: int = 0) -> tuple[_Sources, _Sources]:
+    """Digits and photographs for training and for validation, and pictures for both."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -283,12 +321,14 @@ def _split_sources(seed: int) -> tuple[_Sources, _Sources]:
     draw = np.random.default_rng([seed, 2])
     digit_order = draw.permutation(len(digits.images))
     photograph_order = draw.permutation(len(photographs))
+    pictures = _cut_pictures(photographs, count, np.random.default_rng([seed, 3]))
     digit_cut, photograph_cut = (int(len(o) * _VAL_SHARE) for o in (digit_order, photograph_order))
     val, train = (
         _Sources(
             digits.images[digit_order[digit_part]],
             digits.target[digit_order[digit_part]],
             [photographs[index] for index in photograph_order[photograph_part]],
+            pictures,
         )
         for digit_part, photograph_part in (
             (slice(None, digit_cut), slice(None, photograph_cut)),

@@ -5,8 +5,9 @@ rows, weighted bilinearly, and a cell the mean of its samples:
 
 .. math:: \text{out}_{c} = \sum_k a_{ck} F_{p_{ck}}
 
-``embedding_bag`` computes it and its gradient row by row; torchvision's kernel for processors adds
-the gradient number by number.
+``embedding_bag`` computes it row by row. The gradient is the transposed sum, so that the same
+kernel computes it from the samples sorted by their rows; torchvision's kernel for processors adds
+the gradient number by number, that of ``embedding_bag`` sample by sample.
 """
 
 from __future__ import annotations
@@ -19,6 +20,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import MultiScaleRoIAlign
+
+
+class _WeightedRows(torch.autograd.Function):
+    """Weighted sums of rows, with a gradient with respect to the rows alone.
+
+    Rows [P, C], the rows that each cell reads [N, K] and their weights [N, K] give cells [N, C].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.count = len(rows)
+        return functional.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        read = index.flatten()
+        # Sorted 32-bit numbers take half the time; the order of equal ones fixes that of the sums.
+        order = torch.argsort(read.int(), stable=True)
+        ends = torch.cumsum(torch.bincount(read, minlength=ctx.count), 0)
+        gradient = functional.embedding_bag(
+            torch.div(order, index.shape[1], rounding_mode="floor"),
+            gradients[0].contiguous(),
+            offsets=functional.pad(ends[:-1], (1, 0)),
+            mode="sum",
+            per_sample_weights=weight.flatten()[order],
+        )
+        return gradient, None, None
 
 
 class RowRoIAlign(MultiScaleRoIAlign):
@@ -73,11 +103,8 @@ class RowRoIAlign(MultiScaleRoIAlign):
         ).flatten(3)
         weight = row_weight[:, :, None, :, None] * column_weight[:, None, :, None, :]
         cells = self.output_size[0]
-        pooled = functional.embedding_bag(
-            index.flatten(0, 2),
-            rows,
-            mode="sum",
-            per_sample_weights=weight.flatten(3).flatten(0, 2).to(rows.dtype),
+        pooled = _WeightedRows.apply(
+            rows, index.flatten(0, 2), weight.flatten(3).flatten(0, 2).to(rows.dtype)
         )
         return pooled.reshape(-1, cells, cells, rows.shape[1]).permute(0, 3, 1, 2)
 

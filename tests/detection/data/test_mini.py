@@ -65,25 +65,30 @@ def test_train_and_val_share_neither_digit_nor_photograph() -> None:
     assert {p.tobytes() for p in other.photographs} != photographs[0]
 
 
-def test_two_places_make_a_hundred_classes_of_two_digits(tmp_path: Path) -> None:
-    look = replace(SMALL, train=12, places=2)
-    root = make_mini(tmp_path / "numbers", look, progress=False)
+def test_every_picture_is_a_class_that_both_halves_share(tmp_path: Path) -> None:
+    look = replace(SMALL, train=12, pictures=7)
+    root = make_mini(tmp_path / "pictures", look, progress=False)
     content = _annotations(root, "train")
-    names = {one["id"]: one["name"] for one in content["categories"]}
-    assert names == {k + 1: f"{k:02d}" for k in range(100)}
-    found = [names[one["category_id"]] for one in content["annotations"]]
-    assert len(set(found)) > 8
-    # Two digits side by side are wider than high, unless both are ones.
-    widths = [one["bbox"][2] / one["bbox"][3] for one in content["annotations"]]
-    assert np.median(widths) > 1
+    assert [one["name"] for one in content["categories"]] == [f"picture {k}" for k in range(7)]
+    assert len({one["category_id"] for one in content["annotations"]}) > 4
+    for annotation in content["annotations"]:
+        width, height = annotation["bbox"][2:]
+        assert width == height
+        assert annotation["area"] == width * height
+    train, val = mini._split_sources(0, 7)
+    cut = [[picture.tobytes() for picture in split.pictures] for split in (train, val)]
+    assert cut[0] == cut[1]
+    assert len(set(cut[0])) == 7
+    others = [picture.tobytes() for picture in mini._split_sources(1, 7)[0].pictures]
+    assert not set(cut[0]) & set(others)
 
 
-def test_digits_stand_side_by_side_at_one_height() -> None:
-    glyph = mini._split_sources(seed=0)[0].glyphs[0]
-    alone, pair = mini._side_by_side([glyph]), mini._side_by_side([glyph, glyph])
-    assert alone.max() == 255
-    assert pair.shape == (alone.shape[0], 2 * alone.shape[1] + 1)
-    np.testing.assert_array_equal(pair[:, : alone.shape[1]], alone.astype(np.uint8))
+def test_a_picture_changes_its_light_and_keeps_its_class() -> None:
+    sources, _ = mini._split_sources(0, 1)
+    look = replace(SMALL, pictures=1)
+    first, second = (mini._picture(sources, look, np.random.default_rng(seed)) for seed in (0, 1))
+    assert first.label == second.label == 0
+    assert first.values.mean(axis=(0, 1)) != pytest.approx(second.values.mean(axis=(0, 1)), rel=0.1)
 
 
 def test_same_seed_same_bytes_and_more_images_keep_the_first(tmp_path: Path) -> None:
@@ -142,7 +147,7 @@ def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sizes": (12, 60)}, "do not fit a canvas of 64"),
         ({"train": 0}, "needs images"),
         ({"digits": (4, 2)}, "fewest and most"),
-        ({"places": 3}, "places is 3"),
+        ({"pictures": -1}, "pictures is -1"),
     ],
 )
 def test_impossible_parameters(tmp_path: Path, change: dict[str, object], message: str) -> None:

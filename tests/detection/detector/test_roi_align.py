@@ -59,8 +59,11 @@ def test_values_and_gradients_are_torchvisions(edge: int, samples: int, scale: i
 
 
 def test_no_region_at_all_is_an_empty_batch() -> None:
-    pooled = RowRoIAlign(NAMES, 7, 1)(_features(64), [torch.zeros(0, 4)] * 3, [(64, 64)] * 3)
+    features = _features(64)
+    pooled = RowRoIAlign(NAMES, 7, 1)(features, [torch.zeros(0, 4)] * 3, [(64, 64)] * 3)
     assert pooled.shape == (0, 5, 7, 7)
+    gradients = torch.autograd.grad(pooled.sum(), list(features.values()))
+    assert all(not gradient.any() for gradient in gradients)
 
 
 def test_adaptive_sampling_is_refused() -> None:
