@@ -279,14 +279,14 @@ class Tracker:
 
         Raises:
             KeyError: If no such layer is tracked.
-            ValueError: If its gradient is not tracked, or one of both has no row.
+            ValueError: If its gradient is not tracked, or one of both has no row or is sketched.
         """
         if name in self.watcher.layers and gradient_name(name) not in self.watcher.layers:
             raise ValueError(
                 f'the gradient of layer {name!r} is not tracked: pass track(..., of="both")'
             )
-        state = self._state(name)
-        gradient = self._state(gradient_name(name))
+        state = self._whole_state(name)
+        gradient = self._whole_state(gradient_name(name))
         count = min(float(state.effective_count), float(gradient.effective_count))
         return sensitivity_spectrum(state.covariance(), gradient.covariance(), round(count), name)
 
@@ -744,7 +744,7 @@ def track(
         memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
             not fit are sketched to fewer channels: their trace is exact, the other numbers of their
             spectra are estimates (docs/memory.md), and the summary says so. No layer is too wide
-            then. None keeps all channels.
+            then. Observed tensors count as they come, ``pairs`` beyond it. None keeps all channels.
         max_channels: Without ``memory``, wider layers are skipped and listed in the summary.
         pairs: Pairs of names of tensors of one step, modules' or observed ones, whose
             :meth:`Tracker.cross_covariance` and :meth:`Tracker.cka` are kept.

@@ -461,7 +461,8 @@ class Layer:
     def _buffer_rows(self, channels: int) -> int:
         if self.state is not None and self.state.sketch is not None:
             return SKETCH_ROWS
-        return buffer_rows(channels)
+        assert self.service is not None
+        return buffer_rows(channels, self.service.is_host)
 
     def _direct_rows(self, channels: int) -> int:
         assert self.service is not None

@@ -295,9 +295,9 @@ class Watcher:
         return list(self._named)
 
     def _new_layer(self, tap: int) -> Layer:
-        return self._layer(self.taps[tap].name, tap)
+        return self._layer(self.taps[tap].name, tap, self.sketch)
 
-    def _layer(self, name: str, number: int) -> Layer:
+    def _layer(self, name: str, number: int, sketch: int | None = None) -> Layer:
         rank, _ = rank_and_ranks()
         return Layer(
             name,
@@ -307,7 +307,7 @@ class Watcher:
             fraction=self.policy.first_fraction,
             first_fill=first_fill(number),
             precision=self.precision,
-            sketch=self.sketch,
+            sketch=sketch,
         )
 
     def _skip_wide(self, name: str, channels: int) -> None:
