@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 
@@ -28,6 +30,36 @@ def check_reading(where: object, weighting: object, max_channels: object) -> Non
         raise TypeError(f"max_channels={max_channels!r}: give an int")
     if max_channels < 1:
         raise ValueError(f"max_channels={max_channels}: must be at least 1")
+
+
+def bytes_of(argument: str, value: object) -> int:
+    """Number of bytes, from an int or a text such as "2GiB" or "500 MB".
+
+    Raises:
+        TypeError: If ``value`` is neither.
+        ValueError: If it is no such text, or not above 0.
+
+    Example:
+        >>> bytes_of("memory", "1.5GiB"), bytes_of("memory", "2 kB")
+        (1610612736, 2000)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f'{argument}={value!r}: give a number of bytes, or a text such as "2GiB"')
+    count: float = 0
+    if isinstance(value, int):
+        count = value
+    elif found := re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", value, re.IGNORECASE):
+        digits, prefix, binary = found.groups()
+        power = " KMGT".index(prefix.upper() or " ")
+        try:
+            count = float(digits) * (1024 if binary else 1000) ** power
+        except ValueError:
+            count = 0
+    if count < 1:
+        raise ValueError(
+            f'{argument}={value!r}: give a number of bytes above 0, or a text such as "2GiB"'
+        )
+    return int(count)
 
 
 def check_steps(argument: str, value: object) -> None:

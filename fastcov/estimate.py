@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,16 @@ from fastcov.arguments import check_model, check_reading
 from fastcov.ops.backend import service_of
 from fastcov.rows.policy import LayerLoad, Rows, policy_of
 from fastcov.rows.view import plain_tensor, row_order, row_view
-from fastcov.stats.buffering import buffer_rows, device_buffer_rows, direct_rows
+from fastcov.stats.buffering import (
+    SKETCH_ROWS,
+    buffer_rows,
+    device_buffer_rows,
+    direct_rows,
+    projection_bytes,
+    state_bytes,
+)
 from fastcov.stats.workspace import update_workspace_bytes
+from fastcov.watch.budget import sketch_of
 from fastcov.watch.select import Selector, Tap, find_taps, first_tensor
 from fastcov.watch.sharing import SharedInputs
 
@@ -37,6 +46,7 @@ class LayerEstimate:
         buffer_bytes: Memory of rows that wait to be added, which stays.
         flops: Arithmetic of the layer's second moment.
         workspace_bytes: Memory that one update of the state takes on a GPU and gives back, at most.
+        sketch: Channels that rows are projected to, to fit into ``memory``; 0 where all are kept.
     """
 
     name: str
@@ -47,6 +57,7 @@ class LayerEstimate:
     buffer_bytes: int
     flops: float
     workspace_bytes: int = 0
+    sketch: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,17 +68,20 @@ class Estimate:
         layers: Estimates of the watched layers.
         forward_flops: Flops of one forward of the model, by torch.utils.flop_counter.
         skipped: Channels of the layers that are wider than ``max_channels``, by name.
+        projection_bytes: Memory of the random signs that project sketched layers' rows, which
+            layers of one width share.
     """
 
     layers: list[LayerEstimate]
     forward_flops: int
     skipped: dict[str, int] = field(default_factory=dict)
+    projection_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that are added at the peak: states, buffers, and the workspace of one update."""
+        """Bytes that are added at the peak: states, buffers, signs, the workspace of one update."""
         lasting = sum(layer.state_bytes + layer.buffer_bytes for layer in self.layers)
-        return lasting + self.workspace_bytes
+        return lasting + self.projection_bytes + self.workspace_bytes
 
     @property
     def workspace_bytes(self) -> int:
@@ -99,13 +113,23 @@ class Estimate:
                 f"  workspace: {self.workspace_bytes / 2**20:.2f} MiB of it, given back after each "
                 f"update; the most for {largest.name}"
             )
+        if sketched := [layer for layer in self.layers if layer.sketch]:
+            lines.append(
+                f"  sketched: {len(sketched)} layers to {sketched[0].sketch} channels, "
+                f"{self.projection_bytes / 2**20:.1f} MiB of random signs; the others keep all"
+            )
         lines += [
-            f"  {layer.name}: C={layer.channels}, {layer.rows_read:.3g} of {layer.rows_offered} "
-            f"rows a step, {(layer.state_bytes + layer.buffer_bytes) / 2**20:.2f} MiB"
+            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {layer.rows_read:.3g} of "
+            f"{layer.rows_offered} rows a step, "
+            f"{(layer.state_bytes + layer.buffer_bytes) / 2**20:.2f} MiB"
             for layer in self.layers
         ]
         lines += [f"  {name}: skipped, {width} channels" for name, width in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _to(sketch: int) -> str:
+    return f" to {sketch}" if sketch else ""
 
 
 def estimate(
@@ -117,6 +141,7 @@ def estimate(
     where: Literal["output", "input", "both"] = "output",
     rows: Rows = "auto",
     weighting: Literal["position", "image"] = "position",
+    memory: int | str | None = None,
     max_channels: int = 4096,
     training: bool = False,
 ) -> Estimate:
@@ -138,6 +163,8 @@ def estimate(
     - On a CPU, the copy of a call's sampled rows, where they are more than 2 C.
     - Temporaries of plain torch, where it takes the place of a compiled operator or of Triton
       (:func:`fastcov.backends`), and for float64 rows on a GPU.
+    - Of a sketched layer, the projected rows of one call, and a copy of the rows that are due where
+      they are more than 64.
     - With ``weighting="image"``, temporaries of a module called several times a step, whose states
       are merged: up to four times the 8 C^2 bytes of a state.
 
@@ -150,6 +177,7 @@ def estimate(
         where: See :func:`fastcov.track`.
         rows: See :func:`fastcov.track`.
         weighting: See :func:`fastcov.track`.
+        memory: See :func:`fastcov.track`.
         max_channels: See :func:`fastcov.track`.
         training: True runs the forward in training mode, for models with other shapes there, as
             detectors, whose example then holds targets. Batch norm stays in evaluation mode. A
@@ -174,7 +202,9 @@ def estimate(
     check_model(model)
     policy = policy_of(rows)
     check_reading(where, weighting, max_channels)
-    survey = _Survey(find_taps(model, include, exclude, where), max_channels)
+    taps = find_taps(model, include, exclude, where)
+    sketch = sketch_of(model, taps, memory)
+    survey = _Survey(taps, max_channels if memory is None else sys.maxsize)
     devices = {weight.device for weight in model.parameters() if weight.is_cuda}
     with (
         survey.watching(model, training),
@@ -186,10 +216,13 @@ def estimate(
     loads = survey.loads()
     fractions = policy.fractions(loads, loads)
     layers = [
-        _layer_estimate(survey.tap_loads[name], name, fractions[name], weighting == "image")
+        _layer_estimate(survey.tap_loads[name], name, fractions[name], weighting == "image", sketch)
         for name in loads
     ]
-    return Estimate(layers, counter.get_total_flops(), survey.skipped)
+    signs = 0
+    if sketch is not None:
+        signs = projection_bytes([load.channels for load in loads.values()], sketch)
+    return Estimate(layers, counter.get_total_flops(), survey.skipped, signs)
 
 
 @dataclass
@@ -212,15 +245,17 @@ class _TapLoad:
 
 
 def _layer_estimate(
-    tap_load: _TapLoad, name: str, fraction: float, is_by_image: bool
+    tap_load: _TapLoad, name: str, fraction: float, is_by_image: bool, sketch: int | None
 ) -> LayerEstimate:
     size, offered = tap_load.channels, sum(tap_load.calls)
-    state_bytes = 8 * (size * size + 2 * size + 4)
-    threshold = buffer_rows(size)
+    is_sketched = sketch is not None and size > sketch
+    order = sketch + 1 if sketch is not None and is_sketched else size
+    layer_state = state_bytes(order)
+    threshold = SKETCH_ROWS if is_sketched else buffer_rows(size)
     due = [fraction * count for count in tap_load.calls]
     # As in fastcov.stats.layer: calls of many rows are added at once, the others wait in a buffer.
     service = service_of(tap_load.dtype, tap_load.device)
-    direct = direct_rows(size, service.is_host)
+    direct = SKETCH_ROWS if is_sketched else direct_rows(size, service.is_host)
     buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
     capacity = threshold if any(buffered) else 0
     if is_by_image and len(due) > 1:
@@ -229,11 +264,11 @@ def _layer_estimate(
         capacity = max(
             capacity, ceil(sum(d for d, waits in zip(due, buffered, strict=True) if waits))
         )
-        state_bytes *= 1 if all(buffered) else 2
+        layer_state *= 1 if all(buffered) else 2
     most_waiting, has_device_buffer = capacity, False
     row_bytes = size * tap_load.dtype.itemsize
     is_on_gpu = tap_load.device.type == "meta" or service.counts_on_device
-    if is_on_gpu and not is_by_image and (fraction < 1 or any(buffered)):
+    if is_on_gpu and not is_sketched and not is_by_image and (fraction < 1 or any(buffered)):
         waiting = fraction * offered if fraction < 1 else min(offered, len(due) * (direct - 1))
         if sizes := device_buffer_rows(size, waiting, len(due)):
             capacity, row_bytes = sum(sizes), row_bytes + 4  # 4 for the step of each row
@@ -243,12 +278,15 @@ def _layer_estimate(
         channels=size,
         rows_offered=offered,
         rows_read=fraction * offered,
-        state_bytes=state_bytes,
+        state_bytes=layer_state,
         buffer_bytes=capacity * row_bytes,
-        flops=fraction * offered * size * (size + 1),
-        workspace_bytes=_workspace_bytes(
+        flops=fraction * offered * order * (order + 1 + (2 * size if is_sketched else 0)),
+        workspace_bytes=0
+        if is_sketched
+        else _workspace_bytes(
             tap_load, fraction, buffered, most_waiting, is_by_image, has_device_buffer
         ),
+        sketch=order - 1 if is_sketched else 0,
     )
 
 

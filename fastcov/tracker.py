@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fastcov.arguments import check_decay, check_model, check_reading, check_steps
 from fastcov.names import closest
+from fastcov.ops.covariance import Precision, check_precision
 from fastcov.rows.policy import Rows, policy_of
 from fastcov.show.status import (
     LayerFacts,
@@ -28,9 +30,11 @@ from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
+from fastcov.stats.directions import Directions
 from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
+from fastcov.watch.budget import sketch_of
 from fastcov.watch.hooks import watchers_of
 from fastcov.watch.isolation import is_compiled
 from fastcov.watch.select import Selector, Tap, find_taps
@@ -142,6 +146,16 @@ class Tracker:
             return state
         raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
 
+    def _whole_state(self, name: str) -> CovarianceState:
+        state = self._state(name)
+        if state.sketch is not None:
+            raise ValueError(
+                f"layer {name!r} is sketched, {state.channels} channels to {state.sketch.width}: "
+                "it has a spectrum, but no covariance, mean or directions; give track() more "
+                "memory, or fewer layers (include=)"
+            )
+        return state
+
     def covariance(self, name: str, centered: bool = False) -> Tensor:
         """Second-moment matrix of a layer's rows, the covariance if ``centered``.
 
@@ -154,13 +168,33 @@ class Tracker:
 
         Raises:
             KeyError: If no such layer is tracked.
-            ValueError: If the layer has read no row.
+            ValueError: If the layer has read no row, or is sketched.
         """
-        return self._state(name).covariance(centered)
+        return self._whole_state(name).covariance(centered)
+
+    def directions(
+        self, name: str, k: int | None = None, *, centered: bool = False, correction: float = 0
+    ) -> Directions:
+        """Directions of a layer's largest variance: eigenvalues and eigenvectors.
+
+        Args:
+            name: One of :meth:`names`.
+            k: Number of directions; None for all.
+            centered: True subtracts the mean: principal components.
+            correction: Degrees of freedom to take off the divisor; 1 for the unbiased covariance.
+
+        Returns:
+            ``eigenvalues`` [k], descending, and ``vectors`` [C, k], float64 on the layer's device.
+
+        Raises:
+            KeyError: If no such layer is tracked.
+            ValueError: If the layer has read no row or is sketched, or ``k`` is out of range.
+        """
+        return self._whole_state(name).directions(k, centered, correction)
 
     def mean(self, name: str) -> Tensor:
         """Mean of a layer's rows, float64; raises as :meth:`covariance` does. [C]"""
-        return self._state(name).mean()
+        return self._whole_state(name).mean()
 
     def count(self, name: str) -> int:
         """Number of rows read of a layer, without those that hold a NaN or an infinity.
@@ -199,7 +233,8 @@ class Tracker:
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
         # Copies of this step's numbers, with no reference to the tracker or its model.
-        return PendingSpectra(states, centered)
+        in_float64 = self.watcher.precision == "float64"
+        return PendingSpectra(states, centered, in_float64)
 
     @property
     def steps_read(self) -> int:
@@ -247,6 +282,7 @@ class Tracker:
         return LayerFacts(
             name=name,
             channels=channels or (0 if state is None else state.channels),
+            sketch=(state and state.sketch_width) or 0,
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
@@ -336,6 +372,14 @@ class Tracker:
                 f"cannot merge: decay {own.decay} at step {self.steps} with decay {given.decay} "
                 f"at step {other.steps}; decayed states must stand at the same step"
             )
+        for name in common:
+            mine_state, their_state = own.layers[name].state, given.layers[name].state
+            if mine_state and their_state and mine_state.sketch != their_state.sketch:
+                raise ValueError(
+                    f"cannot merge layer {name!r}: sketched to {their_state.sketch_width} channels "
+                    f"there, to {mine_state.sketch_width} here (None: all kept); track both with "
+                    "the same memory="
+                )
         self._show_own_rows()
         own.leave_device()
         own.share_no_more_than(given)
@@ -482,6 +526,8 @@ def track(
     every: int = 1,
     weighting: Literal["position", "image"] = "position",
     decay: float | None = None,
+    precision: Precision = "split",
+    memory: int | str | None = None,
     max_channels: int = 4096,
     train_only: bool = True,
     snapshot_every: int | None = None,
@@ -507,7 +553,13 @@ def track(
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
         decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything.
-        max_channels: Wider layers are skipped and listed in the summary.
+        precision: Precision of the rows' products, as of :func:`fastcov.ops.accumulate_`. "float64"
+            keeps small eigenvalues right beside attention sinks, for about twice the time.
+        memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
+            not fit are sketched to fewer channels: their trace is exact, the other numbers of their
+            spectra are estimates (docs/memory.md), and the summary says so. No layer is too wide
+            then. None keeps all channels.
+        max_channels: Without ``memory``, wider layers are skipped and listed in the summary.
         train_only: True counts only forwards of a model in training mode as steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none. A snapshot that
             fails (a full disk) gives a warning.
@@ -535,10 +587,12 @@ def track(
     policy = policy_of(rows)
     check_reading(where, weighting, max_channels)
     check_decay(decay)
+    check_precision(precision)
     check_steps("every", every)
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where)
+    sketch = sketch_of(model, taps, memory)
     _close_or_warn_of_others(model, taps, replace)
     return Tracker(
         model,
@@ -547,7 +601,9 @@ def track(
         every=every,
         weighting=weighting,
         decay=decay,
-        max_channels=max_channels,
+        precision=precision,
+        sketch=sketch,
+        max_channels=max_channels if memory is None else sys.maxsize,
         train_only=train_only,
         snapshot_every=snapshot_every,
         out=out,

@@ -1,4 +1,4 @@
-"""Each case of a GPU in a process of its own, within a time that is known beforehand.
+"""Benchmark cases of a GPU, each in a process of its own and within a fixed time.
 
 An illegal access ends every later call of its process, and a compilation can take minutes: either
 costs one case here, not the others' results.
@@ -30,8 +30,8 @@ SHARES_S: Mapping[str, float] = {
     "training-faster_rcnn": 60.0,
     "snapshot": 55.0,
 }
-"""Seconds of each case, the start of its process included, in the order that they run. What a case
-leaves goes to the next."""
+"""Seconds of each case, the start of its process included, in the order of running. Seconds that a
+case leaves go to the next."""
 _OTHERS_S = 170.0  # the three compiled training steps, together as long
 _FULL_TIMES = 10
 _START_S = 12.0  # of a process: torch, a CUDA context, the machine's rates
@@ -47,12 +47,12 @@ def shares(cases: Sequence[str], size: Size) -> dict[str, float]:
 
 
 def run_apart(cases: Sequence[str], size: Size, folder: Path | None) -> int:
-    """Runs cases on the GPU, one process each, and prints the table of targets.
+    """Run of cases on the GPU, one process each, with the table of targets at its end.
 
     Args:
         cases: Names of cases.
-        size: How much; "full" has ten times the seconds.
-        folder: Of the JSON files; None writes none, and no table of targets follows.
+        size: Size of the contests; "full" has ten times the seconds.
+        folder: Folder for JSON files; None writes none, and no table of targets follows.
 
     Returns:
         0, or 1 if a case failed or was ended.
@@ -102,7 +102,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _ended_within(seconds: float, command: Sequence[str]) -> int | None:
-    """The status of a command; None if it was ended, with the processes that it started."""
+    """Status of a command; None if time was up: it is killed with all processes that it started."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait(timeout=seconds)

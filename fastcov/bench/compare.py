@@ -1,7 +1,7 @@
-"""What moved between two results, beyond noise.
+"""Comparison of two results: changes beyond noise.
 
 Noise has two parts. Within a run, the 95 % intervals of two medians must not overlap. Between runs
-a machine drifts as a whole: how far is read off the peers, whose code is the same in both files.
+a machine drifts as a whole, by as much as its peers' rows changed: their code is the same in both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastcov.bench.contest import Row
 from fastcov.bench.results import Result, find_row, load_results
 
 _LEAST_DRIFT = 0.02  # never call less than 2 % a change
-_FEW_PEERS = 5  # below, their spread says little
+_FEW_PEERS = 5  # fewer say little about the drift
 _DRIFT_WITHOUT_PEERS = 0.10
 
 Verdict = Literal["faster", "slower", "same"]
@@ -25,7 +25,7 @@ Verdict = Literal["faster", "slower", "same"]
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both results.
+    """Change of one row that both results have.
 
     Attributes:
         ratio: Time in B over time in A.
@@ -48,8 +48,8 @@ class Changes:
     Attributes:
         rows: Common rows of ours, largest change first.
         drift: Relative change between the runs that the machine alone explains.
-        drift_from: How many peers' rows say so; 0 where there were too few.
-        warnings: Why the two may not be comparable.
+        drift_from: Number of peers' rows behind ``drift``; 0 if there were too few.
+        warnings: Reasons why the two may not be comparable.
         only_a: Rows of ours that B lacks.
         only_b: Rows of ours that A lacks.
     """
@@ -63,7 +63,7 @@ class Changes:
 
 
 def compare_results(path_a: Path, path_b: Path) -> Changes:
-    """Compares two files, or two folders, of results.
+    """Changes from one file or folder of results to another.
 
     Raises:
         ValueError: If one holds no result, or they have no case in common.
@@ -101,7 +101,7 @@ def compare_results(path_a: Path, path_b: Path) -> Changes:
 
 
 def is_ours(row: Row) -> bool:
-    """Whether the row times this package: only its code differs between two commits."""
+    """True if the row times fastcov, whose code alone differs between two commits."""
     return row.contender.startswith(("fastcov", "count_above", "steps and"))
 
 

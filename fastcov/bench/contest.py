@@ -1,4 +1,4 @@
-"""A contest: one piece of work, everyone who can do it, and what was checked before timing."""
+"""Contest: one piece of work and its contenders, compared with the oracle before they are timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS = "fastcov"
 
 
 class WrongResultError(AssertionError):
-    """A contender of ours is wrong: its time is never taken."""
+    """Error of a result of fastcov that differs from the oracle: its time is never taken."""
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Setting:
     Attributes:
         device: CPU, or one GPU.
         size: "tiny" runs everything once, "full" the whole grid.
-        missing: Peers that cannot run here, with the reason: filled as they are looked for.
-        ends_at: time.monotonic() after which no contest begins, and the budget of one that runs
-            is cut.
+        missing: Reasons by peer, of peers that cannot run here; filled while contests are built.
+        ends_at: Value of time.monotonic() after which no contest begins; a running contest's
+            budget ends there too.
     """
 
     device: torch.device
@@ -43,12 +43,12 @@ class Setting:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether everything runs once only."""
+        """True if everything runs once only."""
         return self.size == "tiny"
 
     @property
     def rates(self) -> Rates:
-        """What this machine can do, measured on first use."""
+        """Bandwidth and matmul rates of this machine, measured on first use."""
         if self._rates is None:
             self._rates = read_rates(self.device, is_quick=self.is_tiny)
         return self._rates
@@ -65,21 +65,22 @@ class Contest:
     """One piece of work and its contenders, ready to be timed.
 
     Attributes:
-        contenders: By name, the reference among them.
-        reference: Times are given as ratios to this contender's, round by round.
-        errors: Of contenders that were compared with the oracle: largest error relative to the
+        contenders: Calls by name, the reference among them.
+        reference: Name of the contender whose times divide the others', round by round.
+        errors: Largest error of each contender that was compared with the oracle, relative to the
             oracle's largest entry.
-        floor: What the machine needs at least; None where nothing is known.
-        rounds: Most rounds.
-        budget_s: Stops after this once ``fewest_rounds`` are done.
-        fewest_rounds: See ``budget_s``.
-        statistic: Of the ratios: "mean" where what a contender costs lies in a few of the rounds,
+        floor: Least time of this machine; None if unknown.
+        rounds: Largest number of rounds.
+        budget_s: Seconds after which the contest stops, once ``fewest_rounds`` are done.
+        fewest_rounds: Smallest number of rounds, whatever they take.
+        statistic: Summary of the ratios. "mean" if a contender's cost lies in a few of the rounds,
             which a median would hide.
         clock: See :func:`fastcov.bench.timing.interleave`.
         prepare: Called before each sample, outside the time.
-        periods: Of contenders that need fewer rounds; see :func:`fastcov.bench.timing.interleave`.
-        notes: Numbers that belong to a contender's row.
-        after: Called with the rows once they are measured; it may add notes to them.
+        periods: Rounds per sample, of contenders that need fewer samples; see
+            :func:`fastcov.bench.timing.interleave`.
+        notes: Further numbers of a contender's row, by contender.
+        after: Called with the measured rows, to which it may add notes.
     """
 
     contenders: Mapping[str, Call]
@@ -98,7 +99,7 @@ class Contest:
 
 
 class Work(NamedTuple):
-    """A contest that is not built yet: large inputs are made when its turn comes."""
+    """Contest that is not built yet: large inputs are made when its turn comes."""
 
     name: str
     build: Callable[[Setting], Contest]
@@ -109,17 +110,17 @@ class Row:
     """One contender's result on one piece of work.
 
     Attributes:
-        work: What was done.
-        contender: By whom.
-        versus: The contest's reference.
+        work: Name of the piece of work.
+        contender: Name of the contender.
+        versus: Name of the contest's reference.
         ratio: This contender's time over the reference's: median over the rounds, or mean.
-        ratio_low: Lower 95 % bound of that.
-        ratio_high: Upper bound.
-        statistic: Which of the two the ratio is.
+        ratio_low: Lower 95 % bound of ``ratio``.
+        ratio_high: Upper 95 % bound of ``ratio``.
+        statistic: Summary that ``ratio`` is: median or mean.
         floor_s: Least time on this machine at its measured rates.
-        floor_of: What sets the floor: "bandwidth", "arithmetic", "latency" or
+        floor_of: Resource that sets the floor: "bandwidth", "arithmetic", "latency" or
             "reciprocals".
-        error: Against the float64 oracle, checked before the time was taken.
+        error: Error against the float64 oracle, checked before the time was taken.
     """
 
     work: str
@@ -142,11 +143,11 @@ class Row:
 
     @property
     def floor_ratio(self) -> float | None:
-        """Achieved time over the floor: 1 is perfect."""
+        """Measured time divided by the floor; 1 is perfect."""
         return None if not self.floor_s else self.p50_s / self.floor_s
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Fields and ``floor_ratio``, for a JSON file."""
         return {**asdict(self), "floor_ratio": self.floor_ratio}
 
 
@@ -154,12 +155,12 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
     """Times a contest's contenders in one interleaved run.
 
     Args:
-        work: Name of the work.
-        contest: Built and checked.
-        setting: Where it was built.
+        work: Name of the piece of work.
+        contest: Contest that was built and checked.
+        setting: Setting in which the contest was built.
 
     Returns:
-        One row a contender, ours first.
+        One row for each contender, that of fastcov first.
     """
     samples = interleave(
         contest.contenders,
@@ -208,13 +209,13 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
 
 
 def check(work: str, error: float, bar: float) -> float:
-    """Refuses to time a wrong result of ours.
+    """Check that a result of fastcov is right enough to be timed.
 
     Returns:
-        The error.
+        ``error``.
 
     Raises:
-        WrongResultError: If it is above the bar, or NaN.
+        WrongResultError: If ``error`` is above ``bar``, or NaN.
     """
     if not error <= bar:
         raise WrongResultError(

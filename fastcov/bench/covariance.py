@@ -39,13 +39,13 @@ class Shape(NamedTuple):
 
 
 def works(setting: Setting) -> list[Work]:
-    """The covariance contests of a setting."""
+    """Covariance contests of a setting."""
     shapes = dict.fromkeys(_shapes(setting))
     single = [Work(str(shape), partial(_shape_contest, shape)) for shape in shapes]
     if setting.is_tiny:
         return [*single, _network("ResNet-50 convs, batch 1 at 32, float32", 1, 32, 32, setting)]
     if setting.device.type == "cuda":
-        # What is promised comes first: where time runs out, it has been measured.
+        # Promised shapes come first, so that they are measured even if time runs out.
         return [
             *single[:_PROMISED_SHAPES],
             _network("ResNet-50 convs, batch 256 at 224, bfloat16", 256, 224, 224, setting),
@@ -144,7 +144,7 @@ def _network(name: str, batch: int, height: int, width: int, setting: Setting) -
 def _contest(
     work: str, inputs: Sequence[Sequence[Tensor]], setting: Setting, *, rounds: int
 ) -> Contest:
-    # inputs: sets to rotate through, each a list of activations; each has a state of its own
+    # inputs: sets to rotate through. Each is a list of activations, each with a state of its own.
     device = setting.device
     truths = [_truth(rows) for rows in inputs[0]]
     errors: dict[str, float] = {}
@@ -187,7 +187,7 @@ def _contest(
 
 
 def update_seconds(widths: Sequence[int], dtype: torch.dtype, setting: Setting) -> dict[int, float]:
-    """Seconds to add one full buffer of 2C rows to a state that is not in cache, by C."""
+    """Seconds to add one full buffer of 2C rows to a state that is not in cache, by channels C."""
     contenders: dict[str, Call] = {}
     for channels in widths:
         load = GramLoad(2 * channels, channels, dtype)

@@ -29,7 +29,7 @@ _CHECKED = 8  # matrices of a batch that are compared with the oracle
 
 
 class Problem(NamedTuple):
-    """Matrices to solve in one call: (order, number) each."""
+    """Matrices to solve in one call; ``sizes`` holds pairs of matrix order and number."""
 
     name: str
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 def works(setting: Setting) -> list[Work]:
-    """The eigenvalue contests of a setting."""
+    """Eigenvalue contests of a setting."""
     problems = dict.fromkeys(_problems(setting))
     return [Work(problem.name, partial(_contest, problem)) for problem in problems]
 
@@ -54,7 +54,7 @@ def _problems(setting: Setting) -> list[Problem]:
     is_cuda = setting.device.type == "cuda"
     grid = _GPU_ORDERS_AND_BATCHES if is_cuda else _ORDERS_AND_BATCHES
     problems = [_uniform(f32, order, batch) for order, batch in grid]
-    if is_cuda:  # the last of the three that are promised
+    if is_cuda:  # the third promised problem
         problems.insert(2, _resnet50())
     problems.append(Problem("mixed: 77 matrices of 16 to 256, float32", f32, mixed))
     if not is_cuda and setting.size == "full":
@@ -79,7 +79,7 @@ def _uniform(dtype: torch.dtype, order: int, batch: int) -> Problem:
 
 
 def make_matrices(problem: Problem, device: torch.device, seed: int) -> list[Tensor]:
-    """Covariances of random rows with a spread of scales, one batch [B, n, n] a size."""
+    """Covariances of random rows with a spread of scales, one batch for each size. [B, n, n]"""
     generator = torch.Generator(device).manual_seed(seed)
     batches = []
     for order, number in problem.sizes:
@@ -131,7 +131,7 @@ def _contest(problem: Problem, setting: Setting) -> Contest:
         errors=errors,
         floor=eigenvalue_floor(problem.sizes, problem.dtype, setting.rates),
         budget_s=8.0,
-        # torch.linalg stalls the host on a GPU: what a caller waits for is what counts.
+        # torch.linalg stalls the host on a GPU, so the caller's wait is timed, not the device.
         clock="wall",
     )
 
@@ -142,7 +142,7 @@ def _separate(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _worst_error(eigenvalues: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[float, float]:
-    # The error that comes nearest to its bar, or passes it furthest, and that bar.
+    # The error that is largest relative to its bar, and this bar.
     worst = (0.0, 1.0)
     for values, matrix in zip(eigenvalues, matrices, strict=True):
         order = matrix.shape[-1]

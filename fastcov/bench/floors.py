@@ -1,4 +1,4 @@
-"""The least time that work can take on a machine, from its measured rates: the roofline.
+"""Floors: least times of work on a machine, from its measured rates (the roofline model).
 
 The floor of a second moment reads every activation once, reads and writes the lower half of a
 float64 state, and multiplies half of the gram (Williams, Waterman, Patterson 2009: Roofline).
@@ -26,14 +26,14 @@ _SPLIT_PRODUCTS = 6
 
 
 class Floor(NamedTuple):
-    """Least seconds, and the rate that sets them."""
+    """Least time, and the resource that sets it."""
 
     seconds: float
     of: str
 
 
 class GramLoad(NamedTuple):
-    """One second-moment update: rows, channels, and the rows' dtype."""
+    """One update of a second moment: rows, channels, and the rows' dtype."""
 
     rows: int
     channels: int
@@ -61,10 +61,10 @@ def gram_floor(loads: Iterable[GramLoad], rates: Rates) -> Floor:
 
     Args:
         loads: Independent updates, one after the other.
-        rates: Of the machine.
+        rates: Measured rates of the machine.
 
     Returns:
-        The sum, named after the rate that binds most of it.
+        Sum of the updates' floors, named after the resource that binds most of it.
     """
     total = {"bandwidth": 0.0, "arithmetic": 0.0}
     for load in loads:
@@ -87,12 +87,12 @@ def eigenvalue_floor(sizes: Iterable[tuple[int, int]], dtype: torch.dtype, rates
     blocks of one matrix for each other come on top.
 
     Args:
-        sizes: Matrix order and number of matrices.
+        sizes: Pairs of matrix order and number of matrices.
         dtype: float32 or float64.
-        rates: Of the machine.
+        rates: Measured rates of the machine.
 
     Returns:
-        The largest of the four.
+        Largest of the four bounds.
     """
     flops = byte_count = sturm_steps = 0.0
     largest = 0

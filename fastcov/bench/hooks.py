@@ -1,8 +1,8 @@
-"""Host time of one hook, nothing launched: the cost of Python and dispatch.
+"""Contests of the host time of one hook, with nothing launched: the cost of Python and dispatch.
 
-Two paths, each a contest: that of a CPU, whose operators are called with no row to read, and that
-of a GPU, whose launches run as far as the driver's call: all of Triton's Python and its launcher in
-C are timed. The second also runs on a CPU, on tensors that stand for a GPU's.
+The CPU's path calls its operators with no row to read. The GPU's path runs each launch as far as
+the driver's call, so Triton's Python and its launcher in C are timed; it also runs on a CPU, on
+tensors that stand for a GPU's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LEVELS = [(2, _WIDTH, -(-800 // s), -(-1344 // s)) for s in (8, 16, 32, 64, 128
 
 
 class Replayed(nn.Conv2d):
-    """A 1 x 1 convolution that computes nothing: its output is given."""
+    """1 x 1 convolution that computes nothing and returns a given output."""
 
     def __init__(self, before: int, output: Tensor, groups: int) -> None:
         super().__init__(before, output.shape[1], 1, groups=groups, device="meta")
@@ -53,17 +53,17 @@ class Replayed(nn.Conv2d):
 
 
 class Replay(nn.Sequential):
-    """ResNet-50's 53 convolution outputs, one after the other."""
+    """Sequence of modules that return ResNet-50's 53 convolution outputs."""
 
     @classmethod
     def of(cls, maps: Sequence[tuple[int, int, int, int]], like: Tensor) -> Replay:
         """Convolutions whose outputs have the shapes ``maps``, on the device of ``like``.
 
-        They count as grouped ones, so that the default reads few rows a step, as it does with small
-        batches: a hook copies rows into its buffer, which is hardly ever full. Nor is every row's
-        hook told of a map from inputs, which would be computed.
+        They are grouped convolutions, so that the default reads few rows a step, as it does with
+        small batches: a hook copies rows into its buffer, which is hardly ever full. A grouped
+        convolution's output is also never derived from its input's covariance.
         """
-        # Nothing reads these maps: one position stands for all, channels adjacent as in
+        # Nothing reads the values: one position serves for all, with adjacent channels as in
         # channels_last.
         outputs = [like.new_zeros(1, c, 1, 1).expand(b, c, h, w) for b, c, h, w in maps]
         befores = cls._befores(outputs)
@@ -76,9 +76,9 @@ class Replay(nn.Sequential):
     def laid_out(cls, maps: Sequence[tuple[int, int, int, int]], like: Tensor) -> Replay:
         """Convolutions whose outputs have the strides of channels_last, on which launches depend.
 
-        They count as 1 x 1 convolutions without groups, as most of them are.
+        They are 1 x 1 convolutions without groups, as most of ResNet-50's are.
         """
-        # One memory, never written, for all; maps begin at places of their own, as aligned as any.
+        # All share one memory, which is never written; each map begins at its own aligned address.
         most = max(b * c * h * w for b, c, h, w in maps)
         memory = like.new_empty(most + _APART * len(maps))
         outputs = [
@@ -93,7 +93,7 @@ class Replay(nn.Sequential):
 
 
 class HeadLayer(nn.Conv2d):
-    """A 1 x 1 convolution that computes nothing: its output for each height is given."""
+    """1 x 1 convolution that computes nothing and returns the output given for a height."""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         super().__init__(_WIDTH, _WIDTH, 1, device="meta")
@@ -108,7 +108,7 @@ class Heads(nn.Sequential):
     """Layers of a detector's heads, each called for five levels of one image pyramid.
 
     Args:
-        like: Its device and dtype are those of the levels.
+        like: Tensor of the levels' device and dtype.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -134,7 +134,7 @@ class Heads(nn.Sequential):
 
 
 def works(setting: Setting) -> list[Work]:
-    """A step's worth of hooks, nothing computed: the device's path, on a CPU both."""
+    """Contests of one step's hooks: the path of the device, and on a CPU that of a GPU too."""
     gpu_path = [Work(GPU_PATH, _gpu_path), Work(HEADS_PATH, _heads_path)]
     return gpu_path if setting.device.type == "cuda" else [Work(CPU_PATH, _cpu_path), *gpu_path]
 
@@ -165,7 +165,7 @@ def _cpu_path(setting: Setting) -> Contest:
 
 
 def _read_no_more(layers: Iterable[Layer]) -> None:
-    # Hardly a row is due in all calls, on the routes that were chosen before.
+    # Keeps the routes that were chosen, but makes hardly a row due in any later call.
     for layer in layers:
         layer.cursor.numbers[FRACTION] = _NO_ROW
 

@@ -38,12 +38,12 @@ class Rates:
     """Measured rates of one device.
 
     Attributes:
-        device: Which.
-        copy_bytes_s: Of a large copy, reads and writes counted.
-        matmul: Flops a second of a large square torch.mm, by dtype name.
-        clock_hz: Highest clock of a GPU's processors; None on a CPU.
-        cache_bytes: Last-level cache, rotated past by every benchmark.
-        multiprocessors: Of a GPU; 0 on a CPU.
+        device: Device that was measured.
+        copy_bytes_s: Bytes a second of a large copy, reads and writes counted.
+        matmul: Flops a second of a large square torch.mm, by name of the dtype.
+        clock_hz: Highest clock of a GPU's multiprocessors; None on a CPU.
+        cache_bytes: Size of the last-level cache; inputs that rotate are larger together.
+        multiprocessors: Number of a GPU's multiprocessors; 0 on a CPU.
     """
 
     device: torch.device
@@ -54,12 +54,12 @@ class Rates:
     multiprocessors: int = 0
 
     def matmul_flop_s(self, dtype: torch.dtype) -> float:
-        """Rate for a dtype: a CPU without units for it does as well by converting to float32."""
+        """Flops a second in a dtype; those of float32 on a CPU that casts half precision to it."""
         rate = self.matmul.get(_short(dtype), 0.0)
         return max(rate, self.matmul["float32"]) if dtype.itemsize == 2 else rate
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file, in the units people compare."""
+        """Rates in the usual units (GB/s, TFLOP/s, GHz, MiB), for a JSON file."""
         return {
             "copy_gb_s": self.copy_bytes_s / 1e9,
             "matmul_tflop_s": {name: rate / 1e12 for name, rate in self.matmul.items()},
@@ -69,11 +69,11 @@ class Rates:
 
 
 def read_rates(device: torch.device, *, is_quick: bool = False) -> Rates:
-    """Measures copy bandwidth and matmul rates.
+    """Measured copy bandwidth and matmul rates.
 
     Args:
-        device: Where.
-        is_quick: Small sizes, whose rates say little: to run everything once.
+        device: Device to measure.
+        is_quick: Use small sizes, whose rates say little: for a run that only shows that all works.
 
     Returns:
         Medians of interleaved calls.
@@ -109,7 +109,7 @@ def _matmul(order: int, dtype: torch.dtype, device: torch.device) -> Callable[[i
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache; 32 MiB where a CPU does not tell."""
+    """Size of the last-level cache; 32 MiB if a CPU does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [0]
@@ -121,7 +121,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def slots(byte_count: float, cache: int, *, most: int = 64) -> int:
-    """Copies of an input to rotate through, so that none is in cache when its turn comes again.
+    """Number of copies of an input to rotate through, so that none is in cache at its next turn.
 
     Example:
         >>> slots(10e6, 32_000_000), slots(500e6, 32_000_000)
@@ -131,7 +131,7 @@ def slots(byte_count: float, cache: int, *, most: int = 64) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
+    """Name of the device as its maker gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     path = Path("/proc/cpuinfo")
@@ -190,7 +190,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
-    """Clocks as read now: MHz of a CPU's cores, clocks, power and temperature of a GPU."""
+    """Clocks at this moment: MHz of a CPU's cores; clocks, power and temperature of a GPU."""
     if device.type == "cuda":
         fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
         values = (_nvidia_smi(fields) or "").split(",")
@@ -202,7 +202,7 @@ def clocks(device: torch.device) -> dict[str, Any]:
 
 
 def _gpu_clock_hz(device: torch.device) -> float | None:
-    # torch before 2.11 does not tell it.
+    # torch before 2.11 has no clock_rate.
     told_khz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0)
     found = re.match(r"(\d+)", _nvidia_smi("clocks.max.sm") or "")
     if told_khz or found is None:
@@ -221,7 +221,7 @@ def _nvidia_smi(fields: str) -> str | None:
 
 
 def checkout() -> Path | None:
-    """Folder of the source tree that this runs in, None outside one."""
+    """Root of the source tree that is the working directory; None outside one."""
     here = Path.cwd()
     is_ours = (here / "benchmarks").is_dir() and (here / "fastcov" / "bench").is_dir()
     return here if is_ours else None

@@ -1,4 +1,4 @@
-"""Peak of live tensor memory, exact on both machines."""
+"""Peak of live tensor memory, exact on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def peak_bytes(device: torch.device, call: Callable[[], object]) -> int:
     to 511 bytes more for a small tensor, and up to 1 MiB for one above 1 MiB.
     """
     if device.type == "cuda":
-        # Of torch's other allocator only what is handed out is known.
+        # Another allocator of torch's reports only the bytes that it handed out.
         is_native = torch.cuda.get_allocator_backend() == "native"
         bytes_of = "requested_bytes.all" if is_native else "allocated_bytes.all"
         torch.cuda.synchronize(device)

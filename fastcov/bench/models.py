@@ -1,4 +1,4 @@
-"""Networks whose training step is timed, and the hooks that take turns on one of them.
+"""Networks whose training step is timed, and sets of hooks that take turns on one model.
 
 All contenders share one model: two copies would differ by where their memory lies, which moves a
 step by more than the 2 % that is to be shown. Learning rate 0, so that every step sees the same
@@ -33,13 +33,13 @@ class Training:
     """A model and one training step of it.
 
     Attributes:
-        model: What is tracked.
-        example: Its input, as fastcov.estimate takes it.
+        model: Model to track.
+        example: Input of the model, as fastcov.estimate takes it.
         step: Runs one step through a forward (the model itself, or its compiled form) with the
             given batch number.
-        dtype: Of its activations.
-        compile_forward: A compiled forward of the model with the hooks that it has at its first
-            call.
+        dtype: Dtype of the activations.
+        compile_forward: Function from the model to its compiled forward, which has the hooks that
+            the model has at its first call.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class HookTurns:
     """Several sets of forward hooks on one model, of which one is installed at a time.
 
     Args:
-        model: Its own hooks belong to every set.
+        model: Model whose own hooks belong to every set.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,10 +65,10 @@ class HookTurns:
         return [{name: m.__dict__[name] for name in _HOOK_TABLES} for m in self._modules]
 
     def add(self, name: str, attach: Callable[[], Any]) -> Any:
-        """Collects the hooks that ``attach`` installs into a set.
+        """Set of the hooks that ``attach`` installs.
 
         Returns:
-            What ``attach`` returned.
+            Result of ``attach()``.
         """
         mine = [{key: OrderedDict(t) for key, t in tables.items()} for tables in self._bare]
         self._write(mine)
@@ -80,11 +80,11 @@ class HookTurns:
         return attached
 
     def install(self, name: str) -> None:
-        """Makes one set the model's hooks; a name without a set installs none."""
+        """Installation of one set; under a name without a set the model has only its own hooks."""
         self._write(self._sets.get(name, self._bare))
 
     def forget(self, name: str) -> None:
-        """Drops a set, and with it what its hooks hold."""
+        """Removal of a set and of everything that its hooks hold."""
         self._sets.pop(name, None)
 
     def _write(self, all_tables: list[dict[str, Any]]) -> None:
@@ -93,7 +93,7 @@ class HookTurns:
 
 
 def loss_of(output: Any) -> Tensor:
-    """A scalar from any output: the sum of the means of its floating-point tensors."""
+    """Scalar loss of any output: the sum of the means of its floating-point tensors."""
     found = [tensor.float().mean() for tensor in _tensors(output) if tensor.is_floating_point()]
     if not found:
         raise ValueError(

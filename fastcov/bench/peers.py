@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class MissingPeerError(Exception):
-    """A peer that cannot run here; its message is the reason."""
+    """Error of a peer that cannot run here; its message is the reason."""
 
 
 @cache
@@ -42,7 +42,7 @@ def _module(name: str, package: str) -> Any:
 
 
 def find(setting: Setting, name: str, make: Callable[[], Result]) -> Result | None:
-    """What ``make`` returns; None, with the reason noted in ``setting.missing``, if it cannot."""
+    """Result of ``make()``; None if it fails, with the reason noted in ``setting.missing``."""
     try:
         return make()
     except MissingPeerError as missing:
@@ -59,16 +59,16 @@ def _note(setting: Setting, name: str, reason: str) -> None:
         setting.missing[name] = reason if known is None else f"{known}; {reason}"
 
 
-# Second moments: a function of the device gives a maker of running moments by channels, so that
-# what is compiled or imported is shared by all of a contest.
+# Second moments. Each peer is a function of the device that returns a maker of running moments, so
+# that compiled code and imports are shared by all states of a contest.
 
 
 class Moment(NamedTuple):
     """A running second moment.
 
     Attributes:
-        update: Takes rows as a view. [..., C]
-        gram: The unnormalised second moment so far. [C, C]
+        update: Addition of rows, given as a view. [..., C]
+        gram: Unnormalised second moment so far. [C, C]
     """
 
     update: Callable[[Tensor], object]
@@ -79,7 +79,7 @@ MomentMaker = Callable[[int], Moment]
 
 
 def mm_moment(device: torch.device) -> MomentMaker:
-    """torch.mm of the full square, float32 out: the shortest line that does it."""
+    """torch.mm of the full square with a float32 result: the shortest code that is right."""
 
     def make(channels: int) -> Moment:
         gram = torch.zeros(channels, channels, device=device)
@@ -99,7 +99,7 @@ def mm_moment(device: torch.device) -> MomentMaker:
 
 
 def cast_moment(device: torch.device) -> MomentMaker:
-    """A float32 copy and addmm: what a careful user writes."""
+    """Float32 copy and addmm, as a careful user writes it."""
 
     def make(channels: int) -> Moment:
         gram = torch.zeros(channels, channels, device=device)
@@ -114,7 +114,7 @@ def cast_moment(device: torch.device) -> MomentMaker:
 
 
 def compiled_moment(device: torch.device) -> MomentMaker:
-    """torch.compile of the naive hook."""
+    """Float32 copy and matmul, under torch.compile."""
 
     def naive(gram: Tensor, rows: Tensor) -> None:
         flat = rows.reshape(-1, rows.shape[-1]).float()
@@ -173,7 +173,7 @@ MOMENT_PEERS: dict[str, Callable[[torch.device], MomentMaker]] = {
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile that shares no code cache: contenders must not hand each other their code."""
+    """torch.compile without a shared code cache: no contender runs code compiled for another."""
     inductor = _module("torch._inductor.compile_fx", "torch")
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -240,11 +240,11 @@ def hook_delve(model: nn.Module, device: torch.device) -> Any:
     )
 
 
-# eigenvalues: each gives a function of a list of matrices
+# Eigenvalues. Each peer is a function of a list of matrices.
 
 
 def linalg_loop(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """torch.linalg.eigvalsh, one call an entry: a batch, or one matrix."""
+    """torch.linalg.eigvalsh, one call for each entry: a batch, or one matrix."""
     return [torch.linalg.eigvalsh(matrix) for matrix in matrices]
 
 
@@ -252,7 +252,8 @@ def jax_eigvalsh(device: torch.device) -> Callable[[Sequence[Tensor]], Callable[
     """JAX's jitted jax.numpy.linalg.eigvalsh.
 
     Returns:
-        Prepares matrices on JAX's device and gives a function that waits for the eigenvalues.
+        Function that puts matrices on JAX's device and returns a call that waits for the
+        eigenvalues.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = _module("jax", "jax")

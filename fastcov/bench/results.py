@@ -18,19 +18,19 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class Result:
-    """What one case gave on one machine.
+    """Rows of one case on one machine, with all that is needed to judge them.
 
     Attributes:
         case: Name of the case.
         size: "tiny", "default" or "full".
         machine: Device, driver, versions and commit; see fastcov.bench.machine.describe.
-        rates: Measured in the same run.
-        clocks: As read before and after.
-        missing: Peers that could not run, with the reason.
-        rows: One a contender and work.
-        started: UTC, ISO 8601.
-        wall_s: Of the whole case.
-        failures: Works of which nothing was measured, with the reason: an error, or time was up.
+        rates: Rates of the machine, measured in the same run.
+        clocks: Clocks before and after.
+        missing: Reasons by peer, of peers that could not run.
+        rows: One for each piece of work and contender.
+        started: Time of the start, UTC, ISO 8601.
+        wall_s: Seconds of the whole case.
+        failures: Reasons by piece of work, where nothing was measured: an error, or time was up.
     """
 
     case: str
@@ -87,7 +87,7 @@ def _load(path: Path) -> Result:
         version = content.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {version}, expected {SCHEMA_VERSION}")
-        content.pop("targets", None)  # of that day; judged anew from the rows where they are shown
+        content.pop("targets", None)  # judged anew from the rows, by the targets of this version
         known = {f.name for f in fields(Row)}
         rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in content.pop("rows")]
         return Result(rows=rows, **content)
@@ -99,12 +99,12 @@ def _load(path: Path) -> Result:
 
 
 def find_row(rows: Iterable[Row], work: str, contender: str) -> Row | None:
-    """The row of one contender on one work."""
+    """Row of one contender on one piece of work; None if there is none."""
     return next((r for r in rows if (r.work, r.contender) == (work, contender)), None)
 
 
 def _rounded(value: Any) -> Any:
-    # Five digits: what a clock gives, and what a reader of a diff can take in.
+    # Five digits: a clock gives no more, and a diff stays readable.
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -115,5 +115,5 @@ def _rounded(value: Any) -> Any:
 
 
 def now() -> str:
-    """UTC, ISO 8601: later strings are later times."""
+    """Current time, UTC, ISO 8601: later times are later in the order of strings."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""One contest as a pytest-benchmark test: what benchmarks/bench_*.py call."""
+"""One contest as a pytest-benchmark test, for benchmarks/bench_*.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIZE_SWITCH = "FASTCOV_BENCH_SIZE"
 
 
 def setting_from_environment() -> Setting:
-    """The GPU if there is one, else the CPU; size from FASTCOV_BENCH_SIZE.
+    """Setting on the GPU if there is one, else on the CPU; its size from FASTCOV_BENCH_SIZE.
 
     Raises:
-        ValueError: If the variable names no size.
+        ValueError: If FASTCOV_BENCH_SIZE names no size.
     """
     size = os.environ.get(SIZE_SWITCH, "default")
     known: dict[str, Size] = {"tiny": "tiny", "default": "default", "full": "full"}
@@ -28,15 +28,15 @@ def setting_from_environment() -> Setting:
 
 
 def run_work(benchmark: Any, work: Work, setting: Setting) -> list[Row]:
-    """Times a contest: all contenders in turns, then ours once more by pytest-benchmark.
+    """Rows of a contest: all contenders in turns, then fastcov once more by pytest-benchmark.
 
     Args:
-        benchmark: The fixture. Peers, floor and errors go to its ``extra_info``.
-        work: Not built yet.
-        setting: Where to run.
+        benchmark: pytest-benchmark's fixture; its ``extra_info`` gets peers, floor and errors.
+        work: Contest to build.
+        setting: Setting to run in.
 
     Returns:
-        The rows of the interleaved run.
+        Rows of the interleaved run.
     """
     try:
         contest = work.build(setting)

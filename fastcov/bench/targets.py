@@ -1,4 +1,4 @@
-"""Promises of speed, and whether a machine's results keep them."""
+"""Targets of speed, and the verdict of a machine's results on each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Measure = Literal[
 ]
 Outcome = Literal["met", "missed", "not measured", "another device"]
 AT_LEAST: frozenset[Measure] = frozenset({"share of floor", "times faster"})
-# Seconds are promised where arithmetic and latencies decide, which these have alike.
+# Targets in seconds hold for these GPUs, whose arithmetic rates and latencies are alike.
 _GPUS_OF_SECONDS = ("H100", "H200", "GH200", "B200")
 _TILE = 128  # channels
 
@@ -27,18 +27,18 @@ _NETWORKS = ("resnet50", "vit", "faster_rcnn")
 
 @dataclass(frozen=True)
 class Target:
-    """One promise.
+    """Target of speed.
 
     Attributes:
-        kind: Device kind that it holds for: a GPU's shares and ratios for all, seconds for an H100
-            and newer.
-        case: That measures it.
-        work: Name of its row's work.
-        contender: Name of its row's contender.
+        kind: Kind of device that the target holds for. Shares and ratios hold for every GPU,
+            seconds for an H100 and newer.
+        case: Case that measures the target.
+        work: Piece of work of the measured row.
+        contender: Contender of the measured row.
         measure: Number of the row that counts. "share of floor" and "times faster" (a peer's time
             over ours) must be at least the bound, the others at most.
-        bound: In the measure's unit.
-        ceiling: Best value that tiles allow, where that is near.
+        bound: Promised value, in the unit of ``measure``.
+        ceiling: Best value that the tiling allows, given if it is close to the bound.
     """
 
     kind: Kind
@@ -79,7 +79,7 @@ def _gpu(
 
 
 def tiles_saved(channels: int) -> float:
-    """Full product's work over that of a triangle's whole tiles: the most they can be faster.
+    """Work of the full product over that of the triangle's tiles: the largest possible speed-up.
 
     Example:
         >>> round(tiles_saved(1024), 2), round(tiles_saved(2048), 2)
@@ -120,7 +120,7 @@ TARGETS: tuple[Target, ...] = (
     *_hooks("cpu", hooks.GPU_PATH, 6e-6, 12e-6),
     *_hooks("cpu", hooks.HEADS_PATH, 6e-6, 12e-6),
 )
-"""Every promise, in the order of its table."""
+"""Every target, in the order of the printed table."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,13 @@ class Verdict:
     """A target beside its measurement.
 
     Attributes:
-        target: Which.
-        value: In the measure's unit; None where the row was not measured.
+        target: Target that is judged.
+        value: Measured value, in the unit of the target's measure; None if not measured.
         low: Lower 95 % bound of ``value``.
-        high: Upper bound.
-        measured_s: Median of the row.
-        floor_s: Least time on that machine, where known.
-        is_elsewhere: Whether it was measured on a device that nothing is promised of.
+        high: Upper 95 % bound of ``value``.
+        measured_s: Median time of the row.
+        floor_s: Least time on the machine; None if unknown.
+        is_elsewhere: True if the row was measured on a device that the target does not hold for.
     """
 
     target: Target
@@ -147,7 +147,7 @@ class Verdict:
 
     @property
     def outcome(self) -> Outcome:
-        """Of the value; its interval is printed beside it."""
+        """Outcome by ``value`` alone; the interval is printed beside it."""
         if self.value is None:
             return "not measured"
         if self.is_elsewhere:
@@ -157,7 +157,7 @@ class Verdict:
         return "met" if self.value <= self.target.bound else "missed"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Fields of the target and the verdict, for a JSON file."""
         ratio = None
         if self.measured_s is not None and self.floor_s:
             ratio = self.measured_s / self.floor_s
@@ -166,16 +166,16 @@ class Verdict:
 
 
 def judge(kind: str, rows: Mapping[str, Sequence[Row]], device: str) -> list[Verdict]:
-    """Compares results with the targets of their device kind.
+    """Verdicts of results on the targets of their kind of device.
 
     Args:
         kind: "cpu" or "cuda"; other kinds have no targets.
-        rows: By case. Targets of a case that is absent stand as not measured.
-        device: Its name: a GPU of another generation than an H100's or newer meets and misses no
+        rows: Rows by case. Targets of an absent case are "not measured".
+        device: Name of the device. A GPU older than an H100 neither meets nor misses targets in
             seconds.
 
     Returns:
-        One verdict a target.
+        One verdict for each target.
     """
     is_slower = kind == "cuda" and not any(name in device for name in _GPUS_OF_SECONDS)
     verdicts = [_judged(one, rows.get(one.case, ())) for one in TARGETS if one.kind == kind]

@@ -1,7 +1,7 @@
-"""Time taken fairly: contenders take turns in one run, so that a slow minute hits them all.
+"""Interleaved timing: contenders take turns in one run, so that a slow minute hits them all.
 
-The interval of a median comes from order statistics (the sign test turned round): it assumes
-nothing about how times are distributed. Ratios are taken within a round, never between runs.
+The interval of a median comes from order statistics (inversion of the sign test), which assume
+nothing about the distribution of times. Ratios are taken within a round, never between runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 Call = Callable[[int], object]
-"""What is timed. Its argument counts calls, so that it can rotate through inputs."""
+"""Function to time. Its argument is the number of the call, by which it rotates through inputs."""
 
 _SHORTEST_SAMPLE_S = 5e-4  # a sample repeats a call until perf_counter's noise is below 0.1 %
 # Events resolve 0.5 us. A launch queue holds about a thousand: more calls would stall the host.
@@ -48,8 +48,8 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
     .. math:: P(x_{(k)} \le \text{median} \le x_{(n+1-k)}) = 1 - 2 P(\text{Bin}(n, 1/2) < k)
 
     Args:
-        samples: At least one; below six, 95 % cannot be reached and the range is returned.
-        confidence: At least this.
+        samples: At least one. Fewer than six cannot reach 95 %: their range is returned.
+        confidence: Least probability that the interval holds the median.
 
     Returns:
         Lower and upper bound.
@@ -70,10 +70,10 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
 
 
 def mean_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and its 95 % confidence interval by Student's t.
+    """Mean and its 95 % confidence interval by Student's t.
 
     Returns:
-        Mean, lower and upper bound; these are the mean itself where there is one sample.
+        Mean, lower bound, upper bound. The bounds of one sample are the sample itself.
 
     Raises:
         ImportError: Without scipy (the extra ``bench``).
@@ -106,7 +106,7 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
 
 
 def wall_s(device: torch.device, call: Call, first: int, calls: int) -> float:
-    """Seconds a call as a user waits for it: host and device together."""
+    """Seconds per call as a user waits for it: host and device together."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -118,13 +118,13 @@ def wall_s(device: torch.device, call: Call, first: int, calls: int) -> float:
 
 
 class DeviceClock:
-    """Seconds a call on the device alone, by CUDA events; on a CPU the same as :func:`wall_s`."""
+    """Clock of seconds per call on the device alone, by CUDA events; on a CPU :func:`wall_s`."""
 
     def __init__(self) -> None:
         self._sleep_cycles: dict[Call, int] = {}
 
     def __call__(self, device: torch.device, call: Call, first: int, calls: int) -> float:
-        """Times ``calls`` calls; repeats them where the device did not wait for the host."""
+        """Mean of ``calls`` calls, repeated with a longer sleep if the device overtook the host."""
         if device.type != "cuda":
             return wall_s(device, call, first, calls)
         cycles = self._sleep_cycles.get(call, _SLEEP_CYCLES)
@@ -141,7 +141,7 @@ class DeviceClock:
 def _device_sample(
     device: torch.device, call: Call, first: int, calls: int, cycles: int
 ) -> tuple[float, bool]:
-    # Seconds a call, and whether all of it was enqueued before the device began.
+    # Seconds per call, and True if every call was enqueued before the device began.
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     sleep: Callable[[int], None] = torch.cuda._sleep
@@ -157,7 +157,7 @@ def _device_sample(
 
 
 def host_s(device: torch.device, call: Call, first: int, calls: int) -> float:
-    """CPU seconds a call takes of its own thread; the device starts idle and is not waited for."""
+    """CPU seconds per call of the calling thread. The device starts idle and is not waited for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.thread_time()
@@ -188,25 +188,24 @@ def interleave(
     reference: str | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Times contenders in turns: a round runs each once, in a new order; see ``periods``.
+    """Times of contenders that take turns: a round runs each once, in a new order; see ``periods``.
 
-    A machine's speed changes, the less the sooner one call follows the other.
+    A machine's speed drifts: calls that follow each other closely see nearly the same speed.
 
     Args:
-        contenders: What is timed, by name. Each has run before: compilation is not timed.
-        device: Where they run.
-        rounds: Most rounds.
-        budget_s: Stops once this has passed and ``fewest_rounds`` are done.
-        fewest_rounds: See ``budget_s``.
-        clock: "wall" as a user waits, "device" for kernels, "host" for what runs ahead of a GPU.
+        contenders: Functions to time, by name. Each has run before, so compilation is not timed.
+        device: Device that they run on.
+        rounds: Largest number of rounds.
+        budget_s: Seconds after which to stop, once ``fewest_rounds`` are done.
+        fewest_rounds: Smallest number of rounds, whatever they take.
+        clock: "wall" for a user's wait, "device" for kernels, "host" for work ahead of a GPU.
         prepare: Called with a name and the round before each sample, outside the time.
-        periods: Rounds from one that a contender runs in to the next, 1 for those not named.
-        reference: In the middle of each order, where all are near to it.
-        seed: Of the orders.
+        periods: Rounds from one sample of a contender to its next; 1 if not named.
+        reference: Contender that runs in the middle of each order, close to all others.
+        seed: Seed of the orders.
 
     Returns:
-        Seconds a call, by name, one entry a round: entries of one index belong together. NaN in
-        rounds that a contender sat out.
+        Seconds per call, by name, one entry for each round; NaN in rounds that a contender sat out.
     """
     read = _reader(clock)
     shortest_s = _SHORTEST_SAMPLE_S
@@ -245,10 +244,10 @@ def interleave(
 
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """One ratio a round that both ran in."""
+    """Ratios of the rounds in which both contenders ran."""
     return ran([one / other for one, other in zip(samples, reference, strict=True)])
 
 
 def ran(samples: Sequence[float]) -> list[float]:
-    """Those of the rounds that were not sat out."""
+    """Samples of the rounds in which the contender ran."""
     return [one for one in samples if not math.isnan(one)]

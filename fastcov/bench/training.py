@@ -39,17 +39,17 @@ NAIVE = "naive hooks"
 DELVE = "delve"
 NETWORKS = ("resnet50", "vit", "faster_rcnn", "resnet50-compiled")
 COMPILED_NETWORKS = ("vit-compiled", "faster_rcnn-compiled")
-"""Whose compilation takes minutes: timed where they are asked for by name."""
+"""Networks whose compilation takes minutes: timed only if they are named."""
 _BUDGET_S = {"cpu": 240.0, "cuda": 25.0}
 # A shared CPU's speed changes by more than the default may cost: most pairs are the default's.
-# Every row has 40 of them; peers, far from every target, ten.
+# Every row gets 40 pairs; peers, whose cost is far from every target, get ten.
 _FEWEST_ROUNDS = {"cpu": 80, "cuda": 24}
 _PERIODS = {"cpu": {ALL: 2, NAIVE: 8, DELVE: 8}, "cuda": {}}
 _WARM_STEPS = 3  # the first plans the sampling, the second is the first that follows the plan
 
 
 def works(setting: Setting, network: str) -> list[Work]:
-    """The contest of one of :data:`NETWORKS` or :data:`COMPILED_NETWORKS`."""
+    """Contest of one of :data:`NETWORKS` or :data:`COMPILED_NETWORKS`."""
     device, is_tiny = setting.device, setting.is_tiny
     is_compiled = network.endswith("-compiled")
     builders: dict[str, Callable[[], Training]] = {
@@ -65,15 +65,15 @@ def works(setting: Setting, network: str) -> list[Work]:
 
 
 def contest(training: Training, setting: Setting, *, is_compiled: bool = False) -> Contest:
-    """A model's step without hooks, with fastcov, and with what others use.
+    """Contest of a model's step without hooks, with fastcov's, and with those of its peers.
 
     Args:
-        training: The model and its step.
-        setting: Where it runs.
-        is_compiled: Whether the forward is compiled, once for every set of hooks.
+        training: Model and its step.
+        setting: Setting that it runs in.
+        is_compiled: Compile the forward, once for every set of hooks.
 
     Returns:
-        The contest; every set of hooks has run and been checked.
+        Contest of which every set of hooks has run and been checked.
     """
     model, turns = training.model, HookTurns(training.model)
     error = _check_exactness(training, turns)
@@ -150,9 +150,9 @@ def _try_compiled(run: Call, index: int) -> None:
 
 
 def _check_exactness(training: Training, turns: HookTurns) -> float:
-    """Every row of two eager steps against the oracle, on the very same activations.
+    """Largest error of every row of two eager steps against the oracle, on the same activations.
 
-    The second is read as all that follow; the first has no shifts yet.
+    Two, because the first step fixes the shifts and only the second is read as all later ones are.
     """
     model = training.model
     truths: dict[str, CovarianceState] = {}
@@ -205,7 +205,7 @@ def _check_counts(trackers: dict[str, fastcov.Tracker]) -> None:
 def _added_memory(
     training: Training, turns: HookTurns, setting: Setting
 ) -> dict[str, dict[str, float]]:
-    """Peak of live bytes with tracking over that without, beside what estimate() says."""
+    """Peak of live bytes with tracking, less the peak without, by contender."""
     model = training.model
 
     def steps() -> None:
@@ -240,7 +240,7 @@ def _finish(
     setting: Setting,
     rows: Sequence[Row],
 ) -> None:
-    """Adds what the pairs do not hold: rare updates of states; estimates and floors beside them."""
+    """Notes added to the rows: time of rare updates, memory by estimate(), floor of the gram."""
     turns.install(UNTRACKED)
     by_name = {row.contender: row for row in rows}
     for name, held in updates.items():

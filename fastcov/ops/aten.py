@@ -8,7 +8,7 @@ missing. Same results as ops/reference.py within float32 rounding; grams run in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastcov.ops.reference import (
 
 CHAIN_ROWS = 4096
 """Rows whose gram is computed in float32 before it is added in float64."""
+_CONVERTED_BYTES = 8 << 20  # of rows that are converted to float64 at once
 _SHIFT_WINDOW = 1024  # rows inspected for a shift; finding none there leaves 0, which is right too
 # Largest square of the distance from shift to mean, in variances, as in csrc/covariance_update.h.
 _MOST_SQUARED_DEVIATIONS = 16
@@ -136,7 +137,7 @@ def accumulate_(
     work = torch.float64 if flat.dtype == torch.float64 else torch.float32
     for tensor in (moment, sum, weight):
         tensor.mul_(decay)
-    with _full_precision(rows.device.type):
+    with full_precision(rows.device.type):
         for start in range(0, len(flat), CHAIN_ROWS):
             chain = flat[start : start + CHAIN_ROWS]
             is_read = torch.isfinite(chain).all(1)
@@ -158,6 +159,48 @@ def accumulate_(
             moment.add_((scaled.T @ scaled).double() * (row_scale * unit) * unit)
             weight.add_(weights.sum(), alpha=row_scale)
             count.add_(torch.stack([is_read.sum(), is_skipped.sum()]))
+
+
+def accumulate_in_float64_(
+    accumulate_: Callable[..., None],
+    moment: Tensor,
+    sum: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    channel_dim: int = -1,
+    row_weight: Tensor | None = None,
+    row_scale: float = 1.0,
+    decay: float = 1.0,
+) -> None:
+    """Adds rows of any dtype converted to float64, a few MiB at a time.
+
+    Args:
+        accumulate_: Operator that adds the converted rows.
+        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`. [C, C]
+        sum: Tensor of the state. [C]
+        shift: Tensor of the state. [C]
+        weight: Tensor of the state. []
+        count: Tensor of the state. [2]
+        rows: Rows of any strides. [..., C] or, with ``channel_dim``, [B, C, ...]
+        channel_dim: Dimension of the channels.
+        row_weight: One weight a row. [N]
+        row_scale: Factor on every row's weight.
+        decay: Factor on the sums that the state holds.
+    """
+    rows = rows.detach()
+    state = (moment, sum, shift, weight, count)
+    if rows.dtype == torch.float64 or rows.dim() == 1 or rows.numel() == 0:
+        accumulate_(*state, rows.double(), channel_dim, row_weight, row_scale, decay)
+        return
+    entry_rows = rows[0].numel() // len(sum)
+    entries = max(1, _CONVERTED_BYTES // max(1, 8 * rows[0].numel()))
+    for start in range(0, len(rows), entries):
+        part = rows[start : start + entries].double()
+        first, last = start * entry_rows, (start + len(part)) * entry_rows
+        part_weight = None if row_weight is None else row_weight[first:last]
+        accumulate_(*state, part, channel_dim, part_weight, row_scale, decay if start == 0 else 1.0)
 
 
 def accumulate_affine_(
@@ -210,7 +253,7 @@ def accumulate_affine_(
     most_cancellation = max(_LEAST_CANCELLATION, _CANCELLATION / inputs_ratio**0.5)
     scatter = ((scatter + scatter.tril(-1).T) / unit).float()
     scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
-    with _full_precision(matrix.device.type):
+    with full_precision(matrix.device.type):
         product = torch.mm(matrix, scatter)
         variance = float((product * matrix).sum(1).max())
         uncorrelated = float((matrix.square() * about_shift).sum(1).max())
@@ -232,9 +275,11 @@ def accumulate_affine_(
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    # Context in which neither an enclosing autocast nor a global switch (TF32 on GPUs, bfloat16 by
-    # oneDNN on CPUs) lowers the precision of products.
+def full_precision(device_type: str) -> Iterator[None]:
+    """Context in which no enclosing autocast or global switch lowers the precision of products.
+
+    Such switches are TF32 on GPUs, and bfloat16 by oneDNN on CPUs.
+    """
     switch: tuple[Any, str, Any] = (torch.backends.mkldnn, "enabled", False)
     if device_type == "cuda":
         switch = (torch.backends.cuda.matmul, "fp32_precision", "ieee")

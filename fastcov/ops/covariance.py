@@ -10,8 +10,8 @@ from torch import Tensor
 from fastcov.ops import aten
 from fastcov.rows.dtypes import ROW_DTYPES, dtype_names
 
-Precision = Literal["split", "tf32", "ieee"]
-"""Precision of products of float32 rows on a GPU: see :func:`accumulate_`."""
+Precision = Literal["split", "tf32", "ieee", "float64"]
+"""Precision of products of rows: see :func:`accumulate_`."""
 _PRECISIONS = get_args(Precision)
 
 _LARGEST_WEIGHT = 1e150  # the square of a weight is a float64
@@ -84,9 +84,12 @@ def accumulate_(
       most 1e-5 of the largest entry of S, however many rows.
     - "tf32": cut to 11 significant bits, by one product. The least arithmetic; off by about 1e-3
       of the largest entry, 2e-3 at worst.
-    - "ieee": as they are, in float32 without tensor cores. The most time, the least error.
+    - "ieee": as they are, in float32 without tensor cores. More time, less error.
+    - "float64": rows of every dtype, on every device, converted to float64 a piece at a time.
+      Products and sums are float64's, whatever the magnitudes of the rows: beside rows of norm 1e5
+      the others stay right. On a CPU about twice the time of float32, on a GPU plain torch.
 
-    ``precision`` changes no other product. 16-bit rows have exact products; weighted, they are
+    The first three change no other product. 16-bit rows have exact products; weighted, they are
     split. A CPU, and plain torch where it takes Triton's place (:func:`fastcov.backends`), multiply
     float32 rows in float32 and float64 rows in float64.
 
@@ -98,7 +101,7 @@ def accumulate_(
             pass. [N] or [...]
         row_scale: Factor on every row's weight, above 0.
         decay: Factor on the sums that the state holds, at least 0.
-        precision: Precision of products of float32 rows on a GPU.
+        precision: Precision of products of float32 rows on a GPU; "float64" of all rows.
 
     Raises:
         TypeError: If ``x`` is not a tensor of one of these dtypes.
@@ -114,8 +117,8 @@ def accumulate_(
                 [0.0000, 2.0000]], dtype=torch.float64)
     """
     channels = len(state.sum)
-    _check_rows(x)
-    _check_precision(precision)
+    check_rows(x)
+    check_precision(precision)
     if x.shape[-1] != channels:
         raise ValueError(
             f"x has {x.shape[-1]} channels (shape {tuple(x.shape)}), the state has {channels}: "
@@ -227,7 +230,7 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
     Args:
         x: Rows in float32, bfloat16, float16 or float64, last dimension channels. [..., C]
         centered: True subtracts the mean.
-        precision: Precision of products of float32 rows on a GPU: see :func:`accumulate_`.
+        precision: Precision of the products: see :func:`accumulate_`.
 
     Returns:
         float64, symmetric; NaN where ``x`` has no finite row. [C, C]
@@ -241,13 +244,13 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
         tensor([[1., 0.],
                 [0., 0.]], dtype=torch.float64)
     """
-    _check_rows(x)
+    check_rows(x)
     moments = Moments(x.shape[-1], x.device)
     if _is_wrapped(x):
         # Tensors made from x hold one second moment for each example of torch.vmap.
         for name, tensor in vars(moments).items():
             setattr(moments, name, x.new_zeros(tensor.shape, dtype=tensor.dtype))
-    if centered and x.is_cuda and not ROW_DTYPES[x.dtype].is_centred:
+    if centered and x.is_cuda and precision != "float64" and not ROW_DTYPES[x.dtype].is_centred:
         # Triton's kernels multiply such rows as they are: far from 0 the products would cancel.
         x = x.float()
     accumulate_(moments, x, precision=precision)
@@ -299,13 +302,24 @@ def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
     return moment / state.weight + cross + cross.T + torch.outer(state.shift, state.shift)
 
 
-def _check_precision(precision: object) -> None:
+def check_precision(precision: object) -> None:
+    """Check that ``precision`` is one of the choices of :func:`accumulate_`.
+
+    Raises:
+        ValueError: If not; names the choices.
+    """
     if precision not in _PRECISIONS:
         choices = ", ".join(map(repr, _PRECISIONS))
         raise ValueError(f"precision={precision!r}: choose one of {choices}")
 
 
-def _check_rows(x: Tensor) -> None:
+def check_rows(x: Tensor) -> None:
+    """Check that a tensor holds rows of a dtype that is read.
+
+    Raises:
+        TypeError: If not a dense tensor of such a dtype.
+        ValueError: If there is no channel.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of rows [..., C]")
     if x.dtype not in ROW_DTYPES:

@@ -45,7 +45,7 @@ _define(
     " float row_scale=1, float decay=1) -> ()",
     _no_result,
 )
-# accumulate_ with a choice of the precision of float32 products. A separate operator, because one
+# accumulate_ with a choice of the precision of products. A separate operator, because one
 # more argument would cost every hook its conversion, and kernels that are compiled already would no
 # longer fit the schema.
 _define(
@@ -247,7 +247,11 @@ def _accumulate_cuda(
     precision: Precision = "split",
 ) -> None:
     state = (moment, sum, shift, weight, count)
-    if _is_triton(rows):
+    if precision == "float64":
+        aten.accumulate_in_float64_(
+            accumulate_, *state, rows, channel_dim, row_weight, row_scale, decay
+        )
+    elif _is_triton(rows):
         from fastcov import kernels
 
         launch_ = kernels.launch_accumulate_
@@ -318,9 +322,14 @@ def _accumulate_at_precision_cpu(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    # The CPU ignores `precision`: its products always have at least float32's.
+    # The CPU ignores the precisions of float32: its products always have as much.
     state = (moment, sum, shift, weight, count)
-    accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
+    if precision == "float64":
+        aten.accumulate_in_float64_(
+            accumulate_, *state, rows, channel_dim, row_weight, row_scale, decay
+        )
+    else:
+        accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
 
 
 def _gather_cuda(
@@ -375,6 +384,7 @@ operators = torch.ops.fastcov
 # Functions that hooks and ops/eigen.py call. `operators.NAME` would look for the overload in every
 # call, 0.2 to 1.8 us, and the overload's __call__ only passes its arguments on to `_op`, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
+accumulate_at_precision_: Callable[..., None] = operators.accumulate_at_precision_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op

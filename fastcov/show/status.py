@@ -50,6 +50,7 @@ class LayerFacts:
     Args:
         name: Layer name.
         channels: Width C, 0 where no forward has shown it.
+        sketch: Channels that its rows are projected to; 0 where all are kept.
         count: Rows read.
         skipped: Rows left out because they held NaN or inf.
         weight: Normaliser of the covariance; the count unless rows are weighted or decay.
@@ -66,6 +67,7 @@ class LayerFacts:
     reason: str = ""
     has_calls: bool = False
     has_calls_lately: bool = False
+    sketch: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +132,7 @@ def _rounding_note(spectrum: Spectrum | None) -> list[str]:
         return []
     return [
         f"small eigenvalues are rounding: negative ones sum up to {negative:.2g} beside a largest "
-        f"of {largest:.2g}; read rows of float64"
+        f'of {largest:.2g}; track with precision="float64"'
     ]
 
 
@@ -172,6 +174,8 @@ def _notes(layer: LayerFacts, run: RunFacts) -> list[str]:
     notes = [f"{layer.skipped} rows with NaN or inf skipped"] if layer.skipped else []
     if layer.reason:
         notes.append(layer.reason)
+    if layer.sketch:
+        notes.append(f"sketched to {layer.sketch} channels: estimates, but for the trace")
     if layer.count == 0:
         return notes if layer.reason else [*notes, why_empty(layer, run)]
     if run.has_calls_lately and not layer.has_calls_lately:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastcov.files import flush_to_disk, replacing
+from fastcov.spectra.sketched import SketchFacts
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import Spectrum
 
@@ -64,7 +65,9 @@ class HistoryFolder:
         spectra = {}
         for layer in line["layers"]:
             part = eigenvalues[layer["offset"] : layer["offset"] + layer["channels"]]
-            spectra[layer["name"]] = Spectrum(part, layer["count"], layer["total"], layer["name"])
+            spectra[layer["name"]] = Spectrum(
+                part, layer["count"], layer["total"], layer["name"], _sketch(layer)
+            )
         return Snapshot(line["step"], line["wall_s"], spectra)
 
     def append(self, snapshot: Snapshot) -> None:
@@ -215,6 +218,8 @@ def parse_line(line: bytes, index: int) -> dict[str, Any]:
         _check(layer, "offset", partial(operator.eq, offset))
         _check(layer, "count", _is_whole)
         _check(layer, "total", _is_amount)
+        if "sketch" in layer:
+            _check(layer, "sketch", _is_sketch)
         offset += layer["channels"]
     _check(fields, "length", lambda value: value == offset)
     return fields
@@ -232,6 +237,23 @@ def _is_whole(value: object) -> bool:
 
 def _is_amount(value: object) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
+
+
+def _is_sketch(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != set(SketchFacts._fields):
+        return False
+    ends = (value["lower"], value["upper"])
+    are_ends = all(isinstance(end, list) and all(map(_is_amount, end)) for end in ends)
+    return _is_whole(value["width"]) and _is_amount(value["squares"]) and are_ends
+
+
+def _sketch(layer: Mapping[str, Any]) -> SketchFacts | None:
+    if "sketch" not in layer:
+        return None
+    facts = layer["sketch"]
+    return SketchFacts(
+        facts["width"], facts["squares"], tuple(facts["lower"]), tuple(facts["upper"])
+    )
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
@@ -266,6 +288,8 @@ def _encode(snapshot: Snapshot, file_name: str) -> tuple[bytes, bytes]:
                 "participation_ratio": spectrum.participation_ratio(),
             }
         )
+        if spectrum.sketch is not None:
+            layers[-1]["sketch"] = spectrum.sketch._asdict()
         offset += spectrum.channels
     line = {
         "format": FORMAT,

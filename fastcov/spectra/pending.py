@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from fastcov import ops
 from fastcov.spectra.history import History
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import Spectrum
-from fastcov.stats.state import CovarianceState
+
+if TYPE_CHECKING:
+    from fastcov.stats.state import CovarianceState
 
 _MOST_PENDING_SNAPSHOTS = 2  # each holds a copy of all states on the GPU
 
@@ -37,15 +39,20 @@ class PendingSpectra:
     Args:
         states: By layer, on any devices.
         centered: True to subtract the means.
+        in_float64: True solves in float64 on a GPU too, where float32 is the default.
     """
 
     @torch.no_grad()
-    def __init__(self, states: Mapping[str, CovarianceState], centered: bool) -> None:
+    def __init__(
+        self, states: Mapping[str, CovarianceState], centered: bool, in_float64: bool = False
+    ) -> None:
         self._names = list(states)
         by_device: dict[torch.device, dict[str, CovarianceState]] = {}
         for name, state in states.items():
             by_device.setdefault(state.moment.device, {})[name] = state
-        self._batches = [_start(batch, device, centered) for device, batch in by_device.items()]
+        self._batches = [
+            _start(batch, device, centered, in_float64) for device, batch in by_device.items()
+        ]
 
     def is_ready(self) -> bool:
         """True where :meth:`get` returns without waiting."""
@@ -107,13 +114,20 @@ class _Scalars(NamedTuple):
     weight: float
     rows: float
     effective_rows: float
+    squares: float
 
 
 @dataclass
 class _Batch:
-    """Layers of one device: their numbers end to end, and the event after which they are there."""
+    """Layers of one device: their numbers end to end, and the event after which they are there.
 
-    channels: dict[str, int]
+    Attributes:
+        channels: Width of each layer, and number of its eigenvalues, fewer where it is sketched.
+        numbers: Eigenvalues and scalars of each layer.
+        done: Event after which the numbers are there; None where they are.
+    """
+
+    channels: dict[str, tuple[int, int]]
     numbers: Tensor
     done: torch.cuda.Event | None
 
@@ -122,29 +136,42 @@ class _Batch:
             self.done.synchronize()
         spectra = {}
         behind = len(_Scalars._fields)
-        sizes = [channels + behind for channels in self.channels.values()]
-        for name, part in zip(self.channels, self.numbers.split(sizes), strict=True):
+        sizes = [solved + behind for _, solved in self.channels.values()]
+        parts = self.numbers.split(sizes)
+        for (name, (channels, _)), part in zip(self.channels.items(), parts, strict=True):
             layer = _Scalars(*part[-behind:].tolist())
             if layer.weight > 0:
                 # The uncertainty rests on fewer rows than were read where some weigh less.
                 rows = min(int(layer.rows), round(layer.effective_rows))
                 # A copy: the numbers of all layers would live as long as one of them.
                 eigenvalues = part[:-behind].clone()
-                spectra[name] = Spectrum(eigenvalues, rows, max(0.0, layer.trace), name)
+                spectra[name] = Spectrum.of(
+                    eigenvalues,
+                    count=rows,
+                    total=layer.trace,
+                    squares=layer.squares,
+                    channels=channels,
+                    name=name,
+                )
         return spectra
 
 
-def _start(states: dict[str, CovarianceState], device: torch.device, centered: bool) -> _Batch:
-    channels = {name: state.channels for name, state in states.items()}
+def _start(
+    states: dict[str, CovarianceState], device: torch.device, centered: bool, in_float64: bool
+) -> _Batch:
+    channels = {
+        name: (state.channels, state.sketch_width or state.channels)
+        for name, state in states.items()
+    }
     if device.type != "cuda":
-        return _Batch(channels, _numbers(list(states.values()), centered).cpu(), None)
+        return _Batch(channels, _numbers(list(states.values()), centered, in_float64).cpu(), None)
     here = torch.cuda.current_stream(device)
     side = _beside(here)
     # The training goes on changing its states, so copies are read, made in the training's order.
     twins = [state.copy() for state in states.values()]
     side.wait_stream(here)
     with torch.cuda.stream(side):
-        numbers = _numbers(twins, centered)
+        numbers = _numbers(twins, centered, in_float64)
         fetched = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
         fetched.copy_(numbers, non_blocking=True)
         done = side.record_event()
@@ -162,14 +189,18 @@ def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     return side
 
 
-def _numbers(states: list[CovarianceState], centered: bool) -> Tensor:
+def _numbers(states: list[CovarianceState], centered: bool, in_float64: bool) -> Tensor:
     # float64 costs little on a CPU; a GPU's fast path is float32, at most 1e-5 of the largest.
-    matrices = [state.covariance(centered) for state in states]
-    eigenvalues = ops.eigvalsh([m if m.device.type == "cpu" else m.float() for m in matrices])
+    of_states = [state.spectral_parts(centered) for state in states]
+    matrices = [parts.matrix for parts in of_states]
+    eigenvalues = ops.eigvalsh(
+        [m if in_float64 or m.device.type == "cpu" else m.float() for m in matrices]
+    )
     parts = []
-    for state, matrix, values in zip(states, matrices, eigenvalues, strict=True):
+    for state, given, values in zip(states, of_states, eigenvalues, strict=True):
         scalars = {
-            "trace": matrix.trace(),
+            "trace": given.total,
+            "squares": given.squares,
             "weight": state.weight,
             "rows": state.count[0].double(),
             "effective_rows": state.effective_count,

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcov.spectra.sketched import SketchFacts, estimated_eigenvalues
 from fastcov.spectra.uncertainty import MOST_SIMULATED_CHANNELS, error_bound
 
 _CONFIDENCE = 0.95
@@ -45,6 +46,8 @@ class Spectrum:
             number, (sum w)^2 / sum w^2, or ``uncertainty`` is too narrow.
         total: Trace of the covariance.
         name: Layer name.
+        sketch: Facts of the sketch that the eigenvalues were estimated from; None where they are
+            those of the covariance itself. See :meth:`of`.
 
     Raises:
         ValueError: If a value is not finite, or the shape, count or total is impossible.
@@ -61,6 +64,7 @@ class Spectrum:
     count: int
     total: float
     name: str = ""
+    sketch: SketchFacts | None = None
 
     def __post_init__(self) -> None:
         descending = _descending(self.eigenvalues).detach().cpu()
@@ -81,10 +85,37 @@ class Spectrum:
         object.__setattr__(self, "count", count)
         object.__setattr__(self, "total", total)
 
+    @classmethod
+    def of(
+        cls,
+        eigenvalues: Tensor,
+        *,
+        count: int,
+        total: float,
+        squares: float,
+        channels: int,
+        name: str = "",
+    ) -> Spectrum:
+        """Spectrum of a covariance, or the estimate from a sketch where that has fewer eigenvalues.
+
+        Args:
+            eigenvalues: Of the covariance [C], or of its sketch, [r] with r < C.
+            count: Rows behind the covariance.
+            total: Trace of the covariance; rounding may have made it negative.
+            squares: Of a sketch, from :func:`fastcov.spectra.sketched.squared_norm`.
+            channels: C.
+            name: Layer name.
+        """
+        total, facts = max(0.0, total), None
+        if len(eigenvalues) < channels:
+            eigenvalues, facts = estimated_eigenvalues(eigenvalues.cpu(), squares, channels, total)
+        return cls(eigenvalues, count, total, name, facts)
+
     def __repr__(self) -> str:
+        sketched = "" if self.sketch is None else f", sketched to {self.sketch.width}"
         return (
             f"Spectrum({self.name!r}, channels={self.channels}, count={self.count}, "
-            f"total={self.total:.4g}, dim={self.dim()})"
+            f"total={self.total:.4g}, dim={self.dim()}{sketched})"
         )
 
     @property
@@ -117,7 +148,12 @@ class Spectrum:
         return float(rankme(self.eigenvalues))
 
     def participation_ratio(self) -> float:
-        """Trace squared over squared Frobenius norm; see :func:`participation_ratio`."""
+        """Trace squared over squared Frobenius norm; see :func:`participation_ratio`.
+
+        Of a sketched spectrum, from the sketch's own estimate of the norm.
+        """
+        if self.sketch is not None and self.sketch.squares > 0:
+            return self.total**2 / self.sketch.squares
         return float(participation_ratio(self.eigenvalues))
 
     def stable_rank(self) -> float:
@@ -162,7 +198,13 @@ class Spectrum:
 
         Infinite where there are too few rows (see :func:`interval`). Above 256 channels the bound
         is that of :func:`interval`: never too narrow, and up to five times too wide.
+
+        Of a sketched spectrum, the wider side of :attr:`interval`: what the sketch may be off by,
+        without the error of the rows.
         """
+        if self.sketch is not None:
+            lower, upper = self.interval
+            return torch.maximum(upper - self.eigenvalues, self.eigenvalues - lower)
         closed = uncertainty(self.eigenvalues, self.count)
         if self.channels > MOST_SIMULATED_CHANNELS or not bool(closed.isfinite().all()):
             return closed
@@ -170,7 +212,13 @@ class Spectrum:
 
     @property
     def interval(self) -> tuple[Tensor, Tensor]:
-        """95 % interval of each eigenvalue, lower and upper end; see :func:`interval`. [C], [C]"""
+        """95 % interval of each eigenvalue, lower and upper end; see :func:`interval`. [C], [C]
+
+        Of a sketched spectrum, the interval that the sketch leaves for the eigenvalues of the
+        covariance of the rows that were read: see :func:`fastcov.spectra.sketched.head_interval`.
+        """
+        if self.sketch is not None:
+            return self.sketch.interval(self.channels, self.total)
         return interval(self.eigenvalues, self.count)
 
 

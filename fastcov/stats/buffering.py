@@ -1,4 +1,4 @@
-"""Sizes that decide whether rows are added at once or wait in a buffer, and the buffer's size.
+"""Sizes that decide whether rows are added at once or wait in a buffer, and what layers take.
 
 Where a call brings few rows, reading and writing the float64 state costs more than the gram itself:
 such rows wait until they are many. The limit depends on the machine.
@@ -7,9 +7,14 @@ such rows wait until they are many. The limit depends on the machine.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: with fewer, state traffic dominates."""
+
+SKETCH_ROWS = 64
+"""Rows of a sketched layer that are projected together. More would save little time, and their
+buffer is larger than the state: 3.5 MiB for 14,336 channels of float32."""
 
 MOST_DEVICE_ROWS = 4096
 """Rows a step up to which a GPU's narrow layers are sampled into a buffer. One program adds all of
@@ -65,3 +70,77 @@ def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int
         return None
     # A buffer that one step fills is emptied in every step: no room for two of them.
     return threshold if most_rows <= threshold else 1, most_rows
+
+
+def state_bytes(channels: int) -> int:
+    """Memory of a state of so many channels."""
+    return 8 * (channels * channels + 2 * channels + 5)
+
+
+def layer_bytes(channels: int, sketch: int | None, row_bytes: int, is_host: bool) -> int:
+    """Memory of a layer: its state, and its buffer of rows, at most.
+
+    Args:
+        channels: Length of a row.
+        sketch: Channels of the sketch; wider rows are projected. None keeps all.
+        row_bytes: Bytes of one number of a row.
+        is_host: True for a CPU. A GPU's counters need room for the rows of one more step.
+    """
+    if sketch is not None and channels > sketch:
+        return state_bytes(sketch + 1) + SKETCH_ROWS * channels * row_bytes
+    rows = buffer_rows(channels)
+    rows += 0 if is_host else device_buffer_limit(channels)
+    return state_bytes(channels) + rows * (channels * row_bytes + 4 * (not is_host))
+
+
+def projection_bytes(channels: Sequence[int], sketch: int) -> int:
+    """Memory of the signs that project rows: one byte each, shared by layers of one width."""
+    return sum(width * sketch for width in {width for width in channels if width > sketch})
+
+
+_LEAST_SKETCH = 16
+
+
+def sketch_for(
+    channels: Sequence[int | None], memory: int, row_bytes: int, is_host: bool
+) -> int | None:
+    """Largest sketch with which layers fit into an amount of memory.
+
+    One number for all layers: narrower ones keep all channels.
+
+    Args:
+        channels: Widths of the layers; None where it is not known yet: taken for the widest.
+        memory: Bytes for states, buffers and signs.
+        row_bytes: Bytes of one number of a row.
+        is_host: True for a CPU.
+
+    Returns:
+        Channels of the sketch, or None where all layers fit whole.
+
+    Raises:
+        ValueError: If not even sketches of 16 channels fit.
+
+    Example:
+        >>> sketch_for([64, 4096, 4096], memory=64 << 20, row_bytes=4, is_host=True)
+        1888
+    """
+    widest = max((width for width in channels if width is not None), default=1)
+    widths = [widest if width is None else width for width in channels]
+
+    def needed(sketch: int) -> int:
+        layers = sum(layer_bytes(width, sketch, row_bytes, is_host) for width in widths)
+        return layers + projection_bytes(widths, sketch)
+
+    if needed(widest) <= memory:
+        return None
+    if needed(_LEAST_SKETCH) > memory:
+        raise ValueError(
+            f"memory={memory} bytes is too little: {len(widths)} layers of up to {widest} channels "
+            f"need {needed(_LEAST_SKETCH)} sketched to {_LEAST_SKETCH} channels each; give more, "
+            "or watch fewer layers (include=)"
+        )
+    low, high = _LEAST_SKETCH, widest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle) <= memory else (low, middle)
+    return low

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastcov.rows.layout import ActivationLayout
-from fastcov.stats.buffering import buffer_rows
 from fastcov.stats.cursor import FILL, LIMIT, Counter, Cursor
 
 # Views kept. A layer of constant rows a step empties its buffer at two or three different fills.
@@ -78,12 +77,13 @@ class HostBuffer:
         """Step of the last rows; None without rows, or where steps are not kept."""
         return self._spans[-1].step if self._spans else None
 
-    def room(self, layout: ActivationLayout, wanted: int) -> Tensor:
+    def room(self, layout: ActivationLayout, wanted: int, capacity: int) -> Tensor:
         """Storage for the next rows, from :attr:`fill` on; made or grown where needed.
 
         Args:
             layout: Layout of the rows to come.
             wanted: Number of rows to come.
+            capacity: Number of rows that a new storage has room for, at least.
 
         Returns:
             The whole storage. [capacity, C]
@@ -91,7 +91,7 @@ class HostBuffer:
         if self.storage is None or self.fill + wanted > self._capacity:
             # Tensors made under inference_mode could not be written in training later.
             with torch.inference_mode(False):
-                self._capacity = max(buffer_rows(layout.channels), self.fill + wanted)
+                self._capacity = max(capacity, self.fill + wanted)
                 grown = layout.new_rows(self._capacity)
             if self.storage is None:
                 self.stagger()

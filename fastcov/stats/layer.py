@@ -22,10 +22,12 @@ from torch import Tensor
 
 from fastcov.ops import library
 from fastcov.ops.backend import Service, service_of
+from fastcov.ops.covariance import Precision
 from fastcov.rows.dtypes import ROW_DTYPES
 from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.sequence import WHOLE, fixed_point, rows_due
 from fastcov.stats.buffering import (
+    SKETCH_ROWS,
     buffer_rows,
     device_buffer_limit,
     device_buffer_rows,
@@ -83,6 +85,8 @@ class Layer:
         decay: Factor on everything read before, once a step; None keeps everything.
         first_fill: Share of the buffer that is filled before it is first emptied, from
             :func:`fastcov.rows.sequence.first_fill`.
+        precision: Precision of the rows' products: see :func:`fastcov.ops.accumulate_`.
+        sketch: Channels to which wider rows are projected; None keeps all.
 
     Attributes:
         cursor: Counters, in memory that Python and operators share.
@@ -118,10 +122,14 @@ class Layer:
         weighting: Literal["position", "image"],
         decay: float | None,
         first_fill: float = 1.0,
+        precision: Precision = "split",
+        sketch: int | None = None,
     ) -> None:
         self.name = name
+        self.sketch = sketch
         self.weighting = weighting
         self.decay = decay
+        self.precision: Precision = precision
         self.cursor = Cursor()
         self.phase = phase
         self.state: CovarianceState | None = None
@@ -262,7 +270,9 @@ class Layer:
     def prepare(self, channels: int, device: torch.device) -> CovarianceState:
         """State of the layer, made or moved to a device where needed."""
         if self.state is None:
-            self.state = CovarianceState(channels, device)
+            is_wide = self.sketch is not None and channels > self.sketch
+            self.state = CovarianceState(channels, device, sketch=self.sketch if is_wide else None)
+            self._forget_device()
         elif self.state.moment.device != device:
             self.leave_device()
             self.flush()
@@ -281,16 +291,30 @@ class Layer:
 
     # how rows are added
 
+    @property
+    def _is_for_kernels(self) -> bool:
+        # False where rows are converted or projected before the kernels see them.
+        is_sketched = self.state is not None and self.state.sketch is not None
+        return self.precision == "split" and not is_sketched
+
+    def _buffer_rows(self, channels: int) -> int:
+        if self.state is not None and self.state.sketch is not None:
+            return SKETCH_ROWS
+        return buffer_rows(channels)
+
     def _direct_rows(self, channels: int) -> int:
         assert self.service is not None
+        if self.state is not None and self.state.sketch is not None:
+            return SKETCH_ROWS
         return direct_rows(channels, self.service.is_host)
 
     def adds_at_once(self, layout: ActivationLayout) -> bool:
-        """True if calls of a layout are added whole and at once, each row at weight 1."""
+        """True if the kernels add calls of a layout whole and at once, each row at weight 1."""
         return (
             self.cursor.numbers[FRACTION] == WHOLE
             and self.weighting == "position"
             and self.decay is None
+            and self._is_for_kernels
             and self.service is not None
             and layout.rows >= self._direct_rows(layout.channels)
         )
@@ -337,8 +361,10 @@ class Layer:
         # Rows of the running step, whose weight its end will tell.
         assert self.state is not None
         if self._step_state is None:
-            self._step_state = CovarianceState(self.state.channels, rows.device)
-        self._step_state.update(rows)
+            self._step_state = CovarianceState(
+                self.state.channels, rows.device, sketch=self.state.sketch_width
+            )
+        self._step_state.update(rows, precision=self.precision)
 
     def _accumulate(
         self,
@@ -354,6 +380,15 @@ class Layer:
         assert service is not None
         accumulate_ = library.ACCUMULATE[service.kernels]
         decay = 1.0 if self.decay is None else self._decay_until(step)
+        if not self._is_for_kernels:
+            state.update(
+                rows if channel_dim == -1 else rows.movedim(channel_dim, -1),
+                row_weight,
+                row_scale=row_scale,
+                decay=decay,
+                precision=self.precision,
+            )
+            return
         to = (state.moment, state.sum, state.shift, state.weight, state.count)
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
             if source is None or not source(state):
@@ -366,7 +401,7 @@ class Layer:
     def _sample(self, activation: Tensor, layout: ActivationLayout, due: int) -> None:
         if due >= layout.rows:
             self._add(activation, layout)
-        elif due > buffer_rows(layout.channels):
+        elif due > self._buffer_rows(layout.channels):
             sample = layout.new_rows(due)
             self._gather(sample, 0, activation, layout, due)
             self._add(sample, ActivationLayout(sample))
@@ -399,7 +434,7 @@ class Layer:
     def _keep_early(self, activation: Tensor, layout: ActivationLayout) -> None:
         offered = layout.rows
         kept_before = sum(part.rows.numel() for part in self._early_rows) // layout.channels
-        limit = max(buffer_rows(layout.channels) - kept_before, ceil(offered * _KEPT_SHARE))
+        limit = max(self._buffer_rows(layout.channels) - kept_before, ceil(offered * _KEPT_SHARE))
         kept: Tensor
         if offered <= limit:
             kept = layout.view(activation).clone(memory_format=torch.contiguous_format)
@@ -434,7 +469,7 @@ class Layer:
             is_held = self.weighting == "image" and buffer.last_step == self.step
             if not is_held:
                 self._flush_full()
-        grown = buffer.room(layout, wanted)
+        grown = buffer.room(layout, wanted, self._buffer_rows(layout.channels))
         if grown is not storage:
             self.changed()
         return grown
@@ -476,6 +511,13 @@ class Layer:
         self._moves_left = _MOST_MOVES
         self._largest_capacity = 0  # rows a step; never shrinks
         self.why_on_host = ""
+        if not self._is_for_kernels:
+            self._moves_left = 0
+            self.why_on_host = (
+                f'precision="{self.precision}" is the host\'s to add; take "split"'
+                if self.precision != "split"
+                else "is sketched by the host; give more memory, or watch fewer layers"
+            )
 
     @property
     def wants_device_buffer(self) -> bool:
@@ -607,6 +649,8 @@ class Layer:
         other.flush()
         if other.state is None:
             return
+        if self.state is None:
+            self.sketch = other.state.sketch_width
         own = self.prepare(other.state.channels, other.state.moment.device)
         own.scale_(self._decay_until(step))
         behind = step - other._counters()[2]
@@ -642,6 +686,13 @@ class Layer:
         self._sampled = saved["sampled"]
         self._carry = saved["carry"]
         self._has_many_calls = saved["is_pooled"]
+        if saved["state"] is not None:
+            # As it was saved, whatever memory= says now: on every rank, with rows or without.
+            sizes = saved["state"].get("sketch")
+            self.sketch = None if sizes is None else int(sizes[1])
+            if self.state is not None and self.state.sketch_width != self.sketch:
+                self.state = self._step_state = self._device = None
+                self.buffer.release()
         if saved["state"] is not None and with_rows:
             device = torch.device("cpu") if self.state is None else self.state.moment.device
             self.prepare(saved["channels"], device).load_state_dict(saved["state"])

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastcov.stats.state import DECLARED, CovarianceState, Declared
 
+_Sizes = tuple[int, int | None]  # channels of a row, and of its sketch
+_NO_STATE: _Sizes = (0, None)
+
 
 def rank_and_ranks() -> tuple[int, int]:
     """Rank of this process and number of processes; (0, 1) without torch.distributed."""
@@ -61,7 +64,7 @@ def _share_shifts(states: Sequence[CovarianceState], group: dist.ProcessGroup | 
     dist.all_gather(gathered, local, group=group)
     start = len(states)
     for layer, state in enumerate(states):
-        stop = start + state.channels
+        stop = start + len(state.shift)
         shift = torch.zeros_like(state.shift)
         for rank in reversed(gathered):
             shift = torch.where(rank[layer] > 0, rank[start:stop], shift)
@@ -104,23 +107,30 @@ def sync_named_states(
     Raises:
         RuntimeError: On every rank, if names or widths differ between ranks.
     """
-    own = {name: 0 if state is None else state.channels for name, state in states.items()}
-    gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
+    own = {
+        name: _NO_STATE if state is None else (state.channels, state.sketch_width)
+        for name, state in states.items()
+    }
+    gathered: list[dict[str, _Sizes]] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(gathered, own, group=group)
-    widths = {name: max(rank.get(name, 0) for rank in gathered) for name in own}
+    sizes = {
+        name: next((r[name] for r in gathered if r.get(name, _NO_STATE)[0]), _NO_STATE)
+        for name in own
+    }
     for rank, found in enumerate(gathered):
-        if list(found) != list(own) or any(found[n] not in (0, widths[n]) for n in own):
+        if list(found) != list(own) or any(found[n] not in (_NO_STATE, sizes[n]) for n in own):
             raise RuntimeError(
                 f"rank {rank} tracks other layers or widths than this rank: track the same model "
                 "with the same arguments on every rank"
             )
     is_nccl = dist.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-    names = [name for name, width in widths.items() if width]
+    names = [name for name, (channels, _) in sizes.items() if channels]
     local = []
     for name in names:
         state = states[name]
-        empty = CovarianceState(widths[name], device)
+        channels, sketch = sizes[name]
+        empty = CovarianceState(channels, device, sketch=sketch)
         local.append(empty if state is None else state.copy().to(device))
     merged = zip(names, sync_states(local, group), strict=True)
     return {name: state for name, state in merged if int(state.count[0]) > 0}

@@ -6,6 +6,7 @@ states to a common shift (Chan, Golub, LeVeque 1983: parallel updating of varian
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,12 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from fastcov.ops.covariance import accumulate_, are_read, covariance_of
+from fastcov import ops
+from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
+from fastcov.spectra.sketched import squared_norm
+from fastcov.spectra.spectrum import Spectrum
+from fastcov.stats.directions import Directions, directions_of, inverse_of, whitening_of
+from fastcov.stats.sketch import Sketch
 
 
 class Declared(NamedTuple):
@@ -92,14 +98,33 @@ DECLARED: dict[str, Declared] = {
 """Declarations of a state's tensors by name, in the order of :class:`StateTensors`."""
 
 
+class SpectralParts(NamedTuple):
+    """Numbers of a state from which its spectrum is made.
+
+    Attributes:
+        matrix: Covariance, or that of the sketched rows. [n, n]
+        total: Trace of the covariance. []
+        squares: Of a sketch, the estimate of the covariance's squared Frobenius norm; else 0. []
+    """
+
+    matrix: Tensor
+    total: Tensor
+    squares: Tensor
+
+
 class CovarianceState:
     """Running second moment of feature rows about a fixed shift.
 
     Args:
         channels: Length of a row, C.
         device: Device of the tensors.
+        sketch: Width r of a random projection of the rows, for rows that are too wide for a [C, C]
+            matrix: the state then takes 8 (r + 1)^2 bytes, and has a :meth:`spectrum` alone, whose
+            trace is exact (docs/memory.md). None keeps all channels.
 
     Attributes:
+        sketch: Projection of the rows; None where all channels are kept. The tensors are then those
+            of the projected rows, and have r + 1 channels.
         tensors: Tensors of the state; each field is an attribute of the state too.
 
     Example:
@@ -109,11 +134,19 @@ class CovarianceState:
         tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        device: torch.device | str | None = None,
+        *,
+        sketch: int | None = None,
+    ) -> None:
+        self.sketch = None if sketch is None else Sketch(channels, sketch)
+        order = channels if self.sketch is None else self.sketch.width + 1
         # Tensors made under inference_mode could not be updated in training later.
         with torch.inference_mode(False):
             self.tensors = StateTensors._make(
-                declared.zeros(channels, device) for declared in DECLARED.values()
+                declared.zeros(order, device) for declared in DECLARED.values()
             )
         self._lock = threading.RLock()
 
@@ -150,7 +183,12 @@ class CovarianceState:
     @property
     def channels(self) -> int:
         """Length of a row."""
-        return len(self.tensors.sum)
+        return len(self.tensors.sum) if self.sketch is None else self.sketch.channels
+
+    @property
+    def sketch_width(self) -> int | None:
+        """Channels that a row is projected to; None where all are kept."""
+        return None if self.sketch is None else self.sketch.width
 
     @property
     def squared_weight(self) -> Tensor:
@@ -170,12 +208,141 @@ class CovarianceState:
         # Neither square is formed: weights may have any size.
         return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
-    def covariance(self, centered: bool = False) -> Tensor:
-        """Second-moment matrix of the rows read, the covariance if ``centered``; float64. [C, C]"""
-        return covariance_of(self, centered)
+    def covariance(self, centered: bool = False, correction: float = 0) -> Tensor:
+        r"""Second-moment matrix of the rows read; the covariance if ``centered``.
+
+        Args:
+            centered: True subtracts the mean.
+            correction: Number c of degrees of freedom to take off the divisor: the matrix is
+                multiplied by n / (n - c), n the effective number of rows. 1 gives the unbiased
+                covariance, as :func:`torch.cov` does with ``aweights``.
+
+        Returns:
+            float64, symmetric; NaN where no more than ``correction`` rows were read. [C, C]
+
+        Raises:
+            ValueError: If ``correction`` is negative or not finite, or the state is sketched.
+        """
+        self._refuse_sketch("covariance")
+        matrix = covariance_of(self, centered)
+        return matrix if correction == 0 else matrix * self._correcting(correction)
+
+    def _correcting(self, correction: float) -> Tensor:
+        # Factor on a covariance whose divisor is the weight.
+        if not (math.isfinite(correction) and correction >= 0):
+            raise ValueError(f"correction={correction}: expected a finite number of at least 0")
+        left = 1 - correction / self.effective_count
+        return 1 / torch.where(left > 0, left, torch.nan)
+
+    def _refuse_sketch(self, wanted: str) -> None:
+        if self.sketch is not None:
+            raise ValueError(
+                f"the state is sketched, {self.channels} channels to {self.sketch.width}: it has a "
+                f"spectrum, but no {wanted}; keep all channels (more memory) for that"
+            )
+
+    def spectral_parts(self, centered: bool = False) -> SpectralParts:
+        """Matrix whose eigenvalues give the spectrum, and what else the spectrum needs.
+
+        No host synchronisation.
+        """
+        matrix = covariance_of(self, centered)
+        if self.sketch is None:
+            return SpectralParts(matrix, matrix.trace(), matrix.new_zeros(()))
+        width = self.sketch.width
+        sketch = matrix[:width, :width]
+        # The rows' norms tell nothing of the mean: a centred trace is the sketch's own estimate.
+        total = sketch.trace() if centered else matrix[width, width]
+        return SpectralParts(sketch, total, squared_norm(sketch))
+
+    def spectrum(self, centered: bool = False, correction: float = 0) -> Spectrum:
+        """Eigenvalues of :meth:`covariance`, whose arguments these are.
+
+        Raises:
+            ValueError: If no more than ``correction`` rows were read.
+
+        Example:
+            >>> state = CovarianceState(2)
+            >>> state.update(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+            >>> state.spectrum().eigenvalues
+            tensor([4.5000, 0.5000], dtype=torch.float64)
+        """
+        self._refuse_few_rows(correction)
+        parts = self.spectral_parts(centered)
+        factor = 1.0 if correction == 0 else float(self._correcting(correction))
+        return Spectrum.of(
+            ops.eigvalsh(parts.matrix) * factor,
+            count=min(int(self.count[0]), round(float(self.effective_count))),
+            total=float(parts.total) * factor,
+            squares=float(parts.squares) * factor**2,
+            channels=self.channels,
+        )
+
+    def directions(
+        self, k: int | None = None, centered: bool = False, correction: float = 0
+    ) -> Directions:
+        """Eigenvalues and eigenvectors of :meth:`covariance`, the largest first.
+
+        Args:
+            k: Number of directions; None for all.
+            centered: As of :meth:`covariance`: True for principal components.
+            correction: As of :meth:`covariance`.
+
+        Returns:
+            ``eigenvalues`` [k] and ``vectors`` [C, k], float64 on the state's device.
+
+        Raises:
+            ValueError: If ``k`` is out of range, or no more than ``correction`` rows were read.
+        """
+        return directions_of(self._known_covariance(centered, correction), k)
+
+    def whitening(self, eps: float = 0.0, centered: bool = True) -> Tensor:
+        """Symmetric matrix that makes the rows' covariance the identity (ZCA).
+
+        White rows are ``(x - state.mean()) @ state.whitening()``.
+
+        Args:
+            eps: Added to every eigenvalue before the inverse root.
+            centered: False whitens the uncentred second moment: white rows are then ``x @ W``.
+
+        Returns:
+            float64. [C, C]
+
+        Raises:
+            ValueError: If no row was read, or the covariance is singular and ``eps`` too small.
+        """
+        return whitening_of(self._known_covariance(centered), eps)
+
+    def inverse(self, damping: float = 0.0, centered: bool = False) -> Tensor:
+        """Inverse of :meth:`covariance` with a number added to its diagonal.
+
+        Args:
+            damping: The number; a share of the mean diagonal entry is usual.
+            centered: As of :meth:`covariance`.
+
+        Returns:
+            float64, symmetric. [C, C]
+
+        Raises:
+            ValueError: If no row was read, or the covariance is singular and ``damping`` too small.
+        """
+        return inverse_of(self._known_covariance(centered), damping)
+
+    def _known_covariance(self, centered: bool, correction: float = 0) -> Tensor:
+        matrix = self.covariance(centered, correction)
+        self._refuse_few_rows(correction)
+        return matrix
+
+    def _refuse_few_rows(self, correction: float) -> None:
+        if not float(self.effective_count) > correction:  # NaN without a row
+            raise ValueError(
+                f"the state has read {int(self.count[0])} rows, worth "
+                f"{float(self.effective_count):g}: more than correction={correction} are needed"
+            )
 
     def mean(self) -> Tensor:
-        """Mean of the rows read, float64. [C]"""
+        """Mean of the rows read, float64; a ValueError refuses a sketched state. [C]"""
+        self._refuse_sketch("mean")
         return self.sum / self.weight + self.shift
 
     def update(
@@ -185,20 +352,43 @@ class CovarianceState:
         *,
         row_scale: float = 1.0,
         decay: float = 1.0,
+        precision: Precision = "split",
     ) -> None:
         """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once."""
         if torch.compiler.is_compiling():
-            self._add(rows, row_weight, row_scale, decay)
+            self._add(rows, row_weight, row_scale, decay, precision)
         else:
             with self._lock:
-                self._add(rows, row_weight, row_scale, decay)
+                self._add(rows, row_weight, row_scale, decay, precision)
 
-    def _add(self, rows: Tensor, row_weight: Tensor | None, row_scale: float, decay: float) -> None:
+    def _add(
+        self,
+        rows: Tensor,
+        row_weight: Tensor | None,
+        row_scale: float,
+        decay: float,
+        precision: Precision,
+    ) -> None:
+        if self.sketch is not None:
+            rows = self._projected(rows, precision)
+            row_weight = None if row_weight is None else row_weight.reshape(-1)
         if row_weight is None and row_scale == 1.0 and decay == 1.0:
-            accumulate_(self, rows)
+            accumulate_(self, rows, precision=precision)
             return
         with self.weighing(rows, row_weight, row_scale, decay):
-            accumulate_(self, rows, row_weight, row_scale=row_scale, decay=decay)
+            accumulate_(
+                self, rows, row_weight, row_scale=row_scale, decay=decay, precision=precision
+            )
+
+    def _projected(self, rows: Tensor, precision: Precision) -> Tensor:
+        check_rows(rows)
+        assert self.sketch is not None
+        if rows.shape[-1] != self.channels:
+            raise ValueError(
+                f"rows have {rows.shape[-1]} channels (shape {tuple(rows.shape)}), the state has "
+                f"{self.channels}: channels must be the last dimension"
+            )
+        return self.sketch.project(rows.double() if precision == "float64" else rows)
 
     @contextmanager
     def weighing(
@@ -255,6 +445,12 @@ class CovarianceState:
                 f"cannot merge a state of {other.channels} channels into one of {self.channels}: "
                 "merge states of the same layer"
             )
+        if other.sketch != self.sketch:
+            raise ValueError(
+                f"cannot merge a state sketched to {other.sketch_width} channels into one of "
+                f"{self.sketch_width} (None: all channels kept): make both with the same sketch, "
+                "or track with the same memory="
+            )
         device = self.moment.device
         added = _settled(StateTensors._make(tensor.to(device) for tensor in other.tensors))
         with self._lock:
@@ -287,16 +483,20 @@ class CovarianceState:
     def copy(self) -> CovarianceState:
         """Independent state of the same rows."""
         with self._lock, torch.inference_mode(False):
-            return _state_of(StateTensors._make(tensor.clone() for tensor in self.tensors))
+            copied = StateTensors._make(tensor.clone() for tensor in self.tensors)
+            return _state_of(copied, self.sketch)
 
-    def __reduce__(self) -> tuple[Callable[[StateTensors], CovarianceState], tuple[StateTensors]]:
+    def __reduce__(self) -> tuple[Callable[..., CovarianceState], tuple[Any, ...]]:
         # A lock can be neither copied nor pickled.
-        return _state_of, (self.tensors,)
+        return _state_of, (self.tensors, self.sketch)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors, by name."""
+        """Copies of the tensors, by name; of a sketched state, also the sizes of its sketch."""
         with self._lock:
-            return {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
+            saved = {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
+        if self.sketch is not None:
+            saved["sketch"] = torch.tensor(self.sketch.sizes, dtype=torch.int64, device="cpu")
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`, whole or not at all: everything is checked before.
@@ -310,14 +510,22 @@ class CovarianceState:
             ValueError: If a shape differs, or values cannot be those of a state.
         """
         loaded = _checked(state_dict, self.tensors)
+        sizes = state_dict.get("sketch")
+        saved = tuple(sizes.tolist()) if isinstance(sizes, Tensor) else None
+        own_sizes = None if self.sketch is None else self.sketch.sizes
+        if saved != own_sizes:
+            raise ValueError(
+                f"the file holds a sketch of sizes {saved}, this state {own_sizes} (channels of a "
+                "row and of the sketch; None: all channels kept): make the state as the saved one"
+            )
         with self._lock:
             for own, tensor in zip(self.tensors, loaded, strict=True):
                 own.copy_(tensor)
 
 
-def _state_of(tensors: StateTensors) -> CovarianceState:
+def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> CovarianceState:
     state = CovarianceState(0)
-    state.tensors = tensors
+    state.tensors, state.sketch = tensors, sketch
     return state
 
 

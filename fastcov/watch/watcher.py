@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastcov.ops.covariance import Precision
 from fastcov.ops.library import observers
 from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.policy import LayerLoad, Policy
@@ -59,6 +60,8 @@ class Watcher:
         max_channels: Wider layers are skipped and listed in ``notes``.
         train_only: True if only forwards in training mode are steps.
         on_step_end: Called when a step that was read has ended.
+        precision: See :class:`fastcov.stats.layer.Layer`.
+        sketch: See :class:`fastcov.stats.layer.Layer`.
 
     Attributes:
         taps: The taps that are watched, in the model's order.
@@ -83,11 +86,15 @@ class Watcher:
         max_channels: int,
         train_only: bool,
         on_step_end: Callable[[], None],
+        precision: Precision = "split",
+        sketch: int | None = None,
     ) -> None:
         self.policy = policy
         self.every = every
         self.weighting = weighting
         self.decay = decay
+        self.precision: Precision = precision
+        self.sketch = sketch
         self.max_channels = max_channels
         self.train_only = train_only
         self.on_step_end = on_step_end
@@ -170,6 +177,8 @@ class Watcher:
             phase=sequence_phase(name, rank),
             fraction=self.policy.first_fraction,
             first_fill=first_fill(tap),
+            precision=self.precision,
+            sketch=self.sketch,
         )
 
     def _skip_wide(self, name: str, channels: int) -> None:

@@ -1,0 +1,38 @@
+"""Memory budget: the width to which layers must be sketched, told from modules alone."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastcov.arguments import bytes_of
+from fastcov.stats.buffering import sketch_for
+from fastcov.watch.select import Tap
+
+
+def sketch_of(
+    model: nn.Module, taps: list[tuple[Tap, nn.Module]], memory: int | str | None
+) -> int | None:
+    """Channels of the sketch with which a model's layers fit into an amount of memory.
+
+    Taps that turn out to share a tensor are counted each, and rows as large as the parameters:
+    what is then taken is no more than was promised.
+
+    Args:
+        model: Root module.
+        taps: Tensors to watch.
+        memory: Bytes, as an int or a text such as "2GiB"; None for no limit.
+
+    Returns:
+        None where all layers keep all channels.
+
+    Raises:
+        TypeError: If ``memory`` is neither int nor text.
+        ValueError: If ``memory`` is no amount, or too little for any sketch.
+    """
+    if memory is None:
+        return None
+    parameters = [each for each in model.parameters() if each.is_floating_point()]
+    row_bytes = max(2, max((each.element_size() for each in parameters), default=4))
+    is_host = all(each.device.type == "cpu" for each in parameters)
+    channels = [tap.channels for tap, _ in taps]
+    return sketch_for(channels, bytes_of("memory", memory), row_bytes, is_host)
