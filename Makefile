@@ -29,7 +29,7 @@ DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*')
 INSTALLED := PYTHONSAFEPATH=1
 CHECK_INSTALLED := $(INSTALLED) $(BIN)/python tools/check_installed.py
 
-.PHONY: help setup dev demo test test-matrix bench bench-full bench-gpu gpu-session sanitize-gpu wheels lint readme-tables clean
+.PHONY: help setup dev demo docs test test-quick test-matrix bench bench-full bench-gpu gpu-session sanitize-gpu wheels lint readme-tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | \
@@ -70,8 +70,17 @@ dev: | $(BIN)/python  ## compiled libraries into fastcov/lib, to work from the c
 demo: setup  ## the main job: data, search, retraining, table and report in runs/demo (15 minutes)
 	@$(INSTALLED) $(BIN)/fastcov-detection demo --out $(RUNS)/demo
 
+# Workers share the cores: threads that wait must not spin. Tests marked `alone` measure time.
+WORKERS ?= 2
+PARALLEL := $(INSTALLED) OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: setup  ## every test, against the installed wheel
-	@$(INSTALLED) $(BIN)/pytest
+	@status=0; $(PARALLEL) -m "not alone" || status=$$?; \
+		$(INSTALLED) $(BIN)/pytest -m alone || status=$$?; exit $$status
+
+test-quick: setup  ## a contributor's loop, below 3 minutes: what needs no compiler, training or process
+	@$(PARALLEL) -m "not alone and not slow and not dist and not wheel" \
+		--ignore tests/csrc --ignore tests/detection --ignore tests/integrations --ignore tests/training
 
 bench: setup  ## benchmarks of this machine's CPU beside its peers, at most 25 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench

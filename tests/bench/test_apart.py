@@ -72,6 +72,7 @@ def test_what_was_measured_is_written_after_each_contest(tmp_path: Path) -> None
     assert saved.rates["copy_gb_s"] > 0
 
 
+@pytest.mark.alone
 def test_no_contest_begins_once_time_is_up(tmp_path: Path) -> None:
     def slow(_setting: Setting) -> Contest:
         time.sleep(0.3)
@@ -116,6 +117,7 @@ def _rates_s() -> float:
     return 0.5 * (time.perf_counter() - start)
 
 
+@pytest.mark.alone
 def test_a_mean_holds_what_a_median_hides(tmp_path: Path) -> None:
     def build(setting: Setting) -> Contest:
         slow = iter([False, False, False, True] * 10)

@@ -48,6 +48,7 @@ def test_interval_is_the_narrowest_that_covers() -> None:
     assert median_interval([3.0]) == (3.0, 3.0)
 
 
+@pytest.mark.alone
 def test_contenders_take_turns() -> None:
     order: list[str] = []
     prepared: list[str] = []
@@ -80,6 +81,7 @@ def test_short_calls_are_repeated_and_counted_up() -> None:
     assert len(seen) > 100
 
 
+@pytest.mark.alone
 def test_a_contender_may_sit_out_rounds() -> None:
     turns: list[str] = []
     sleeps = {"often": 0.003, "rare": 0.006}
@@ -115,6 +117,7 @@ def test_the_reference_stands_in_the_middle_of_those_that_run() -> None:
     assert {*others[0]} == {*others[1]} == {*others[2]} == {"reference", "a", "b"}
 
 
+@pytest.mark.alone
 def test_budget_ends_a_run() -> None:
     samples = interleave(
         {"sleep": lambda _index: time.sleep(0.01)}, CPU, rounds=1000, budget_s=0.05, fewest_rounds=7

@@ -134,7 +134,13 @@ def test_products_use_matrix_instructions_unless_exact(table, target):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # two minutes on two idle cores
-@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=pytest.mark.xdist_group(f"compilation for sm_{target}"))
+        for target in (80, 90)
+    ],
+)
 def test_compiles_to_the_resources_on_record(table, target):
     if table["triton"] != triton.__version__:
         pytest.fail(
@@ -143,8 +149,10 @@ def test_compiles_to_the_resources_on_record(table, target):
         )
     # As a module from the root of the checkout, which PYTHONSAFEPATH would keep from sys.path.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    workers = (os.cpu_count() or 1) // int(environment.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    command = [sys.executable, "-m", "tests.kernels.aot", "--check", str(target)]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", "--check", str(target)],
+        [*command, "--workers", str(max(1, workers))],
         cwd=HERE.parents[1],
         env=environment,
         capture_output=True,
