@@ -279,14 +279,14 @@ class Tracker:
 
         Raises:
             KeyError: If no such layer is tracked.
-            ValueError: If its gradient is not tracked, or one of both has no row.
+            ValueError: If its gradient is not tracked, or one of both has no row or is sketched.
         """
         if name in self.watcher.layers and gradient_name(name) not in self.watcher.layers:
             raise ValueError(
                 f'the gradient of layer {name!r} is not tracked: pass track(..., of="both")'
             )
-        state = self._state(name)
-        gradient = self._state(gradient_name(name))
+        state = self._whole_state(name)
+        gradient = self._whole_state(gradient_name(name))
         count = min(float(state.effective_count), float(gradient.effective_count))
         return sensitivity_spectrum(state.covariance(), gradient.covariance(), round(count), name)
 
@@ -783,6 +783,11 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where, of)
+    if pair_names and memory is not None:
+        raise ValueError(
+            f"pairs={pair_names} keep whole second moments, which memory={memory!r} cannot bound: "
+            "leave one of the two out"
+        )
     sketch = sketch_of(model, taps, memory)
     source = None if mask is None else MaskSource(mask, model)
     _close_or_warn_of_others(model, taps, replace)
