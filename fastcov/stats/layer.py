@@ -272,8 +272,9 @@ class Layer:
         """
         if layout.rows == 0:
             return
-        draw = self.draw(layout)
+        self.leave_device()
         self._expect(layout)
+        draw = self.draw(layout)
         if self.fraction is None:
             self.left_out_rows += int((weights == 0).sum())  # waits for a GPU, in a first step
         if draw.is_whole and self.fraction is not None:
@@ -346,7 +347,8 @@ class Layer:
         if len(flat) < self._direct_rows(self.state.channels):
             if self.weighting == "position" and not self._weighted.has_room(len(flat)):
                 self._flush_weighted()
-            self._weighted.add(rows.reshape(len(flat), -1), flat, self.step)
+            capacity = self._buffer_rows(self.state.channels)
+            self._weighted.add(rows.reshape(len(flat), -1), flat, self.step, capacity)
         elif self.weighting == "image":
             self._pool(rows, flat)
         else:
@@ -379,7 +381,8 @@ class Layer:
             return
         self.buffer.weigh(self.step, self._row_weight())
         self._weighted.settle(self._row_weight())
-        if self._weighted.is_full:
+        state = self.state
+        if state is not None and self._weighted.fill >= self._buffer_rows(state.channels):
             self._flush_weighted()
         if self._is_unweighted and self.state is not None:
             self.state.scale_(self._row_weight())

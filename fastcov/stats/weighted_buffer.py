@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcov.stats.buffering import buffer_rows
-
 
 class WeightedBuffer:
     """Buffer of rows and weights, filled from the front, with counters on the host.
@@ -31,22 +29,18 @@ class WeightedBuffer:
         """True if rows fit beside those that wait."""
         return self._rows is not None and self.fill + rows <= len(self._rows)
 
-    @property
-    def is_full(self) -> bool:
-        """True if as many rows wait as are worth an update of the state."""
-        return self._rows is not None and self.fill >= buffer_rows(self._rows.shape[1])
-
-    def add(self, rows: Tensor, weights: Tensor, step: int) -> None:
+    def add(self, rows: Tensor, weights: Tensor, step: int, capacity: int) -> None:
         """Copies rows of a step behind those that wait, and grows where there is no room.
 
         Args:
             rows: Of one dtype and device until :meth:`take`. [N, C]
             weights: One weight a row. [N]
             step: Number of the running step.
+            capacity: Rows that new storage holds, if not more must wait.
         """
         end = self.fill + len(rows)
         if not self.has_room(len(rows)):
-            self._grow(rows, end)
+            self._grow(rows, max(capacity, end))
         assert self._rows is not None
         assert self._weights is not None
         self.move_to(step)
@@ -54,10 +48,9 @@ class WeightedBuffer:
         self._weights[self.fill : end] = weights
         self.fill = end
 
-    def _grow(self, rows: Tensor, wanted: int) -> None:
+    def _grow(self, rows: Tensor, capacity: int) -> None:
         # Tensors made under inference_mode could not be written in training later.
         with torch.inference_mode(False):
-            capacity = max(buffer_rows(rows.shape[1]), wanted)
             grown = torch.empty(capacity, rows.shape[1], dtype=rows.dtype, device=rows.device)
             weights = torch.empty(capacity, dtype=torch.float64, device=rows.device)
         if self._rows is not None and self._weights is not None:

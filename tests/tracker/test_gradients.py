@@ -340,3 +340,17 @@ def test_compiled_code_says_what_it_does_not_read() -> None:
     tracker = fastcov.track(model, of="gradient", where="input", rows="all")
     torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(3, 4)).sum().backward()
     assert str(tracker.summary()).count("is not read in compiled code") == 2
+
+
+def test_a_memory_budget_counts_gradients_and_refuses_what_needs_whole_states() -> None:
+    model = nn.Sequential(nn.Linear(4, 300), nn.Linear(300, 4))
+    tracker = fastcov.track(model, of="both", rows="all", memory=400_000)
+    model(torch.randn(8, 4)).sum().backward()
+    for name in ("0", "0:grad"):
+        state = tracker.watcher.layers[name].state
+        assert state is not None
+        assert state.sketch is not None
+    with pytest.raises(ValueError, match="layer '0' is sketched"):
+        tracker.sensitivity("0")
+    with pytest.raises(ValueError, match="keep whole second moments"):
+        fastcov.track(model, pairs=[("0", "1")], memory="1GiB", replace=True)

@@ -392,3 +392,29 @@ def test_steps_with_and_without_a_mask(
     assert tracker.count("layer") == count
     assert error(tracker.covariance("layer"), total / weight) < 1e-5
     assert float(tracker._state("layer").weight) == pytest.approx(weight)
+
+
+@pytest.mark.parametrize("rows", ["all", 0.5, 20])
+def test_sketched_layers_have_masks_and_small_buffers(rows: Any) -> None:
+    torch.manual_seed(0)
+    model = Asked()
+    model.layer = nn.Linear(4, 600, bias=False)
+    tracker = fastcov.track(model, rows=rows, mask="mask", memory=250_000)
+    total, valid = 0.0, 0
+    for seed in range(12):
+        mask = torch.arange(10) < torch.tensor([[10], [1 + seed % 9]])
+        x = torch.randn(2, 10, 4)
+        output = model.layer(torch.where(mask[..., None], x, 1e3))
+        total += float(output.detach().double()[mask].square().sum())
+        valid += int(mask.sum())
+        model([torch.where(mask[..., None], x, 1e3)], mask)
+    layer = tracker.watcher.layers["layer"]
+    assert layer.state is not None
+    assert layer.state.sketch is not None
+    spectrum = tracker.spectrum("layer")
+    rel = 1e-5 if rows == "all" else 0.3
+    assert spectrum.total == pytest.approx(total / valid, rel=rel)
+    assert tracker.count("layer") == pytest.approx(valid * (layer.fraction or 0), rel=0.2)
+    storage = layer._weighted._rows
+    assert storage is not None
+    assert len(storage) <= 64
