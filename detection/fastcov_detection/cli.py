@@ -193,6 +193,9 @@ def search(
     out: str = "runs/search",
     rules: tuple[str, ...] = (),
     results: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    gpus_per_run: int | None = None,
     quiet: bool = False,
 ) -> None:
     """Search widths and compare the arms.
@@ -202,15 +205,30 @@ def search(
         out: Folder of the search.
         rules: Rules of demand, the main one first, for example dof,share: further ones add arms.
         results: Folder for version control: keeps all but weights, and is gone on from.
+        engine: Where runs are trained: processes of this machine, or tasks of a Ray cluster.
+        address: Of the Ray cluster, auto or HOST:PORT; null: one of this machine alone.
+        gpus_per_run: GPUs of each run on the Ray cluster; null: one where there are any.
         quiet: No progress bars.
     """
+    _refuse_torchrun()
     from fastcov_detection.search.arms import Searched
 
     if rules:
         first, *further = rules
         own = (Searched(rule).name for rule in further)
         settings = replace(settings, rule=first, arms=(*settings.arms, *own))
-    _run_search(settings, out, results, quiet)
+    if engine == "local" and (address, gpus_per_run) != (None, None):
+        raise ConfigError("--address and --gpus-per-run are of --engine ray; give that too")
+    cluster = None
+    if engine == "ray":
+        from fastcov_detection.search.cluster import RayEngine
+
+        cluster = RayEngine(address, gpus_per_run, settings.train.threads or 1)
+    try:
+        _run_search(settings, out, results, quiet, cluster)
+    finally:
+        if cluster is not None:
+            cluster.close()
 
 
 def planned(
@@ -231,6 +249,7 @@ def planned(
         jobs: Runs side by side.
         quiet: No progress bars.
     """
+    _refuse_torchrun()
     from fastcov_detection.report.tables import print_summary
     from fastcov_detection.studies.planned import criteria, run_planned, run_tuning
 
@@ -254,16 +273,29 @@ def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bo
         jobs: Training runs side by side.
         quiet: No progress bars.
     """
+    _refuse_torchrun()
     config = SearchConfig(train=settings, arms=ARMS_OF_DEMO, seeds=1, jobs=jobs)
     _run_search(config, out, None, quiet)
 
 
-def _run_search(config: SearchConfig, out: str, results: str | None, quiet: bool) -> None:
+def _refuse_torchrun() -> None:
+    """Refuses a search that torchrun started: each of its processes would be a search."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun starts one search for each process; start one alone, which starts its own "
+            "trainings: fastcov-detection search --jobs N on one machine, a GPU for each training, "
+            "or fastcov-detection search --engine ray --address auto --gpus-per-run N on a cluster"
+        )
+
+
+def _run_search(
+    config: SearchConfig, out: str, results: str | None, quiet: bool, engine: Any = None
+) -> None:
     from fastcov_detection.report.report import write_report
     from fastcov_detection.report.tables import print_summary
     from fastcov_detection.search.run import run_search
 
-    result = run_search(config, out, results=results, progress=not quiet)
+    result = run_search(config, out, results=results, engine=engine, progress=not quiet)
     page = write_report(out, progress=not quiet)
     print_summary(result)
     print(f"report: {page}; widths: {Path(out) / 'widths.json'}")
@@ -519,16 +551,16 @@ def _stoppable() -> Iterator[None]:
 
 
 def _is_expected(error: Exception) -> bool:
+    if isinstance(error, ConfigError | OSError):
+        return True
     from fastcov_detection.detector.build import WidthsError
     from fastcov_detection.errors import CheckpointError, DataError
-    from fastcov_detection.search.runner import RunError
+    from fastcov_detection.search.engines import RunError
     from fastcov_detection.train.logbook import LossError
 
-    ours = (ConfigError, DataError, WidthsError, CheckpointError, LossError, RunError)
-    if isinstance(error, (*ours, OSError)):
-        return True
-    # fastcov's own argument checks, raised by a setting that the person chose.
-    return type(error) is ValueError
+    ours = (DataError, WidthsError, CheckpointError, LossError, RunError)
+    # A plain ValueError is fastcov's own check of a setting that the person chose.
+    return isinstance(error, ours) or type(error) is ValueError
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def searched(monkeypatch):
     """Catches the configuration of a search instead of running it."""
     caught = {}
 
-    def catch(config, out, results, quiet):
+    def catch(config, out, results, quiet, engine=None):
         caught.update(config=config, out=out)
 
     monkeypatch.setattr(cli, "_run_search", catch)

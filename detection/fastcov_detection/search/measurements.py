@@ -14,9 +14,9 @@ from fastcov_detection.config import ModelConfig, SearchConfig
 from fastcov_detection.data.batches import mix_seed
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.search.arms import Untrained
+from fastcov_detection.search.engines import threads_per_run
 from fastcov_detection.search.folder import measured_path
 from fastcov_detection.search.measure import Images, measure_gradient_spectra, measure_spectra
-from fastcov_detection.search.runner import threads_per_run
 from fastcov_detection.search.spectra import load_spectra, save_spectra
 from fastcov_detection.train.folder import load_run
 

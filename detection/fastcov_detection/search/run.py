@@ -29,6 +29,13 @@ from fastcov_detection.distributed import pick_device
 from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.search.arms import KINDS, Arm, Baseline, Prepared, Searched, find_arm
+from fastcov_detection.search.engines import (
+    Engine,
+    Job,
+    LocalEngine,
+    locked,
+    run_jobs,
+)
 from fastcov_detection.search.folder import plan_path, run_dir, start_path
 from fastcov_detection.search.keeping import keep, restore
 from fastcov_detection.search.latency import measure_latency
@@ -42,7 +49,6 @@ from fastcov_detection.search.opening import (
 from fastcov_detection.search.proposals import Costs, Proposer, load_plan, save_plan
 from fastcov_detection.search.pruning import peer_version, prune_to_budget
 from fastcov_detection.search.results import ArmRecord, compare_arms, macs_input, write_result
-from fastcov_detection.search.runner import Job, locked, run_jobs
 from fastcov_detection.train.folder import RunResult, has_weights, load_run, read_run_result
 
 # Below 8 input channels, the gradient of a strided 1x1 convolution in channels_last writes outside
@@ -55,6 +61,7 @@ def run_search(
     folder: str | Path,
     *,
     results: str | Path | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs a width search to its end, or goes on with one.
@@ -65,6 +72,7 @@ def run_search(
         results: Folder that keeps what is small enough for version control (results, plans of
             widths and spectra, no weights) as each run ends. What it holds already is not run
             again, so a search goes on in a fresh clone.
+        engine: Where runs are trained; None: on this machine, ``config.jobs`` at a time.
         progress: Show bars.
 
     Returns:
@@ -85,16 +93,22 @@ def run_search(
         save_config(config, folder / "config.json")
         for kind in KINDS:
             save_config(kind.train_config(config), folder / kind.settings)
-        return _Search(config, folder, lock, kept, progress).run()
+        engine = engine or LocalEngine(config.jobs, lock)
+        return _Search(config, folder, engine, kept, progress).run()
 
 
 class _Search:
     """One search at work."""
 
     def __init__(
-        self, config: SearchConfig, folder: Path, lock: int, kept: Path | None, progress: bool
+        self,
+        config: SearchConfig,
+        folder: Path,
+        engine: Engine,
+        kept: Path | None,
+        progress: bool,
     ) -> None:
-        self.config, self.folder, self.lock, self.progress = config, folder, lock, progress
+        self.config, self.folder, self.engine, self.progress = config, folder, engine, progress
         self.kept = kept
         predicts_masks, _ = parse_name(config.train.model.name)
         self.data: LoadedData = load_data(
@@ -215,8 +229,7 @@ class _Search:
         """Trains what is not finished of these arms, seed by seed."""
         run_jobs(
             [self._job(one, seed) for seed in seeds for one in arms if seed in one.plans],
-            at_once=self.config.jobs,
-            lock=self.lock,
+            engine=self.engine,
             # A long search can be read, and stopped, after every run.
             on_finish=self._record,
             progress=self.progress,

@@ -21,11 +21,11 @@ from fastcov_detection.detector.build import load_widths
 from fastcov_detection.detector.cost import cost_of
 from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.report.report import write_report
+from fastcov_detection.search.engines import locked
 from fastcov_detection.search.measurements import Measurements
 from fastcov_detection.search.proposals import load_plan
 from fastcov_detection.search.results import finished_runs, read_result, write_result
 from fastcov_detection.search.run import run_search
-from fastcov_detection.search.runner import locked
 from fastcov_detection.search.spectra import load_spectra
 from fastcov_detection.train.loop import load_run, train
 
@@ -217,14 +217,14 @@ def trained_here(monkeypatch):
     """The same runs without the seconds that a process needs to start: (job, runs at once)."""
     done = []
 
-    def run_here(jobs, *, at_once, on_finish, **_):
+    def run_here(jobs, *, engine, on_finish, **_):
         for job in jobs:
             if job.is_finished:
                 continue
             config = load_config(TrainConfig, job.config_file)
             widths = load_widths(job.widths_file)
             train(config, widths, run_dir=job.run_dir, seed=job.seed, progress=False)
-            done.append((job, at_once))
+            done.append((job, engine.at_once))
             on_finish()
 
     monkeypatch.setattr("fastcov_detection.search.run.run_jobs", run_here)

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from fastcov_detection.search.engines import (
+    Job,
+    LocalEngine,
+    RunError,
+    locked,
+    read_position,
+    run_jobs,
+)
 from fastcov_detection.search.latency import measure_latency
-from fastcov_detection.search.runner import Job, RunError, locked, read_position, run_jobs
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,13 @@ def test_jobs_run_side_by_side_and_finished_ones_are_left_alone(tmp_path, capsys
         "(here / 'run.json').write_text('{}')\n"
     )
     jobs = [_script(tmp_path, name, meet) for name in ("a", "b")]
-    run_jobs(jobs, at_once=2, progress=True)
+    run_jobs(jobs, engine=LocalEngine(2), progress=True)
     assert all(job.is_finished for job in jobs)
     told = capsys.readouterr().err
     assert "a: 3/3 done" in told
     assert "b: 3/3 done" in told
     done = _script(tmp_path, "a", "raise SystemExit('ran again')")
-    run_jobs([done], progress=False)
+    run_jobs([done], engine=LocalEngine(), progress=False)
 
 
 def test_failed_job_tells_its_last_words_and_stops_the_others(tmp_path):
@@ -52,13 +59,13 @@ def test_failed_job_tells_its_last_words_and_stops_the_others(tmp_path):
     slow = _script(tmp_path, "slow", "import time; time.sleep(60)")
     start = time.monotonic()
     with pytest.raises(RunError, match=r"(?s)bad ended with exit status 1.*no space in the box"):
-        run_jobs([bad, slow], at_once=2, progress=False)
+        run_jobs([bad, slow], engine=LocalEngine(2), progress=False)
     assert time.monotonic() - start < 30
 
 
 def test_job_that_ends_without_a_result_is_an_error(tmp_path):
     with pytest.raises(RunError, match="exit status 0"):
-        run_jobs([_script(tmp_path, "empty", "pass")], progress=False)
+        run_jobs([_script(tmp_path, "empty", "pass")], engine=LocalEngine(), progress=False)
 
 
 def test_folder_in_use_is_refused_even_when_the_owner_was_killed(tmp_path):
