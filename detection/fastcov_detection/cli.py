@@ -76,12 +76,12 @@ def train(
     if os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks for all
         return
     masks = "" if result.segm_ap is None else f", mask AP {result.segm_ap:.3f}"
-    print_scores(result.numbers, result.classes)
     print(
         f"AP {result.ap:.3f}, AP50 {result.ap50:.3f}{masks} after {result.steps} steps in "
         f"{result.train_s:.0f} s; {result.params:,} parameters, {result.macs:,} MACs; "
         f"files in {result.run_dir}"
     )
+    print_scores(result.numbers, result.classes)
 
 
 def evaluate(

@@ -9,22 +9,25 @@ from pathlib import Path
 
 from fastcov_detection.files import write_text
 
+# One size of text for all: figures are drawn with the same at 130 dots an inch, and are never
+# shrunk; what is wider than the window scrolls inside its own frame.
 _STYLE = """
 :root{--ink:#1d2429;--soft:#5b6770;--line:#e3e8eb;--mark:#17618c}
 body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);max-width:1080px;margin:2rem auto}
-body{padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
-p.lead{font-size:1.05rem}p.note,footer,figcaption{color:var(--soft);font-size:13px}
-figure{margin:1rem 0}figure img{max-width:100%;height:auto;display:block}
-div.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
-@media(max-width:800px){div.pair{grid-template-columns:1fr}}
-div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;white-space:nowrap}
+body{padding:0 1rem;overflow-wrap:anywhere}
+h1,h2{font-size:15px}h1{border-bottom:3px solid var(--mark);padding-bottom:.4rem}
+h2{margin-top:2.2rem;border-bottom:1px solid var(--line);padding-bottom:.3rem;color:var(--mark)}
+p.lead{font-weight:600}p.note,footer,figcaption{color:var(--soft)}
+figure{margin:1rem 0}figure div{overflow-x:auto}figure img{max-width:none;display:block}
+div.gallery{display:grid;grid-template-columns:repeat(auto-fill,340px);gap:10px;margin:1rem 0}
+div.gallery img{display:block;max-width:100%}
+div.wide{overflow-x:auto}table{border-collapse:collapse;white-space:nowrap}
 th,td{padding:4px 12px;text-align:right;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:pre-line}
 th:first-child,td:first-child{text-align:left;font-weight:600}
-th.text,td.text{text-align:left}td.text{white-space:normal;font-weight:400}
+th.text,td.text{text-align:left}td.text{white-space:normal;font-weight:400;min-width:9em}
 details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
-pre{background:#f5f7f8;padding:.8rem;overflow-x:auto;font-size:12.5px}
+pre{background:#f5f7f8;padding:.8rem;overflow-x:auto;font-size:15px}
 """
 
 
@@ -61,14 +64,19 @@ def picture(png: bytes, caption: str) -> str:
     encoded = base64.b64encode(png).decode("ascii")
     text = html.escape(caption)
     return (
-        f'<figure><img alt="{text}" src="data:image/png;base64,{encoded}">'
+        f'<figure><div><img alt="{text}" src="data:image/png;base64,{encoded}"></div>'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
 
-def side_by_side(parts: Sequence[str]) -> str:
-    """Parts of a page in two columns."""
-    return f'<div class="pair">{"".join(parts)}</div>'
+def gallery(pngs: Sequence[bytes], name: str) -> str:
+    """Embedded pictures of 340 pixels, as many beside each other as the window has room for."""
+    shown = [
+        f'<img alt="{html.escape(name)}, picture {number}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+        for number, png in enumerate(pngs, 1)
+    ]
+    return f'<div class="gallery">{"".join(shown)}</div>'
 
 
 def folded(title: str, content: str) -> str:

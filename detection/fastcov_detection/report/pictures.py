@@ -14,6 +14,11 @@ from fastcov_detection.search.arms import BASELINE, SEARCHED, Baseline, Searched
 
 _FURTHER = ("#a3416b", "#2f8f8f", "#70563f", "#6b6b6b")
 _GRID = "#e4e4e4"
+DPI = 130
+"""Dots an inch of the figures, which are shown dot by dot."""
+FONT = 15 * 72 / DPI
+"""Points of every text: 15 pixels, as on the page."""
+_LEAST_AP, _LEAST_SHARE = 0.1, 0.2
 _LEAST_RELATIVE = 1e-7
 
 
@@ -30,12 +35,12 @@ def _own_colour(name: str) -> str | None:
 
 
 def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
-    """AP against backbone parameters: a dot for each run, a diamond at each arm's mean.
+    """AP against backbone parameters: a dot for each run, a diamond at the mean of several.
 
     Names stand in a column at the right, highest AP first, each joined to its arm by a line: arms
     that lie on one another keep names that do not.
     """
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
     ax = figure.add_subplot()
     arms = list(result["arms"])
     means: dict[str, tuple[float, float]] = {}
@@ -45,15 +50,16 @@ def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
             continue
         colour, place = colour_of(name, arms), arm["backbone_params"] / 1e6
         means[name] = place, sum(values) / len(values)
+        ax.plot([place] * len(values), values, "o", color=colour, alpha=0.5, markersize=5)
         if len(values) > 1:
-            ax.plot([place] * len(values), values, "o", color=colour, alpha=0.35, markersize=4)
-        ax.plot(*means[name], "D", color=colour, markersize=7)
-    ax.set_xlabel("backbone parameters, millions")
-    ax.set_ylabel({"ap": "AP", "segm_ap": "mask AP"}.get(metric, metric))
+            ax.plot(*means[name], "D", color=colour, markersize=7)
+    ax.set_xlabel("backbone parameters, millions", fontsize=FONT)
+    ax.set_ylabel({"ap": "AP", "segm_ap": "mask AP"}.get(metric, metric), fontsize=FONT)
     ax.margins(0.08, 0.1)
     _calm(ax)
+    _widen(ax, result)
     low, high = ax.get_ylim()
-    # A line of 8.5 point needs a fifteenth of this figure's height.
+    # A line of text needs a fifteenth of this figure's height.
     heights = [(mean - low) / (high - low) for _, mean in means.values()]
     for (name, point), slot in zip(means.items(), spread(heights, 1 / 15), strict=True):
         ax.annotate(
@@ -61,7 +67,7 @@ def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
             point,
             (1.04, slot),
             textcoords="axes fraction",
-            fontsize=8.5,
+            fontsize=FONT,
             va="center",
             color=colour_of(name, arms),
             arrowprops={
@@ -73,6 +79,17 @@ def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
             },
         )
     return figure
+
+
+def _widen(ax: Axes, result: Mapping[str, Any]) -> None:
+    """Ranges of at least 0.1 AP and a fifth of the largest network, in which noise looks small."""
+    low, high = ax.get_ylim()
+    missing = max(0.0, _LEAST_AP - (high - low)) / 2
+    ax.set_ylim(low - missing, high + missing)
+    left, right = ax.get_xlim()
+    largest = max(arm["backbone_params"] for arm in result["arms"].values()) / 1e6
+    missing = max(0.0, _LEAST_SHARE * largest - (right - left)) / 2
+    ax.set_xlim(left - missing, right + missing)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
@@ -102,18 +119,18 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     """Training loss over steps, one line for each arm's first seed."""
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
     ax = figure.add_subplot()
     for name, points in curves.items():
         if points:
             steps, losses = zip(*points, strict=True)
             ax.plot(steps, losses, color=colour_of(name, list(curves)), linewidth=1.4, label=name)
-    ax.set_xlabel("training step")
-    ax.set_ylabel("loss")
+    ax.set_xlabel("training step", fontsize=FONT)
+    ax.set_ylabel("loss", fontsize=FONT)
     ax.set_ylim(0, None)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _calm(ax)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=FONT, frameon=False)
     return figure
 
 
@@ -121,7 +138,7 @@ def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
     """Widths of every arm relative to the baseline, one line for each group."""
     baseline = result["arms"][BASELINE]["widths"]
     others = [name for name in result["arms"] if name != BASELINE]
-    figure = Figure(figsize=(7.6, 1.1 + 0.2 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(8.2, 1.3 + 0.23 * len(groups)), layout="constrained")
     ax = figure.add_subplot()
     ax.axvline(1, color=Baseline.colour, linewidth=1)
     for name in others:
@@ -140,7 +157,7 @@ def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
     shown = SEARCHED if SEARCHED in others else (others or [BASELINE])[0]
     found = result["arms"][shown]["widths"]
     _annotate(ax, [f"{baseline[group]} → {found[group]}" for group in groups])
-    ax.set_xlabel("width / baseline's width")
+    ax.set_xlabel("width / baseline's width", fontsize=FONT)
     ax.set_xlim(0, None)
     ax.annotate(
         f"{BASELINE} → {shown}",
@@ -148,10 +165,10 @@ def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
         xytext=(0, 6),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=7.5,
+        fontsize=FONT,
         color="#5b6770",
     )
-    ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    ax.legend(fontsize=FONT, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return figure
 
 
@@ -162,7 +179,7 @@ def draw_demand(
     rule: str,
 ) -> Figure:
     """Demand of every group as a share of its width, before and after training."""
-    figure = Figure(figsize=(7.6, 1.1 + 0.2 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(8.2, 1.3 + 0.23 * len(groups)), layout="constrained")
     ax = figure.add_subplot()
     lines = range(len(groups))
     shares = [trained[group.name] / group.width for group in groups]
@@ -175,8 +192,8 @@ def draw_demand(
     _annotate(ax, [f"{trained[group.name]:.1f} of {group.width}" for group in groups])
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
-    ax.set_xlabel(f"demand ({rule}) as a share of the width")
-    ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.set_xlabel(f"demand ({rule}) as a share of the width", fontsize=FONT)
+    ax.legend(fontsize=FONT, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
@@ -187,7 +204,7 @@ def draw_stage_spectra(
 ) -> Figure:
     """Spectra of the stages' outputs, trained and before training, on one scale."""
     stages = [group for group in groups if "." not in group.name]
-    figure = Figure(figsize=(10.4, 2.9), layout="constrained")
+    figure = Figure(figsize=(1.3 + 2.1 * len(stages), 3.1), layout="constrained")
     cells = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
     widest = max(group.width for group in stages)
     for ax, group in zip(cells, stages, strict=True):
@@ -200,11 +217,11 @@ def draw_stage_spectra(
         ax.axhline(1e-3, color="#8a8a8a", linestyle="--", linewidth=0.8)
         ax.set_xlim(0.9, 1.1 * widest)
         ax.set_ylim(_LEAST_RELATIVE, 2)
-        ax.set_title(f"{group.name}, {group.width} channels", fontsize=9)
-        ax.set_xlabel("rank", fontsize=9)
+        ax.set_title(f"{group.name}: {group.width}", fontsize=FONT)
+        ax.set_xlabel("rank", fontsize=FONT)
         _calm(ax)
-    cells[0].set_ylabel("eigenvalue / largest")
-    cells[0].legend(fontsize=8, frameon=False, loc="lower left")
+    cells[0].set_ylabel("eigenvalue / largest", fontsize=FONT)
+    cells[0].legend(fontsize=FONT, frameon=False, loc="lower left")
     return figure
 
 
@@ -220,14 +237,16 @@ def _calm(ax: Axes) -> None:
     ax.grid(True, color=_GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=FONT)
 
 
 def _name_lines(ax: Axes, names: Sequence[str]) -> None:
-    ax.set_yticks(range(len(names)), names, fontsize=7.5)
+    ax.set_yticks(range(len(names)), names, fontsize=FONT)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(True, axis="x", color=_GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=FONT)
 
 
 def _annotate(ax: Axes, texts: Sequence[str]) -> None:
@@ -236,7 +255,7 @@ def _annotate(ax: Axes, texts: Sequence[str]) -> None:
             text,
             (1.01, line),
             xycoords=("axes fraction", "data"),
-            fontsize=7.5,
+            fontsize=FONT,
             va="center",
             color="#5b6770",
         )

@@ -7,11 +7,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
 from fastcov import load_history
 from fastcov.show.figures import free_axes, png, spectra_grid
@@ -28,15 +32,23 @@ from fastcov_detection.config import (
 from fastcov_detection.data.dataset import load_data
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.report import page, pictures
-from fastcov_detection.report.tables import columns, rows, sentences
+from fastcov_detection.report.tables import (
+    class_rows,
+    coco_rows,
+    columns,
+    rows,
+    sentences,
+    verdict_of,
+)
 from fastcov_detection.search.arms import BASELINE, SEARCHED, UNTRAINED
 from fastcov_detection.search.folder import measured_path, plan_path
 from fastcov_detection.search.proposals import load_plan
 from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.search.spectra import load_spectra
-from fastcov_detection.train.evaluate import draw_detections
+from fastcov_detection.train.drawing import LEGEND, draw_pictures, in_grid
 from fastcov_detection.train.folder import has_weights, load_run
 from fastcov_detection.train.logbook import read_log
 
@@ -115,8 +127,12 @@ class _Search:
         if with_spread:
             parts.append(self._comparisons())
         parts.append(page.paragraph(said[-1]))
+        parts.append(self._coco())
         drawn = ["ap"] + (["segm_ap"] if "mask AP" in columns(self.result) else [])
-        caption = "Accuracy against size (the axes do not start at zero); dots are single runs."
+        caption = (
+            "Accuracy against size. A dot is a single run, a diamond the mean of several. Axes do "
+            "not start at zero; their ranges are at least those of what seeds change."
+        )
         figures = [
             _figure(pictures.draw_accuracy(self.result, metric), caption) for metric in drawn
         ]
@@ -124,7 +140,20 @@ class _Search:
         if any(curves.values()):
             losses = pictures.draw_losses(curves)
             figures.append(_figure(losses, "Training loss of each arm's first seed."))
-        return "".join([*parts, page.side_by_side(figures)])
+        return "".join([*parts, *figures])
+
+    def _coco(self) -> str:
+        """COCO's other numbers, and every class, folded away."""
+        folded = []
+        for title, (headings, lines) in (
+            ("COCO's twelve numbers", coco_rows(self.result)),
+            ("AP of every class", class_rows(self.result)),
+        ):
+            if lines:
+                folded.append(
+                    page.folded(f"{title}, means over seeds", page.table(headings, lines))
+                )
+        return "".join(folded)
 
     def _conditions(self) -> str:
         counted = self.result["macs_input"]
@@ -148,11 +177,16 @@ class _Search:
                 f"{one['mean']:+.4f}",
                 "-" if one["se"] is None else f"{one['se']:.4f}",
                 str(one["n"]),
-                one["verdict"],
+                verdict_of(one),
             )
             for one in self.result["comparisons"]
         ]
-        return page.table(headings, lines, text=("against", "metric", "verdict"))
+        note = (
+            f"There is no correction for the number of comparisons ({len(lines)}): where nothing "
+            "differs, one in twenty would be shown by chance."
+        )
+        table = page.table(headings, lines, text=("against", "metric", "verdict"))
+        return table + page.paragraph(note, "note")
 
     def detections(self) -> str:
         parts = []
@@ -163,13 +197,14 @@ class _Search:
                 loaded = load_data(
                     self.config.train.data, with_masks="mask" in self.model_config.name
                 )
-                draw_detections(model, loaded.val, path, count=_DRAWN_IMAGES, columns=2)
-                caption = f"{arm}: first seed, validation images, detections with a score of 0.5"
-                parts.append(page.picture(path.read_bytes(), caption))
+                drawn = draw_pictures(model, loaded.val, count=_DRAWN_IMAGES)
+                write_file(path, partial(_save_png, in_grid(drawn, 3)))
+                parts.append(page.paragraph(f"{arm}, first seed, validation images:"))
+                parts.append(page.gallery([_png(one) for one in drawn], arm))
         if not parts:
             return page.section("Detections", page.paragraph(_NO_WEIGHTS, "note"))
-        note = "White: the annotated truth. Orange: what the network finds, with class and score."
-        return page.section("Detections", page.paragraph(note, "note"), page.side_by_side(parts))
+        note = f"Detections with a score of at least 0.5. {LEGEND}"
+        return page.section("Detections", page.paragraph(note, "note"), *parts)
 
     def widths(self) -> str:
         if len(self.result["arms"]) < 2:
@@ -258,7 +293,17 @@ def _loss_curve(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_log(run) if line.get("kind") == "train"]
 
 
+def _save_png(pixels: NDArray[np.uint8], file: IO[bytes]) -> None:
+    Image.fromarray(pixels).save(file, format="PNG")
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    packed = io.BytesIO()
+    _save_png(pixels, packed)
+    return packed.getvalue()
+
+
 def _figure(figure: Figure, caption: str) -> str:
     packed = io.BytesIO()
-    figure.savefig(packed, format="png", dpi=130, facecolor="white")
+    figure.savefig(packed, format="png", dpi=pictures.DPI, facecolor="white")
     return page.picture(packed.getvalue(), caption)

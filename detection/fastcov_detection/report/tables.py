@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastcov_detection.search.arms import BASELINE, SEARCHED
+from fastcov_detection.search.arms import BASELINE
 from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
 
 COLUMNS = (
@@ -61,16 +61,20 @@ def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What the numbers show and what they do not."""
     found = []
-    searched, baseline = result["arms"].get(SEARCHED), result["arms"].get(BASELINE)
+    searched, baseline = result["arms"].get("searched"), result["arms"].get("baseline")
+    # An arm with one seed, a peer or one of a search that was stopped, silences no other.
+    is_single = max(len(arm["runs"]) for arm in result["arms"].values()) < 2
     if searched and baseline:
         fewer = _words(searched["backbone_params"], baseline["backbone_params"])
         macs = 100 * searched["macs"] / baseline["macs"]
-        found.append(
-            f"The searched network has {fewer} backbone parameters than the baseline, at "
-            f"{macs:.1f} % of its MACs."
+        text = (
+            f"The searched network has {fewer} backbone parameters than the baseline "
+            f"({searched['backbone_params'] / 1e6:.2f} against "
+            f"{baseline['backbone_params'] / 1e6:.2f} million) at {macs:.1f} % of its MACs; its AP "
+            f"is {_with_seeds(searched['runs'])}, the baseline's {_with_seeds(baseline['runs'])}"
         )
-    # An arm with one seed, a peer or one of a search that was stopped, silences no other.
-    if max(len(arm["runs"]) for arm in result["arms"].values()) < 2:
+        found.append(f"{text}, from which nothing follows." if is_single else f"{text}.")
+    if is_single:
         found.append(
             "One seed shows that every step works and what each network costs; it cannot show "
             "which network is more accurate, because a second seed could turn any of these "
@@ -81,16 +85,63 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     for one in result["comparisons"]:
         found.append(
             f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f} "
-            f"± {one['se']:.4f} (n = {one['n']}): {one['verdict']}."
+            f"± {one['se']:.4f} (n = {one['n']}): {verdict_of(one)}."
             if one["se"] is not None
             else f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f} "
-            f"(n = 1): {one['verdict']}."
+            f"(n = 1): {verdict_of(one)}."
         )
     found.append(
         'Differences are paired by seed, ± one standard error; "no loss" means that their '
-        f'one-sided 95 % lower bound is above {LARGEST_LOSS}, "better" that it is above 0.'
+        f'one-sided 95 % lower bound is above {LARGEST_LOSS}, "better" that it is above 0. '
+        "There is no correction for the number of comparisons "
+        f"({len(result['comparisons'])}): where nothing differs, one in twenty would be shown by "
+        "chance."
     )
     return found
+
+
+def verdict_of(comparison: Mapping[str, Any]) -> str:
+    """The verdict of a comparison; what more seeds would show is named in older records too."""
+    shown = "no loss" if comparison["versus"] == "baseline" else "a gain"
+    verdict: str = comparison["verdict"]
+    return verdict.replace("would show it", f"would show {shown}")
+
+
+def coco_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """COCO's twelve numbers of every arm, means over its seeds; empty where no run has them.
+
+    Returns:
+        Headings, and one row for each number.
+    """
+    arms = {
+        name: [run["numbers"] for run in arm["runs"] if run.get("numbers")]
+        for name, arm in result["arms"].items()
+    }
+    arms = {name: runs for name, runs in arms.items() if runs}
+    names = [name for name in next(iter(arms.values()), [{}])[0] if not name.startswith("segm")]
+    names += [name for name in next(iter(arms.values()), [{}])[0] if name.startswith("segm")]
+    lines = [
+        [name, *(_mean([run[name] for run in runs]) for runs in arms.values())] for name in names
+    ]
+    return ["number", *arms], [line for line in lines if set(line[1:]) != {"-"}]
+
+
+def class_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """AP of every class for every arm, means over its seeds; empty where no run has them.
+
+    Returns:
+        Headings, and one row for each class.
+    """
+    arms = {
+        name: [run["classes"]["ap"] for run in arm["runs"] if run.get("classes")]
+        for name, arm in result["arms"].items()
+    }
+    arms = {name: runs for name, runs in arms.items() if runs}
+    names = list(next(iter(arms.values()), [{}])[0])
+    return ["class", *arms], [
+        [name, *(_mean([run.get(name) for run in runs]) for runs in arms.values())]
+        for name in names
+    ]
 
 
 def print_summary(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -122,3 +173,13 @@ def _spread(runs: list[dict[str, Any]], metric: str) -> str:
         return "-"
     mean, error = mean_and_error(values)
     return f"{mean:.3f}" if error is None else f"{mean:.3f}±{error:.3f}"
+
+
+def _with_seeds(runs: list[dict[str, Any]]) -> str:
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    return f"{_spread(runs, 'ap')} ({seeds})"
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "-"

@@ -2,7 +2,8 @@
 
 ``{schema_version, macs_input, commit, arms, comparisons}``: under ``arms`` each arm's params,
 backbone_params, macs, widths by group, latency_ms and runs (seed, ap, ap50, segm_ap or null,
-train_s, cpu_s); comparisons are paired by seed. AP is in 0-1. The random arm is drawn anew for
+train_s, cpu_s, and COCO's other numbers and every class's AP where the run has them); comparisons
+are paired by seed. AP is in 0-1. The random arm is drawn anew for
 every seed: its widths and latency are those of the first seed, its costs the mean over seeds, and
 the widths of each run lie in the run's folder. So are those of torch-pruning, where ``made_with``
 gives the program's version.
@@ -61,7 +62,11 @@ class ArmRecord:
             "widths": self.widths,
             "latency_ms": self.latency_ms,
             **peer,
-            "runs": [{key: getattr(run, key) for key in keys} for run in self.runs],
+            "runs": [
+                {key: getattr(run, key) for key in keys}
+                | {key: getattr(run, key) for key in ("numbers", "classes") if getattr(run, key)}
+                for run in self.runs
+            ],
         }
 
 

@@ -147,7 +147,8 @@ def _verdict(
         return f"not shown: the mean itself is not {wanted}"
     if needed is None:
         return f"not shown: more than {_MOST_SEEDS:,} seeds would be needed"
-    return f"not shown: about {needed} seeds would show it"
+    shown = "no loss" if question == "no loss" else "a gain"
+    return f"not shown: about {needed} seeds would show {shown}"
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcov_detection.config import ConfigError
 from fastcov_detection.files import write_text
+from fastcov_detection.report.tables import verdict_of
 from fastcov_detection.search.arms import BASELINE
 from fastcov_detection.search.results import read_result
 from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
@@ -176,7 +177,7 @@ def _comparisons(comparisons: list[Mapping[str, Any]], names: Mapping[str, str])
                     names[one["metric"]],
                     f"{one['mean']:+.3f}{error}",
                     str(one["n"]),
-                    one["verdict"],
+                    verdict_of(one),
                 ]
             )
         )

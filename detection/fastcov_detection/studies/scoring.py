@@ -207,6 +207,8 @@ def print_scores(
     console: Console | None = None,
 ) -> None:
     """Prints COCO's twelve numbers, and the AP of every class, of boxes and masks."""
+    if not numbers:  # of a run of an earlier version
+        return
     console = console or Console()
     kinds = {
         kind: prefix for kind, prefix in PREFIXES.items() if numbers.get(f"{prefix}ap") is not None

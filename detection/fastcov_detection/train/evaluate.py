@@ -1,10 +1,9 @@
-"""COCO's own measure of a detector, by pycocotools, and pictures of what it finds."""
+"""COCO's own measure of a detector, by pycocotools."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from fastcov_detection.data.batches import aspect_buckets, to_float
-from fastcov_detection.data.dataset import CocoDataset, DataError, Target, one_line
+from fastcov_detection.data.dataset import CocoDataset, DataError, one_line
 from fastcov_detection.distributed import from_first, gather_to_first, rank, world_size
-from fastcov_detection.files import write_file, write_text
+from fastcov_detection.files import write_text
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.train.scoring import (
     NUMBERS,
@@ -37,7 +34,6 @@ from fastcov_detection.train.scoring import (
 log = logging.getLogger("fastcov_detection")
 
 _MOST_SCORED = 100
-_TRUTH_COLOUR, _FOUND_COLOUR = (255, 255, 255), (255, 80, 0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def evaluate(
     labels = dataset.category_of if category_of is None else category_of
     detections: list[Detection] = []
     with progress_bar("evaluating", len(mine), enabled=progress and rank() == 0) as advance:
-        for indices, outputs in _detect(model, dataset, mine, batch_size, workers, precision):
+        for indices, outputs in detect(model, dataset, mine, batch_size, workers, precision):
             for index, output in zip(indices, outputs, strict=True):
                 detections += _to_coco(dataset.records[index].image_id, labels, output)
             advance(len(indices))
@@ -160,49 +156,8 @@ def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
         )
 
 
-def draw_detections(
-    model: nn.Module,
-    dataset: CocoDataset,
-    path: str | os.PathLike[str],
-    *,
-    count: int = 4,
-    score: float = 0.5,
-    columns: int = 2,
-) -> Path:
-    """Draws what the detector finds: truth in white, detections in colour with label and score.
-
-    Args:
-        model: A detector; its mode is as before afterwards.
-        dataset: The first ``count`` images with objects are drawn, evenly spread.
-        path: PNG to write.
-        count: Number of images.
-        score: Detections below it are left out.
-        columns: Images side by side.
-
-    Returns:
-        ``path``.
-    """
-    with_objects = [index for index, count in enumerate(dataset.records.counts()) if count]
-    chosen = [
-        with_objects[k * len(with_objects) // count] for k in range(min(count, len(with_objects)))
-    ]
-    pictures: list[Tensor] = []
-    for indices, outputs in _detect(model, dataset, chosen, 1, 0):
-        image, target = dataset.read(indices[0])
-        kept = outputs[0]["scores"] >= score
-        found = {name: tensor[kept] for name, tensor in outputs[0].items()}
-        pictures.append(_draw(image, target, found, dataset.class_names))
-    height, width = (max(p.shape[side] for p in pictures) for side in (1, 2))
-    padded = [
-        nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures
-    ]
-    grid = make_grid(padded, nrow=columns, padding=4).permute(1, 2, 0).numpy()
-    write_file(path, lambda file: Image.fromarray(grid).save(file, format="PNG"))
-    return Path(path)
-
-
 @torch.no_grad()
-def _detect(
+def detect(
     model: nn.Module,
     dataset: CocoDataset,
     indices: Sequence[int],
@@ -210,7 +165,16 @@ def _detect(
     workers: int,
     precision: torch.dtype = torch.float32,
 ) -> Iterator[tuple[list[int], list[dict[str, Tensor]]]]:
-    """Detections of the given images, batch by batch; masks as bits, on the CPU."""
+    """Detections of the given images, batch by batch; masks as bits, on the CPU.
+
+    Args:
+        model: A detector; its mode is as before afterwards.
+        dataset: Images by index.
+        indices: Of the images.
+        batch_size: Images of one forward pass.
+        workers: Processes that read images.
+        precision: Autocast to this type.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -287,32 +251,3 @@ def _scores(
         numbers |= {f"{prefix}{name}": value for name, value in found.numbers.items()}
         classes[f"{prefix}ap"] = {names[key]: value for key, value in found.classes.items()}
     return numbers, classes
-
-
-def _draw(
-    image: Tensor, target: Target, found: dict[str, Tensor], class_names: Sequence[str]
-) -> Tensor:
-    # Small images are enlarged, so that labels can be read.
-    zoom = max(1, round(320 / max(image.shape[1:])))
-    picture = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    if "masks" in found and len(found["masks"]):
-        masks = found["masks"].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-        picture = draw_segmentation_masks(picture, masks, alpha=0.45)
-    if len(target["boxes"]):
-        picture = draw_bounding_boxes(picture, target["boxes"] * zoom, colors=_TRUTH_COLOUR)
-    if len(found["boxes"]):
-        labels = [
-            f"{class_names[label - 1]} {value:.2f}"
-            for label, value in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
-        ]
-        picture = draw_bounding_boxes(
-            picture,
-            found["boxes"] * zoom,
-            labels,
-            colors=_FOUND_COLOUR,
-            width=2,
-            label_colors="black",
-            label_background_colors=_FOUND_COLOUR,
-            fill_labels=True,
-        )
-    return picture

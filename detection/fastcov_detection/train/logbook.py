@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,8 +47,16 @@ class Logbook:
         """Remembers one step's values without waiting for the device."""
         self.window.append({name: value.detach() for name, value in values.items()})
 
-    def flush(self, step: int, rate: float, train_s: float) -> dict[str, float]:
+    def flush(
+        self, step: int, rate: float, train_s: float, speed: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Writes the means since the last call, over all processes; every process must call it.
+
+        Args:
+            step: That was done last.
+            rate: Learning rate of the step.
+            train_s: Seconds of training so far.
+            speed: See :meth:`fastcov_detection.train.speed.Speed.since`.
 
         Raises:
             LossError: If a value is not finite; nothing later than the last checkpoint is lost.
@@ -61,7 +71,7 @@ class Logbook:
         self._refuse_non_finite(names, values, step)
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         self.window.clear()
-        self.write("train", step, {**means, "lr": rate, "train_s": train_s})
+        self.write("train", step, {**means, "lr": rate, "train_s": train_s, "speed": speed or {}})
         return means
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -73,6 +83,11 @@ class Logbook:
         for name, value in _flat(values):
             if value is not None:
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, step: int, pixels: NDArray[np.uint8]) -> None:
+        """Shows a picture in TensorBoard. [H, W, 3]"""
+        if self.board is not None:
+            self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Closes the files."""

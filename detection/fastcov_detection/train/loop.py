@@ -39,6 +39,7 @@ from fastcov_detection.progress import progress_bar
 from fastcov_detection.provenance import made_by
 from fastcov_detection.train import checkpoint as checkpoints
 from fastcov_detection.train.average import Average
+from fastcov_detection.train.drawing import draw_pictures, in_grid
 from fastcov_detection.train.evaluate import Evaluation, evaluate, tell_limits, write_predictions
 from fastcov_detection.train.folder import BEST, RunResult, has_weights, load_run, read_run_result
 from fastcov_detection.train.logbook import Logbook
@@ -51,8 +52,11 @@ from fastcov_detection.train.schedule import (
     set_learning_rate,
     tell_recipe,
 )
+from fastcov_detection.train.speed import Speed, told
 
 __all__ = ["RunResult", "has_weights", "load_run", "train"]
+
+_DRAWN_IMAGES = 4
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -225,8 +229,9 @@ class _Run:
         bar = progress_bar(label, config.steps, done=self.step, enabled=self.progress)
         start_s, before_s = time.monotonic(), self.train_s
         start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
+        speed = Speed(config.batch_size, self.device)
         with bar as advance:
-            for batch in one_line(loader):
+            for batch in speed.watch(one_line(loader)):
                 rate = learning_rate(config, self.step)
                 self._step(batch, rate)
                 self.step += 1
@@ -236,13 +241,16 @@ class _Run:
                 saves = self.step % config.checkpoint_every == 0 or is_last
                 note = ""
                 if self.step % config.log_every == 0 or saves:
-                    note = f"loss {self.logbook.flush(self.step, rate, self.train_s)['loss']:.3f}"
+                    figures = speed.since(config.steps - self.step)
+                    losses = self.logbook.flush(self.step, rate, self.train_s, figures)
+                    note = told(losses, rate, figures)
                 if saves:
                     self._save()
                 if self.evaluate_steps and self.step % self.evaluate_steps == 0 and not is_last:
                     pause_s, pause_cpu_s = time.monotonic(), time.process_time()
                     self._evaluate()
                     start_s += time.monotonic() - pause_s
+                    speed.pause(time.monotonic() - pause_s)
                     start_cpu_s += time.process_time() - pause_cpu_s
                 advance(1, note)
         if self.tracker is not None and world_size() > 1:
@@ -304,6 +312,9 @@ class _Run:
         )
         values = {**found.numbers, "seconds": found.seconds, "classes": found.classes}
         self.logbook.write("eval", self.step, values)
+        if self.is_main:
+            pictures = draw_pictures(self._result_model(), self.data.val, count=_DRAWN_IMAGES)
+            self.logbook.picture("eval/detections", self.step, in_grid(pictures, 2))
         if self.evaluate_steps and (self.best is None or found.ap > self.best["ap"]):
             self.best = {"step": self.step, "ap": found.ap}
             if self.is_main:

@@ -188,8 +188,8 @@ def test_figures_name_what_they_show():
     ]
     assert "148 → 118" in [text.get_text() for text in ax.texts]
     assert [ax.get_title() for ax in figures["spectra"].axes] == [
-        "stem, 16 channels",
-        "layer1, 48 channels",
+        "stem: 16",
+        "layer1: 48",
     ]
     assert "20.5 of 48" in [text.get_text() for text in figures["demand"].axes[0].texts]
 

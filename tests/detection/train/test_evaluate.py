@@ -18,7 +18,6 @@ from fastcov_detection.data.dataset import CocoDataset
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.errors import DataError
 from fastcov_detection.train.evaluate import (
-    draw_detections,
     evaluate,
     tell_limits,
     write_predictions,
@@ -310,14 +309,3 @@ def test_the_mode_of_the_model_is_kept(val: CocoDataset, tiny_model: ModelConfig
     model = build_model(tiny_model, num_classes=11).train()
     evaluate(model, val, batch_size=3)
     assert model.training
-
-
-def test_pictures_show_truth_and_detections(val: CocoDataset, tmp_path: Path) -> None:
-    path = draw_detections(_Oracle(_truth(val)), val, tmp_path / "a" / "found.png", count=2)
-    picture = np.asarray(Image.open(path))
-    assert picture.shape == (2 * 0 + 320 + 8, 2 * 320 + 12, 3)
-    hidden = draw_detections(_Oracle(_truth(val, scores=0.4)), val, tmp_path / "truth.png", count=2)
-    orange = (picture == (255, 80, 0)).all(axis=2)
-    assert orange.sum() > 100
-    assert not (np.asarray(Image.open(hidden)) == (255, 80, 0)).all(axis=2).any()
-    assert (np.asarray(Image.open(hidden)) == (255, 255, 255)).all(axis=2).sum() > 100

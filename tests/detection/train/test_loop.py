@@ -51,7 +51,7 @@ def run_dir(finished: Path, tiny_run: TrainConfig) -> Path:
 def _losses(folder: Path) -> list[dict[str, float]]:
     entries = [entry for entry in read_log(folder) if entry["kind"] == "train"]
     return [
-        {key: value for key, value in entry.items() if key not in ("kind", "train_s")}
+        {key: value for key, value in entry.items() if key not in ("kind", "train_s", "speed")}
         for entry in entries
     ]
 
@@ -96,6 +96,7 @@ def test_a_run_leaves_everything_in_its_folder(run_dir: Path, tiny_run: TrainCon
     assert json.loads((run_dir / "classes.json").read_text()) == [str(d) for d in range(10)]
     entries = read_log(run_dir)
     assert [e["step"] for e in entries if e["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert all(e["speed"]["images_per_s"] > 0 for e in entries[:-1])
     assert all(e["loss"] > 0 and e["lr"] > 0 and e["grad_norm"] > 0 for e in entries[:-1])
     assert entries[-1]["kind"] == "eval"
     assert entries[-1]["ap"] == result.ap
