@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcov_detection.search.arms import BASELINE
-from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
+from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error, verdict_of
 
 COLUMNS = (
     "arm",
@@ -98,13 +98,6 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         "chance."
     )
     return found
-
-
-def verdict_of(comparison: Mapping[str, Any]) -> str:
-    """The verdict of a comparison; what more seeds would show is named in older records too."""
-    shown = "no loss" if comparison["versus"] == "baseline" else "a gain"
-    verdict: str = comparison["verdict"]
-    return verdict.replace("would show it", f"would show {shown}")
 
 
 def coco_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
