@@ -45,9 +45,8 @@ from fastcov_detection.report.tables import (
 from fastcov_detection.search.arms import BASELINE, SEARCHED, UNTRAINED
 from fastcov_detection.search.folder import measured_path, plan_path
 from fastcov_detection.search.proposals import load_plan
-from fastcov_detection.search.results import finished_runs, read_result
+from fastcov_detection.search.results import finished_runs, read_result, verdict_of
 from fastcov_detection.search.spectra import load_spectra
-from fastcov_detection.search.verdicts import verdict_of
 from fastcov_detection.train.drawing import LEGEND, draw_pictures, in_grid
 from fastcov_detection.train.folder import has_weights, load_run
 from fastcov_detection.train.logbook import read_log
