@@ -180,12 +180,7 @@ class _Search:
             )
             for one in self.result["comparisons"]
         ]
-        note = (
-            f"There is no correction for the number of comparisons ({len(lines)}): where nothing "
-            "differs, one in twenty would be shown by chance."
-        )
-        table = page.table(headings, lines, text=("against", "metric", "verdict"))
-        return table + page.paragraph(note, "note")
+        return page.table(headings, lines, text=("against", "metric", "verdict"))
 
     def detections(self) -> str:
         parts = []
