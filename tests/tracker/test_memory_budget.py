@@ -208,15 +208,11 @@ def test_trackers_merge_where_their_sketches_agree() -> None:
     assert merged.total == pytest.approx((totals[0] + totals[1]) / 2, rel=1e-9)
 
 
-def test_pairs_keep_all_channels() -> None:
+def test_pairs_are_refused_before_any_hook_is_set() -> None:
     model = Wide()
-    pairs = [("wide", "widest")]
-    tracker = fastcov.track(model, memory=BUDGET, rows="all", pairs=pairs)
-    exact = fastcov.track(model, rows="all", pairs=pairs)
-    steps(model)
-    assert tracker.spectrum("wide").sketch is not None
-    found = tracker.cross_covariance("wide", "widest")
-    torch.testing.assert_close(found, exact.cross_covariance("wide", "widest"))
+    with pytest.raises(ValueError, match=r"pairs=.* which memory=1048576 cannot bound"):
+        fastcov.track(model, memory=BUDGET, pairs=[("wide", "widest")])
+    assert not model.wide._forward_hooks
 
 
 def test_sensitivity_of_a_sketched_layer_is_refused_by_name() -> None:
