@@ -424,6 +424,10 @@ class Tracker:
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
+            mean_square=float(state.mean().square().sum()) if state and count else 0.0,
+            mean_from_shift=float((state.sum / state.weight).square().sum())
+            if state and count
+            else 0.0,
             reason=reason,
             has_calls=layer.total_calls > 0,
             # Gradients of the last step may still be on their way.
