@@ -1,4 +1,4 @@
-"""Shared by all tests: who runs what, a browser, and one line about what is left out without a GPU."""
+"""Shared by all tests: groups of workers, a browser, and a line about what is left out."""
 
 from __future__ import annotations
 
