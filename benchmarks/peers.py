@@ -10,7 +10,7 @@ def main() -> None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(torch.device(kind), "tiny")
     found = []
-    for name, start_moment in peers.MOMENT_PEERS.items():
+    for name, start_moment in {**peers.MOMENT_PEERS, **peers.COMPILED_MOMENT_PEERS}.items():
         maker = peers.find(setting, name, lambda start=start_moment: start(setting.device))
         if maker is not None:
             found.append(f"{name}: running second moments")

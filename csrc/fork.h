@@ -1,4 +1,4 @@
-// Work on several streams beside the current one, which waits for all of it.
+// Work on a few streams beside the current one, which waits for all of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,8 +22,14 @@ inline cudaStream_t current_stream(int device) {
 
 // Streams that only this library uses. One of torch's pool may be what a user trains on: work of a
 // side stream that lands there would make the training wait for it.
+// They have the lowest priority, a stream's default: blocks of a training that asks for a higher
+// one go first.
 class BranchStreams {
  public:
+  // GPUs have eight hardware queues by default: with more streams a training's launches would wait
+  // behind these in one of them.
+  static constexpr size_t kMost = 4;
+
   // Captures have streams of their own: a stream that has joined a capture stays in it until the
   // capture ends, and takes no other work.
   static cudaStream_t next(int device, bool is_capturing) {
@@ -31,7 +37,10 @@ class BranchStreams {
     static std::map<std::pair<int, bool>, BranchStreams> of_device;
     const std::lock_guard<std::mutex> lock(mutex);
     BranchStreams& own = of_device[{device, is_capturing}];
-    cudaStream_t& stream = own.streams_[own.next_++ % own.streams_.size()];
+    // Captures of several threads must not meet in one stream; queues count when a graph is
+    // replayed.
+    const size_t used = is_capturing ? own.streams_.size() : kMost;
+    cudaStream_t& stream = own.streams_[own.next_++ % used];
     if (!stream) {
       // Making a stream is no work of the capture that may be going on.
       cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -48,7 +57,9 @@ class BranchStreams {
   unsigned next_ = 0;
 };
 
-// Branches start after what the current stream holds; what comes next there waits for them.
+// Branches start after what the current stream holds; what comes next there waits for them. From
+// the fifth on they take turns in the streams of the second to the fourth: the first one has the
+// longest work.
 class Fork {
  public:
   Fork(int device, size_t branches) : device_(device), current_(current_stream(device)) {
@@ -69,6 +80,9 @@ class Fork {
 
   cudaStream_t branch() {
     if (!event_) return current_;
+    if (streams_.size() == BranchStreams::kMost) {
+      return streams_[1 + shared_++ % (BranchStreams::kMost - 1)];
+    }
     const cudaStream_t stream = BranchStreams::next(device_, is_capturing_);
     STD_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0));
     streams_.push_back(stream);
@@ -99,6 +113,7 @@ class Fork {
   cudaEvent_t event_ = nullptr;
   bool is_capturing_ = false;
   std::vector<cudaStream_t> streams_;
+  size_t shared_ = 0;  // branches in a stream that has one already
 };
 
 }  // namespace fastcov

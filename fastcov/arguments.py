@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_model(model: object) -> None:
@@ -15,6 +16,56 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+
+
+def check_of(of: object) -> None:
+    """Check of the argument ``of``.
+
+    Raises:
+        ValueError: If ``of`` is not among its choices.
+    """
+    _check_choice("of", of, ("activation", "gradient", "both"))
+
+
+def check_observed(name: object, tensor: object, channel_dim: object) -> None:
+    """Check of the arguments of :meth:`fastcov.Tracker.observe`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, or the tensor not of floating point.
+        ValueError: If the name is empty, or the tensor has no such dimension.
+    """
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"observe({name!r}, {type(tensor).__name__}): give a name and a tensor, as "
+            'tracker.observe("heads", x)'
+        )
+    if not name:
+        raise ValueError("observe(''): give a name that is not empty")
+    if not tensor.is_floating_point():
+        raise TypeError(f"observe({name!r}): the tensor is {tensor.dtype}, expected floating point")
+    is_int = isinstance(channel_dim, int) and not isinstance(channel_dim, bool)
+    if not is_int or not -tensor.dim() <= int(str(channel_dim)) < tensor.dim():
+        raise ValueError(
+            f"observe({name!r}, channel_dim={channel_dim!r}): the tensor has shape "
+            f"{list(tensor.shape)}; give one of its dimensions"
+        )
+
+
+def loss_scale_of(unscale: object) -> Callable[[], float] | None:
+    """Function that gives the factor of the loss, from the argument ``unscale``.
+
+    Raises:
+        TypeError: If ``unscale`` is neither a GradScaler nor a function.
+    """
+    if unscale is None:
+        return None
+    function = getattr(unscale, "get_scale", unscale)
+    if not callable(function):
+        raise TypeError(
+            f"unscale={unscale!r}: give a torch.amp.GradScaler, or a function that returns the "
+            "factor by which the loss is scaled"
+        )
+    return function
 
 
 def check_reading(where: object, weighting: object, max_channels: object) -> None:

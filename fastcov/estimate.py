@@ -251,10 +251,10 @@ def _layer_estimate(
     is_sketched = sketch is not None and size > sketch
     order = sketch + 1 if sketch is not None and is_sketched else size
     layer_state = state_bytes(order)
-    threshold = SKETCH_ROWS if is_sketched else buffer_rows(size)
     due = [fraction * count for count in tap_load.calls]
     # As in fastcov.stats.layer: calls of many rows are added at once, the others wait in a buffer.
     service = service_of(tap_load.dtype, tap_load.device)
+    threshold = SKETCH_ROWS if is_sketched else buffer_rows(size, service.is_host)
     direct = SKETCH_ROWS if is_sketched else direct_rows(size, service.is_host)
     buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
     capacity = threshold if any(buffered) else 0

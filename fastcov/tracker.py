@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcov.arguments import check_decay, check_model, check_reading, check_steps
+from fastcov.arguments import (
+    check_decay,
+    check_model,
+    check_of,
+    check_reading,
+    check_steps,
+    loss_scale_of,
+)
 from fastcov.names import closest
 from fastcov.ops.covariance import Precision, check_precision
 from fastcov.rows.policy import Rows, policy_of
@@ -28,6 +36,7 @@ from fastcov.show.status import (
 )
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.pending import PendingSpectra, SnapshotQueue
+from fastcov.spectra.sensitivity import sensitivity_spectrum
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.capture import is_capturing
 from fastcov.stats.directions import Directions
@@ -36,8 +45,10 @@ from fastcov.stats.ranks import rank_and_ranks, sync_named_states
 from fastcov.stats.state import CovarianceState
 from fastcov.watch.budget import sketch_of
 from fastcov.watch.hooks import watchers_of
-from fastcov.watch.isolation import is_compiled
-from fastcov.watch.select import Selector, Tap, find_taps
+from fastcov.watch.isolation import is_compiled, is_exporting
+from fastcov.watch.masking import Mask, MaskSource
+from fastcov.watch.pairs import Pair, check_pairs, linear_cka, pair_name
+from fastcov.watch.select import Of, Selector, Tap, find_taps, gradient_name
 from fastcov.watch.watcher import Watcher
 
 _FORMAT = 1
@@ -78,6 +89,7 @@ class Tracker:
         self.snapshot_every = snapshot_every
         # States of all ranks together, shown until another step begins than those counted here.
         self._synced: dict[str, CovarianceState] = {}
+        self._synced_pairs: dict[str, CovarianceState] = {}
         self._synced_at = -1
         self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
         self._owns_history = False  # True once the history's snapshots are all of this run
@@ -108,7 +120,7 @@ class Tracker:
         return self._synced_at == self.watcher.steps_begun
 
     def _show_own_rows(self) -> None:
-        self._synced, self._synced_at = {}, -1
+        self._synced, self._synced_pairs, self._synced_at = {}, {}, -1
 
     def _begin_history(self) -> None:
         # Snapshots of two runs in one history would read as one training.
@@ -131,6 +143,37 @@ class Tracker:
         """Names of the watched tensors, in the model's order."""
         return self.watcher.names()
 
+    def observe(self, name: str, tensor: Tensor, channel_dim: int = -1) -> None:
+        """Watches a tensor of the model's forward: a tap like any other, under a name.
+
+        To be called inside a forward of the model, in eager or compiled code; elsewhere, and in
+        forwards that are no steps, nothing is read. A name may come several times in a step.
+
+        Args:
+            name: Name of the tensor in :meth:`names`, which no module's tensor has.
+            tensor: Floating-point tensor; dimension 0 of the rows holds the images.
+            channel_dim: Dimension that holds the channels; the others are rows.
+
+        Raises:
+            TypeError: If ``name`` is no string, or ``tensor`` no tensor of floating point.
+            ValueError: If the tensor has no such dimension, or a module's tensor has the name.
+
+        Example:
+            >>> class Heads(nn.Module):
+            ...     def forward(self, x):
+            ...         tracker.observe("heads", x.unflatten(-1, (2, 4)))
+            >>> model = Heads()
+            >>> tracker = track(model, include=Heads, rows="all")
+            >>> model(torch.randn(3, 5, 8))
+            >>> tracker.count("heads"), tracker.spectrum("heads").channels
+            (30, 4)
+        """
+        watcher = self.watcher
+        if not torch.compiler.is_compiling():
+            watcher.observe_named(name, tensor, channel_dim)
+        elif not is_exporting() and (not watcher.train_only or watcher.is_training()):
+            torch.ops.fastcov.observe_named_(watcher.clock, name, tensor, channel_dim)
+
     # statistics
 
     @torch.no_grad()
@@ -138,6 +181,7 @@ class Tracker:
         if self._is_synced and name in self._synced:
             return self._synced[name]
         if (layer := self.watcher.layers.get(name)) is not None:
+            self.watcher.settle()
             layer.flush()
             state = layer.state
             if state is None or (needs_rows and float(state.weight) == 0):
@@ -205,6 +249,7 @@ class Tracker:
         Raises:
             KeyError: If no such layer is tracked.
         """
+        self.watcher.settle()
         layer = self.watcher.layers.get(name)
         if (
             layer is not None
@@ -222,10 +267,86 @@ class Tracker:
         """Spectra of all layers that have read a row, by name: one batched eigenvalue call."""
         return self._start_spectra(centered).get()
 
+    def sensitivity(self, name: str) -> Spectrum:
+        r"""Spectrum of :math:`S^{1/2} G S^{1/2}`: the directions of a layer that the loss feels.
+
+        S is the second moment of the layer's rows, G that of the loss's gradient with respect to
+        them. An eigenvalue is the squared change of the loss, to first order and on average over
+        the rows, if its direction went. The width rule ``"gradient"`` reads such spectra.
+
+        Args:
+            name: Name of a tensor that is watched with ``of="both"``.
+
+        Raises:
+            KeyError: If no such layer is tracked.
+            ValueError: If its gradient is not tracked, or one of both has no row or is sketched.
+        """
+        if name in self.watcher.layers and gradient_name(name) not in self.watcher.layers:
+            raise ValueError(
+                f'the gradient of layer {name!r} is not tracked: pass track(..., of="both")'
+            )
+        state = self._whole_state(name)
+        gradient = self._whole_state(gradient_name(name))
+        count = min(float(state.effective_count), float(gradient.effective_count))
+        return sensitivity_spectrum(state.covariance(), gradient.covariance(), round(count), name)
+
+    def cross_covariance(self, first: str, second: str, centered: bool = False) -> Tensor:
+        """Mean of the products of the rows of a pair of ``track(..., pairs=...)``.
+
+        Args:
+            first: Name of a tensor.
+            second: Name of the other tensor of a pair.
+            centered: True subtracts the means.
+
+        Returns:
+            float64; the divisor is the weight. [C_first, C_second]
+
+        Raises:
+            KeyError: If the two are no pair.
+            ValueError: If no rows of the two have been paired.
+        """
+        joint, channels = self._joint_covariance(first, second, centered)
+        block = joint[:channels, channels:]
+        return block if (first, second) in self.watcher.pairs else block.T
+
+    def cka(self, first: str, second: str) -> float:
+        """Linear centred kernel alignment of a pair: 1 where one is a rotation of the other.
+
+        With few rows the measure is too high: N rows of independent tensors have about
+        sqrt(p q) / N of it, with the participation ratios p and q of their covariances. Arguments
+        and errors are those of :meth:`cross_covariance`.
+        """
+        return linear_cka(*self._joint_covariance(first, second, centered=True))
+
+    @torch.no_grad()
+    def _joint_covariance(self, first: str, second: str, centered: bool) -> tuple[Tensor, int]:
+        pairs = self.watcher.pairs
+        pair = pairs.get((first, second)) or pairs.get((second, first))
+        if pair is None:
+            listed = ", ".join(map(str, pairs)) or "none"
+            raise KeyError(
+                f"{first!r} and {second!r} are no pair: pass track(..., pairs=[({first!r}, "
+                f"{second!r})]); the pairs are: {listed}"
+            )
+        name = pair_name(pair.names)
+        pair.layer.flush()
+        state = self._synced_pairs.get(name) if self._is_synced else None
+        state = state or pair.layer.state
+        if state is None or float(state.weight) == 0:
+            raise ValueError(f"no rows of {name} have been paired: {self._why_unpaired(pair)}")
+        return state.covariance(centered), pair.channels[0]
+
+    def _why_unpaired(self, pair: Pair) -> str:
+        unseen = [name for name in pair.names if name not in self.watcher.layers]
+        if unseen and not pair.note:
+            return f"nothing is named {unseen[0]!r}{closest(unseen[0], self.names())}"
+        return pair.note or "no step has shown both"
+
     def _start_spectra(self, centered: bool = False) -> PendingSpectra:
         states: dict[str, CovarianceState | None] = dict(self._synced)
         if not self._is_synced:
             states = {}
+            self.watcher.settle()
             for name, layer in self.watcher.layers.items():
                 layer.flush()
                 states[name] = layer.state
@@ -247,7 +368,20 @@ class Tracker:
         Returns:
             Flat dict of floats, for any logger; ``print`` shows it as a table.
         """
-        return Summary(self.statuses(), self.watcher.remarks())
+        pairs: dict[str, float] = {}
+        lines = []
+        for first, second in self.watcher.pairs:
+            name, pair = pair_name((first, second)), self.watcher.pairs[first, second]
+            try:
+                pairs[f"{name}/cka"] = self.cka(first, second)
+            except ValueError as error:
+                lines.append(str(error))
+                continue
+            note = f"; {pair.note}" if pair.note else ""
+            lines.append(f"{name}: linear CKA {pairs[f'{name}/cka']:.3f}{note}")
+        summary = Summary(self.statuses(), [*lines, *self.watcher.remarks()])
+        summary.update(pairs)
+        return summary
 
     def statuses(self) -> list[LayerStatus]:
         """Statuses of all layers: rows, spectrum, and a note where something is missing."""
@@ -277,18 +411,23 @@ class Tracker:
             return LayerFacts(name, reason=reason)
         layer = watcher.layers[name]
         state = self._synced.get(name, layer.state) if self._is_synced else layer.state
-        channels = {tap.name: tap.channels for tap in watcher.taps}[name]
+        tap = next(tap for tap in watcher.taps if tap.name == name)
         count, skipped = (0, 0) if state is None else state.count.tolist()
+        if watcher.mask is not None and layer.total_calls and not (reason or count or skipped):
+            reason = "the mask left out every row so far"
+        if not (reason or layer.total_calls) and self.steps and tap.is_gradient:
+            reason = "no backward pass has reached it"
         return LayerFacts(
             name=name,
-            channels=channels or (0 if state is None else state.channels),
+            channels=tap.channels or (0 if state is None else state.channels),
             sketch=(state and state.sketch_width) or 0,
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
             reason=reason,
             has_calls=layer.total_calls > 0,
-            has_calls_lately=layer.calls > 0,
+            # Gradients of the last step may still be on their way.
+            has_calls_lately=layer.calls > 0 or tap.is_gradient,
         )
 
     # snapshots, ranks and checkpoints
@@ -340,10 +479,17 @@ class Tracker:
         if not (dist.is_available() and dist.is_initialized()):
             return self
         states: dict[str, CovarianceState | None] = {}
+        self.watcher.settle()
         for name, layer in self.watcher.layers.items():
             layer.flush()
             states[name] = layer.state
-        self._synced = sync_named_states(states, group)
+        names = [pair_name(pair.names) for pair in self.watcher.pairs.values()]
+        for name, pair in zip(names, self.watcher.pairs.values(), strict=True):
+            pair.layer.flush()
+            states[name] = pair.layer.state
+        synced = sync_named_states(states, group)
+        self._synced_pairs = {name: synced.pop(name) for name in names if name in synced}
+        self._synced = synced
         self._synced_at = self.watcher.steps_begun
         return self
 
@@ -361,6 +507,8 @@ class Tracker:
         if not isinstance(other, Tracker):
             raise TypeError(f"other is a {type(other).__name__}, expected what fastcov.track gives")
         own, given = self.watcher, other.watcher
+        for name in given.named():
+            own.add_named(name)
         common = [name for name in own.layers if name in given.layers]
         if not common:
             raise ValueError(
@@ -382,6 +530,7 @@ class Tracker:
                 )
         self._show_own_rows()
         own.leave_device()
+        given.settle()
         own.share_no_more_than(given)
         done: set[Layer] = set()
         for name in common:
@@ -389,6 +538,9 @@ class Tracker:
             if mine not in done:
                 done.add(mine)
                 mine.merge(theirs, self.steps)
+        for names, pair in own.pairs.items():
+            if (theirs_too := given.pairs.get(names)) is not None:
+                pair.merge(theirs_too, self.steps)
         if own.decay is None:
             own.step = self.steps + other.steps
 
@@ -400,6 +552,7 @@ class Tracker:
         holds this rank's rows: the same number of ranks may load them again, each its own.
         """
         rank, ranks = rank_and_ranks()
+        self.watcher.settle()
         layers = {}
         for layer in self.watcher.unique_layers():
             layers[layer.name] = layer.state_dict()
@@ -414,7 +567,18 @@ class Tracker:
             "world_size": ranks,
             "shared": self.watcher.shared(),
             "layers": layers,
+            "named": self.watcher.named(),
+            "pairs": self._saved_pairs(),
         }
+
+    def _saved_pairs(self) -> dict[str, Any]:
+        saved: dict[str, dict[str, Any]] = {}
+        for names, pair in self.watcher.pairs.items():
+            name = pair_name(names)
+            saved[name] = {"layer": pair.layer.state_dict(), "channels": list(pair.channels)}
+            if self._is_synced and name in self._synced_pairs:
+                saved[name]["layer"]["state"] = self._synced_pairs[name].state_dict()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from :meth:`state_dict`.
@@ -432,6 +596,8 @@ class Tracker:
                 "not written by Tracker.state_dict() of this version"
             )
         layers, shared = state_dict["layers"], state_dict["shared"]
+        for name in state_dict.get("named", ()):
+            self.watcher.add_named(name)
         unknown = [name for name in (*layers, *shared) if name not in self.watcher.layers]
         if unknown:
             raise ValueError(
@@ -455,6 +621,11 @@ class Tracker:
         watcher.step = state_dict["steps"]
         watcher.policy.rho = state_dict["rho"]
         watcher.load_layers(layers, shared, with_rows=not rows_are_on_rank_0)
+        saved_pairs = state_dict.get("pairs", {})
+        for names, pair in watcher.pairs.items():
+            if (saved := saved_pairs.get(pair_name(names))) is not None:
+                pair.channels = (saved["channels"][0], saved["channels"][1])
+                pair.layer.load_state_dict(saved["layer"], with_rows=not rows_are_on_rank_0)
         self._owns_history = True
         self.history.truncate(self.steps + 1)
 
@@ -465,6 +636,8 @@ class Tracker:
         self.watcher.step = 0
         for layer in self.watcher.unique_layers():
             layer.reset()
+        for pair in self.watcher.pairs.values():
+            pair.layer.reset()
 
     def __enter__(self) -> Tracker:
         return self
@@ -522,13 +695,17 @@ def track(
     include: Selector | None = None,
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
+    of: Of = "activation",
     rows: Rows = "auto",
+    mask: Mask | None = None,
+    unscale: Any = None,
     every: int = 1,
     weighting: Literal["position", "image"] = "position",
     decay: float | None = None,
     precision: Precision = "split",
     memory: int | str | None = None,
     max_channels: int = 4096,
+    pairs: Iterable[Sequence[str]] = (),
     train_only: bool = True,
     snapshot_every: int | None = None,
     out: str | Path | None = None,
@@ -547,8 +724,17 @@ def track(
         exclude: Patterns, types or a predicate as for ``include``, of modules not to watch.
         where: Side of each module: "output", "input" (named ``layer:in``; modules that are given
             one tensor share its statistics), or "both".
+        of: "activation"; "gradient": of the loss with respect to the same tensor, named
+            ``layer:grad``, read in the backward pass; or "both".
         rows: "auto" spends 1 % of the watched modules' training flops; "all"; an int of rows a
             layer and step; or a float, the share of all rows in (0, 1].
+        mask: Name of an argument of the model's forward, or a function of its arguments, that gives
+            a tensor [B], [B, T] or [B, H, W] in each step: layers whose leading sizes are these
+            read a row where it is true (or not 0), or with its weight (floating point). The other
+            layers read all rows, and say so in the summary. With ``weighting="image"`` a mask of
+            integers numbers the sequences that are packed into one index of dim 0.
+        unscale: GradScaler, or a function that gives the factor by which the loss is scaled:
+            gradients are divided by it. Needed for ``of`` with float16 alone.
         every: Reads steps 0, every, 2 * every, ...
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
@@ -558,8 +744,10 @@ def track(
         memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
             not fit are sketched to fewer channels: their trace is exact, the other numbers of their
             spectra are estimates (docs/memory.md), and the summary says so. No layer is too wide
-            then. None keeps all channels.
+            then. Observed tensors count as they come, ``pairs`` beyond it. None keeps all channels.
         max_channels: Without ``memory``, wider layers are skipped and listed in the summary.
+        pairs: Pairs of names of tensors of one step, modules' or observed ones, whose
+            :meth:`Tracker.cross_covariance` and :meth:`Tracker.cka` are kept.
         train_only: True counts only forwards of a model in training mode as steps.
         snapshot_every: Steps between snapshots of all spectra; None takes none. A snapshot that
             fails (a full disk) gives a warning.
@@ -585,19 +773,32 @@ def track(
     """
     check_model(model)
     policy = policy_of(rows)
+    check_of(of)
+    pair_names = check_pairs(pairs)
+    loss_scale = loss_scale_of(unscale)
     check_reading(where, weighting, max_channels)
     check_decay(decay)
     check_precision(precision)
     check_steps("every", every)
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
-    taps = find_taps(model, include, exclude, where)
+    taps = find_taps(model, include, exclude, where, of)
+    if pair_names and memory is not None:
+        raise ValueError(
+            f"pairs={pair_names} keep whole second moments, which memory={memory!r} cannot bound: "
+            "leave one of the two out"
+        )
     sketch = sketch_of(model, taps, memory)
+    source = None if mask is None else MaskSource(mask, model)
     _close_or_warn_of_others(model, taps, replace)
     return Tracker(
         model,
         taps,
         policy=policy,
+        mask=source,
+        unscale=loss_scale,
+        of=of,
+        pairs=pair_names,
         every=every,
         weighting=weighting,
         decay=decay,

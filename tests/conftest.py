@@ -1,4 +1,4 @@
-"""Shared by all tests: groups of workers, a browser, and a line about what is left out."""
+"""Shared by all tests: groups for workers, a browser, and one line about tests without a GPU."""
 
 from __future__ import annotations
 
@@ -75,3 +75,13 @@ def browser() -> str:
     found = _find_browser()
     assert found is not None, "tests that ask for it were left out"
     return found
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before, nothing left behind."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()

@@ -1,4 +1,8 @@
-"""``fastcov-detection``: train, check, pretrain, search, demo, compare, report and more."""
+"""``fastcov-detection``: train, check, pretrain, search, demo, compare, report and more.
+
+A command is one function below: its arguments are the options, and its docstring is their help. A
+command that takes ``settings`` has every setting of a run as an option too, by dotted name.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
 
 from fastcov_detection.config import (
     ConfigError,
@@ -19,54 +26,515 @@ from fastcov_detection.config import (
     TrainConfig,
     closest,
     load_config,
-    override,
     preset,
-    presets,
 )
+from fastcov_detection.settings import as_text, leaves, naming_values
 
 ARMS_OF_DEMO = ("baseline", "searched", "uniform")
+_SHORT = {"data": "data.name", "model": "model.name", "init": "model.init"}
+"""Options that stand for a setting."""
+_ABOUT = "Detectors of any widths, and the search that sets the widths."
+_ABOUT_SETTINGS = (
+    "--data, --model and --init stand for --data.name, --model.name and --model.init; "
+    "--set NAME=VALUE for --NAME VALUE; a list is a,b,c."
+)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors name what comes near."""
+def train(
+    settings: TrainConfig,
+    out: str = "runs/train",
+    widths: str | None = None,
+    start: str | None = None,
+    seed: int = 0,
+    restart: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Train one detector.
 
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        print(f"see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+    Args:
+        settings: Of the run.
+        out: Folder of the run.
+        widths: File widths.json of a search, or a plan of its folder widths/.
+        start: State_dict of a whole detector to start from.
+        seed: Of everything random.
+        restart: Start over instead of resuming.
+        quiet: No progress bars.
+    """
+    from fastcov_detection.detector.build import load_widths
+    from fastcov_detection.studies.scoring import print_scores
+    from fastcov_detection.train.loop import train as train_detector
 
-    def parse_strictly(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parses everything; an unknown command or option is met with the closest names."""
-        commands = _commands(self)
-        first = next((word for word in words if not word.startswith("-")), None)
-        if first is not None and first not in commands:
-            self.error(f"unknown command {first!r}{closest(first, list(commands))}")
-        if first is not None:
-            known = [o for action in commands[first]._actions for o in action.option_strings]
-            for word in words[words.index(first) + 1 :]:
-                name = word.split("=")[0]
-                if name.startswith("--") and name not in known:
-                    commands[first].error(f"unknown option {name!r}{closest(name, known)}")
-        return self.parse_args(words)
+    result = train_detector(
+        settings,
+        None if widths is None else load_widths(widths),
+        run_dir=out,
+        seed=seed,
+        start=start,
+        resume=not restart,
+        progress=not quiet,
+    )
+    if os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks for all
+        return
+    masks = "" if result.segm_ap is None else f", mask AP {result.segm_ap:.3f}"
+    print(
+        f"AP {result.ap:.3f}, AP50 {result.ap50:.3f}{masks} after {result.steps} steps in "
+        f"{result.train_s:.0f} s; {result.params:,} parameters, {result.macs:,} MACs; "
+        f"files in {result.run_dir}"
+    )
+    print_scores(result.numbers, result.classes)
+
+
+def evaluate(
+    model: str,
+    data: str | None = None,
+    out: str = "runs/evaluate",
+    weights: str | None = None,
+    best: bool = False,
+    batch: int = 1,
+    workers: int = 0,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    quiet: bool = False,
+) -> None:
+    """Score a detector: COCO's twelve numbers, every class, and predictions as COCO results.
+
+    Args:
+        model: Run folder, exported folder, or the name of one of torchvision's detectors.
+        data: Folder in COCO layout; null: the data of the run.
+        out: Folder to write.
+        weights: State_dict of torchvision's detector; null: torchvision's own, downloaded.
+        best: Of a run: the weights of its best evaluation.
+        batch: Images of one forward pass.
+        workers: Processes that read images.
+        precision: Autocast to this type.
+        device: Device of the detector: auto, cpu, cuda or cuda:N.
+        quiet: No progress bars.
+    """
+    from fastcov_detection.studies.scoring import evaluate_detector, print_scores, with_data
+
+    found = evaluate_detector(
+        model,
+        out,
+        data=with_data(data, workers),
+        weights=weights,
+        best=best,
+        batch_size=batch,
+        precision=precision,
+        device=device,
+        progress=not quiet,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print_scores(found.numbers, found.classes)
+    print(f"{found.images} images in {found.seconds:.0f} s; files in {out}")
+
+
+def check(settings: TrainConfig, quiet: bool = False) -> None:
+    """List everything that is wrong with a data set.
+
+    Args:
+        settings: Of a run; those of the data count.
+        quiet: No progress bars.
+    """
+    from fastcov_detection.data.dataset import check_data
+    from fastcov_detection.data.findings import refuse_faults, tell_notes
+
+    findings = check_data(
+        settings.data, with_masks="mask" in settings.model.name, progress=not quiet
+    )
+    tell_notes(findings)
+    refuse_faults(findings, shown=None)
+    print(f"{settings.data.name}: no fault found")
+
+
+def pretrain(
+    settings: TrainConfig,
+    out: str = "runs/pretrain",
+    widths: str | None = None,
+    objects: int = 64,
+    crop: int = 64,
+    seed: int = 0,
+    restart: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Train a backbone on the data's objects as classes.
+
+    Args:
+        settings: Of the run.
+        out: Folder of the run.
+        widths: File widths.json of a search.
+        objects: Crops of one step.
+        crop: Edge of a crop in pixels.
+        seed: Of everything random.
+        restart: Start over instead of resuming.
+        quiet: No progress bars.
+    """
+    from fastcov_detection.detector.build import load_widths
+    from fastcov_detection.studies.pretrain import PretrainConfig
+    from fastcov_detection.studies.pretrain import pretrain as pretrain_backbone
+
+    result = pretrain_backbone(
+        PretrainConfig(train=settings, objects=objects, crop=crop),
+        None if widths is None else load_widths(widths),
+        run_dir=out,
+        seed=seed,
+        resume=not restart,
+        progress=not quiet,
+    )
+    print(
+        f"accuracy {result.accuracy:.3f} on {result.val_objects} objects after {result.steps} "
+        f"steps in {result.train_s:.0f} s; files in {result.run_dir}; "
+        f"go on with: fastcov-detection train --init {result.run_dir}"
+    )
+
+
+def search(
+    settings: SearchConfig,
+    out: str = "runs/search",
+    rules: tuple[str, ...] = (),
+    results: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    gpus_per_run: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Search widths and compare the arms.
+
+    Args:
+        settings: Of the search.
+        out: Folder of the search.
+        rules: Rules of demand, the main one first, for example dof,share: further ones add arms.
+        results: Folder for version control: keeps all but weights, and is gone on from.
+        engine: Where runs are trained: processes of this machine, or tasks of a Ray cluster.
+        address: Of the Ray cluster, auto or HOST:PORT; null: one of this machine alone.
+        gpus_per_run: GPUs of each run on the Ray cluster; null: one where there are any.
+        quiet: No progress bars.
+    """
+    _refuse_torchrun()
+    from fastcov_detection.search.arms import Searched
+
+    if rules:
+        first, *further = rules
+        own = (Searched(rule).name for rule in further)
+        settings = replace(settings, rule=first, arms=(*settings.arms, *own))
+    if engine == "local" and (address, gpus_per_run) != (None, None):
+        raise ConfigError("--address and --gpus-per-run are of --engine ray; give that too")
+    cluster = None
+    if engine == "ray":
+        from fastcov_detection.search.cluster import RayEngine
+
+        cluster = RayEngine(address, gpus_per_run, settings.train.threads or 1)
+    try:
+        _run_search(settings, out, results, quiet, cluster)
+    finally:
+        if cluster is not None:
+            cluster.close()
+
+
+def planned(
+    task: Literal["early", "late"],
+    tuning: bool = False,
+    out: str = "runs",
+    results: str = "detection/results",
+    jobs: int = 2,
+    quiet: bool = False,
+) -> None:
+    """Run the planned comparison of one task, or its tuning.
+
+    Args:
+        task: Task of the plan.
+        tuning: The runs that chose the task, on other images.
+        out: Folder of all searches.
+        results: Committed records, gone on from.
+        jobs: Runs side by side.
+        quiet: No progress bars.
+    """
+    _refuse_torchrun()
+    from fastcov_detection.report.tables import print_summary
+    from fastcov_detection.studies.planned import criteria, run_planned, run_tuning
+
+    places = Path(out), Path(results)
+    if not tuning:
+        print_summary(run_planned(task, *places, jobs=jobs, progress=not quiet))
+        return
+    once, twice = run_tuning(task, *places, jobs=jobs, progress=not quiet)
+    print_summary(once)
+    for one in criteria(task, once, twice):
+        numbers = "no runs" if one.mean is None else f"{one.mean:+.3f}, n = {one.n}"
+        print(f"{'met' if one.is_met else 'NOT met'}: {one.asks} ({numbers})")
+
+
+def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bool = False) -> None:
+    """Run a whole search on two CPU cores in minutes.
+
+    Args:
+        settings: Of every training run.
+        out: Folder of the search.
+        jobs: Training runs side by side.
+        quiet: No progress bars.
+    """
+    _refuse_torchrun()
+    config = SearchConfig(train=settings, arms=ARMS_OF_DEMO, seeds=1, jobs=jobs)
+    _run_search(config, out, None, quiet)
+
+
+def _refuse_torchrun() -> None:
+    """Refuses a search that torchrun started: each of its processes would be a search."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun starts one search for each process; start one alone, which starts its own "
+            "trainings: fastcov-detection search --jobs N on one machine, a GPU for each training, "
+            "or fastcov-detection search --engine ray --address auto --gpus-per-run N on a cluster"
+        )
+
+
+def _run_search(
+    config: SearchConfig, out: str, results: str | None, quiet: bool, engine: Any = None
+) -> None:
+    from fastcov_detection.report.report import write_report
+    from fastcov_detection.report.tables import print_summary
+    from fastcov_detection.search.run import run_search
+
+    result = run_search(config, out, results=results, engine=engine, progress=not quiet)
+    page = write_report(out, progress=not quiet)
+    print_summary(result)
+    print(f"report: {page}; widths: {Path(out) / 'widths.json'}")
+
+
+def compare(a: str, b: str, out: str | None = None) -> None:
+    """Compare the spectra of two runs over their training.
+
+    Args:
+        a: Run folder.
+        b: Run folder.
+        out: Folder for figures and numbers; null: compare-A-B.
+    """
+    from fastcov_detection.studies.compare import compare_runs, print_comparison
+
+    folder = out or f"compare-{Path(a).name}-{Path(b).name}"
+    print_comparison(compare_runs(a, b, folder))
+    print(f"figures and numbers: {folder}")
+
+
+def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> None:
+    """Compare the spectra of two families of runs with what seeds do.
+
+    Args:
+        a: Run folders.
+        b: Run folders.
+        out: Folder to write.
+    """
+    from fastcov_detection.studies.families import compare_families, sentences
+
+    for sentence in sentences(compare_families(a, b, out)):
+        print(sentence)
+    print(f"figures and numbers: {out}")
+
+
+def report(dir: str) -> None:
+    """Write a search's HTML page again.
+
+    Args:
+        dir: Folder of a search.
+    """
+    from fastcov_detection.report.report import write_report
+    from fastcov_detection.report.tables import print_summary
+    from fastcov_detection.search.results import read_result
+
+    print_summary(read_result(Path(dir)))
+    print(f"report: {write_report(dir)}")
+
+
+def evidence(results: str, readme: str) -> None:
+    """Write tables of kept results in Markdown.
+
+    Args:
+        results: Folder of kept results, for example detection/results.
+        readme: File whose marked part is replaced.
+    """
+    from fastcov_detection.studies.evidence import write_evidence
+
+    write_evidence(Path(results), Path(readme))
+    print(f"{readme}: tables of {results}")
+
+
+def export(run: str, out: str, arm: str = "searched") -> None:
+    """Write a plain state_dict, widths and a rebuild script.
+
+    Args:
+        run: Run folder, or folder of a search.
+        out: Folder to write.
+        arm: Arm of a search.
+    """
+    from fastcov_detection.studies.export import export_run
+
+    folder = export_run(run, out, arm=arm)
+    print(f"{folder}: model.pt, widths.json, model.json, rebuild.py")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (
+        *(train, evaluate, check, pretrain, search, planned, demo),
+        *(compare, families, report, evidence, export),
+    )
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command; the process's exit status."""
     words = sys.argv[1:] if words is None else list(words)
-    arguments = _parser().parse_strictly(words)
     try:
         with _stoppable():
-            arguments.run(arguments)
+            run_command(words)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ArgumentError) as error:
         # One line for the person who typed the command; a defect of ours keeps its traceback.
         if not _is_expected(error):
             raise
         print(f"fastcov-detection: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Parses the words of a command and runs it.
+
+    Raises:
+        ConfigError: If a word is unknown, with the closest names, or a value is impossible.
+    """
+    command = words[0] if words and not words[0].startswith("-") else None
+    if command is not None and command not in COMMANDS:
+        raise ConfigError(
+            f"unknown command {command!r}{closest(command, COMMANDS)} See fastcov-detection --help."
+        )
+    parser = command_parser(words, only=command)
+    if command is not None:
+        words = [command, *_plain_words(command, words[1:])]
+    with naming_values():
+        parsed = parser.parse_args(words)
+        values = parser.instantiate(parsed)[parsed.command].as_dict()
+    run, known = COMMANDS[parsed.command], get_type_hints(COMMANDS[parsed.command])
+    own = {name: values[name] for name in known if name in values}
+    if "settings" in known:
+        own["settings"] = _settings(known["settings"], values)
+    run(**own)
+
+
+def command_parser(words: Sequence[str] = (), only: str | None = None) -> ArgumentParser:
+    """The parser of one command, or of all.
+
+    Args:
+        words: Of the command line; a preset or a file of settings among them gives the defaults.
+        only: Name of the command; None: all, for help and completion.
+    """
+    parser = ArgumentParser(prog="fastcov-detection", description=_ABOUT, exit_on_error=False)
+    commands = parser.add_subcommands(dest="command")
+    for name in COMMANDS if only is None else (only,):
+        run = COMMANDS[name]
+        said = (run.__doc__ or "").split("\n")[0]
+        settings = get_type_hints(run).get("settings")
+        about = said if settings is None else f"{said} {_ABOUT_SETTINGS}"
+        own = ArgumentParser(description=about, exit_on_error=False)
+        own.add_function_arguments(run, as_positional=True, skip={"settings"})
+        if settings is not None:
+            own.add_argument("--preset", help="Settings to start from; see README.")
+            own.add_argument("--config", help="JSON or YAML file of settings to start from.")
+            own.add_class_arguments(TrainConfig)
+            if settings is not TrainConfig:
+                own.add_class_arguments(settings, skip={"train"})
+            own.set_defaults(_defaults(words))
+        commands.add_subcommand(name, own, help=said)
+    return parser
+
+
+def _defaults(words: Sequence[str]) -> dict[str, Any]:
+    """Settings of the preset or the file that the words name, by dotted name."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--preset", "--config", "--data"):
+        first.add_argument(option)
+    found, _ = first.parse_known_args(list(words))
+    if found.config is not None:
+        config = load_config(TrainConfig, found.config)
+    else:
+        config = preset(found.preset or ("mini" if found.data in (None, "mini") else "coco"))
+    defaults = {}
+    for name, _ in leaves(TrainConfig):
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        defaults[name] = value
+    return defaults
+
+
+def _settings(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass of a command's settings, from the values of its options."""
+    names = [field.name for field in fields(cls)]
+    if cls is not TrainConfig:
+        values = values | {"train": _settings(TrainConfig, values)}
+    return cls(**{name: values[name] for name in names})
+
+
+def _plain_words(command: str, words: Sequence[str]) -> list[str]:
+    """A command's words in the form that jsonargparse reads.
+
+    Names have underscores, a short name is its setting's, ``--set NAME=VALUE`` is ``--NAME=VALUE``,
+    a switch needs no value, and ``a,b`` and ``a b`` are lists where a list is asked for.
+
+    Raises:
+        ConfigError: If an option does not exist, with the closest names.
+    """
+    hints = _option_types(command)
+    plain, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name == "help":
+            plain.append(word)
+            continue
+        short = name.replace("-", "_")
+        if short == "set" and "settings" in get_type_hints(COMMANDS[command]):
+            pair = value if equals else left.pop(0) if left else ""
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {pair!r} has no value; write NAME=VALUE")
+            short = name = name.strip()
+        elif short in _SHORT and _SHORT[short] in hints:
+            short = _SHORT[short]
+        if short not in hints:
+            raise ConfigError(
+                f"unknown option '--{name}'{closest(f'--{short}', [f'--{one}' for one in hints])} "
+                f"See fastcov-detection {command} --help."
+            )
+        hint = hints[short]
+        given = [value] if equals else []
+        while left and not left[0].startswith("--") and (not given or get_origin(hint) is list):
+            if hint is bool and left[0] not in ("true", "false"):
+                break
+            given.append(left.pop(0))
+        if hint is bool and not given:
+            given = ["true"]
+        if not given:
+            raise ConfigError(f"option --{name} has no value; write --{name} VALUE")
+        text = f"[{','.join(given)}]" if get_origin(hint) is list else as_text(given[0], hint)
+        plain.append(f"--{short}={text}")
+    return plain
+
+
+def _option_types(command: str) -> dict[str, Any]:
+    """Types of a command's options by name."""
+    hints = get_type_hints(COMMANDS[command])
+    settings = hints.pop("settings", None)
+    hints.pop("return", None)
+    if settings is None:
+        return hints
+    found = {"preset": str, "config": str, **hints, **dict(leaves(TrainConfig))}
+    if settings is not TrainConfig:
+        own = dict(leaves(settings))
+        found |= {name: own[name] for name in own if not name.startswith("train.")}
+    return found
 
 
 @contextmanager
@@ -83,345 +551,16 @@ def _stoppable() -> Iterator[None]:
 
 
 def _is_expected(error: Exception) -> bool:
-    from fastcov_detection.errors import CheckpointError, DataError
-    from fastcov_detection.logbook import LossError
-    from fastcov_detection.model import WidthsError
-    from fastcov_detection.runner import RunError
-
-    ours = (ConfigError, DataError, WidthsError, CheckpointError, LossError, RunError)
-    if isinstance(error, (*ours, OSError)):
+    if isinstance(error, ConfigError | OSError):
         return True
-    # fastcov's own argument checks, raised by a setting that the person chose.
-    return type(error) is ValueError
+    from fastcov_detection.detector.build import WidthsError
+    from fastcov_detection.errors import CheckpointError, DataError
+    from fastcov_detection.search.engines import RunError
+    from fastcov_detection.train.logbook import LossError
 
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="fastcov-detection", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    train = _command(commands, "train", "train one detector", _train)
-    _add_run_options(train, "runs/train")
-    train.add_argument("--widths", help="widths.json of a search, or a plan of its widths/ folder")
-    train.add_argument("--start", help="state_dict of a whole detector to start from")
-    train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-    train.add_argument("--restart", action="store_true", help="start over instead of resuming")
-
-    check = _command(commands, "check", "list everything that is wrong with a data set", _check)
-    _add_data_options(check)
-    _add_set(check)
-    check.add_argument("--quiet", action="store_true", help="no progress bars")
-
-    pretrain = _command(
-        commands, "pretrain", "train a backbone on the data's objects as classes", _pretrain
-    )
-    _add_run_options(pretrain, "runs/pretrain")
-    pretrain.add_argument("--widths", help="widths.json of a search")
-    pretrain.add_argument("--objects", type=int, help="crops of one step (default 64)")
-    pretrain.add_argument("--crop", type=int, help="edge of a crop in pixels (default 64)")
-    pretrain.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-    pretrain.add_argument("--restart", action="store_true", help="start over instead of resuming")
-
-    search = _command(commands, "search", "search widths and compare the arms", _search)
-    _add_run_options(search, "runs/search")
-    search.add_argument("--rounds", type=int, help="train, measure, propose: at most this often")
-    search.add_argument(
-        "--rules",
-        help="demand rules, the main one first, for example dof,share: further ones add arms",
-    )
-    search.add_argument("--arms", help="comma list of arms (default: all controls)")
-    search.add_argument("--seeds", type=int, help="runs of each arm")
-    search.add_argument("--peer-seeds", type=int, help="runs of arm torch-pruning (default 1)")
-    search.add_argument(
-        "--peer-steps",
-        choices=("each", "shared"),
-        help="steps of its two trainings: all of them each (default), or half of them each",
-    )
-    search.add_argument("--max-params", type=int, help="cap on the searched parameters")
-    search.add_argument("--budget", type=float, help="MACs (default: the baseline's)")
-    search.add_argument("--vary", help="comma list of backbone, fpn, heads (default backbone)")
-    search.add_argument("--jobs", type=int, help="training runs side by side (default 1)")
-    search.add_argument(
-        "--results",
-        help="folder for version control: keeps all but weights, and is gone on from",
-    )
-
-    planned = _command(
-        commands, "planned", "the planned comparison of one task, or its tuning", _planned
-    )
-    planned.add_argument("task", metavar="TASK", choices=("early", "late"), help="early or late")
-    planned.add_argument(
-        "--tuning", action="store_true", help="the runs that chose the task, on other images"
-    )
-    planned.add_argument("--out", default="runs", help="folder of all searches (default runs)")
-    planned.add_argument(
-        "--results",
-        default="detection/results",
-        help="committed records, gone on from (default detection/results)",
-    )
-    planned.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
-    planned.add_argument("--quiet", action="store_true", help="no progress bars")
-
-    demo = _command(commands, "demo", "a whole search on two CPU cores in minutes", _demo)
-    demo.add_argument("--out", default="runs/demo", help="folder (default runs/demo)")
-    demo.add_argument("--jobs", type=int, default=2, help="training runs side by side (default 2)")
-    _add_set(demo)
-    demo.add_argument("--quiet", action="store_true", help="no progress bars")
-
-    compare = _command(commands, "compare", "spectra of two runs over their training", _compare)
-    compare.add_argument("a", metavar="A", help="run folder")
-    compare.add_argument("b", metavar="B", help="run folder")
-    compare.add_argument("--out", help="folder for figures and numbers (default compare-A-B)")
-
-    families = _command(
-        commands, "families", "spectra of two families of runs, against what seeds do", _families
-    )
-    families.add_argument("--a", nargs="+", required=True, metavar="RUN", help="run folders")
-    families.add_argument("--b", nargs="+", required=True, metavar="RUN", help="run folders")
-    families.add_argument("--out", default="families", help="folder to write (default families)")
-
-    report = _command(commands, "report", "write a search's HTML page again", _report)
-    report.add_argument("dir", metavar="DIR", help="folder of a search")
-
-    evidence = _command(commands, "evidence", "tables of kept results in Markdown", _evidence)
-    evidence.add_argument("results", metavar="RESULTS", help="for example detection/results")
-    evidence.add_argument("readme", metavar="README", help="file whose marked part is replaced")
-
-    export = _command(
-        commands, "export", "a plain state_dict, widths and a rebuild script", _export
-    )
-    export.add_argument("source", metavar="RUN", help="run folder, or folder of a search")
-    export.add_argument("out", metavar="OUT", help="folder to write")
-    export.add_argument("--arm", default="searched", help="of a search (default searched)")
-    return parser
-
-
-def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="mini, or a folder in COCO layout (default mini)")
-    parser.add_argument("--model", help="for example maskrcnn_resnet50_fpn")
-
-
-def _add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
-    _add_data_options(parser)
-    parser.add_argument("--init", help="random, imagenet, a state_dict's file or a run folder")
-    parser.add_argument(
-        "--preset",
-        help=f"settings to start from: {', '.join(presets())} (default mini for mini, else coco)",
-    )
-    parser.add_argument("--config", help="JSON file of settings instead of a preset")
-    parser.add_argument("--out", default=out, help=f"folder of the run (default {out})")
-    _add_set(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _add_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="one setting of a training run, for example steps=500 or model.norm=group; repeatable",
-    )
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {pair!r} has no value; write NAME=VALUE")
-        found[name.strip()] = value.strip()
-    return found
-
-
-def _train_config(arguments: argparse.Namespace) -> TrainConfig:
-    """Settings of a run: a preset or a file, then the options, then --set."""
-    if arguments.config is not None:
-        config = load_config(TrainConfig, arguments.config)
-    else:
-        is_mini = arguments.data in (None, "mini")
-        config = preset(arguments.preset or ("mini" if is_mini else "coco"))
-    if arguments.data is not None:
-        config = replace(config, data=replace(config.data, name=arguments.data))
-    changes = {"model.name": arguments.model, "model.init": arguments.init}
-    chosen = {name: value for name, value in changes.items() if value is not None}
-    return override(config, {**chosen, **_settings(arguments.set)})
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.engine import train
-    from fastcov_detection.model import load_widths
-
-    result = train(
-        _train_config(arguments),
-        None if arguments.widths is None else load_widths(arguments.widths),
-        run_dir=arguments.out,
-        seed=arguments.seed,
-        start=arguments.start,
-        resume=not arguments.restart,
-        progress=not arguments.quiet,
-    )
-    if os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks for all
-        return
-    masks = "" if result.segm_ap is None else f", mask AP {result.segm_ap:.3f}"
-    print(
-        f"AP {result.ap:.3f}, AP50 {result.ap50:.3f}{masks} after {result.steps} steps in "
-        f"{result.train_s:.0f} s; {result.params:,} parameters, {result.macs:,} MACs; "
-        f"files in {result.run_dir}"
-    )
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.data import check_data
-    from fastcov_detection.findings import refuse_faults, tell_notes
-
-    config = preset("mini" if arguments.data in (None, "mini") else "coco", arguments.model)
-    if arguments.data is not None:
-        config = replace(config, data=replace(config.data, name=arguments.data))
-    config = override(config, _settings(arguments.set))
-    findings = check_data(
-        config.data, with_masks="mask" in config.model.name, progress=not arguments.quiet
-    )
-    tell_notes(findings)
-    refuse_faults(findings, shown=None)
-    print(f"{config.data.name}: no fault found")
-
-
-def _pretrain(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.model import load_widths
-    from fastcov_detection.pretrain import PretrainConfig, pretrain
-
-    chosen = {name: getattr(arguments, name) for name in ("objects", "crop")}
-    config = PretrainConfig(
-        train=_train_config(arguments),
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-    result = pretrain(
-        config,
-        None if arguments.widths is None else load_widths(arguments.widths),
-        run_dir=arguments.out,
-        seed=arguments.seed,
-        resume=not arguments.restart,
-        progress=not arguments.quiet,
-    )
-    print(
-        f"accuracy {result.accuracy:.3f} on {result.val_objects} objects after {result.steps} "
-        f"steps in {result.train_s:.0f} s; files in {result.run_dir}; "
-        f"go on with: fastcov-detection train --init {result.run_dir}"
-    )
-
-
-def _search(arguments: argparse.Namespace) -> None:
-    config = SearchConfig(train=_train_config(arguments))
-    for name in ("rounds", "seeds", "peer_seeds", "peer_steps", "max_params", "budget", "jobs"):
-        if getattr(arguments, name) is not None:
-            config = replace(config, **{name: getattr(arguments, name)})
-    if arguments.vary is not None:
-        config = replace(config, vary=tuple(_words(arguments.vary)))
-    if arguments.arms is not None:
-        config = replace(config, arms=tuple(_words(arguments.arms)))
-    if arguments.rules is not None:
-        first, *further = _words(arguments.rules) or [""]
-        config = override(config, {"rule": first})
-        config = replace(config, arms=(*config.arms, *(f"searched-{rule}" for rule in further)))
-    _run_search(config, arguments)
-
-
-def _planned(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.planned import criteria, run_planned, run_tuning
-    from fastcov_detection.summary import print_summary
-
-    places = Path(arguments.out), Path(arguments.results)
-    options = {"jobs": arguments.jobs, "progress": not arguments.quiet}
-    if not arguments.tuning:
-        print_summary(run_planned(arguments.task, *places, **options))
-        return
-    once, twice = run_tuning(arguments.task, *places, **options)
-    print_summary(once)
-    for one in criteria(arguments.task, once, twice):
-        numbers = "no runs" if one.mean is None else f"{one.mean:+.3f}, n = {one.n}"
-        print(f"{'met' if one.is_met else 'NOT met'}: {one.asks} ({numbers})")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    train = override(preset("mini"), _settings(arguments.set))
-    config = SearchConfig(train=train, arms=ARMS_OF_DEMO, seeds=1, jobs=arguments.jobs)
-    _run_search(config, arguments)
-
-
-def _run_search(config: SearchConfig, arguments: argparse.Namespace) -> None:
-    from fastcov_detection.report import write_report
-    from fastcov_detection.search import run_search
-    from fastcov_detection.summary import print_summary
-
-    result = run_search(
-        config,
-        arguments.out,
-        results=getattr(arguments, "results", None),
-        progress=not arguments.quiet,
-    )
-    page = write_report(arguments.out, progress=not arguments.quiet)
-    print_summary(result)
-    print(f"report: {page}; widths: {Path(arguments.out) / 'widths.json'}")
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.compare import compare_runs, print_comparison
-
-    name = f"compare-{Path(arguments.a).name}-{Path(arguments.b).name}"
-    comparison = compare_runs(arguments.a, arguments.b, arguments.out or name)
-    print_comparison(comparison)
-    print(f"figures and numbers: {arguments.out or name}")
-
-
-def _families(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.families import compare_families, sentences
-
-    runs = [[Path(folder) for folder in side] for side in (arguments.a, arguments.b)]
-    for sentence in sentences(compare_families(*runs, Path(arguments.out))):
-        print(sentence)
-    print(f"figures and numbers: {arguments.out}")
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.report import write_report
-    from fastcov_detection.results import read_result
-    from fastcov_detection.summary import print_summary
-
-    print_summary(read_result(Path(arguments.dir)))
-    print(f"report: {write_report(arguments.dir)}")
-
-
-def _evidence(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.evidence import write_evidence
-
-    write_evidence(Path(arguments.results), Path(arguments.readme))
-    print(f"{arguments.readme}: tables of {arguments.results}")
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from fastcov_detection.export import export_run
-
-    out = export_run(arguments.source, arguments.out, arm=arguments.arm)
-    print(f"{out}: model.pt, widths.json, model.json, rebuild.py")
+    ours = (DataError, WidthsError, CheckpointError, LossError, RunError)
+    # A plain ValueError is fastcov's own check of a setting that the person chose.
+    return isinstance(error, ours) or type(error) is ValueError
 
 
 if __name__ == "__main__":

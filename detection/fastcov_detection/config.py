@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fastcov_detection.settings import (
     ConfigError,
@@ -28,6 +29,7 @@ __all__ = [
     "override",
     "preset",
     "presets",
+    "read_saved",
     "save_config",
     "to_dict",
 ]
@@ -42,40 +44,68 @@ class ModelConfig:
     num_classes: int | None = None
     """Classes with the background; None: as many as the data has."""
     norm: Literal["batch", "sync", "group", "frozen"] = "batch"
+    """Norm behind every convolution of the backbone."""
+    norm_groups: Literal["nearest", "common"] = "nearest"
+    """Groups of GroupNorm. ``nearest``: the divisor of the width that is nearest to 32 and leaves
+    two channels a group (25 for a width of 1000); ``common``: the largest common divisor with 32
+    (8 for 1000), as runs of earlier versions have it."""
     init: str = "random"
     """``random``, ``imagenet`` (torchvision's weights), or a state_dict's or run folder's path."""
-    trainable_layers: int = 5
-    """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on."""
+    trainable_layers: int | None = None
+    """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on.
+    None: as torchvision, 3 from ImageNet weights and 5 from others."""
     zero_init_last_norm: bool = False
+    """Start the last norm of each block at zero."""
     width_multiplier: float = 1.0
     """Scales the stem, stage and inner widths of the backbone."""
     fpn_channels: int = 256
+    """Channels of every map of the pyramid."""
     fpn_norm: bool = False
     """Normalise the pyramid's maps as well, with the norm of the backbone."""
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    """Box head: two linear layers, or four 3x3 convolutions and one linear layer."""
     box_head_width: int = 1024
+    """Units of the linear layers of the box head."""
+    box_conv_width: int = 256
+    """Channels of the four convolutions of box head 4conv1fc; a search leaves them alone."""
+    head_norm: bool = False
+    """Normalise the convolutions of the box and mask heads, with the norm of the backbone."""
     mask_head_width: int = 256
+    """Channels of every layer of the mask head."""
     min_size: int = 800
+    """Length to which the shorter edge of an image is resized."""
     max_size: int = 1333
+    """Most pixels of the longer edge after that."""
     train_sizes: tuple[int, ...] = ()
     """Further lengths of the shorter edge that training draws from (multi-scale)."""
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     """One anchor size for each of the five pyramid levels."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width of the anchors of each size."""
     rpn_batch: int = 256
+    """Anchors that are sampled from each training image."""
     rpn_pre_nms_train: int = 2000
+    """Best proposals of a level that training hands to non-maximum suppression."""
     rpn_pre_nms_test: int = 1000
+    """The same in evaluation."""
     rpn_post_nms_train: int = 2000
+    """Proposals of an image that training keeps."""
     rpn_post_nms_test: int = 1000
+    """Proposals of an image that evaluation keeps."""
     roi_batch: int = 512
     """Regions of interest that are sampled from each training image."""
     roi_sampling_ratio: int = 2
+    """Samples of RoIAlign along each edge of a bin."""
     roi_align: Literal["torchvision", "rows"] = "torchvision"
     """``rows``: the same values up to rounding, with a gradient that is faster on processors."""
     roi_canonical_scale: int = 224
     """Edge of the box that is read from pyramid level ``roi_canonical_level``."""
     roi_canonical_level: int = 4
+    """Pyramid level of boxes with edge ``roi_canonical_scale``."""
     detections_per_image: int = 100
+    """Most detections of an image."""
     score_threshold: float = 0.05
+    """Detections with a lower score are dropped."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +113,13 @@ class MiniConfig:
     """The ``mini`` data set: handwritten digits on real photographs, nothing to download."""
 
     train: int = 2000
+    """Training images."""
     val: int = 300
+    """Validation images."""
     canvas: int = 96
+    """Edge of an image in pixels."""
     seed: int = 0
+    """Seed of everything that is drawn."""
     brightness: float = 0.5
     """What photographs are multiplied by."""
     colour_low: int = 150
@@ -96,8 +130,8 @@ class MiniConfig:
     """Fewest and most objects of an image."""
     sizes: tuple[int, int] = (12, 48)
     """Shortest and longest longer edge of an object before rotation, in pixels."""
-    places: int = 1
-    """Digits that make up one object: 1 for the classes 0 to 9, 2 for the numbers 00 to 99."""
+    pictures: int = 0
+    """Classes of objects that are pictures, pieces of photographs; 0: objects are digits."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +144,13 @@ class DataConfig:
     """Folder where ``mini`` is kept; rebuilt only when its parameters change."""
     mini: MiniConfig = field(default_factory=MiniConfig)
     train_images: str | None = None
+    """Folder of training images."""
     train_annotations: str | None = None
+    """File of training annotations."""
     val_images: str | None = None
+    """Folder of validation images."""
     val_annotations: str | None = None
+    """File of validation annotations."""
     exif: Literal["turn", "ignore"] = "turn"
     """``turn``: images are turned as their EXIF orientation asks and viewers show them; ``ignore``:
     for boxes that were drawn on the pixels as they are stored."""
@@ -127,6 +165,7 @@ class DataConfig:
     cache: bool = False
     """Keep decoded training images in memory, for data that fits."""
     workers: int = 0
+    """Processes that read images; 0: the training process reads them itself."""
 
 
 @dataclass(frozen=True)
@@ -136,26 +175,46 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 90_000
+    """Steps of the optimizer."""
     batch_size: int = 16
     """Images of one step over all processes."""
+    accumulate: int = 1
+    """Parts into which each process cuts its images of a step, one forward and backward pass for
+    each: a larger batch in the same memory. BatchNorm sees one part at a time."""
     eval_batch_size: int = 1
+    """Images of one forward pass of an evaluation."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer of all parameters."""
     lr: float = 0.02
+    """Learning rate after warm-up, of a batch of ``lr_batch`` images."""
+    lr_batch: int | None = None
+    """Batch that ``lr`` is meant for: the rate is ``lr * batch_size / lr_batch``. None: ``lr`` as
+    it is, whatever the batch."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, for example 0.9998; the average is evaluated and
+    kept as the result. None: no average."""
     momentum: float = 0.9
     """Of SGD; AdamW keeps torch's two factors."""
     nesterov: bool = False
+    """Nesterov momentum of SGD."""
     weight_decay: float = 1e-4
+    """Weight decay of parameters."""
     decay_vectors: bool = True
     """Apply weight decay to norms and biases too."""
     warmup_steps: int = 1000
+    """Steps over which the learning rate rises to ``lr``."""
     schedule: Literal["step", "cosine"] = "step"
+    """How the learning rate falls."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     """Where the step schedule divides the rate by ten, as shares of ``steps``."""
     final_lr: float = 0.0
     """Where the cosine schedule ends, as a share of ``lr``."""
     clip_norm: float | None = None
+    """Largest norm of the gradient; None: not clipped."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of autocast; float32: none."""
     channels_last: bool = False
+    """Keep feature maps in channels_last memory."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int | None = None
@@ -165,14 +224,22 @@ class TrainConfig:
     track: Literal["none", "backbone", "model"] = "backbone"
     """Which part ``fastcov.track`` watches while training runs."""
     track_where: Literal["output", "input", "both"] = "output"
+    """Which tensors of a layer are watched."""
     track_decay: float | None = None
+    """Factor of earlier steps; None: all steps count the same."""
     track_rows: int | None = None
     """Rows that are read of a layer and step; None: as many as 1 % of the training flops allow."""
     snapshot_every: int = 1000
+    """Steps between snapshots of the spectra."""
     log_every: int = 20
+    """Steps between lines of the log."""
     checkpoint_every: int = 1000
+    """Steps between checkpoints."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0: at the end only."""
+    """Steps between evaluations; 0: at the end only, or as ``evaluate_epochs`` says."""
+    evaluate_epochs: float = 0.0
+    """Passes over the training images between evaluations; the weights with the highest AP of boxes
+    are kept as ``best.pt``. 0: as ``evaluate_every`` says."""
 
 
 @dataclass(frozen=True)
@@ -180,28 +247,37 @@ class SearchConfig:
     """A width search: the training run it repeats, the rule, and the arms it compares."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    rule: Literal["dof", "share", "relative", "absolute", "gradient"] = "dof"
+    rule: str = "dof"
+    """A rule of ``fastcov.widths.RULES``: what a feature map's spectrum says it needs."""
     power: float = 1.0
+    """Exponent of demand in the rule of widths."""
     rounds: int = 1
+    """Times that the search trains, measures and proposes, at most."""
     budget: float | None = None
     """MACs of the searched detector; None: those of the baseline."""
     max_params: int | None = None
+    """Cap on the searched parameters."""
     vary: tuple[str, ...] = ("backbone",)
     """Which widths may change: ``backbone``, ``fpn``, ``heads``."""
     arms: tuple[str, ...] = ("baseline", "searched", "uniform", "random", "untrained", "power")
+    """Networks that are trained and compared."""
     seeds: int = 1
+    """Runs of each arm."""
     peer_seeds: int = 1
     """Runs of arm ``torch-pruning``, which needs a second, larger training for each."""
     peer_steps: Literal["each", "shared"] = "each"
     """Steps of its two trainings: as many as every arm has, or half of them each, so that what
     is left has seen no more steps than any other network."""
     first_seed: int = 0
+    """Seed of the first run; the others follow."""
     measure_images: int = 512
+    """Images of a measuring pass."""
     image_size: int | None = None
     """Edge of the square input on which MACs are counted; None: ``train.model.min_size``."""
     jobs: int = 1
     """Training runs side by side."""
     latency_runs: int = 20
+    """Timed forward passes of each arm."""
 
 
 def _mini() -> TrainConfig:
@@ -270,10 +346,37 @@ def _coco() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(train_sizes=(640, 672, 704, 736, 768)),
         data=DataConfig(name="coco", workers=4),
+        lr_batch=16,
+        eval_batch_size=4,
+        evaluate_epochs=1.0,
         clip_norm=10.0,
         precision="bfloat16",
         channels_last=True,
         deterministic=False,
+    )
+
+
+def _coco_scratch() -> TrainConfig:
+    """The field's recipe from scratch: GroupNorm everywhere, a 4conv1fc head, six times as long.
+
+    Of mmdetection's scratch_faster_rcnn_r50_fpn_gn-all_6x: 73 epochs, the rate falls after 65 and
+    71, no stage is frozen, norms without weight decay.
+    """
+    coco = _coco()
+    model = replace(
+        coco.model,
+        norm="group",
+        fpn_norm=True,
+        head_norm=True,
+        box_head="4conv1fc",
+        trainable_layers=5,
+    )
+    return replace(
+        coco,
+        model=model,
+        steps=540_000,
+        milestones=(65 / 73, 71 / 73),
+        decay_vectors=False,
     )
 
 
@@ -310,29 +413,20 @@ def _early() -> TrainConfig:
     )
     config = _converged(look, "data/early")
     model = replace(config.model, anchor_sizes=(8, 14, 20, 32, 48))
-    return replace(config, model=model, steps=1200)
+    return replace(config, model=model, steps=2400)
 
 
 def _late() -> TrainConfig:
-    """Large objects of a hundred classes, read from the last pyramid levels alone."""
-    look = MiniConfig(
-        train=3000,
-        brightness=0.5,
-        colour_low=110,
-        angle=10.0,
-        digits=(3, 6),
-        sizes=(20, 32),
-        places=2,
-    )
+    """Large objects of a hundred classes that only many features tell apart."""
+    look = MiniConfig(train=3000, angle=20.0, digits=(2, 4), sizes=(20, 32), pictures=100)
     config = _converged(look, "data/late")
     model = replace(
         config.model,
-        fpn_norm=True,
-        roi_canonical_scale=12,
+        roi_canonical_scale=40,
         anchor_sizes=(8, 16, 24, 32, 40),
-        anchor_ratios=(0.6, 1.0),
+        anchor_ratios=(1.0,),
     )
-    return replace(config, model=model, optimizer="adamw", lr=0.001, steps=1200)
+    return replace(config, model=model, optimizer="adamw", lr=0.002, steps=1200)
 
 
 _PRESETS = {
@@ -342,6 +436,7 @@ _PRESETS = {
     "late": _late,
     "small": _small,
     "coco": _coco,
+    "coco-scratch": _coco_scratch,
 }
 
 
@@ -356,8 +451,8 @@ def preset(name: str, model: str | None = None) -> TrainConfig:
     Args:
         name: ``mini`` (two CPU cores, minutes), ``mini-harder`` (a task short of capacity),
             ``early`` and ``late`` (tasks with opposite needs, trained until they converge),
-            ``small`` (a few hundred photographs, two cores) or ``coco`` (torchvision's settings, a
-            GPU).
+            ``small`` (a few hundred photographs, two cores), ``coco`` (torchvision's settings, a
+            GPU) or ``coco-scratch`` (the field's recipe from random weights, GPUs).
         model: Replaces the preset's detector, for example ``maskrcnn_resnet50_fpn``.
 
     Raises:
@@ -367,3 +462,15 @@ def preset(name: str, model: str | None = None) -> TrainConfig:
         raise ConfigError(f"unknown preset {name!r}{closest(name, _PRESETS)}")
     config = _PRESETS[name]()
     return config if model is None else replace(config, model=replace(config.model, name=model))
+
+
+def read_saved(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a run as its folder holds it.
+
+    A setting that came later has the value that it had then.
+
+    Args:
+        values: Of config.json or of a checkpoint.
+    """
+    model = {"norm_groups": "common", **values.get("model", {})}
+    return from_dict(TrainConfig, {**values, "model": model})

@@ -29,13 +29,26 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather(value: Value) -> list[Value]:
-    """What every process has, in order of rank. Only for Python objects of one's own making."""
+def gather_to_first(value: Value) -> list[Value] | None:
+    """What every process has, in order of rank, on the first process; None on the others.
+
+    Only for Python objects of one's own making.
+    """
     if world_size() == 1:
         return [value]
-    gathered: list[Value | None] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return [one for one in gathered if one is not None]
+    gathered: list[Value | None] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return None if gathered is None else [one for one in gathered if one is not None]
+
+
+def from_first(value: Value | None) -> Value:
+    """The value of the first process, on every process."""
+    if world_size() > 1:
+        shared = [value]
+        dist.broadcast_object_list(shared)
+        value = shared[0]
+    assert value is not None
+    return value
 
 
 def average_over_ranks(values: torch.Tensor) -> torch.Tensor:

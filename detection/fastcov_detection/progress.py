@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes longer than a few seconds."""
+"""One display of everything that takes more than a few seconds: bars on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -9,33 +9,43 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where there is no terminal to draw on."""
 
 
 class Advance(Protocol):
-    """Reports that ``steps`` more are done; ``note`` is shown beside the bar."""
+    """Report that ``steps`` more are done; ``note`` is shown beside the bar."""
 
     def __call__(self, steps: int = 1, note: str = "") -> None: ...
 
 
-@contextmanager
-def progress_bar(
-    label: str, total: int, *, done: int = 0, enabled: bool = True
-) -> Iterator[Advance]:
-    """A bar on a terminal, plain lines otherwise, nothing when not enabled.
+class Bar(Protocol):
+    """Report of how many steps are done; ``is_done``: nothing follows."""
 
-    Args:
-        label: What is going on.
-        total: Steps in all.
-        done: Steps that an earlier process did.
-        enabled: False: silent.
-    """
+    def __call__(self, done: int, note: str = "", *, is_done: bool = False) -> None: ...
+
+
+class Display(Protocol):
+    """Place for any number of bars; a note is shown from the start on."""
+
+    def __call__(self, label: str, total: int, done: int = 0, note: str = "") -> Bar: ...
+
+
+@contextmanager
+def display(enabled: bool = True) -> Iterator[Display]:
+    """Bars on a terminal, plain lines otherwise, nothing when not enabled."""
     console = Console(file=sys.stderr)
     if not enabled:
-        yield lambda steps=1, note="": None
+        yield lambda label, total, done=0, note="": _silent
     elif console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -45,28 +55,61 @@ def progress_bar(
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=console) as bars:
-            task = bars.add_task(label, total=total, completed=done, note="")
-
-            def advance_bar(steps: int = 1, note: str = "") -> None:
-                bars.update(task, advance=steps, **({"note": note} if note else {}))
-
-            yield advance_bar
+            yield lambda label, total, done=0, note="": _drawn(
+                bars, bars.add_task(label, total=total, completed=done, note=note)
+            )
     else:
-        yield _PlainLines(label, total, done)
+        yield _lines
 
 
-class _PlainLines:
-    """One line every ten seconds and one at the end."""
+@contextmanager
+def progress_bar(
+    label: str, total: int, *, done: int = 0, enabled: bool = True
+) -> Iterator[Advance]:
+    """One bar; see :func:`display`.
 
-    def __init__(self, label: str, total: int, done: int) -> None:
-        self.label, self.total, self.done = label, total, done
-        self.next_line_s = time.monotonic() + PLAIN_EVERY_S
+    Args:
+        label: What is going on.
+        total: Steps in all.
+        done: Steps that an earlier process did.
+        enabled: False: silent.
+    """
+    with display(enabled) as show:
+        bar = show(label, total, done)
+        reached = done
 
-    def __call__(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
-        if time.monotonic() < self.next_line_s and self.done < self.total:
+        def advance(steps: int = 1, note: str = "") -> None:
+            nonlocal reached
+            reached += steps
+            bar(reached, note, is_done=reached >= total)
+
+        yield advance
+
+
+def _silent(done: int, note: str = "", *, is_done: bool = False) -> None:
+    return
+
+
+def _drawn(bars: Progress, task: TaskID) -> Bar:
+    """A bar on the terminal."""
+
+    def show(done: int, note: str = "", *, is_done: bool = False) -> None:
+        bars.update(task, completed=done, **({"note": note} if note else {}))
+
+    return show
+
+
+def _lines(label: str, total: int, done: int = 0, note: str = "") -> Bar:
+    """A line every ten seconds and one at the end; one at once where there is a note."""
+    next_s = time.monotonic() + PLAIN_EVERY_S
+
+    def show(done: int, note: str = "", *, is_done: bool = False) -> None:
+        nonlocal next_s
+        if time.monotonic() < next_s and not is_done:
             return
-        self.next_line_s = time.monotonic() + PLAIN_EVERY_S
-        print(
-            f"{self.label}: {self.done}/{self.total} {note}".rstrip(), file=sys.stderr, flush=True
-        )
+        next_s = time.monotonic() + PLAIN_EVERY_S
+        print(f"{label}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    if note:
+        print(f"{label}: {done}/{total} {note}", file=sys.stderr, flush=True)
+    return show

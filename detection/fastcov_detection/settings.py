@@ -1,4 +1,8 @@
-"""Dataclasses of settings to and from JSON and command-line text."""
+"""Dataclasses of settings to and from files, text and command lines, by jsonargparse.
+
+Types are checked, names that do not exist are met with the closest ones, and the docstring under a
+field is its help.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,22 @@ import dataclasses
 import difflib
 import json
 import os
-import types
-from collections.abc import Iterable, Mapping
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from fastcov_detection.files import write_text
 
 Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
 
 
 class ConfigError(ValueError):
@@ -41,7 +53,36 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: If a key is unknown (with the closest name) or a value has the wrong type.
     """
-    return _build(cls, values, "")
+    hints = dict(leaves(cls))
+    for name, value in _flat(values, cls):
+        _check_name(name, cls, hints)
+        if value is None and type(None) not in get_args(hints[name]):
+            raise ConfigError(f"{name} is None; give a value, or leave it out")
+    with naming_values():
+        return _built(cls, _parser(cls).parse_object(dict(values)))
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy with some settings replaced.
+
+    Args:
+        config: A dataclass of settings.
+        changes: Values by dotted name, for example ``{"model.norm": "group", "steps": "300"}``.
+            Strings are read as the type of the setting; tuples as ``a,b,c`` or JSON.
+
+    Raises:
+        ConfigError: If a name is unknown or a value cannot be read.
+    """
+    cls = type(config)
+    hints = dict(leaves(cls))
+    words = []
+    for name, value in changes.items():
+        _check_name(name, cls, hints)
+        words.append(f"--{name}={as_text(value, hints[name])}")
+    with naming_values():
+        parser = _parser(cls)
+        before = parser.parse_object(to_dict(config))
+        return _built(cls, parser.parse_args(words, namespace=before))
 
 
 def save_config(config: Any, path: str | os.PathLike[str]) -> None:
@@ -50,98 +91,96 @@ def save_config(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load_config(cls: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Reads a configuration that :func:`save_config` wrote.
+    """Reads a configuration: JSON as :func:`save_config` wrote it, or YAML.
 
     Raises:
-        ConfigError: If the file is missing, is not JSON, or does not describe a ``cls``.
+        ConfigError: If the file is missing, is neither, or does not describe a ``cls``.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"no configuration at {path}; check the path") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); save it again") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path} is neither JSON nor YAML ({said}); save it again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not settings by name")
     return from_dict(cls, values)
 
 
-def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with some settings replaced.
-
-    Args:
-        config: Any of the dataclasses of this module.
-        changes: Values by dotted name, for example ``{"model.norm": "group", "steps": "300"}``.
-            Strings are read as the type of the setting; tuples as ``a,b,c`` or JSON.
-
-    Raises:
-        ConfigError: If a name is unknown or a value cannot be read.
-    """
-    values = to_dict(config)
-    for name, value in changes.items():
-        cls: Any = type(config)
-        target = values
-        *parents, last = name.split(".")
-        for parent in parents:
-            hint = _hint(cls, parent, name)
-            if not dataclasses.is_dataclass(hint):
-                raise ConfigError(f"{name}: {parent} has no settings of its own")
-            cls, target = hint, target[parent]
-        hint = _hint(cls, last, name)
-        target[last] = _parse(value, hint) if isinstance(value, str) else value
-    return from_dict(type(config), values)
+def leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and types of all settings of a dataclass."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
 
 
-def _hint(cls: Any, key: str, name: str) -> Any:
-    hints = get_type_hints(cls)
-    if key not in hints:
-        raise ConfigError(f"unknown setting {name!r} of {cls.__name__}{closest(key, hints)}")
-    return hints[key]
+def as_text(value: Any, hint: Any) -> str:
+    """A value as a command line holds it: ``a,b`` is a list where the type is a tuple."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    members = (hint, *get_args(hint))
+    if type(None) in members and value.lower() in ("none", "null"):
+        return "null"
+    is_tuple = any(get_origin(member) is tuple for member in members)
+    return f"[{value}]" if is_tuple and not value.startswith("[") else value
 
 
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix or cls.__name__} is {values!r}; expected settings by name")
-    built = {
-        key: _convert(value, _hint(cls, key, prefix + key), prefix + key)
-        for key, value in values.items()
-    }
-    return cls(**built)
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """Command-line text as a JSON value where the setting is not a plain string."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(None) in members and text.lower() in ("none", "null"):
-        return None
-    if str in members or any(get_origin(member) is Literal for member in members):
-        return text
+@contextmanager
+def naming_values() -> Iterator[None]:
+    """Turns errors of jsonargparse into one line: setting, value, and what is expected."""
     try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except ValueError:
-        parts = [part for part in text.split(",") if part]
-        return [_parse(part, hint) for part in parts] if len(parts) > 1 else text
+        yield
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name + ".")
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), name)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{name} is {value!r}; choose from {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        if arguments[-1] is not Ellipsis and len(items) != len(arguments):
-            raise ConfigError(f"{name} is {value!r}; expected {len(arguments)} values")
-        return tuple(_convert(item, arguments[0], name) for item in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name} is {value!r}; expected {hint.__name__}")
-    return value
+_REFUSED = (
+    r'Parser key "([^"]*)":\s+Expected an? (.*)\. Got value: (.*)',
+    r'Parser key "([^"]*)":.*Subtypes: \[(.*?)\]\n.*Given value: (.*)',
+)
+
+
+def _one_line(message: str) -> str:
+    for pattern in _REFUSED:
+        found = re.search(pattern, message, re.DOTALL)
+        if found:
+            name, wanted, value = found.groups()
+            wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "none")
+            wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted)
+            return f"{name} is {value}; expected {wanted}"
+    return " ".join(message.split())
+
+
+def _flat(values: Any, cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of nested JSON values by dotted name, unknown ones too."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{prefix.rstrip('.') or cls.__name__} is {values!r}; expected settings by name"
+        )
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints.get(name)):
+            yield from _flat(value, hints[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_name(name: str, cls: Any, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        raise ConfigError(f"unknown setting {name!r} of {cls.__name__}{closest(name, known)}")
+
+
+@cache
+def _parser(cls: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    return parser
+
+
+def _built(cls: Any, parsed: Any) -> Any:
+    return cls(**_parser(cls).instantiate(parsed).as_dict())

@@ -170,7 +170,10 @@ def _contest(
 
     contenders = {OURS: start(OURS, partial(_our_moment, device))}
     check(work, errors[OURS], ERROR_BAR)
-    for name, peer in peers.MOMENT_PEERS.items():
+    joining = dict(peers.MOMENT_PEERS)
+    if setting.size == "full":
+        joining |= peers.COMPILED_MOMENT_PEERS
+    for name, peer in joining.items():
         call = peers.find(setting, name, partial(join, name, peer))
         if call is not None:
             contenders[name] = call

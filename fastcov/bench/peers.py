@@ -166,10 +166,15 @@ def delve_moment(device: torch.device) -> MomentMaker:
 MOMENT_PEERS: dict[str, Callable[[torch.device], MomentMaker]] = {
     "torch.mm": mm_moment,
     "cast + addmm": cast_moment,
-    "torch.compile": compiled_moment,
     "torchmetrics": torchmetrics_moment,
     "delve": delve_moment,
 }
+"""Peers of second moments in every run."""
+
+COMPILED_MOMENT_PEERS: dict[str, Callable[[torch.device], MomentMaker]] = {
+    "torch.compile": compiled_moment,
+}
+"""Peers of second moments in full runs alone: each new shape is compiled for seconds."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ Partial results live in workspace from torch's caching allocator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,26 +64,128 @@ def launch_accumulate_(
             tensor.mul_(decay)
 
 
+_MOST_ADDRESSES = 64
+"""Addresses of rows whose bulk-copy maps are kept: an allocator gives the same ones every step."""
+
+_Update = Callable[[Tensor, int, Tensor | None], None]
+"""Function of rows, their address and their weights that launches the kernels of one update."""
+
+
 class _Prepared:
-    """Launches of one job for one state: first through Triton, then directly."""
+    """Launches of one job for one state: first through Triton, then directly.
 
-    __slots__ = ("directly", "job", "like", "starters", "through_triton")
+    Attributes:
+        directly: Function that starts the compiled kernels; None until two launches through Triton,
+            and where Triton has to start them.
+    """
 
-    def __init__(self, job: Job, like: Tensor, device: int) -> None:
-        self.job = job
-        self.like = like  # allocates the workspace
-        self.starters = [
+    __slots__ = ("_factors", "_job", "_like", "_starters", "_state", "directly")
+
+    def __init__(
+        self, job: Job, state: tuple[Tensor, ...], factors: tuple[float, float], device: int
+    ) -> None:
+        self._job = job
+        self._state = state
+        self._factors = factors
+        self._like = state[2].new_empty(0, dtype=torch.float32)  # allocates the workspace
+        self._starters = [
             None if launch is None else Starter(launch, device)
             for launch in (job.shift, job.gram, job.mask, job.block, job.reduce)
         ]
-        self.through_triton = [starter and starter.through_triton for starter in self.starters]
-        self.directly: list[Any] | None = None
+        self.directly: _Update | None = None
 
-    def keep_compiled(self) -> None:
-        """Switch to direct launches, after a first launch, if all kernels allow it."""
-        starts = [starter and starter.directly for starter in self.starters]
-        if starts.count(None) == self.starters.count(None):
-            self.directly = starts
+    def through_triton(self, rows: Tensor, row_weight: Tensor | None) -> None:
+        """Launches the kernels with Triton's own call, and keeps what has been compiled.
+
+        Args:
+            rows: Rows to add.
+            row_weight: A weight for each, or None.
+        """
+        job, (_, _, shift, _, count) = self._job, self._state
+        partial = self._like.new_empty(job.workspace_entries)
+        weights = chain_weight = None
+        if row_weight is not None:
+            weights, chain_weight = self._weights(row_weight)
+        for_shift, gram, mask, block, reduce = self._starters
+        if for_shift is not None:
+            for_shift.through_triton(rows, shift, count)
+        if gram is not None:
+            gram.through_triton(
+                rows,
+                rows if job.is_aligned else None,
+                None if job.matrix is None else job.descriptor(rows),
+                shift,
+                partial,
+                partial if job.adds_vectors else None,
+                count,
+            )
+        elif mask is not None:
+            mask.through_triton(rows, weights, partial, chain_weight, count)
+        if block is not None:
+            block.through_triton(rows, shift, weights, partial)
+        assert reduce is not None
+        reduce.through_triton(partial, chain_weight, *self._state, *self._factors)
+        if self.directly is None:
+            self.directly = self._direct_update()
+
+    def _weights(self, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in float64, and room for their sums over chains."""
+        weights = row_weight.double()
+        return weights, weights.new_empty(self._job.plan.chains)
+
+    def _bulk_copy_map(self, rows: Tensor) -> tuple[Any, ...]:
+        gram = self._starters[1]
+        assert gram is not None
+        return gram.expand(self._job.descriptor(rows))
+
+    def _direct_update(self) -> _Update | None:
+        starts = [None if starter is None else starter.directly for starter in self._starters]
+        start_shift, start_gram, start_mask, start_block, start_reduce = starts
+        if start_reduce is None or starts.count(None) > self._starters.count(None):
+            return None
+        # A function over local variables: attributes would be looked up in every hook.
+        job = self._job
+        new_workspace, entries = self._like.new_empty, job.workspace_entries
+        is_aligned, adds_vectors = job.is_aligned, job.adds_vectors
+        # Given a tensor, Triton's launcher would call it for its address, and then the driver.
+        state = tuple(tensor.data_ptr() for tensor in self._state)
+        state_and_factors = (*state, *self._factors)
+        _, _, shift, _, count = state
+        no_matrix = (None,) if job.matrix is None else None
+        matrices: dict[int, tuple[Any, ...]] = {}  # bulk-copy maps by the rows' address
+
+        def update(rows: Tensor, address: int, row_weight: Tensor | None) -> None:
+            workspace = new_workspace(entries)
+            partial = workspace.data_ptr()
+            weight = chain_weight = None
+            if row_weight is not None:
+                weights, chain_weights = self._weights(row_weight)
+                weight, chain_weight = weights.data_ptr(), chain_weights.data_ptr()
+            if start_shift is not None:
+                start_shift(address, shift, count)
+            if start_gram is not None:
+                matrix = no_matrix or matrices.get(address)
+                if matrix is None:
+                    matrix = self._bulk_copy_map(rows)
+                    if len(matrices) >= _MOST_ADDRESSES:
+                        matrices.clear()
+                    matrices[address] = matrix
+                start_gram(
+                    address,
+                    address if is_aligned else None,
+                    *matrix,
+                    shift,
+                    partial,
+                    partial if adds_vectors else None,
+                    count,
+                )
+            elif start_mask is not None:
+                start_mask(address, weight, partial, chain_weight, count)
+            if start_block is not None:
+                start_block(address, shift, weight, partial)
+            start_reduce(partial, chain_weight, *state_and_factors)
+
+        return update
 
 
 class Accumulation:
@@ -103,7 +206,7 @@ class Accumulation:
         architecture: See there.
     """
 
-    __slots__ = ("_addresses", "_decided_by", "_factors", "_prepared", "_state")
+    __slots__ = ("_decided_by", "_factors", "_prepared", "_state")
 
     def __init__(
         self,
@@ -120,7 +223,6 @@ class Accumulation:
         architecture: Architecture | None = None,
     ) -> None:
         self._state = (moment, sum, shift, weight, count)
-        self._addresses = tuple(tensor.data_ptr() for tensor in self._state)
         self._factors = (row_scale, decay)
         self._decided_by = (precision, architecture, channel_dim)
         # For rows that begin anywhere, and for those that begin where a vector can.
@@ -129,8 +231,7 @@ class Accumulation:
     def _prepare(self, rows: Tensor, is_weighted: bool) -> _Prepared:
         job = job_of(rows, is_weighted, *self._decided_by)
         assert job is not None
-        like = self._state[2].new_empty(0, dtype=torch.float32)
-        prepared = _Prepared(job, like, rows.get_device())
+        prepared = _Prepared(job, self._state, self._factors, rows.get_device())
         self._prepared[is_address_aligned(rows)] = prepared
         return prepared
 
@@ -146,50 +247,15 @@ class Accumulation:
             with torch.cuda.device(index):
                 self.add(rows, row_weight)
             return
-        address: Any = rows.data_ptr()
+        address = rows.data_ptr()
         prepared = self._prepared[address % VECTOR_BYTES == 0]
         if prepared is None:
             prepared = self._prepare(rows, row_weight is not None)
-        job = prepared.job
-        state: Any
-        weight: Any
-        chain_weight: Any
-        workspace = partial = prepared.like.new_empty(job.workspace_entries)
-        weights = chain_weights = None
-        if row_weight is not None:
-            weights = row_weight.double()
-            chain_weights = weights.new_empty(job.plan.chains)
-        starts = prepared.directly
-        is_first = starts is None or is_watched()
-        if is_first:
-            starts, state, address = prepared.through_triton, self._state, rows
-            weight, chain_weight = weights, chain_weights
+        update = prepared.directly
+        if update is None or is_watched():
+            prepared.through_triton(rows, row_weight)
         else:
-            # Given a tensor, Triton's launcher would call it for its address, and then the driver.
-            state, partial = self._addresses, workspace.data_ptr()
-            weight = None if weights is None else weights.data_ptr()
-            chain_weight = None if chain_weights is None else chain_weights.data_ptr()
-        start_shift, start_gram, start_mask, start_block, start_reduce = starts
-        _, _, shift, _, count = state
-        if start_shift is not None:
-            start_shift(address, shift, count)
-        if start_gram is not None:
-            start_gram(
-                address,
-                address if job.is_aligned else None,
-                None if job.matrix is None else job.descriptor(rows),
-                shift,
-                partial,
-                partial if job.adds_vectors else None,
-                count,
-            )
-        elif start_mask is not None:
-            start_mask(address, weight, partial, chain_weight, count)
-        if start_block is not None:
-            start_block(address, shift, weight, partial)
-        start_reduce(partial, chain_weight, *state, *self._factors)
-        if is_first:
-            prepared.keep_compiled()
+            update(rows, address, row_weight)
 
 
 def workspace_bytes(

@@ -3,7 +3,8 @@
 ``JITFunction.run`` binds some 25 arguments, looks up a compilation and compares every constant of
 the module: 10 us a launch on two cores of an AMD EPYC, in every hook. Nothing of that can change
 between launches whose tensors keep their dtypes, alignment and device, so the compiled kernel that
-the first launch returns is kept and started directly, with addresses in place of tensors.
+the first launch returns is kept and started directly, with addresses in place of tensors: by the
+function in C that Triton's launcher ends in (launcher.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcov.kernels.config import Architecture
+from fastcov.kernels.launcher import LauncherCall, UnknownLauncherError
 from fastcov.kernels.tiles import IS_INTERPRETED
 
 _CONVENTION = (
@@ -168,15 +171,18 @@ class Starter:
         device: Number of the GPU.
 
     Attributes:
-        directly: Starts the compiled kernel, given addresses, descriptors or None in the places of
-            the tensors, and the same numbers; None until a launch through Triton has returned it.
+        directly: Starts the compiled kernel, given addresses or None in the places of the tensors,
+            :meth:`expand` of descriptors, and the same numbers; None until two launches through
+            Triton, and where Triton has to start the kernel.
     """
 
-    __slots__ = ("_device", "_launch", "directly")
+    __slots__ = ("_call", "_compiled", "_device", "_launch", "directly")
 
     def __init__(self, launch: Launch, device: int) -> None:
         self._launch = launch
         self._device = device
+        self._compiled: Any = None
+        self._call: LauncherCall | None = None
         self.directly: Callable[..., None] | None = None
 
     def through_triton(self, *tensors: Any) -> None:
@@ -185,20 +191,40 @@ class Starter:
         Args:
             tensors: As for :meth:`Launch.start`.
         """
-        compiled = self._launch.start(*tensors)
-        if STARTS_DIRECTLY and compiled is not None:
-            self.directly = _direct_start(compiled, self._launch, self._device)
+        launch, before = self._launch, self._compiled
+        compiled = self._compiled = launch.start(*tensors)
+        # Many launches are made only once, by a layout of rows that never comes again.
+        if not STARTS_DIRECTLY or compiled is None or compiled is not before or self._call:
+            return
+        tail = (compiled.function, compiled.packed_metadata, None, None, None)
+        values = (*tensors, *launch.arguments)
+        try:
+            self._call = LauncherCall(compiled.run, launch.grid, tail, values)
+        except UnknownLauncherError:
+            return
+        self.directly = _direct_start(self._call, launch.arguments, self._device)
+
+    def expand(self, descriptor: TensorDescriptor) -> tuple[Any, ...]:
+        """Values that :attr:`directly` takes in place of a descriptor: see LauncherCall.expand.
+
+        Args:
+            descriptor: Its tensor may lie anywhere; sizes and dtype are those of the first launch.
+        """
+        assert self._call is not None
+        return self._call.expand(descriptor)
 
 
-def _direct_start(compiled: Any, launch: Launch, device: int) -> Callable[..., None]:
-    # A function over local variables: attributes would be looked up at every launch.
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+def _direct_start(
+    call: LauncherCall, arguments: tuple[Any, ...], device: int
+) -> Callable[..., None]:
+    # Functions over local variables: attributes would be looked up at every launch.
+    function, head, middle = call.function, call.head, call.middle
     stream_of = driver.active.get_current_stream
-    (x, y, z), arguments = launch.grid, launch.arguments
 
-    def start(*addresses: Any) -> None:
-        run(
-            x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *arguments
-        )
+    def start(*values: Any) -> None:
+        function(*head, stream_of(device), *middle, *values, *arguments)
 
-    return start
+    def start_nested(*values: Any) -> None:
+        function(*head, stream_of(device), *middle, (*values, *arguments))
+
+    return start_nested if call.is_nested else start

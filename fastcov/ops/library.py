@@ -157,8 +157,19 @@ class Observer(Protocol):
     def begin_step(self) -> None:
         """Starts a step."""
 
+    def take_mask(self, mask: object) -> None:
+        """Sets the mask of the step that has begun."""
+
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
+
+    def observe_named(
+        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
+    ) -> None:
+        """Reads a tensor that the user's forward names."""
+
+    def observe_gradient(self, tap: int, gradient: Tensor) -> None:
+        """Reads the gradient of one activation."""
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
@@ -174,8 +185,19 @@ class Observer(Protocol):
 # tag has torch cut graphs around these operators.
 _ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 _define("begin_step_(Tensor(a!) clock) -> ()", _no_result, _ON_THE_HOST)
+_define("take_mask_(Tensor(a!) clock, Tensor mask) -> ()", _no_result, _ON_THE_HOST)
 _define(
     "observe_(Tensor(a!) clock, Tensor tap, Tensor activation, int batch_dims=0) -> ()",
+    _no_result,
+    _ON_THE_HOST,
+)
+_define(
+    "observe_named_(Tensor(a!) clock, str name, Tensor tensor, int channel_dim) -> ()",
+    _no_result,
+    _ON_THE_HOST,
+)
+_define(
+    "observe_gradient_(Tensor(a!) clock, Tensor tap, Tensor gradient) -> ()",
     _no_result,
     _ON_THE_HOST,
 )
@@ -191,9 +213,24 @@ def _begin_step(clock: Tensor) -> None:
         target.begin_step()
 
 
+def _take_mask(clock: Tensor, mask: Tensor) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.take_mask(mask)
+
+
 def _observe(clock: Tensor, tap: Tensor, activation: Tensor, batch_dims: int = 0) -> None:
     if (target := observers.get(int(clock))) is not None:
         target.observe(int(tap), activation, batch_dims)
+
+
+def _observe_named(clock: Tensor, name: str, tensor: Tensor, channel_dim: int) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.observe_named(name, tensor, channel_dim, is_compiled=True)
+
+
+def _observe_gradient(clock: Tensor, tap: Tensor, gradient: Tensor) -> None:
+    if (target := observers.get(int(clock))) is not None:
+        target.observe_gradient(int(tap), gradient)
 
 
 def _refuse(clock: Tensor, tap: Tensor, reason: str) -> None:
@@ -221,7 +258,10 @@ def _observe_vmapped(
 
 
 _LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
+_LIBRARY.impl("take_mask_", _take_mask, "CompositeExplicitAutograd")
 _LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
+_LIBRARY.impl("observe_named_", _observe_named, "CompositeExplicitAutograd")
+_LIBRARY.impl("observe_gradient_", _observe_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
 _LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
 torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)

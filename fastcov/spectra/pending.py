@@ -185,7 +185,8 @@ def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     # torch hands out its streams in turn: a new one may be the stream that the caller trains on.
     side = _side_streams.get(stream.device)
     while side is None or side == stream:
-        side = _side_streams[stream.device] = torch.cuda.Stream(stream.device)
+        # 0 is the lowest priority of CUDA's: a training on a stream of a higher one goes first.
+        side = _side_streams[stream.device] = torch.cuda.Stream(stream.device, priority=0)
     return side
 
 

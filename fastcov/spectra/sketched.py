@@ -42,10 +42,10 @@ class SketchFacts(NamedTuple):
 
     def interval(self, channels: int, total: float) -> tuple[Tensor, Tensor]:
         """Lower and upper ends for all eigenvalues: behind the head, 0 and total / i. [C] each"""
-        lower = torch.zeros(channels, dtype=torch.float64)
-        upper = total / torch.arange(1, channels + 1, dtype=torch.float64)
-        lower[: len(self.lower)] = torch.tensor(self.lower, dtype=torch.float64)
-        known = torch.tensor(self.upper, dtype=torch.float64)
+        lower = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        upper = total / torch.arange(1, channels + 1, dtype=torch.float64, device="cpu")
+        lower[: len(self.lower)] = torch.tensor(self.lower, dtype=torch.float64, device="cpu")
+        known = torch.tensor(self.upper, dtype=torch.float64, device="cpu")
         upper[: len(known)] = torch.minimum(upper[: len(known)], known)
         return lower, upper.cummin(0).values
 
@@ -106,7 +106,7 @@ def _leading(values: Tensor, count: int) -> Tensor:
         gaps = (values[index] - values[index + 1 :]).clamp(min=1e-9 * float(values[index]))
         inverse = float((1 / gaps).sum())
         largest.append((width - 1) / inverse if inverse else float(values[index]))
-    return torch.tensor(largest, dtype=torch.float64).sort(descending=True).values
+    return torch.tensor(largest, dtype=torch.float64, device="cpu").sort(descending=True).values
 
 
 def _filled(head: Tensor, channels: int, total: float) -> Tensor:
@@ -114,7 +114,7 @@ def _filled(head: Tensor, channels: int, total: float) -> Tensor:
     behind = channels - len(head)
     if rest <= 0 or behind == 0:
         return torch.cat([head * (total / float(head.sum())), head.new_zeros(behind)])
-    ranks = torch.arange(len(head) + 1, channels + 1, dtype=torch.float64) / len(head)
+    ranks = torch.arange(len(head) + 1, channels + 1, dtype=torch.float64, device="cpu") / len(head)
     low, high = 0.0, 64.0
     for _ in range(50):
         exponent = (low + high) / 2
@@ -152,7 +152,7 @@ def head_interval(sketched: Tensor, total: float) -> tuple[Tensor, Tensor]:
     head = min(_MOST_BOUNDED, head_size(width))
     roots = sketched.double().clamp(min=0).sort(descending=True).values[:head].sqrt()
     spread = math.sqrt(2 * math.log(2 * head / (1 - _CONFIDENCE)) / width)
-    ranks = torch.arange(1, head + 1, dtype=torch.float64)
+    ranks = torch.arange(1, head + 1, dtype=torch.float64, device="cpu")
     shrink = 1 - (ranks / width).sqrt() - spread
     upper = torch.where(shrink > 0, (roots / shrink.clamp(min=1e-9)).square(), torch.inf)
     lower, left = [], total
@@ -160,4 +160,4 @@ def head_interval(sketched: Tensor, total: float) -> tuple[Tensor, Tensor]:
         end = max(0.0, (root - math.sqrt(left / width)) / (1 + spread)) ** 2
         lower.append(end)
         left = max(0.0, left - end)
-    return torch.tensor(lower, dtype=torch.float64), upper.clamp(max=total)
+    return torch.tensor(lower, dtype=torch.float64, device="cpu"), upper.clamp(max=total)

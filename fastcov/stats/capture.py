@@ -10,7 +10,7 @@ import torch
 
 from fastcov.ops.backend import service_of
 from fastcov.rows.layout import ActivationLayout
-from fastcov.stats.device_buffer import flush_full_, make_flush_table
+from fastcov.stats.device_buffer import flush_full_, is_table_of, make_flush_table
 from fastcov.stats.layer import Layer
 
 _MOST_NAMED = 3  # reasons in a warning, and layers of each reason
@@ -124,6 +124,8 @@ class DeviceCounters:
             decay: Factor of one step on everything before; None keeps everything.
         """
         if self._table is not None:
+            if not is_table_of(self._table, self._buffers):
+                self._table = make_flush_table(self._buffers)
             flush_full_(self._table, self.step, decay or 1.0)
         self.is_warm = True
         self._is_inside_step = False

@@ -39,6 +39,7 @@ class DeviceBuffer:
     Attributes:
         dtype: Dtype of the rows.
         device: Device of the rows.
+        layer: State, memory and sizes as a flush takes them; another object after :meth:`grow`.
         step: See the argument.
         most_rows: See the argument.
         step_rows: Rows that the calls of the running step have offered.
@@ -58,23 +59,31 @@ class DeviceBuffer:
         carry: int,
         state_step: int,
     ) -> None:
-        from fastcov.kernels import flush, gather
+        from fastcov.kernels import gather
 
-        device, channels = state.moment.device, len(state.sum)
+        device = state.moment.device
         self.most_rows = most_rows
         self.step = step
         self.dtype = dtype
         self.device = device
         self.step_rows = 0
         self.is_captured = False
+        self._state = state
+        self._first_threshold = first_threshold
         with torch.inference_mode(False):
-            capacity = threshold + most_rows
-            self._buffer = torch.empty(capacity, channels, dtype=dtype, device=device)
-            self._row_step = torch.empty(capacity, dtype=torch.int32, device=device)
             self._cursor = torch.zeros(gather.CURSOR_FIELDS, dtype=torch.int64, device=device)
         self._cursor[gather.SAMPLED.value] = sampled
         self._cursor[gather.CARRY.value] = carry
         self._cursor[gather.STATE_STEP.value] = state_step
+        self._make_room(threshold, threshold + most_rows)
+
+    def _make_room(self, threshold: int, capacity: int) -> None:
+        from fastcov.kernels import flush
+
+        state, device, channels = self._state, self.device, len(self._state.sum)
+        with torch.inference_mode(False):
+            self._buffer = torch.empty(capacity, channels, dtype=self.dtype, device=device)
+            self._row_step = torch.empty(capacity, dtype=torch.int32, device=device)
         self.layer = flush.BufferedLayer(
             state.moment,
             state.sum,
@@ -86,9 +95,28 @@ class DeviceBuffer:
             self._row_step,
             self._cursor,
             threshold,
-            first_threshold=first_threshold,
+            first_threshold=self._first_threshold,
         )
         self._table = flush.FlushTable([self.layer])
+
+    def grow(self, threshold: int, most_rows: int) -> None:
+        """Makes room for larger steps; rows that wait stay, and nothing waits for the device.
+
+        Launches prepared before write into the old memory: they must be prepared anew, and so must
+        tables of flushes.
+
+        Args:
+            threshold: Rows from which the buffer counts as full.
+            most_rows: Largest number of rows between two flushes, not less than before.
+        """
+        rows, row_step = self._buffer, self._row_step
+        # Besides those of the running step, as many rows may wait as the old threshold allowed.
+        room = max(threshold, len(rows) - self.most_rows) + most_rows
+        self.most_rows = most_rows
+        self._first_threshold = min(self._first_threshold, threshold)
+        self._make_room(threshold, room)
+        self._buffer[: len(rows)].copy_(rows)
+        self._row_step[: len(row_step)].copy_(row_step)
 
     def prepare(
         self, activation: Tensor, layout: ActivationLayout, fraction: int, phase: int
@@ -143,6 +171,16 @@ def make_flush_table(buffers: Sequence[DeviceBuffer]) -> FlushTable:
     from fastcov.kernels.flush import FlushTable
 
     return FlushTable([buffer.layer for buffer in buffers])
+
+
+def is_table_of(table: FlushTable, buffers: Sequence[DeviceBuffer]) -> bool:
+    """True if a table holds the present addresses and sizes of buffers.
+
+    Args:
+        table: Table of these buffers, from :func:`make_flush_table`.
+        buffers: The buffers, some of which may have grown.
+    """
+    return all(layer is buffer.layer for layer, buffer in zip(table.layers, buffers, strict=True))
 
 
 def flush_full_(table: FlushTable, step: Tensor, decay: float) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakMethod
 
 import torch
@@ -47,6 +47,7 @@ from fastcov.stats.cursor import (
 from fastcov.stats.device_buffer import DeviceBuffer
 from fastcov.stats.host_buffer import HostBuffer
 from fastcov.stats.state import CovarianceState
+from fastcov.stats.weighted_buffer import WeightedBuffer
 
 RowSource = Callable[..., bool]
 """Function of a state, ``row_scale`` and ``decay`` that adds a call's rows in a cheaper way, or
@@ -66,11 +67,34 @@ class _EarlyRows:
         rows: All rows of one call, or a sample of them.
         offered: Rows that the call offered.
         is_whole: True if ``rows`` are all of them.
+        weights: Weights of the rows, where they differ. [N]
     """
 
     rows: Tensor
     offered: int
     is_whole: bool
+    weights: Tensor | None = None
+
+
+class Draw(NamedTuple):
+    """Rows of one call that are due: see :meth:`Layer.draw`.
+
+    Attributes:
+        rows: How many.
+        offered: Rows of the call.
+        first_sample: Number of the first of them in the sampling sequence.
+        run_length: Neighbouring positions that are read together.
+    """
+
+    rows: int
+    offered: int
+    first_sample: int
+    run_length: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all rows of the call are due."""
+        return self.rows == self.offered
 
 
 class Layer:
@@ -92,6 +116,7 @@ class Layer:
         cursor: Counters, in memory that Python and operators share.
         calls: Calls of the running step; after its end, of the last one.
         offered_rows: Rows that these calls offered.
+        left_out_rows: Rows of weight 0 among those, counted while the fraction is not known.
         earlier_calls: Calls of the steps before.
         phase: See the argument.
         fraction: Share of the rows to read, as given or planned.
@@ -139,6 +164,8 @@ class Layer:
         self.step = 0
         self.state_step = 0
         self.earlier_calls = 0
+        self.left_out_rows = 0
+        self._weighted = WeightedBuffer(decay)
         self.buffer = HostBuffer(self.cursor, weighting == "image" or decay is not None, first_fill)
         self._listeners: list[WeakMethod[Callable[[], None]]] = []
         self._early_rows: list[_EarlyRows] = []
@@ -179,11 +206,12 @@ class Layer:
 
     def begin_step(self, step: int) -> None:
         """Starts the counters of a step."""
+        # Not by the attributes: they take 0.1 us each, of every layer in every step.
+        numbers = self.cursor.numbers
         self.step = step
-        self.earlier_calls += self.calls
-        self.calls = 0
-        self.offered_rows = 0
-        self._positions = 0
+        self.earlier_calls += numbers[CALLS]
+        numbers[CALLS] = numbers[OFFERED] = numbers[POSITIONS] = 0
+        self.left_out_rows = 0
         if self.device_buffer is not None:
             self.device_buffer.step_rows = 0
 
@@ -201,22 +229,17 @@ class Layer:
         if offered == 0:
             return
         numbers = self.cursor.numbers
-        numbers[CALLS] += 1
-        numbers[OFFERED] += offered
-        numbers[POSITIONS] += layout.positions
+        self._count(layout)
         buffer = self.device_buffer
         if buffer is not None and not self.adds_at_once(layout):
-            if self.has_room(layout, numbers[CALLS]):
+            if self.has_room(layout, numbers[CALLS]) or self._make_room(layout, numbers[CALLS]):
                 buffer.step_rows += offered
                 gather = buffer.prepare(activation, layout, numbers[FRACTION], numbers[PHASE])
                 gather.launch_(activation)
                 return
-            # Another device or dtype, or larger batches than planned: the host counts again.
+            # Another device or dtype, or more rows than one launch adds: the host counts again.
             self._leave_full_buffer(buffer, layout)
-        if self._device != layout.device:
-            self.prepare(layout.channels, layout.device)
-        if layout.dtype is not self.dtype:
-            self._match_dtype(layout.dtype)
+        self._expect(layout)
         fraction = numbers[FRACTION]
         if fraction == WHOLE:
             self._add(activation, layout, source)
@@ -227,6 +250,127 @@ class Layer:
         elif self.fraction is None:
             self._keep_early(activation, layout)
 
+    def _count(self, layout: ActivationLayout) -> None:
+        numbers = self.cursor.numbers
+        numbers[CALLS] += 1
+        numbers[OFFERED] += layout.rows
+        numbers[POSITIONS] += layout.positions
+
+    def _expect(self, layout: ActivationLayout) -> None:
+        if self._device != layout.device:
+            self.prepare(layout.channels, layout.device)
+        if layout.dtype is not self.dtype:
+            self._match_dtype(layout.dtype)
+
+    def read_weighted(self, activation: Tensor, layout: ActivationLayout, weights: Tensor) -> None:
+        """Reads the rows of one call, or the sample that is due, each with a weight of its own.
+
+        Args:
+            activation: See :meth:`read`.
+            layout: Layout of the activation.
+            weights: One weight a row; rows of weight 0 are not read. [B, ...]
+        """
+        if layout.rows == 0:
+            return
+        self.leave_device()
+        self._expect(layout)
+        draw = self.draw(layout)
+        if self.fraction is None:
+            self.left_out_rows += int((weights == 0).sum())  # waits for a GPU, in a first step
+        if draw.is_whole and self.fraction is not None:
+            self._add_weighted(layout.view(activation), weights)
+        elif draw.rows:
+            sizes = ActivationLayout(weights[..., None])
+            sampled = self.drawn(draw, weights[..., None], sizes)
+            self.add_drawn(draw, self.drawn(draw, activation, layout), sampled[:, 0])
+
+    def draw(self, layout: ActivationLayout) -> Draw:
+        """Counts a call, and tells which of its rows are due, with all counters on the host.
+
+        The caller reads these rows (:meth:`drawn`) and passes them to :meth:`add_drawn`.
+
+        Args:
+            layout: Layout of the call, which has a row.
+        """
+        self._count(layout)
+        self.leave_device()
+        self._moves_left = 0
+        fraction, offered = self._fixed_fraction, layout.rows
+        due = offered
+        if self.fraction is None:
+            due = self._early_limit(layout)
+        elif fraction < WHOLE:
+            due, self._carry = rows_due(offered, fraction, self._carry)
+        draw = Draw(min(due, offered), offered, self._sampled, layout.run_length)
+        if not draw.is_whole:
+            self._sampled += draw.rows
+        return draw
+
+    def drawn(self, draw: Draw, activation: Tensor, layout: ActivationLayout) -> Tensor:
+        """Copy of the rows that :meth:`draw` has told, of any activation of as many rows. [N, C]"""
+        if draw.is_whole:
+            return layout.view(activation).detach().reshape(-1, layout.channels).clone()
+        rows = layout.new_rows(draw.rows)
+        kernels = service_of(layout.dtype, layout.device).kernels
+        library.GATHER[kernels](
+            rows,
+            layout.source(activation),
+            0,
+            draw.first_sample,
+            draw.rows,
+            draw.run_length,
+            self.phase,
+            layout.channel_dim,
+        )
+        return rows
+
+    def add_drawn(self, draw: Draw, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Adds the rows of :meth:`draw`, or keeps them until the fraction to read is known.
+
+        Args:
+            draw: The draw.
+            rows: The rows. [N, C]
+            weights: Weights of the rows, where they differ. [N]
+        """
+        layout = ActivationLayout(rows)
+        self._expect(layout)
+        if self.fraction is None:
+            self._early_rows.append(_EarlyRows(rows, draw.offered, draw.is_whole, weights))
+        elif weights is None:
+            self._add(rows, layout)
+        else:
+            self._add_weighted(rows, weights)
+
+    def _add_weighted(self, rows: Tensor, weights: Tensor) -> None:
+        flat = weights.reshape(-1)
+        assert self.state is not None
+        if len(flat) < self._direct_rows(self.state.channels):
+            if self.weighting == "position" and not self._weighted.has_room(len(flat)):
+                self._flush_weighted()
+            capacity = self._buffer_rows(self.state.channels)
+            self._weighted.add(rows.reshape(len(flat), -1), flat, self.step, capacity)
+        elif self.weighting == "image":
+            self._pool(rows, flat)
+        else:
+            self._accumulate_weighted(rows, flat, self.step)
+
+    def _accumulate_weighted(self, rows: Tensor, weights: Tensor, step: int) -> None:
+        assert self.state is not None
+        if self.decay is not None:
+            self._flush_full()  # rows of earlier steps must be in the state before: see _add
+        decay = self._decay_until(step)
+        self.state.update(rows, weights, decay=decay, precision=self.precision)
+
+    def _flush_weighted(self) -> None:
+        waiting = self._weighted
+        if self.decay is not None:
+            self._flush_full()  # moves the state to the last step of these rows
+        if self.weighting == "image" and (held := waiting.take_unsettled()) is not None:
+            self._pool(*held)
+        waiting.move_to(self.state_step)
+        if (taken := waiting.take()) is not None:
+            self._accumulate_weighted(*taken, waiting.step)
+
     def end_step(self) -> None:
         """Settles the weights of the step's rows, whose number is known now."""
         if self.calls == 0:
@@ -236,6 +380,10 @@ class Layer:
         if self.weighting == "position":
             return
         self.buffer.weigh(self.step, self._row_weight())
+        self._weighted.settle(self._row_weight())
+        state = self.state
+        if state is not None and self._weighted.fill >= self._buffer_rows(state.channels):
+            self._flush_weighted()
         if self._is_unweighted and self.state is not None:
             self.state.scale_(self._row_weight())
             self._is_unweighted = False
@@ -254,15 +402,29 @@ class Layer:
         for part in early:
             rows = part.rows
             layout = ActivationLayout(rows)
+            weights = part.weights
             if layout.dtype is not self.dtype:
                 self._match_dtype(layout.dtype)
             if self._fixed_fraction < WHOLE:
                 due, self._carry = rows_due(part.offered, self._fixed_fraction, self._carry)
-                if part.is_whole and due:
+                if part.is_whole and 0 < due < part.offered and weights is not None:
+                    draw = Draw(due, part.offered, self._sampled)
+                    self._sampled += due
+                    self._add_weighted(
+                        self.drawn(draw, rows, layout),
+                        self.drawn(draw, weights[:, None], ActivationLayout(weights[:, None])),
+                    )
+                    continue
+                if part.is_whole and due and weights is None:
                     self._sample(rows, layout, due)
                     continue
                 rows = rows[:due]
                 layout = ActivationLayout(rows)
+                weights = None if weights is None else weights[:due]
+            if weights is not None:
+                if len(rows):
+                    self._add_weighted(rows, weights)
+                continue
             # Later calls of this size will be added at once: a buffer made for this one would stay.
             is_large = part.offered >= self._direct_rows(layout.channels)
             self._add(rows, layout, at_once=self._fixed_fraction == WHOLE and is_large)
@@ -281,7 +443,9 @@ class Layer:
                 self._step_state.to(device)
             for part in self._early_rows:  # left by a first step that an exception has ended
                 part.rows = part.rows.to(device)
+                part.weights = None if part.weights is None else part.weights.to(device)
             self.buffer.release()
+            self._weighted.release()
             self._forget_device()
         if self._device != device:
             self._device = device
@@ -300,7 +464,8 @@ class Layer:
     def _buffer_rows(self, channels: int) -> int:
         if self.state is not None and self.state.sketch is not None:
             return SKETCH_ROWS
-        return buffer_rows(channels)
+        assert self.service is not None
+        return buffer_rows(channels, self.service.is_host)
 
     def _direct_rows(self, channels: int) -> int:
         assert self.service is not None
@@ -357,14 +522,14 @@ class Layer:
         else:
             self._pool(rows)
 
-    def _pool(self, rows: Tensor) -> None:
+    def _pool(self, rows: Tensor, weights: Tensor | None = None) -> None:
         # Rows of the running step, whose weight its end will tell.
         assert self.state is not None
         if self._step_state is None:
             self._step_state = CovarianceState(
                 self.state.channels, rows.device, sketch=self.state.sketch_width
             )
-        self._step_state.update(rows, precision=self.precision)
+        self._step_state.update(rows, weights, precision=self.precision)
 
     def _accumulate(
         self,
@@ -432,9 +597,7 @@ class Layer:
         self._sampled += due
 
     def _keep_early(self, activation: Tensor, layout: ActivationLayout) -> None:
-        offered = layout.rows
-        kept_before = sum(part.rows.numel() for part in self._early_rows) // layout.channels
-        limit = max(self._buffer_rows(layout.channels) - kept_before, ceil(offered * _KEPT_SHARE))
+        offered, limit = layout.rows, self._early_limit(layout)
         kept: Tensor
         if offered <= limit:
             kept = layout.view(activation).clone(memory_format=torch.contiguous_format)
@@ -443,6 +606,16 @@ class Layer:
             kept = layout.new_rows(limit)
             self._gather(kept, 0, activation, layout, limit)
         self._early_rows.append(_EarlyRows(kept, offered, is_whole=offered <= limit))
+
+    def _early_limit(self, layout: ActivationLayout) -> int:
+        kept_before = sum(part.rows.numel() for part in self._early_rows) // layout.channels
+        return max(
+            self._buffer_rows(layout.channels) - kept_before, ceil(layout.rows * _KEPT_SHARE)
+        )
+
+    def forget_early(self) -> None:
+        """Drops the rows that were kept until the fraction is known: each has the weight 0."""
+        self._early_rows = []
 
     def _decay_until(self, step: int) -> float:
         # Factor that brings the state to a step; the caller applies it.
@@ -479,6 +652,7 @@ class Layer:
         if before is not None and self.state is not None:
             self.flush()
             self.buffer.release()
+            self._weighted.release()
             if ROW_DTYPES[before].is_centred and not ROW_DTYPES[dtype].is_centred:
                 # The shift has more digits than rows of 16 bits can subtract exactly.
                 self.state.translate_(torch.zeros_like(self.state.shift))
@@ -491,6 +665,8 @@ class Layer:
         if self.device_buffer is not None:
             self.device_buffer.flush(self.decay or 1.0)
         self._flush_full()
+        if self.state is not None:
+            self._flush_weighted()
         self.buffer.stagger()
 
     def _flush_full(self) -> None:
@@ -524,12 +700,12 @@ class Layer:
         """True if the last step's rows waited on the host's counters, and might on the device's."""
         return (
             self.device_buffer is None
+            # Where all rows are read, only calls too small to be added at once use a buffer.
+            and (self.buffer.storage is not None or self.cursor.numbers[FRACTION] < WHOLE)
             and self._moves_left > 0
-            and self.calls > 0
+            and self.cursor.numbers[CALLS] > 0
             and self.fraction is not None
             and self.dtype is not None
-            # Where all rows are read, only calls too small to be added at once use a buffer.
-            and (self._fixed_fraction < WHOLE or self.buffer.storage is not None)
         )
 
     def use_device_buffer(self, step: Tensor) -> DeviceBuffer | None:
@@ -613,6 +789,25 @@ class Layer:
             and buffer.device == layout.device
             and due + calls <= buffer.most_rows
         )
+
+    def _make_room(self, layout: ActivationLayout, calls: int) -> bool:
+        """True if the device's buffer has grown for the rows of a call; waits for nothing."""
+        buffer = self.device_buffer
+        if (
+            buffer is None
+            or buffer.is_captured
+            or buffer.dtype is not layout.dtype
+            or buffer.device != layout.device
+        ):
+            return False
+        rows = (buffer.step_rows + layout.rows) * self.cursor.numbers[FRACTION] / WHOLE
+        sizes = device_buffer_rows(layout.channels, rows, calls)
+        if sizes is None:
+            return False
+        buffer.grow(*sizes)
+        self._largest_capacity = max(self._largest_capacity, buffer.most_rows)
+        self.changed()
+        return True
 
     def _leave_full_buffer(self, buffer: DeviceBuffer, layout: ActivationLayout) -> None:
         if buffer.is_captured:
@@ -706,6 +901,7 @@ class Layer:
         if self._step_state is not None:
             self._step_state.reset()
         self.buffer.clear()
+        self._weighted.release()
         self._early_rows = []
         self.earlier_calls = self.calls = self.offered_rows = 0
         self.state_step = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastcov import ops
 from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
+from fastcov.rows.mask import spread
 from fastcov.spectra.sketched import squared_norm
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.stats.directions import Directions, directions_of, inverse_of, whitening_of
@@ -354,7 +355,22 @@ class CovarianceState:
         decay: float = 1.0,
         precision: Precision = "split",
     ) -> None:
-        """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once."""
+        """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once.
+
+        Args:
+            rows: Rows, last dimension channels. [..., C]
+            row_weight: One weight a row, bool or floating point; or one for each index of the
+                rows' leading sizes, such as a mask [B, T] of rows [B, T, C] or [B, T, H, C]. [N]
+                or [B, ...]
+            row_scale: Factor on every row's weight, above 0.
+            decay: Factor on the sums that the state holds, at least 0.
+            precision: Precision of the products.
+        """
+        if row_weight is not None and row_weight.shape != rows.shape[:-1]:
+            # A vector of N weights is none of leading sizes, unless it fits both ways.
+            fits = row_weight.numel() * rows.shape[-1] == rows.numel()
+            spread_weight = None if fits else spread(row_weight, rows.shape[:-1])
+            row_weight = row_weight if spread_weight is None else spread_weight
         if torch.compiler.is_compiling():
             self._add(rows, row_weight, row_scale, decay, precision)
         else:

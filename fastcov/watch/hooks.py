@@ -10,17 +10,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module as module_hooks
 
 from fastcov.rows.view import unreadable_type
 from fastcov.stats.route import Routes
-from fastcov.watch.isolation import is_undisturbed
+from fastcov.watch.isolation import (
+    is_exporting,
+    is_recomputing,
+    is_undisturbed,
+    run_by_python,
+)
+from fastcov.watch.masking import MaskSource
 from fastcov.watch.select import first_complex, first_tensor
 from fastcov.watch.steps import Steps
 
@@ -33,6 +34,7 @@ class Reader(Protocol):
     root: Callable[[], nn.Module | None]
     clock: Tensor
     train_only: bool
+    mask: MaskSource | None
     is_reading: bool
     is_skipping: bool
     steps: Steps
@@ -56,6 +58,12 @@ class Reader(Protocol):
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """Begins a forward of the root."""
+
+    def take_mask(self, mask: object) -> None:
+        """Sets the mask of the step that has begun."""
+
+    def fail_all(self, error: Exception) -> None:
+        """Stops reading all layers."""
 
     def end_step(self) -> None:
         """Ends a forward of the root."""
@@ -82,11 +90,6 @@ class Gate:
 
 
 _CLOSED = Gate()
-
-
-def _is_exporting() -> bool:
-    # Not torch.compiler.is_exporting(): inside torch.compile it is True as well (torch 2.11).
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 class Hook:
@@ -173,7 +176,7 @@ class Hook:
     def _trace(self, watcher: Reader, activation: Tensor | None) -> None:
         root = watcher.root()
         is_evaluated = watcher.train_only and root is not None and not root.training
-        if activation is None or is_evaluated or _is_exporting():
+        if activation is None or is_evaluated or is_exporting():
             return
         kind = type(activation)
         if kind is not Tensor and (reason := unreadable_type(kind)):
@@ -210,7 +213,7 @@ class StepHook:
     def begin(self, module: nn.Module, args: Any) -> None:
         """Begins a forward of the root, which is a step where its mode says so."""
         watcher = self.watcher
-        if watcher is None or _is_exporting():
+        if watcher is None or is_exporting():
             return
         is_step = module.training or not watcher.train_only
         if is_compiling():
@@ -228,10 +231,29 @@ class StepHook:
             watcher.begin_step(is_step, is_nested)
             steps.is_on_stack = steps.is_on_stack or steps.thread == thread
 
+    def begin_masked(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begins a forward of the root whose arguments give the mask of its rows."""
+        self.begin(module, args)
+        watcher = self.watcher
+        if watcher is None or watcher.mask is None or is_exporting():
+            return
+        if is_compiling():
+            if module.training or not watcher.train_only:
+                mask = watcher.mask.find(args, kwargs)
+                if mask is not None:
+                    torch.ops.fastcov.take_mask_(watcher.clock, mask)
+        elif watcher.is_reading and watcher.steps.is_outermost and not is_recomputing():
+            try:
+                mask = watcher.mask.find(args, kwargs)
+            except Exception as error:
+                watcher.fail_all(error)
+            else:
+                watcher.take_mask(mask)
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; torch calls this hook after an exception too."""
         watcher = self.watcher
-        if watcher is None or _is_exporting():
+        if watcher is None or is_exporting():
             return
         if is_compiling():
             if module.training or not watcher.train_only:
@@ -247,16 +269,7 @@ def watchers_of(model: nn.Module) -> list[Reader]:
     return [watcher for watcher in found if watcher is not None]
 
 
-def _run_by_python(*functions: Callable[..., None]) -> None:
-    # torch.compile(module) compiles the module's forward, not its hooks. Dynamo would then meet the
-    # hooks one by one and compile each as a graph with guards of its own; told to skip them, it
-    # leaves them to Python. Inside the graph of a larger module, hooks are traced all the same.
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    for function in functions:
-        set_code_exec_strategy(function.__code__, skip)
-
-
-_run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.end)
+run_by_python(Hook.output, Hook.input, StepHook.begin, StepHook.begin_masked, StepHook.end)
 
 _CALL = nn.Module._call_impl.__code__
 

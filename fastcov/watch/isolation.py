@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._C._dynamo.eval_frame import (
+    _debug_get_cache_entry_list,
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -27,6 +32,24 @@ def is_undisturbed() -> bool:
         and _function_modes() == 0
         and _transform_level() is None
     )
+
+
+def is_exporting() -> bool:
+    """True under torch.export."""
+    # Not torch.compiler.is_exporting(): inside torch.compile it is True as well (torch 2.11).
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def run_by_python(*hooks: Callable[..., Any]) -> None:
+    """Keeps Dynamo from compiling hooks by themselves.
+
+    torch.compile(module) compiles the module's forward, not its hooks. Dynamo would then meet the
+    hooks one by one and compile each as a graph with guards of its own; told to skip them, it
+    leaves them to Python. Inside the graph of a larger module, hooks are traced all the same.
+    """
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    for hook in hooks:
+        set_code_exec_strategy(hook.__code__, skip)
 
 
 def is_recomputing() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from fastcov.watch.layers import Position, inner_modules, kind_of
 Selector = (
     str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[str | type[nn.Module]]
 )
+
+Of = Literal["activation", "gradient", "both"]
+"""Type of the argument ``of`` of :func:`fastcov.track`."""
 
 # Parts of module names that wrappers add: torch.compile, checkpointing, FSDP, Fabric.
 _WRAPPERS = (
@@ -32,23 +35,27 @@ class Tap:
     """One watched tensor of one module.
 
     Attributes:
-        name: Canonical module name, with ``:in`` for an input.
-        module_name: Canonical module name.
-        position: Side of the module: "output" or "input".
+        name: Canonical module name, with ``:in`` for an input, then ``:grad`` for a gradient; or
+            the name that the user has given to a tensor.
+        module_name: Canonical module name; empty for a tensor that the user names.
+        position: Side of the module: "output" or "input"; "named" without a module.
         channels: Length of a row where the module declares it, else None.
         layout: Order of the tensor's dimensions.
         batched_rank: Rank of a batched tensor where unbatched ones are possible.
         macs_per_row: Multiply-accumulates of the module's forward for one row of this tap; 0 for
-            the input where the output is watched too, so that a forward counts once.
+            the input where the output is watched too, and for the gradient where the activation
+            is, so that a forward counts once.
+        is_gradient: True if the gradient of the loss with respect to the tensor is watched.
     """
 
     name: str
     module_name: str
-    position: Position
+    position: Position | Literal["named"]
     channels: int | None
     layout: Layout
     batched_rank: int | None
     macs_per_row: int
+    is_gradient: bool = False
 
 
 def canonical_name(name: str) -> str:
@@ -67,6 +74,7 @@ def find_taps(
     include: Selector | None,
     exclude: Selector | None,
     where: Literal["output", "input", "both"],
+    of: Of = "activation",
 ) -> list[tuple[Tap, nn.Module]]:
     """Taps of the selected modules and the modules themselves, in the model's order.
 
@@ -75,6 +83,7 @@ def find_taps(
         include: See :func:`fastcov.track`.
         exclude: See :func:`fastcov.track`.
         where: See :func:`fastcov.track`.
+        of: See :func:`fastcov.track`.
 
     Raises:
         TypeError: If a selector is neither pattern, type nor predicate.
@@ -99,11 +108,44 @@ def find_taps(
             "MultiheadAttention"
         )
     positions: tuple[Position, ...] = ("output", "input") if where == "both" else (where,)
-    return [
+    activations = [
         (_make_tap(name, module, position, counts_macs=position == positions[0]), module)
         for name, module in chosen.items()
         for position in positions
     ]
+    if of == "activation":
+        return activations
+    gradients = [
+        (gradient_tap(tap, counts_macs=of == "gradient"), module) for tap, module in activations
+    ]
+    if of == "gradient":
+        return gradients
+    return [tap for pair in zip(activations, gradients, strict=True) for tap in pair]
+
+
+def gradient_name(name: str) -> str:
+    """Name of the gradient of a watched tensor.
+
+    Example:
+        >>> gradient_name("head:in")
+        'head:in:grad'
+    """
+    return f"{name}:grad"
+
+
+def named_tap(name: str) -> Tap:
+    """Tap of a tensor that the user names, channels last."""
+    return Tap(name, "", "named", None, Layout.CHANNELS_LAST, None, 0)
+
+
+def gradient_tap(tap: Tap, counts_macs: bool) -> Tap:
+    """Tap of the gradient with respect to the tensor that another tap watches."""
+    return replace(
+        tap,
+        name=gradient_name(tap.name),
+        macs_per_row=tap.macs_per_row if counts_macs else 0,
+        is_gradient=True,
+    )
 
 
 def _make_tap(name: str, module: nn.Module, position: Position, counts_macs: bool) -> Tap:

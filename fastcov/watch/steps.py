@@ -96,6 +96,11 @@ class Steps:
             self.is_running, self.not_counted = False, reason
         return self.is_running
 
+    @property
+    def is_outermost(self) -> bool:
+        """True inside a forward of the root that runs in no other one."""
+        return self._depth == 1
+
     def abandon(self) -> None:
         """Forgets a forward that was interrupted, in whatever thread."""
         self._depth = 0
@@ -137,8 +142,9 @@ class Steps:
         if self.is_captured and not can_replay:
             self._has_new_refusal = True
             return (
-                "a CUDA graph can replay a tracked step if every=1, two ran eagerly before, and "
-                "all layers are on one GPU that runs Triton kernels (sm_80 or newer)"
+                "a CUDA graph can replay a tracked step if every=1, two ran eagerly before, no "
+                "mask is given, and all layers are on one GPU that runs Triton kernels (sm_80 or "
+                "newer)"
             )
         return ""
 

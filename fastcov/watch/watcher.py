@@ -6,18 +6,21 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastcov.arguments import check_observed
 from fastcov.ops.covariance import Precision
 from fastcov.ops.library import observers
 from fastcov.rows.layout import ActivationLayout
+from fastcov.rows.mask import RowMask, as_mask
 from fastcov.rows.policy import LayerLoad, Policy
 from fastcov.rows.sequence import first_fill, sequence_phase
 from fastcov.rows.view import plain_tensor, row_order, row_view
@@ -27,6 +30,7 @@ from fastcov.stats.layer import Layer
 from fastcov.stats.ranks import rank_and_ranks
 from fastcov.stats.route import Route, Routes
 from fastcov.watch.coverage import coverage, module_note
+from fastcov.watch.gradients import NO_GRADIENT, GradientHook
 from fastcov.watch.hooks import Gate, Hook, StepHook
 from fastcov.watch.isolation import (
     has_modes,
@@ -36,11 +40,30 @@ from fastcov.watch.isolation import (
     isolated,
 )
 from fastcov.watch.layers import is_sharded
-from fastcov.watch.select import Tap
+from fastcov.watch.masking import Masked, MaskSource
+from fastcov.watch.pairs import Pair, Side, pair_name
+from fastcov.watch.select import Of, Tap, gradient_name, gradient_tap, named_tap
 from fastcov.watch.sharing import Following, Leading, Order, SharedInputs
 from fastcov.watch.steps import OVERLAP, Steps
 
 _NUMBERS = itertools.count(1)
+# Attributes that no copy has: hooks, references to the model and functions of the user.
+_LEFT_BEHIND = frozenset(
+    (
+        "_routes",
+        "_inputs",
+        "_handles",
+        "modules",
+        "root",
+        "on_step_end",
+        "mask",
+        "_row_mask",
+        "unscale",
+        "_gradient_lock",
+        "_leaf_handles",
+    )
+)
+_NO_MODULE = nn.Module()  # stands for the module of a gradient, which no route asks for
 
 
 class Watcher:
@@ -62,6 +85,10 @@ class Watcher:
         on_step_end: Called when a step that was read has ended.
         precision: See :class:`fastcov.stats.layer.Layer`.
         sketch: See :class:`fastcov.stats.layer.Layer`.
+        mask: Source of the mask of the rows; None reads every row.
+        unscale: Function that gives the factor by which the loss is scaled; None is 1.
+        of: Whether activations, gradients or both are read of the tensors that the user names.
+        pairs: Names of pairs of tensors whose joint second moment is kept.
 
     Attributes:
         taps: The taps that are watched, in the model's order.
@@ -72,6 +99,10 @@ class Watcher:
         steps_begun: Steps that were begun and read, including those that an exception ended.
         is_reading: True inside a step that is read.
         is_skipping: True inside a forward of the root that is not read.
+        mask: See the argument.
+        unscale: See the argument.
+        of: See the argument.
+        pairs: Pairs of tensors, by names.
     """
 
     def __init__(
@@ -88,9 +119,16 @@ class Watcher:
         on_step_end: Callable[[], None],
         precision: Precision = "split",
         sketch: int | None = None,
+        mask: MaskSource | None = None,
+        unscale: Callable[[], float] | None = None,
+        of: Of = "activation",
+        pairs: Sequence[tuple[str, str]] = (),
     ) -> None:
+        self.mask = mask
         self.policy = policy
         self.every = every
+        self.unscale = unscale
+        self.of = of
         self.weighting = weighting
         self.decay = decay
         self.precision: Precision = precision
@@ -115,11 +153,27 @@ class Watcher:
         self.steps_begun = 0
         self.is_reading = False
         self.is_skipping = False
+        self._row_mask: RowMask | None = None  # of the running step
+        self._steps_without_mask = 0
+        self._reads_gradients = False  # of the last forward
+        self._gradients_are_settled = True
+        self._gradient_lock = Lock()  # a backward pass has a thread for each device
+        self._leaf_handles: list[Any] = []  # hooks on tensors that outlive the step
+        self._loss_scale: float | None = None  # of the running step
+        self._has_half_gradients = False
         self._gate = Gate()
         self._routes: list[Routes] = []
         self._unique_layers: list[Layer] = []
+        self._forward_layers: list[Layer] = []
+        self._gradient_layers: list[Layer] = []
         self._given_up: set[int] = set()
         self._inputs = SharedInputs()
+        self._named: dict[str, tuple[int | None, int | None]] = {}  # taps of value and gradient
+        self._legs: list[tuple[Pair, Side, Tap]] = []
+        self.pairs = {
+            names: Pair(names, self._layer(pair_name(names), number))
+            for number, names in enumerate(pairs)
+        }
         self._counters: DeviceCounters | None = None
         self._is_paused = False
         self._handles: list[Any] = []
@@ -141,9 +195,15 @@ class Watcher:
         # so its hooks are registered first and last. Not by prepend=True: torch.compile then guards
         # the wrong hooks (torch 2.11).
         step = StepHook(self)
-        self._handles.append(model.register_forward_pre_hook(step.begin))
+        if self.mask is None:
+            handle = model.register_forward_pre_hook(step.begin)
+        else:
+            handle = model.register_forward_pre_hook(step.begin_masked, with_kwargs=True)
+        self._handles.append(handle)
         for tap, module in watched:
             self._watch(tap, module)
+        for tap, module in taps:
+            self._watch_legs(tap, module)
         self._list_unique_layers()
         self._handles.append(model.register_forward_hook(step.end, always_call=True))
         observers[self.number] = self
@@ -153,6 +213,16 @@ class Watcher:
         self.taps.append(tap)
         self.modules.append(weakref.ref(module))
         layer = self._new_layer(number)
+        if tap.is_gradient:
+            self._routes.append(Routes(layer))
+            self.layers[tap.name] = layer
+            watching = GradientHook(self, number)
+            if tap.position == "output":
+                self._handles.append(module.register_forward_hook(watching.output))
+            else:
+                handle = module.register_forward_pre_hook(watching.input, with_kwargs=True)
+                self._handles.append(handle)
+            return
         hook = Hook(self, number, self._gate)
         affine = None
         if tap.position == "output" and layer.fraction == 1 and is_affine(module):
@@ -160,15 +230,74 @@ class Watcher:
         hook.routes = Routes(layer, affine, hook.is_first)
         self._routes.append(hook.routes)
         self.layers[tap.name] = layer
+        if self.mask is not None or tap.position == "input":
+            hook.routes.wrap = partial(self._wrapped, number)
         if tap.position == "output":
             self._handles.append(module.register_forward_hook(hook.output))
         else:
-            hook.routes.wrap = partial(self._with_noting, number)
             handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
             self._handles.append(handle)
 
+    def _watch_legs(self, tap: Tap, module: nn.Module) -> None:
+        for pair in self.pairs.values():
+            if tap.name in pair.names:
+                self._legs.append((pair, pair.names.index(tap.name), tap))
+                # Numbers below 0 stand for the legs.
+                hook = Hook(self, -len(self._legs))
+                if tap.position == "output":
+                    self._handles.append(module.register_forward_hook(hook.output))
+                else:
+                    handle = module.register_forward_pre_hook(hook.input, with_kwargs=True)
+                    self._handles.append(handle)
+
+    def add_named(self, name: str) -> tuple[int | None, int | None]:
+        """Taps of a tensor that the user names: its values and its gradient, as ``of`` says.
+
+        Args:
+            name: Name of the tensor, which is new or was added before.
+
+        Returns:
+            Numbers in ``taps``; None for the one that is not watched.
+
+        Raises:
+            ValueError: If a module's tensor has the name.
+        """
+        if name in self._named:
+            return self._named[name]
+        value = named_tap(name)
+        if name in self.layers or name in self.notes:
+            raise ValueError(
+                f"observe({name!r}): a module's tensor has this name already; choose another"
+            )
+        numbers: list[int | None] = []
+        for is_watched, tap in (
+            (self.of != "gradient", value),
+            (self.of != "activation", gradient_tap(value, counts_macs=False)),
+        ):
+            if not is_watched:
+                numbers.append(None)
+                continue
+            numbers.append(len(self.taps))
+            self.taps.append(tap)
+            self.modules.append(_no_model)
+            layer = self._new_layer(len(self.taps) - 1)
+            layer.begin_step(self.steps.done)
+            self._routes.append(Routes(layer))
+            if self.mask is not None and not tap.is_gradient:
+                self._routes[-1].wrap = partial(self._wrapped, len(self.taps) - 1)
+            self.layers[tap.name] = layer
+        self._named[name] = (numbers[0], numbers[1])
+        self._list_unique_layers()
+        return self._named[name]
+
+    def named(self) -> list[str]:
+        """Names of the tensors that the user has named."""
+        return list(self._named)
+
     def _new_layer(self, tap: int) -> Layer:
-        name = self.taps[tap].name
+        return self._layer(self.taps[tap].name, tap, self.sketch)
+
+    def _layer(self, name: str, number: int, sketch: int | None = None) -> Layer:
         rank, _ = rank_and_ranks()
         return Layer(
             name,
@@ -176,9 +305,9 @@ class Watcher:
             decay=self.decay,
             phase=sequence_phase(name, rank),
             fraction=self.policy.first_fraction,
-            first_fill=first_fill(tap),
+            first_fill=first_fill(number),
             precision=self.precision,
-            sketch=self.sketch,
+            sketch=sketch,
         )
 
     def _skip_wide(self, name: str, channels: int) -> None:
@@ -206,18 +335,26 @@ class Watcher:
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """Begins a forward of the root module; see :meth:`fastcov.watch.steps.Steps.begin`."""
         counters, steps = self._counters, self.steps
-        can_replay = counters is not None and counters.is_warm and self.every == 1
+        can_replay = (
+            counters is not None and counters.is_warm and self.every == 1 and self.mask is None
+        )
         if not steps.begin(counts and not self._is_paused, is_nested, can_replay):
             if steps.take_overlap():
                 warnings.warn(OVERLAP, stacklevel=3)
             self._set_reading(self.is_reading and steps.is_running)
+            self._reads_gradients &= not self._is_paused
             if reason := steps.take_refusal():
                 self._note_left_out(dict.fromkeys(self._unique_layers, reason))
             return
         is_read = steps.done % self.every == 0
+        self._row_mask = None
+        if steps.is_captured:
+            self._reads_gradients = False  # nor are those of before ended: replays would repeat it
+        else:
+            self._begin_gradients(is_read)
         if counters is not None:
             if steps.is_captured:
-                counters.begin_capture(self._unique_layers)
+                counters.begin_capture(self._forward_layers)
                 for routes in self._routes:
                     routes.close()
             counters.begin_step(steps.done, is_read, self.decay)
@@ -225,8 +362,31 @@ class Watcher:
         if is_read:
             self.steps_begun += 1
             self._inputs.forget_step()
-            for layer in self._unique_layers:
+            for layer in self._forward_layers:
                 layer.begin_step(steps.done)
+            for pair in self.pairs.values():
+                pair.begin_step(steps.done)
+
+    def take_mask(self, mask: object) -> None:
+        """Sets the mask of the step that has begun.
+
+        Args:
+            mask: Tensor that the source found; None where the forward was given none.
+        """
+        if not self.is_reading or mask is None:
+            return
+        try:
+            with torch.no_grad(), isolated() if has_modes() else nullcontext():
+                self._row_mask = RowMask(as_mask(mask), self.weighting == "image")
+        except Exception as error:
+            self.fail_all(error)
+
+    def fail_all(self, error: Exception) -> None:
+        """Stops reading all layers after an error that concerns them all."""
+        reason = f"not read since step {self.step}, {type(error).__name__}: {error}"
+        for layer in self._unique_layers:
+            self._give_up(layer, reason)
+        warnings.warn(f"fastcov no longer reads any layer: {error}", stacklevel=3)
 
     def _set_reading(self, is_reading: bool) -> None:
         steps = self.steps
@@ -242,6 +402,8 @@ class Watcher:
         self._set_reading(was_reading and self.steps.is_running)
         if not (is_done and was_reading):
             return
+        if self.mask is not None and self._row_mask is None:
+            self._steps_without_mask += 1
         with torch.no_grad(), isolated() if has_modes() else nullcontext():
             for tap in self._inputs.diverged():
                 if tap not in self._given_up:
@@ -249,13 +411,20 @@ class Watcher:
             for tap in self._inputs.end_step():
                 if not self._inputs.is_noted(tap):
                     self._routes[tap].reconsider()  # to drop Leading: no tap asks for its tensors
-            fractions = self._plan()
-            # Layers with a share and rows of equal weight have nothing to settle.
-            for layer in self._unique_layers:
-                if layer.name in fractions or self.weighting == "image":
-                    self._end_layer(layer, fractions.get(layer.name))
+            self._end_layers(self._forward_layers)
+            if self.pairs:
+                for pair in self.pairs.values():
+                    pair.end_step()
+                self._end_layers([pair.layer for pair in self.pairs.values()])
             self._end_on_device()
             self.on_step_end()
+
+    def _end_layers(self, layers: list[Layer]) -> None:
+        fractions = self._plan(layers)
+        # Layers with a share and rows of equal weight have nothing to settle.
+        for layer in layers:
+            if layer.name in fractions or self.weighting == "image":
+                self._end_layer(layer, fractions.get(layer.name))
 
     def _end_layer(self, layer: Layer, fraction: float | None) -> None:
         try:
@@ -265,25 +434,39 @@ class Watcher:
         except Exception as error:
             self._fail(layer, error)
 
-    def _plan(self) -> dict[str, float]:
+    def _plan(self, layers: list[Layer]) -> dict[str, float]:
         # Shares of the rows to read, for layers that have just had their first step.
         new = {
             layer.name
-            for layer in self._unique_layers
+            for layer in layers
             if layer.fraction is None and layer.calls and layer.state is not None
         }
+        for layer in layers:
+            if layer.name in new and layer.offered_rows == layer.left_out_rows:
+                layer.forget_early()  # the mask left out every row: the next step shows the rows
+                new.remove(layer.name)
         if not new:
             return {}
-        macs = dict.fromkeys((layer.name for layer in self._unique_layers), 0)
+        macs = dict.fromkeys((layer.name for layer in layers), 0)
         for tap in self.taps:
             # Every consumer of a shared tensor adds its own flops, though the rows are read once.
             layer = self.layers[tap.name]
+            if layer.name not in macs:
+                continue
             macs[layer.name] += layer.offered_rows * tap.macs_per_row
         loads = {
-            layer.name: LayerLoad(layer.state.channels, layer.offered_rows, macs[layer.name])
-            for layer in self._unique_layers
+            layer.name: LayerLoad(
+                layer.state.channels,
+                layer.offered_rows - layer.left_out_rows,
+                macs[layer.name],
+            )
+            for layer in layers
             if layer.state is not None
         }
+        for name, load in list(loads.items()):
+            # The gradients that will come take their part of the budget.
+            if gradient_name(name) in self.layers:
+                loads[gradient_name(name)] = replace(load, macs=0)
         return self.policy.fractions({name: loads[name] for name in loads if name in new}, loads)
 
     def _end_on_device(self) -> None:
@@ -292,9 +475,9 @@ class Watcher:
             self._counters.end_step(self.decay)
             if self.steps.is_captured:
                 self._note_left_out(self._counters.left_out)
-            self._counters = self._counters.renewed(self._unique_layers, last)
-        elif DeviceCounters.serve(self._unique_layers):
-            self._counters = DeviceCounters(self._unique_layers, last)
+            self._counters = self._counters.renewed(self._forward_layers, last)
+        elif DeviceCounters.serve(self._forward_layers):
+            self._counters = DeviceCounters(self._forward_layers, last)
 
     def _note_left_out(self, reasons: Mapping[Layer, str]) -> None:
         for tap, routes in enumerate(self._routes):
@@ -335,18 +518,103 @@ class Watcher:
                 self.refuse(tap, "runs in another thread than the tracked module: not read")
             return
         try:
-            if module is None or batch_dims or not self._recall(tap, activation, module, args):
+            if tap < 0:
+                self._observe_legs([self._legs[-1 - tap]], activation, batch_dims)
+            elif module is None or batch_dims or not self._recall(tap, activation, module, args):
                 is_wrapped = is_transformed()
                 with isolated() if has_modes() else nullcontext():
                     self._observe(tap, activation, batch_dims, is_wrapped, module, args)
         except Exception as error:
             self.fail(tap, error)
 
+    def observe_named(
+        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
+    ) -> None:
+        """Reads a tensor that the user's forward names.
+
+        Args:
+            name: See :meth:`fastcov.Tracker.observe`.
+            tensor: See :meth:`fastcov.Tracker.observe`.
+            channel_dim: See :meth:`fastcov.Tracker.observe`.
+            is_compiled: True if compiled code calls.
+        """
+        check_observed(name, tensor, channel_dim)
+        if is_recomputing():
+            gradient = self._named.get(name, (None, None))[1]
+            if gradient is not None:
+                self.watch_gradient(gradient, tensor, channel_dim)
+            return
+        if not self.is_reading:
+            if not self.steps.is_inside:
+                reason = f"observe({name!r}) ran, but in no forward of the tracked module"
+                self.steps.not_counted = reason
+            return
+        value, gradient = self.add_named(name)
+        if gradient is not None and is_compiled:
+            self.refuse(gradient, "gradients of named tensors are not read in compiled code")
+        elif gradient is not None:
+            self.watch_gradient(gradient, tensor, channel_dim)
+        moved = tensor.detach().movedim(channel_dim, -1)
+        if value is not None:
+            self.observe(value, moved, module=None if is_compiled else _NO_MODULE)
+        for pair in self.pairs.values():
+            if name in pair.names and get_ident() == self.steps.thread:
+                leg = (pair, pair.names.index(name), named_tap(name))
+                self._observe_legs([leg], moved, 0)
+
+    def _observe_legs(
+        self, legs: Sequence[tuple[Pair, Side, Tap]], activation: Tensor, batch_dims: int
+    ) -> None:
+        is_wrapped = is_transformed()
+        for leg in legs:
+            try:
+                with torch.no_grad(), isolated() if has_modes() else nullcontext():
+                    self._observe_leg(leg, activation, batch_dims, is_wrapped)
+            except Exception as error:
+                leg[0].stop(f"not read since step {self.step}, {type(error).__name__}: {error}")
+                warnings.warn(f"fastcov no longer reads {leg[0].note}", stacklevel=3)
+
+    def _observe_leg(
+        self,
+        leg: tuple[Pair, Side, Tap],
+        activation: Tensor,
+        batch_dims: int,
+        is_wrapped: bool,
+    ) -> None:
+        pair, side, tap = leg
+        found = plain_tensor(activation, is_wrapped)
+        if isinstance(found, str):
+            pair.note = f"{tap.name!r} {found}"
+            return
+        plain, hidden_dims = found
+        batch_dims += hidden_dims
+        rows = row_view(plain.detach(), tap.layout, tap.batched_rank, batch_dims)
+        if rows.numel() == 0:
+            return
+        if rows.shape[-1] > self.max_channels or self.steps.is_captured:
+            is_wide = rows.shape[-1] > self.max_channels
+            pair.note = (
+                f"{tap.name!r} has {rows.shape[-1]} channels > max_channels={self.max_channels}"
+                if is_wide
+                else "not read by replays of a CUDA graph"
+            )
+            return
+        order = row_order(plain.dim(), tap.layout, tap.batched_rank, batch_dims)
+        layout = ActivationLayout(rows, plain, order)
+        sizes = rows.shape[:-1]
+        mask = self._row_mask
+        weights = None if mask is None else mask.weights_of(sizes, rows.device)
+        tensor = plain if layout.key is not None else rows
+        pair.see(side, tensor, layout, sizes, weights)
+
     def _recall(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
         # Takes the route of a known layout. False where the call must be read the whole way.
         if self.steps.is_captured or type(activation) is not Tensor or not is_undisturbed():
             return False
-        routes = self._routes[tap]
+        return self._take_known(self._routes[tap], activation, module, args)
+
+    @staticmethod
+    def _take_known(routes: Routes, activation: Tensor, module: nn.Module, args: Any) -> bool:
         # The expected one first: no hook has asked it about a tensor inside a tuple or a keyword.
         known = routes.last.follower
         if not known.route.take(activation, module, args):
@@ -376,37 +644,166 @@ class Watcher:
             return
         plain, hidden_dims = found
         batch_dims += hidden_dims
-        rows = row_view(plain.detach(), spec.layout, spec.batched_rank, batch_dims)
-        channels = rows.shape[-1]
-        if rows.numel() == 0:
+        viewed = self._viewed(tap, plain, batch_dims)
+        if viewed is None:
             return
-        if channels > self.max_channels:
-            self._skip_wide(spec.name, channels)
-            return
-        if spec.channels not in (None, channels) and is_sharded(self.modules[tap]()):
-            whole = f"{spec.channels} channels"
-            self.refuse(tap, f"has {channels} of {whole} on this rank (tensor parallel): not read")
-            return
-        order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
-        layout = ActivationLayout(rows, plain, order)
+        rows, layout = viewed
         if spec.position == "input":
             # Compiled code (no module) reuses memory behind the same tensor object: never shared.
-            shared_order = None if module is None or batch_dims else order
+            shared_order = None if module is None or batch_dims else layout.order
             if not self._reads_input(tap, activation, shared_order):
                 return
         routes = self._routes[tap]
         layer = routes.layer
         if self.steps.is_captured and self._counters and self._counters.leaves_out(layer, layout):
             return
-        if layer.state is not None and layer.state.channels != channels:
-            reason = f"gave {channels} channels after {layer.state.channels}: not read since then"
-            self._give_up(layer, reason)
+        if not self._is_as_wide(layer, layout):
             return
         is_plain = layout.key is not None and plain is activation and module is not None
+        tensor = plain if layout.key is not None else rows
+        weights = self._weights_of(tap, rows.shape[:-1], rows.device)
+        if weights is not None:
+            layer.read_weighted(tensor, layout, weights)
+            if is_plain and not self.steps.is_captured:
+                routes.remember(layout, plain)
+            return
         source = routes.source(module, args, plain) if is_plain and module is not None else None
-        layer.read(plain if layout.key is not None else rows, layout, source)
+        layer.read(tensor, layout, source)
         if is_plain and not self.steps.is_captured:
             routes.remember(layout, plain)
+
+    def _viewed(
+        self, tap: int, plain: Tensor, batch_dims: int
+    ) -> tuple[Tensor, ActivationLayout] | None:
+        # Row view of a tensor and its layout; None where there is no row, or none can be read.
+        spec = self.taps[tap]
+        rows = row_view(plain.detach(), spec.layout, spec.batched_rank, batch_dims)
+        channels = rows.shape[-1]
+        if rows.numel() == 0:
+            return None
+        if channels > self.max_channels:
+            self._skip_wide(spec.name, channels)
+            return None
+        if spec.channels not in (None, channels) and is_sharded(self.modules[tap]()):
+            whole = f"{spec.channels} channels"
+            self.refuse(tap, f"has {channels} of {whole} on this rank (tensor parallel): not read")
+            return None
+        order = row_order(plain.dim(), spec.layout, spec.batched_rank, batch_dims)
+        return rows, ActivationLayout(rows, plain, order)
+
+    def _is_as_wide(self, layer: Layer, layout: ActivationLayout) -> bool:
+        # False where the channels differ from those of before: the layer is then given up.
+        if layer.state is None or layer.state.channels == layout.channels:
+            return True
+        reason = f"gave {layout.channels} channels after {layer.state.channels}"
+        self._give_up(layer, f"{reason}: not read since then")
+        return False
+
+    # gradients
+
+    def watch_gradient(self, tap: int, tensor: Tensor, channel_dim: int | None = None) -> None:
+        """Reads the gradient of a tensor of the running step, once it comes.
+
+        Args:
+            tap: Number of the tap of the gradient in ``taps``.
+            tensor: Tensor that a module returned or was given, or that the user names.
+            channel_dim: Dimension of the channels; None where the tap's layout tells.
+        """
+        is_again = is_recomputing()
+        if tap in self._given_up or (is_again and not self._reads_gradients):
+            return
+        if not is_again and get_ident() != self.steps.thread:
+            return
+        if self.steps.is_captured:
+            self.refuse(tap, "not read by replays of a CUDA graph: gradients are read by the host")
+        elif is_transformed():
+            self.refuse(tap, "gradients under torch.func are not read")
+        elif tensor.requires_grad:
+            handle = tensor.register_hook(
+                partial(self._on_gradient, tap, self._row_mask, channel_dim=channel_dim)
+            )
+            if tensor.grad_fn is None:
+                self._leaf_handles.append(handle)
+        elif not is_again:
+            self.notes.setdefault(self.taps[tap].name, NO_GRADIENT)
+
+    def observe_gradient(self, tap: int, gradient: Tensor) -> None:
+        """Reads the gradient of a tensor of compiled code."""
+        if self._reads_gradients:
+            self._on_gradient(tap, self._row_mask, gradient)
+
+    def _on_gradient(
+        self, tap: int, mask: RowMask | None, gradient: Tensor, channel_dim: int | None = None
+    ) -> None:
+        if observers.get(self.number) is not self or tap in self._given_up:
+            return  # closed since the forward
+        try:
+            with (
+                self._gradient_lock,
+                torch.no_grad(),
+                isolated() if has_modes() else nullcontext(),
+            ):
+                if channel_dim is not None:
+                    gradient = gradient.movedim(channel_dim, -1)
+                self._read_gradient(tap, mask, gradient)
+        except Exception as error:
+            self.fail(tap, error)
+
+    def _read_gradient(self, tap: int, mask: RowMask | None, gradient: Tensor) -> None:
+        if self._gradients_are_settled:
+            self._gradients_are_settled = False
+            for layer in self._gradient_layers:
+                layer.begin_step(layer.step)
+        name, routes = self.taps[tap].name, self._routes[tap]
+        if self.notes.get(name) == NO_GRADIENT:
+            del self.notes[name]
+        self._has_half_gradients |= gradient.dtype is torch.float16
+        is_simple = self.mask is None and self.unscale is None and type(gradient) is Tensor
+        if is_simple and self._take_known(routes, gradient, _NO_MODULE, ()):
+            return
+        found = plain_tensor(gradient)
+        if isinstance(found, str):
+            self.refuse(tap, found)
+            return
+        plain = found[0]
+        if self.unscale is not None:
+            if self._loss_scale is None:
+                self._loss_scale = float(self.unscale())  # waits for a GPU, once a step
+            plain = plain.to(torch.promote_types(plain.dtype, torch.float32)) / self._loss_scale
+        viewed = self._viewed(tap, plain, 0)
+        if viewed is None or not self._is_as_wide(routes.layer, viewed[1]):
+            return
+        rows, layout = viewed
+        tensor = plain if layout.key is not None else rows
+        weights = self._weights_of(tap, rows.shape[:-1], rows.device, mask)
+        if weights is not None:
+            routes.layer.read_weighted(tensor, layout, weights)
+            return
+        routes.layer.read(tensor, layout)
+        if is_simple and layout.key is not None and plain is gradient:
+            routes.remember(layout, plain)
+
+    def _begin_gradients(self, is_read: bool) -> None:
+        # The gradients of a step come after its forward: the step ends where the next one begins.
+        self.settle()
+        self._reads_gradients = is_read
+        self._loss_scale = None
+        for handle in self._leaf_handles:
+            handle.remove()
+        self._leaf_handles.clear()
+        if is_read:
+            for layer in self._gradient_layers:
+                layer.begin_step(self.steps.done)
+
+    def settle(self) -> None:
+        """Ends the step of the gradients that have come, so that they can be shown."""
+        if self._gradients_are_settled:
+            return
+        with self._gradient_lock, torch.no_grad(), isolated() if has_modes() else nullcontext():
+            self._gradients_are_settled = True
+            self._end_layers(self._gradient_layers)
+
+    # inputs that several modules share
 
     def _reads_input(self, tap: int, activation: Tensor, order: Order) -> bool:
         # False where another tap has read the same rows already.
@@ -421,7 +818,30 @@ class Watcher:
             self._routes[tap].follow(Following(self._inputs, tap, owner, order))
         return role != "shares"
 
-    def _with_noting(self, tap: int, route: Route) -> Route:
+    def _weights_of(
+        self,
+        tap: int,
+        sizes: torch.Size,
+        device: torch.device,
+        mask: RowMask | None = None,
+    ) -> Tensor | None:
+        # Weights of rows, in the running step by default; None where all weigh the same.
+        mask = mask or self._row_mask
+        if mask is None:
+            return None
+        weights = mask.weights_of(sizes, device)
+        if weights is None:
+            self.notes.setdefault(
+                self.taps[tap].name,
+                f"ignores the mask: {list(mask.shape)} fits no rows of {list(sizes)}",
+            )
+        return weights
+
+    def _wrapped(self, tap: int, route: Route) -> Route:
+        if self.mask is not None:
+            route = Masked(route, self._routes[tap], partial(self._weights_of, tap))
+        if self.taps[tap].position != "input":
+            return route
         if self._inputs.is_noted(tap):
             return Leading(route, partial(self._inputs.note, tap), route.layout.order)
         return route
@@ -430,7 +850,7 @@ class Watcher:
         """Remark on a watched or skipped layer, by name; empty where all is well."""
         found = self.notes.get(name, "")
         for tap, module in zip(self.taps, self.modules, strict=False):
-            if tap.name == name:
+            if tap.name == name and tap.position != "named":
                 found = found or module_note(self.root(), tap.module_name, module())
         return found
 
@@ -439,14 +859,30 @@ class Watcher:
         root = self.root()
         modules = [module for each in self.modules if (module := each()) is not None]
         lines = [OVERLAP] if self.steps.has_overlapped else []
+        if self._steps_without_mask and self.mask is not None:
+            lines.append(
+                f"{self._steps_without_mask} of {self.steps_read} steps had no mask "
+                f"({self.mask.name}): all of their rows were read"
+            )
+        if self._has_half_gradients and self.unscale is None:
+            lines.append(
+                "gradients in float16 were read as they came: where a GradScaler scales the loss, "
+                "pass track(..., unscale=scaler)"
+            )
         return [*lines, coverage(root, modules)] if root is not None else lines
 
     def refuse(self, tap: int, reason: str) -> None:
         """Notes why an activation is not read."""
+        if tap < 0:
+            self._legs[-1 - tap][0].note = reason
+            return
         self.notes[self.taps[tap].name] = reason
 
     def fail(self, tap: int, error: Exception) -> None:
         """Stops reading a tap's layer after an error."""
+        if tap < 0:
+            self._legs[-1 - tap][0].stop(f"{type(error).__name__}: {error}")
+            return
         # The layer is looked up now: a split in this very call may have changed it.
         self._fail(self._routes[tap].layer, error)
 
@@ -479,6 +915,14 @@ class Watcher:
 
     def _list_unique_layers(self) -> None:
         self._unique_layers = list(dict.fromkeys(routes.layer for routes in self._routes))
+        gradients = {self.layers[tap.name] for tap in self.taps if tap.is_gradient}
+        self._gradient_layers = [each for each in self._unique_layers if each in gradients]
+        self._forward_layers = [each for each in self._unique_layers if each not in gradients]
+
+    def is_training(self) -> bool:
+        """True unless the root is in evaluation mode."""
+        root = self.root()
+        return root is None or root.training
 
     # names, saving and closing
 
@@ -550,22 +994,22 @@ class Watcher:
                 "a captured CUDA graph writes into this tracker: merge, load or reset before the "
                 "capture, or make a new tracker"
             )
+        self.settle()
         for layer in self._unique_layers:
             layer.leave_device()
         self._counters = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Attributes to copy or pickle: statistics, without hooks or references to the model."""
+        self.settle()
         if self._counters is not None:
             self.leave_device()
-        copied = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_routes", "_inputs", "_handles", "modules", "root", "on_step_end")
-        }
+        copied = {name: value for name, value in self.__dict__.items() if name not in _LEFT_BEHIND}
         return {
             **copied,
             "_unique_layers": [],
+            "_forward_layers": [],
+            "_gradient_layers": [],
             "_layer_of": [routes.layer for routes in self._routes],
         }
 
@@ -574,6 +1018,8 @@ class Watcher:
         self.__dict__.update(state)
         self.root = _no_model
         self.on_step_end = _do_nothing
+        self.mask = self._row_mask = self.unscale = None
+        self._gradient_lock, self._leaf_handles = Lock(), []
         self.modules, self._handles, self._inputs = [], [], SharedInputs()
         self._routes = [Routes(layer) for layer in layer_of]
         self._list_unique_layers()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fastcov_detection.config import DataConfig, MiniConfig, ModelConfig, TrainConfig
-from fastcov_detection.mini import make_mini
+from fastcov_detection.data.mini import make_mini
 
 TINY_MINI = MiniConfig(train=12, val=6, canvas=64, digits=(1, 3), sizes=(14, 36))
 

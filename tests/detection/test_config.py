@@ -19,8 +19,8 @@ from fastcov_detection.config import (
     save_config,
     to_dict,
 )
-from fastcov_detection.model import parse_name
-from fastcov_detection.schedule import learning_rate
+from fastcov_detection.detector.build import parse_name
+from fastcov_detection.train.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", presets())
@@ -38,19 +38,25 @@ def test_unknown_preset_names_the_closest() -> None:
 
 
 def test_unknown_key_names_the_closest() -> None:
-    with pytest.raises(ConfigError, match=r"model\.nrom.*did you mean 'norm'"):
+    with pytest.raises(ConfigError, match=r"model\.nrom.*did you mean 'model.norm'"):
         from_dict(TrainConfig, {"model": {"nrom": "batch"}})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "many"}, "steps is 'many'; expected int"),
+        ({"steps": "many"}, "steps is many; expected int"),
         ({"steps": True}, "steps is True"),
         ({"lr": None}, "lr is None"),
-        ({"model": {"norm": "layer"}}, "model.norm is 'layer'; choose from batch, sync, group"),
+        (
+            {"model": {"norm": "layer"}},
+            "model.norm is layer; expected one of 'batch', 'sync', 'group'",
+        ),
         ({"model": 3}, "expected settings by name"),
-        ({"data": {"scale_jitter": [0.5]}}, "expected 2 values"),
+        (
+            {"data": {"scale_jitter": [0.5]}},
+            r"data.scale_jitter is \[0.5\]; expected tuple\[float, float\]",
+        ),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, object], message: str) -> None:

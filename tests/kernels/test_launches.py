@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need triton")
 from triton import knobs
-from triton.backends.nvidia.driver import CudaLauncher
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -20,10 +22,19 @@ from fastcov.bench.stubs import KernelStubs
 from fastcov.kernels import covariance, flush, gather, job, launch
 from fastcov.kernels.config import Architecture
 from fastcov.kernels.launch import Launch, has_known_convention
+from fastcov.kernels.launcher import LauncherCall
 from fastcov.kernels.layout import row_layout, row_layout_of
 
 CPU = torch.device("cpu")
+KERNELS = (
+    job.gram_kernel,
+    job.block_kernel,
+    job.mask_kernel,
+    job.reduce_kernel,
+    job.shift_kernel,
+)
 H100 = Architecture("sm_90", 132)
+ACCEPTED = (Tensor, TensorDescriptor, int, float, type(None))
 Launches = list[tuple[Any, ...]]
 
 
@@ -130,14 +141,27 @@ def test_constants_are_those_of_the_kernel() -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Grid, stream, function, metadata and arguments that Triton's launcher is called with."""
+    """Arguments of every call of the function in C that starts kernels, which is not called."""
     found: Launches = []
+    wrap = nvidia.wrap_handle_tensordesc
 
-    def call(_launcher: Any, *arguments: Any) -> None:
-        found.append((*arguments[:6], *arguments[9:]))
+    def wrapped(_function: Any, *arguments: Any) -> Any:
+        def call(*given: Any) -> None:
+            last = given[-1] if isinstance(given[-1], list | tuple) else ()
+            found.append((*given[: len(given) - bool(last)], *last))
 
-    monkeypatch.setattr(CudaLauncher, "__call__", call)
+        return wrap(call, *arguments)
+
+    monkeypatch.setattr(nvidia, "wrap_handle_tensordesc", wrapped)
+    # Kernels that earlier tests have compiled have launchers of their own.
+    for each in (*KERNELS, gather.cursor_gather_kernel, flush.flush_kernel):
+        monkeypatch.setattr(each, "device_caches", defaultdict(each.create_binder))
     return found
+
+
+def has_tensors(launches: Launches) -> list[bool]:
+    """Whether tensors are handed over, as Triton's own call does, by launch."""
+    return [any(isinstance(value, Tensor) for value in launch) for launch in launches]
 
 
 UPDATES = [
@@ -162,8 +186,10 @@ def test_a_direct_start_hands_over_what_triton_does(
     known = {tensor.data_ptr(): index for index, tensor in enumerate([*state, activation])}
 
     def described(value: Any) -> Any:
-        if isinstance(value, TensorDescriptor):
-            return [described(value.base), value.shape, value.strides, value.block_shape]
+        if isinstance(value, SimpleNamespace | knobs.HookChain):
+            return None  # for profilers
+        if type(value).__name__ == "PyCUtensorMap":
+            return "map"
         address = value.data_ptr() if isinstance(value, Tensor) else value
         is_address = isinstance(address, int) and address > 1 << 32
         return known.get(address, "workspace") if is_address else address
@@ -172,11 +198,79 @@ def test_a_direct_start_hands_over_what_triton_does(
         accumulation = covariance.Accumulation(*state, 1, 0.5, 0.9)
         accumulation.add(activation, weight)
         through_triton = [[*map(described, launch)] for launch in started]
+        assert all(has_tensors(started))
+        accumulation.add(activation, weight)
+        for _ in range(2):
+            started.clear()
+            with mock.patch.object(JITFunction, "run", side_effect=AssertionError):
+                accumulation.add(activation, weight)
+            assert [[*map(described, launch)] for launch in started] == through_triton
+            assert not any(has_tensors(started))
+
+
+def test_a_bulk_copy_map_is_made_for_every_address(
+    started: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows elsewhere must not be read where the last ones were; the same place is encoded once."""
+    encoded = []
+    expand = LauncherCall.expand
+
+    def noted(call: LauncherCall, descriptor: TensorDescriptor) -> Any:
+        encoded.append(descriptor.base.data_ptr())
+        return expand(call, descriptor)
+
+    monkeypatch.setattr(LauncherCall, "expand", noted)
+    monkeypatch.setattr(covariance, "_MOST_ADDRESSES", 2)
+    memory = torch.empty(4, 512, 64, dtype=torch.bfloat16)
+    places = [each.data_ptr() for each in memory]
+    with KernelStubs(CPU):
+        accumulation = covariance.Accumulation(*state_of(64))
+        for number in (0, 0, 0, 1, 0, 1):
+            accumulation.add(memory[number])
+        assert encoded == places[:2]
         started.clear()
-        with mock.patch.object(JITFunction, "run", side_effect=AssertionError):
-            accumulation.add(activation, weight)
-        assert [[*map(described, launch)] for launch in started] == through_triton
-    assert not any(isinstance(value, Tensor) for launch in started for value in launch)
+        for number in (2, 0, 3):
+            accumulation.add(memory[number])
+    assert encoded == [*places[:2], places[2], places[0], places[3]]
+    maps = [
+        next(v for v in launch if type(v).__name__ == "PyCUtensorMap") for launch in started[::2]
+    ]
+    assert len({*map(id, maps)}) == 3
+
+
+@pytest.mark.parametrize("change", ["scratch", "reordered", "strict", "twice"])
+def test_a_launcher_of_another_kind_is_left_to_triton(
+    started: Launches, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    call = nvidia.CudaLauncher.__call__
+    make = nvidia.CudaLauncher.__init__
+
+    def changed(launcher: Any, *given: Any) -> None:
+        if change == "reordered":
+            given = (*given[:9], given[10], given[9], *given[11:])
+        if change == "strict" and not all(isinstance(value, ACCEPTED) for value in given[9:]):
+            raise TypeError
+        call(launcher, *given)
+        if change == "twice":
+            call(launcher, *given)
+
+    def with_scratch(launcher: Any, *given: Any) -> None:
+        make(launcher, *given)
+        launcher.global_scratch_size = 8
+
+    if change == "scratch":
+        monkeypatch.setattr(nvidia.CudaLauncher, "__init__", with_scratch)
+        allocator = mock.Mock(get=lambda: lambda *_: None)
+        monkeypatch.setattr(nvidia._allocation, "_allocator", allocator)
+    else:
+        monkeypatch.setattr(nvidia.CudaLauncher, "__call__", changed)
+    state, rows = state_of(64), torch.empty(512, 64, dtype=torch.bfloat16)
+    with KernelStubs(CPU):
+        accumulation = covariance.Accumulation(*state)
+        for _ in range(3):
+            accumulation.add(rows)
+    assert len(started) == (12 if change == "twice" else 6)
+    assert all(has_tensors(started))
 
 
 def test_gathers_and_flushes_start_directly_too(started: Launches) -> None:
@@ -187,14 +281,16 @@ def test_gathers_and_flushes_start_directly_too(started: Launches) -> None:
         prepared = gather.CursorGather(buffer, marks, cursor, step, rows, 1 << 31, 1, 7)
         layer = flush.BufferedLayer(*state_of(8), excess, buffer, marks, cursor, 6)
         table = flush.FlushTable([layer])
-        for _ in range(2):
+        for _ in range(3):
             prepared.launch_(rows)
             flush.launch_flush_(table, step, decay=0.9)
-    firsts, seconds = started[:2], started[2:]
+    firsts, seconds = started[:2], started[4:]
     for first, second in zip(firsts, seconds, strict=True):
+        for_profilers = (SimpleNamespace, knobs.HookChain)
         addresses = [v.data_ptr() if isinstance(v, Tensor) else v for v in first]
-        assert addresses == list(second)
-    assert not any(isinstance(value, Tensor) for launch in seconds for value in launch)
+        expected = [None if isinstance(v, for_profilers) else v for v in addresses]
+        assert expected == list(second)
+    assert not any(has_tensors(seconds))
 
 
 def test_a_profiler_sees_every_launch(started: Launches) -> None:
@@ -202,7 +298,9 @@ def test_a_profiler_sees_every_launch(started: Launches) -> None:
     stubs = KernelStubs(CPU)
     with stubs:
         accumulation = covariance.Accumulation(*state)
-        accumulation.add(rows)
+        for _ in range(3):
+            accumulation.add(rows)
+        assert has_tensors(started[4:]) == [False, False]
         started.clear()
         hooks = knobs.runtime.launch_enter_hook
         hooks.add(print)
@@ -210,10 +308,10 @@ def test_a_profiler_sees_every_launch(started: Launches) -> None:
             accumulation.add(rows)
         finally:
             hooks.remove(print)
-        assert [type(launch[6]) for launch in started] == [Tensor, Tensor]
+        assert has_tensors(started) == [True, True]
         started.clear()
         accumulation.add(rows)
-        assert [type(launch[6]) for launch in started] == [int, int]
+        assert has_tensors(started) == [False, False]
 
 
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "sm_120"])
@@ -255,7 +353,7 @@ def test_an_unknown_convention_goes_through_triton(started: Launches) -> None:
         accumulation = covariance.Accumulation(*state)
         for _ in range(3):
             accumulation.add(rows)
-    assert [type(launch[6]) for launch in started] == 6 * [Tensor]
+    assert has_tensors(started) == 6 * [True]
 
 
 def test_a_gather_names_no_constant_and_has_them_in_order(launches: Launches) -> None:

@@ -376,3 +376,61 @@ def test_a_forward_that_fails_is_no_step_and_loses_no_row(decay: float | None) -
     assert int(tracked.watcher._counters.step) == 3
     assert [tracked.count(name) for name in tracked.names()] == [7 * 30, 4 * 30]
     assert_same(tracked, expected)
+
+
+def test_a_tracker_with_a_mask_is_left_out_with_a_warning() -> None:
+    model, x = Levels(), batch(90)
+    mask = torch.arange(90) < 60
+    with fastcov.track(model, rows=0.4, mask=lambda _x: mask) as tracked:
+        graph = Graph(tracked)
+        for _ in range(3):
+            model(x)
+        with pytest.warns(UserWarning, match="no mask is given"), graph.capture():
+            model(x)
+        assert not graph.launches
+        model(x)
+    expected = host_twin(model, x, 4, rows=0.4, mask=lambda _x: mask)
+    assert tracked.count("neck") == pytest.approx(4 * 60 * 0.4, abs=4)
+    assert_same(tracked, expected)
+
+
+def test_a_graph_holds_activations_and_neither_gradients_nor_pairs() -> None:
+    model, x = Levels(), batch(90).requires_grad_()
+    options: dict[str, Any] = {"rows": 0.4, "of": "both", "pairs": [("neck", "head")]}
+    with fastcov.track(model, **options) as tracked:
+        graph = Graph(tracked)
+        for _ in range(3):
+            model(x).backward()
+        with graph.capture():
+            model(x)
+        graph.replay()
+        assert "gradients are read by the host" in str(tracked.summary())
+        assert "not read by replays of a CUDA graph" in tracked.watcher.pairs["neck", "head"].note
+    expected = host_twin(model, x, 4, rows=0.4)
+    for name in ("neck", "head"):
+        assert tracked.count(name) == expected.count(name)
+        assert tracked.count(f"{name}:grad") == expected.count(name) * 3 // 4
+    joint = tracked.cross_covariance("neck", "head")
+    assert joint.shape == (12, 24)
+
+
+def test_layers_move_to_the_device_and_back_where_a_mask_fits_some_steps() -> None:
+    model, x = Levels(), batch(90)
+    masks = [None, None, None, torch.arange(90) < 30, None, torch.arange(90) < 60, None]
+
+    def run(tracked: fastcov.Tracker) -> fastcov.Tracker:
+        for each in masks:
+            mask[0] = each
+            model(x)
+        return tracked
+
+    mask: list[Tensor | None] = [None]
+    options: dict[str, Any] = {"rows": 0.4, "mask": lambda _x: mask[0], "decay": 0.9}
+    with fastcov.track(model, **options) as tracked:
+        run(tracked)
+    with (
+        mock.patch.object(DeviceCounters, "serve", return_value=False),
+        fastcov.track(model, **options) as expected,
+    ):
+        run(expected)
+    assert_same(tracked, expected)

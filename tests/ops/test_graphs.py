@@ -32,3 +32,7 @@ def test_emulated_cuda_graphs_read_what_eager_steps_read() -> None:
 
 def test_one_launch_adds_the_full_buffers_of_all_layers() -> None:
     run_interpreted("interpreted_flushes.py")
+
+
+def test_a_detector_whose_sizes_change_never_waits_for_the_device() -> None:
+    run_interpreted("interpreted_detector.py")

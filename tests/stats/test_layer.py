@@ -62,7 +62,7 @@ def test_weights_of_waiting_rows_are_copied_from_no_host(monkeypatch: pytest.Mon
         buffer = HostBuffer(Cursor(), is_marked=True)
         rows = torch.zeros(20, 4, device=device)
         for step, count in ((3, 2), (4, 5), (6, 1)):
-            buffer.room(ActivationLayout(rows), count)
+            buffer.room(ActivationLayout(rows), count, capacity=8)
             buffer.mark(count, step)
             buffer.weigh(step, 1.0 + step)
         return buffer.row_weight(0.5, device)

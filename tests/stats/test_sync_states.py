@@ -14,7 +14,8 @@ from torch import Tensor
 from fastcov.stats.ranks import sync_states
 from fastcov.stats.state import DECLARED, CovarianceState
 
-CHANNELS = (4, 1, 3)
+CHANNELS = (4, 1, 3, 40)
+SKETCHES = {40: 6}
 
 
 class ThreadRanks:
@@ -55,7 +56,7 @@ def states_of(rank: int) -> list[CovarianceState]:
     states = []
     for layer, channels in enumerate(CHANNELS):
         generator = torch.Generator().manual_seed(10 * rank + layer)
-        state = CovarianceState(channels)
+        state = CovarianceState(channels, sketch=SKETCHES.get(channels))
         if (rank, layer) != (0, 1):  # a rank that has seen no row of a layer
             rows = torch.randn(20 + rank, channels, generator=generator, dtype=torch.float64)
             weights = torch.rand(len(rows), generator=generator) + 0.1
@@ -73,7 +74,7 @@ def test_ranks_hold_what_one_merged_state_holds(monkeypatch: pytest.MonkeyPatch)
     synced = ranks.run(lambda rank: sync_states(states_of(rank)))
     assert ranks.collectives == 2
     for layer, channels in enumerate(CHANNELS):
-        expected = CovarianceState(channels)
+        expected = CovarianceState(channels, sketch=SKETCHES.get(channels))
         for rank in range(3):
             expected.merge(states_of(rank)[layer])
         for rank in range(3):

@@ -151,3 +151,49 @@ def _different_layers(rank: int, folder: Path) -> None:
 
 def test_ranks_that_disagree_fail_together(tmp_path: Path) -> None:
     on_two_ranks(_different_layers, tmp_path)
+
+
+class Observed(nn.Module):
+    """Names its hidden rows and takes a mask of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = make_model()
+        self.tracker: fastcov.Tracker | None = None
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.inside[1](self.inside[0](x))
+        assert self.tracker is not None
+        self.tracker.observe("hidden", hidden)
+        return self.inside[2](hidden)
+
+
+def _taps(rank: int, folder: Path) -> None:
+    def steps(model: nn.Module, ranks: list[int]) -> fastcov.Tracker:
+        tracker = fastcov.track(
+            model, rows="all", of="both", mask="mask", pairs=[("hidden", NAME)], include=f"*{NAME}"
+        )
+        (model.module if is_parallel else model).tracker = tracker
+        for step in range(3):
+            for part in ranks:
+                mask = torch.arange(16) % (2 + step + part) > 0
+                model(batch(2 * step + part), mask=mask).square().sum().backward()
+        return tracker
+
+    is_parallel = True
+    both = steps(DistributedDataParallel(Observed()), [rank]).sync()
+    is_parallel = False
+    alone = steps(Observed(), [0, 1])
+    for name in alone.names():
+        assert both.count(name) == alone.count(name) > 0
+        assert torch.allclose(both.covariance(name), alone.covariance(name), rtol=1e-9)
+    wanted = alone.cross_covariance("hidden", NAME)
+    assert torch.allclose(both.cross_covariance("hidden", NAME), wanted, rtol=1e-9)
+    assert set(both.spectra()) == set(alone.names())
+
+
+NAME = "inside.2"
+
+
+def test_masks_gradients_named_tensors_and_pairs_of_two_ranks(tmp_path: Path) -> None:
+    on_two_ranks(_taps, tmp_path)

@@ -201,6 +201,41 @@ def test_trackers_merge_where_their_sketches_agree() -> None:
     assert merged.total == pytest.approx((totals[0] + totals[1]) / 2, rel=1e-9)
 
 
+def test_pairs_keep_all_channels() -> None:
+    model = Wide()
+    pairs = [("wide", "widest")]
+    tracker = fastcov.track(model, memory=BUDGET, rows="all", pairs=pairs)
+    exact = fastcov.track(model, rows="all", pairs=pairs)
+    steps(model)
+    assert tracker.spectrum("wide").sketch is not None
+    found = tracker.cross_covariance("wide", "widest")
+    torch.testing.assert_close(found, exact.cross_covariance("wide", "widest"))
+
+
+def test_sensitivity_of_a_sketched_layer_is_refused_by_name() -> None:
+    model = Wide()
+    tracker = fastcov.track(model, memory=BUDGET, rows="all", of="both")
+    steps(model)
+    with pytest.raises(ValueError, match="layer 'widest' is sketched"):
+        tracker.sensitivity("widest")
+    assert tracker.spectrum("widest:grad").sketch is not None
+    tracker.sensitivity("narrow")
+
+
+def test_rows_of_a_mask_are_sketched_alone() -> None:
+    model = Wide()
+    mask = torch.arange(200) % 3 == 0
+
+    def steps_of(**options: Any) -> fastcov.Spectrum:
+        tracker = fastcov.track(model, rows="all", mask=lambda x: mask, replace=True, **options)
+        steps(model)
+        return tracker.spectrum("widest")
+
+    found, expected = steps_of(memory=BUDGET), steps_of()
+    assert found.count == expected.count == 4 * 67
+    assert found.total == pytest.approx(expected.total, rel=1e-5)
+
+
 def test_compiled_models_are_sketched_too() -> None:
     model = Wide()
     tracker = fastcov.track(model, memory=BUDGET, rows="all")

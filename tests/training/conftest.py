@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -173,13 +173,3 @@ def cases() -> dict[str, Case]:
 def case(request: pytest.FixtureRequest) -> Case:
     """Every model of the zoo in turn."""
     return CASES[request.param]
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled before, nothing left behind."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.set_stance("default")
-    torch.compiler.reset()

@@ -316,6 +316,27 @@ def test_a_step_never_waits_for_the_gpu(rows: float | Literal["all"]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [0.3, "all"])
+def test_other_numbers_of_rows_never_wait_for_the_gpu(rows: float | Literal["all"]) -> None:
+    """As the heads of a detector see them: a few more, many more, none, and fewer again."""
+    head = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).cuda()
+    numbers = (100, 100, 120, 700, 0, 90, 900, 300, 40)
+    tracker = fastcov.track(head, rows=rows)
+    for number in numbers[:2]:  # the second compiles what counts on the device
+        head(torch.randn(number, 64, device="cuda"))
+    batches = [torch.randn(number, 64, device="cuda") for number in numbers[2:]]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            head(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not tracker.watcher.notes
+    expected = round((1.0 if rows == "all" else rows) * sum(numbers))
+    assert abs(tracker.count("0") - expected) <= 1
+
+
+@pytest.mark.gpu
 def test_default_device_on_the_gpu() -> None:
     model = transformer().cuda()
     torch.set_default_device("cuda")

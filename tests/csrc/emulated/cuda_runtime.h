@@ -35,7 +35,11 @@ constexpr cudaError_t cudaErrorCooperativeLaunchTooLarge = 720;
 constexpr cudaError_t cudaErrorNotSupported = 801;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
-enum { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrClusterLaunch
+};
 
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
@@ -144,8 +148,12 @@ inline void __threadfence() {}  // the counter that follows orders what the host
 #define FASTCOV_EMULATED_RECIPROCAL(value) ::emulated::reciprocal(value)
 
 inline cudaError_t cudaGetDevice(int* number) { return *number = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  return *value = emulated::device.shared_bytes, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const emulated::Device& device = emulated::device;
+  *value = name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared_bytes
+           : name == cudaDevAttrMultiProcessorCount        ? device.multiprocessors
+                                                           : device.has_clusters;
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {

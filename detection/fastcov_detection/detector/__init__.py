@@ -1,0 +1,1 @@
+"""Detectors of any widths: built, initialised, their width groups found, their cost counted."""

@@ -1,0 +1,261 @@
+"""Figures of a search. Each function returns a figure that pyplot does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fastcov import Spectrum, WidthGroup
+from fastcov_detection.search.arms import BASELINE, SEARCHED, Baseline, Searched, find_arm
+
+_FURTHER = ("#a3416b", "#2f8f8f", "#70563f", "#6b6b6b")
+_GRID = "#e4e4e4"
+DPI = 130
+"""Dots an inch of the figures, which are shown dot by dot."""
+FONT = 15 * 72 / DPI
+"""Points of every text: 15 pixels, as on the page."""
+_LEAST_AP, _LEAST_SHARE = 0.1, 0.2
+_LEAST_RELATIVE = 1e-7
+
+
+def colour_of(name: str, names: Sequence[str]) -> str:
+    """Colour of an arm, the same in every figure of these arms."""
+    own = {one: _own_colour(one) for one in names}
+    further = [one for one in names if own[one] is None]
+    return own[name] or _FURTHER[further.index(name) % len(_FURTHER)]
+
+
+def _own_colour(name: str) -> str | None:
+    arm = find_arm(name)
+    return arm.colour if arm.name == type(arm).stem else None
+
+
+def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
+    """AP against backbone parameters: a dot for each run, a diamond at the mean of several.
+
+    Names stand in a column at the right, highest AP first, each joined to its arm by a line: arms
+    that lie on one another keep names that do not.
+    """
+    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
+    ax = figure.add_subplot()
+    arms = list(result["arms"])
+    means: dict[str, tuple[float, float]] = {}
+    for name, arm in result["arms"].items():
+        values = [run[metric] for run in arm["runs"] if run[metric] is not None]
+        if not values:
+            continue
+        colour, place = colour_of(name, arms), arm["backbone_params"] / 1e6
+        means[name] = place, sum(values) / len(values)
+        ax.plot([place] * len(values), values, "o", color=colour, alpha=0.5, markersize=5)
+        if len(values) > 1:
+            ax.plot(*means[name], "D", color=colour, markersize=7)
+    ax.set_xlabel("backbone parameters, millions", fontsize=FONT)
+    ax.set_ylabel({"ap": "AP", "segm_ap": "mask AP"}.get(metric, metric), fontsize=FONT)
+    ax.margins(0.08, 0.1)
+    _calm(ax)
+    _widen(ax, result)
+    low, high = ax.get_ylim()
+    # A line of text needs a fifteenth of this figure's height.
+    heights = [(mean - low) / (high - low) for _, mean in means.values()]
+    for (name, point), slot in zip(means.items(), spread(heights, 1 / 15), strict=True):
+        ax.annotate(
+            name,
+            point,
+            (1.04, slot),
+            textcoords="axes fraction",
+            fontsize=FONT,
+            va="center",
+            color=colour_of(name, arms),
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour_of(name, arms),
+                "linewidth": 0.6,
+                "alpha": 0.5,
+                "shrinkB": 4,
+            },
+        )
+    return figure
+
+
+def _widen(ax: Axes, result: Mapping[str, Any]) -> None:
+    """Ranges of at least 0.1 AP and a fifth of the largest network, in which noise looks small."""
+    low, high = ax.get_ylim()
+    missing = max(0.0, _LEAST_AP - (high - low)) / 2
+    ax.set_ylim(low - missing, high + missing)
+    left, right = ax.get_xlim()
+    largest = max(arm["backbone_params"] for arm in result["arms"].values()) / 1e6
+    missing = max(0.0, _LEAST_SHARE * largest - (right - left)) / 2
+    ax.set_xlim(left - missing, right + missing)
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places, moved as little as keeps any two ``gap`` apart in the same order, within 0 to 1.
+
+    Where they do not all fit, the gap shrinks.
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    gap = min(gap, 1 / max(1, len(places) - 1))
+    # Groups that touch move as one, to the mean of what their members want of its first place.
+    groups: list[tuple[float, list[int]]] = []
+    for index in order:
+        first, members = min(max(places[index], 0.0), 1.0), [index]
+        while groups and groups[-1][0] + gap * len(groups[-1][1]) > first + 1e-12:
+            before, others = groups.pop()
+            wanted = [before] * len(others) + [first - gap * len(others)] * len(members)
+            members = others + members
+            first = sum(wanted) / len(wanted)
+            first = min(max(first, 0.0), 1 - gap * (len(members) - 1))
+        groups.append((first, members))
+    found = [0.0] * len(places)
+    for first, members in groups:
+        for number, index in enumerate(members):
+            found[index] = first + gap * number
+    return found
+
+
+def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Training loss over steps, one line for each arm's first seed."""
+    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
+    ax = figure.add_subplot()
+    for name, points in curves.items():
+        if points:
+            steps, losses = zip(*points, strict=True)
+            ax.plot(steps, losses, color=colour_of(name, list(curves)), linewidth=1.4, label=name)
+    ax.set_xlabel("training step", fontsize=FONT)
+    ax.set_ylabel("loss", fontsize=FONT)
+    ax.set_ylim(0, None)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _calm(ax)
+    ax.legend(fontsize=FONT, frameon=False)
+    return figure
+
+
+def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
+    """Widths of every arm relative to the baseline, one line for each group."""
+    baseline = result["arms"][BASELINE]["widths"]
+    others = [name for name in result["arms"] if name != BASELINE]
+    figure = Figure(figsize=(8.2, 1.3 + 0.23 * len(groups)), layout="constrained")
+    ax = figure.add_subplot()
+    ax.axvline(1, color=Baseline.colour, linewidth=1)
+    for name in others:
+        widths = result["arms"][name]["widths"]
+        shares = [widths[group] / baseline[group] for group in groups]
+        ax.plot(
+            shares,
+            range(len(groups)),
+            "o" if find_arm(name).is_searched else "|",
+            color=colour_of(name, list(result["arms"])),
+            markersize=6 if find_arm(name).is_searched else 8,
+            markeredgewidth=1.5,
+            label=name,
+        )
+    _name_lines(ax, groups)
+    shown = SEARCHED if SEARCHED in others else (others or [BASELINE])[0]
+    found = result["arms"][shown]["widths"]
+    _annotate(ax, [f"{baseline[group]} → {found[group]}" for group in groups])
+    ax.set_xlabel("width / baseline's width", fontsize=FONT)
+    ax.set_xlim(0, None)
+    ax.annotate(
+        f"{BASELINE} → {shown}",
+        (1.01, 1),
+        xytext=(0, 6),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=FONT,
+        color="#5b6770",
+    )
+    ax.legend(fontsize=FONT, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    return figure
+
+
+def draw_demand(
+    groups: Sequence[WidthGroup],
+    trained: Mapping[str, float],
+    untrained: Mapping[str, float] | None,
+    rule: str,
+) -> Figure:
+    """Demand of every group as a share of its width, before and after training."""
+    figure = Figure(figsize=(8.2, 1.3 + 0.23 * len(groups)), layout="constrained")
+    ax = figure.add_subplot()
+    lines = range(len(groups))
+    shares = [trained[group.name] / group.width for group in groups]
+    ax.barh(lines, [1.0] * len(groups), color="#eef2f4", height=0.75)
+    ax.barh(lines, shares, color=Searched.colour, height=0.75, label="trained baseline")
+    if untrained is not None:
+        before = [untrained[group.name] / group.width for group in groups]
+        ax.plot(before, lines, "|", color="#e07b39", markeredgewidth=2, label="before training")
+    _name_lines(ax, [group.name for group in groups])
+    _annotate(ax, [f"{trained[group.name]:.1f} of {group.width}" for group in groups])
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
+    ax.set_xlabel(f"demand ({rule}) as a share of the width", fontsize=FONT)
+    ax.legend(fontsize=FONT, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return figure
+
+
+def draw_stage_spectra(
+    groups: Sequence[WidthGroup],
+    trained: Mapping[str, Spectrum],
+    untrained: Mapping[str, Spectrum] | None,
+) -> Figure:
+    """Spectra of the stages' outputs, trained and before training, on one scale."""
+    stages = [group for group in groups if "." not in group.name]
+    figure = Figure(figsize=(1.3 + 2.1 * len(stages), 3.1), layout="constrained")
+    cells = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    widest = max(group.width for group in stages)
+    for ax, group in zip(cells, stages, strict=True):
+        for spectra, style in (
+            (trained, {"color": Searched.colour, "label": "trained"}),
+            (untrained, {"color": "#e07b39", "label": "before training"}),
+        ):
+            if spectra is not None:
+                _draw_spectrum(ax, spectra[group.members[0]], style)
+        ax.axhline(1e-3, color="#8a8a8a", linestyle="--", linewidth=0.8)
+        ax.set_xlim(0.9, 1.1 * widest)
+        ax.set_ylim(_LEAST_RELATIVE, 2)
+        ax.set_title(f"{group.name}: {group.width}", fontsize=FONT)
+        ax.set_xlabel("rank", fontsize=FONT)
+        _calm(ax)
+    cells[0].set_ylabel("eigenvalue / largest", fontsize=FONT)
+    cells[0].legend(fontsize=FONT, frameon=False, loc="lower left")
+    return figure
+
+
+def _draw_spectrum(ax: Axes, spectrum: Spectrum, style: Mapping[str, Any]) -> None:
+    values = spectrum.eigenvalues
+    if not bool(values[0] > 0):
+        return
+    shares = (values / values[0]).clamp_min(_LEAST_RELATIVE / 10)
+    ax.loglog(range(1, len(shares) + 1), shares.numpy(), linewidth=1.5, **style)
+
+
+def _calm(ax: Axes) -> None:
+    ax.grid(True, color=_GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=FONT)
+
+
+def _name_lines(ax: Axes, names: Sequence[str]) -> None:
+    ax.set_yticks(range(len(names)), names, fontsize=FONT)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(True, axis="x", color=_GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=FONT)
+
+
+def _annotate(ax: Axes, texts: Sequence[str]) -> None:
+    for line, text in enumerate(texts):
+        ax.annotate(
+            text,
+            (1.01, line),
+            xycoords=("axes fraction", "data"),
+            fontsize=FONT,
+            va="center",
+            color="#5b6770",
+        )

@@ -1,0 +1,178 @@
+"""A search in words and one table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastcov_detection.search.arms import BASELINE
+from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error, verdict_of
+
+COLUMNS = (
+    "arm",
+    "params,\nM",
+    "backbone\nparams, M",
+    "MACs,\nG",
+    "AP",
+    "AP50",
+    "wall s\na run",
+    "ms per\nimage",
+    "seeds",
+)
+
+
+def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row of text for each arm; changes are from the baseline, spreads standard errors."""
+    arms = result["arms"]
+    baseline = arms.get(BASELINE)
+    has_masks = any(run["segm_ap"] is not None for arm in arms.values() for run in arm["runs"])
+    table = []
+    for name, arm in arms.items():
+        share = "" if baseline in (None, arm) else _change(arm, baseline)
+        row = [
+            name,
+            f"{arm['params'] / 1e6:.3f}",
+            f"{arm['backbone_params'] / 1e6:.3f}{share}",
+            f"{arm['macs'] / 1e9:.3f}",
+        ]
+        metrics = ["ap", "ap50", *(["segm_ap"] if has_masks else [])]
+        row += [_spread(arm["runs"], metric) for metric in metrics]
+        seconds = [run["train_s"] for run in arm["runs"]]
+        row.append(f"{sum(seconds) / len(seconds):.0f}")
+        row.append("-" if arm["latency_ms"] is None else f"{arm['latency_ms']:.1f}")
+        row.append(str(len(arm["runs"])))
+        table.append(tuple(row))
+    return table
+
+
+def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Headings of :func:`rows`; masks bring one more."""
+    has_masks = any(
+        run["segm_ap"] is not None for arm in result["arms"].values() for run in arm["runs"]
+    )
+    return (*COLUMNS[:6], "mask AP", *COLUMNS[6:]) if has_masks else COLUMNS
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """What the numbers show and what they do not."""
+    found = []
+    searched, baseline = result["arms"].get("searched"), result["arms"].get("baseline")
+    # An arm with one seed, a peer or one of a search that was stopped, silences no other.
+    is_single = max(len(arm["runs"]) for arm in result["arms"].values()) < 2
+    if searched and baseline:
+        fewer = _words(searched["backbone_params"], baseline["backbone_params"])
+        macs = 100 * searched["macs"] / baseline["macs"]
+        text = (
+            f"The searched network has {fewer} backbone parameters than the baseline "
+            f"({searched['backbone_params'] / 1e6:.2f} against "
+            f"{baseline['backbone_params'] / 1e6:.2f} million) at {macs:.1f} % of its MACs; its AP "
+            f"is {_with_seeds(searched['runs'])}, the baseline's {_with_seeds(baseline['runs'])}"
+        )
+        found.append(f"{text}, from which nothing follows." if is_single else f"{text}.")
+    if is_single:
+        found.append(
+            "One seed shows that every step works and what each network costs; it cannot show "
+            "which network is more accurate, because a second seed could turn any of these "
+            "differences round. Several seeds (search --seeds N) give paired differences with "
+            "standard errors."
+        )
+        return found
+    for one in result["comparisons"]:
+        found.append(
+            f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f} "
+            f"± {one['se']:.4f} (n = {one['n']}): {verdict_of(one)}."
+            if one["se"] is not None
+            else f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f} "
+            f"(n = 1): {verdict_of(one)}."
+        )
+    found.append(
+        'Differences are paired by seed, ± one standard error; "no loss" means that their '
+        f'one-sided 95 % lower bound is above {LARGEST_LOSS}, "better" that it is above 0. '
+        "There is no correction for the number of comparisons "
+        f"({len(result['comparisons'])}): where nothing differs, one in twenty would be shown by "
+        "chance."
+    )
+    return found
+
+
+def coco_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """COCO's twelve numbers of every arm, means over its seeds; empty where no run has them.
+
+    Returns:
+        Headings, and one row for each number.
+    """
+    arms = {
+        name: [run["numbers"] for run in arm["runs"] if run.get("numbers")]
+        for name, arm in result["arms"].items()
+    }
+    arms = {name: runs for name, runs in arms.items() if runs}
+    names = [name for name in next(iter(arms.values()), [{}])[0] if not name.startswith("segm")]
+    names += [name for name in next(iter(arms.values()), [{}])[0] if name.startswith("segm")]
+    lines = [
+        [name, *(_mean([run[name] for run in runs]) for runs in arms.values())] for name in names
+    ]
+    return ["number", *arms], [line for line in lines if set(line[1:]) != {"-"}]
+
+
+def class_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """AP of every class for every arm, means over its seeds; empty where no run has them.
+
+    Returns:
+        Headings, and one row for each class.
+    """
+    arms = {
+        name: [run["classes"]["ap"] for run in arm["runs"] if run.get("classes")]
+        for name, arm in result["arms"].items()
+    }
+    arms = {name: runs for name, runs in arms.items() if runs}
+    names = list(next(iter(arms.values()), [{}])[0])
+    return ["class", *arms], [
+        [name, *(_mean([run.get(name) for run in runs]) for runs in arms.values())]
+        for name in names
+    ]
+
+
+def print_summary(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the table and the sentences."""
+    # Where no terminal says otherwise, the width that the table with spreads needs.
+    console = console or Console(width=None if sys.stdout.isatty() else 110)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, heading in enumerate(columns(result)):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows(result):
+        table.add_row(*row)
+    console.print(table)
+    for sentence in sentences(result):
+        console.print(sentence, markup=False, highlight=False)
+
+
+def _change(arm: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    return f" ({100 * (arm['backbone_params'] / baseline['backbone_params'] - 1):+.0f} %)"
+
+
+def _words(value: float, reference: float) -> str:
+    change = 100 * (value / reference - 1)
+    return f"{abs(change):.1f} % {'fewer' if change < 0 else 'more'}"
+
+
+def _spread(runs: list[dict[str, Any]], metric: str) -> str:
+    values = [run[metric] for run in runs if run[metric] is not None]
+    if not values:
+        return "-"
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if error is None else f"{mean:.3f}±{error:.3f}"
+
+
+def _with_seeds(runs: list[dict[str, Any]]) -> str:
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    return f"{_spread(runs, 'ap')} ({seeds})"
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "-"

@@ -1,0 +1,1 @@
+"""The width search: arms, runs, measuring passes and verdicts."""

@@ -1,0 +1,261 @@
+"""Engines that run trainings in processes of their own, followed through their logs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fastcov_detection.progress import Bar, display
+
+_POLL_S = 0.25
+_TAIL_BYTES = 65_536
+_GRACE_S = 10.0
+
+
+class RunError(RuntimeError):
+    """A training run that ended without a result."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: what to train and where it leaves its files."""
+
+    label: str
+    run_dir: Path
+    config_file: Path
+    widths_file: Path | None
+    seed: int
+    steps: int
+    start_file: Path | None = None
+    """Weights of the whole detector to start from instead of random ones."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier process brought the run to its result."""
+        return (self.run_dir / "run.json").exists()
+
+    def command(self) -> list[str]:
+        """The command line that runs or resumes it."""
+        # -P: the process imports what this one did, not a checkout that happens to lie here.
+        return [sys.executable, "-P", *self.arguments()]
+
+    def arguments(self) -> list[str]:
+        """The command line after the interpreter."""
+        words = ["-m", "fastcov_detection.cli", "train", "--quiet"]
+        words += ["--config", str(self.config_file), "--out", str(self.run_dir)]
+        words += ["--seed", str(self.seed)]
+        files = {"--widths": self.widths_file, "--start": self.start_file}
+        given = {option: path for option, path in files.items() if path is not None}
+        return words + [word for option, path in given.items() for word in (option, str(path))]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Keeps a second search, or a run that a killed search left behind, out of the folder.
+
+    Yields:
+        The lock's file descriptor; child processes that inherit it hold the lock as well.
+
+    Raises:
+        RunError: If another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another search, or by a training run that one left behind; "
+                "wait for it or choose another folder"
+            ) from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
+class Running(Protocol):
+    """A run at work."""
+
+    @property
+    def has_begun(self) -> bool:
+        """False while the run waits for its turn."""
+
+    def status(self) -> int | None:
+        """Exit status of the run; None while it goes on."""
+
+    def stop(self) -> None:
+        """Ends the run, which resumes later."""
+
+
+class Engine(Protocol):
+    """A place where runs are trained."""
+
+    def start(self, job: Job) -> Running | None:
+        """Starts or queues a run; None where there is no room now."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    engine: Engine,
+    on_finish: Callable[[], Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Runs what is not finished, and shows how far each run is.
+
+    Args:
+        jobs: Independent of each other.
+        engine: Where they run.
+        on_finish: Called after each run that ends well.
+        progress: Show a bar for each run.
+
+    Raises:
+        RunError: If a run fails; the others are stopped, and resume when the same command is given.
+    """
+    waiting = [job for job in jobs if not job.is_finished]
+    at_work: dict[Job, Running] = {}
+    bars: dict[Job, Bar] = {}
+    with display(progress) as show:
+        try:
+            while waiting or at_work:
+                while waiting and (started := engine.start(waiting[0])) is not None:
+                    at_work[waiting.pop(0)] = started
+                for job, running in list(at_work.items()):
+                    if job not in bars and running.has_begun:
+                        bars[job] = show(job.label, job.steps, note="starting")
+                    code = running.status()
+                    if code is not None and (code != 0 or not job.is_finished):
+                        raise RunError(_failure(job, code))
+                    if code is not None:
+                        del at_work[job]
+                    if job in bars:
+                        _report(job, bars[job], is_done=code is not None)
+                    if code is not None and on_finish is not None:
+                        on_finish()
+                time.sleep(_POLL_S)
+        finally:
+            for running in at_work.values():
+                running.stop()
+
+
+def _report(job: Job, bar: Bar, is_done: bool) -> None:
+    if is_done:
+        bar(job.steps, "done", is_done=True)
+        return
+    step, note = read_position(job.run_dir / "log.jsonl")
+    bar(step, "evaluating" if step >= job.steps else note or "starting")
+
+
+def _failure(job: Job, code: int) -> str:
+    output = job.run_dir / "output.txt"
+    said = output.read_text(errors="replace").strip().splitlines() if output.exists() else []
+    last = "\n  ".join(said[-12:]) or "(it said nothing)"
+    return (
+        f"{job.label} ended with exit status {code}; its last words in {output}:\n  {last}\n"
+        "Mend that and give the same command again: what is finished is not run again."
+    )
+
+
+class LocalEngine:
+    """Processes of this machine, ``at_once`` at a time.
+
+    They share the CPU cores evenly, and the GPUs in turn (several processes on one GPU where there
+    are more processes than GPUs).
+
+    Args:
+        at_once: Processes side by side.
+        lock: Descriptor of :func:`locked`, inherited by the processes.
+    """
+
+    def __init__(self, at_once: int = 1, lock: int | None = None) -> None:
+        self.at_once, self.lock = max(1, at_once), lock
+        self._slots: list[_Process | None] = [None] * self.at_once
+
+    def start(self, job: Job) -> Running | None:
+        """Starts a run in the first free slot."""
+        for slot, process in enumerate(self._slots):
+            if process is None or process.status() is not None:
+                environment = _environment(slot, self.at_once)
+                self._slots[slot] = started = _Process(job, environment, self.lock)
+                return started
+        return None
+
+
+class _Process:
+    """A run in a process of this machine."""
+
+    has_begun = True
+
+    def __init__(self, job: Job, environment: dict[str, str], lock: int | None) -> None:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        with (job.run_dir / "output.txt").open("ab") as output:
+            self._process = subprocess.Popen(
+                job.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=() if lock is None else (lock,),
+            )
+
+    def status(self) -> int | None:
+        """Exit status; None while the process lives."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Ends the process, politely for ten seconds."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def threads_per_run(at_once: int) -> int:
+    """CPU threads of one of several runs side by side."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, at_once))
+
+
+def _environment(slot: int, slots: int) -> dict[str, str]:
+    threads = str(threads_per_run(slots))
+    changes = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    gpus = torch.cuda.device_count()
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+        changes["CUDA_VISIBLE_DEVICES"] = names[slot % gpus]
+    return os.environ | changes
+
+
+def read_position(log: Path) -> tuple[int, str]:
+    """Step and loss of the last complete line of a run's log; (0, "") before the first."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            tail = file.read()
+    except OSError:
+        return 0, ""
+    for line in reversed(tail[: tail.rfind(b"\n") + 1].splitlines()):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            loss = values.get("loss")
+            return values["step"], f"loss {loss:.3f}" if isinstance(loss, float) else ""
+    return 0, ""

@@ -1,0 +1,84 @@
+"""Process between a worker of a cluster and its training: when the worker dies, the training ends.
+
+A run that is started again elsewhere must not meet the one before it in the same folder. Nothing
+tells a process that its parent was killed, but its standard input then ends: this process reads it,
+and stops the command, which stands in a process group of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+GRACE_S = 10.0
+"""Seconds in which a training may end by itself, with the processes that it started."""
+
+
+def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
+    """One task of a cluster: a training in processes that do not outlive this one.
+
+    This file imports nothing beyond Python, so that a worker is ready at once.
+
+    Args:
+        words: Command line after the interpreter.
+        folder: Of the run, on this node as on every other.
+        threads: CPU threads of each process.
+
+    Returns:
+        Exit status of the training.
+
+    Raises:
+        FileNotFoundError: If the folder is not on this node.
+    """
+    run = Path(folder)
+    if not run.is_dir():
+        raise FileNotFoundError(
+            f"{run} is not on this node; --out must lie on a file system that all nodes share"
+        )
+    if (run / "run.json").exists():  # an earlier start ended before it could say so
+        return 0
+    counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-P", "-m", "fastcov_detection.search.guard", sys.executable]
+    with (run / "output.txt").open("ab") as output:
+        output.write(f"started on node {os.uname().nodename}\n".encode())
+        output.flush()
+        with subprocess.Popen(
+            [*command, *words],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | counts | {"PYTHONSAFEPATH": "1"},
+        ) as process:
+            return process.wait()
+
+
+def guard(words: Sequence[str]) -> int:
+    """Runs a command until it ends or standard input does; its exit status."""
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def watch() -> None:
+        # Not through sys.stdin, whose lock a thread that still reads would hold when Python ends.
+        while os.read(0, 4096):
+            continue
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(child.pid, sign)
+            except ProcessLookupError:
+                return
+            try:
+                child.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                continue
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    return child.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(guard(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Studies around the search: pretraining, comparisons, exports and the plan of the evidence."""

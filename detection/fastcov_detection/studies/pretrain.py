@@ -1,0 +1,349 @@
+"""Pretraining of a backbone: a classifier of a detection data set's objects.
+
+The weights that come of it have torchvision's names for a ResNet, the classifier included, and a
+detector starts from them with ``--init``: the pretrained side of the comparison with training from
+scratch (Shinya, Simo-Serra and Suzuki, arXiv 1909.04021), with no download.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fastcov_detection.config import ConfigError, TrainConfig, save_config, to_dict
+from fastcov_detection.data.batches import BatchPlan, mix_seed
+from fastcov_detection.data.dataset import load_data, one_line
+from fastcov_detection.data.objects import ObjectCrops
+from fastcov_detection.detector.backbone import build_resnet, norm_layer
+from fastcov_detection.detector.build import check_widths, parse_name, save_widths
+from fastcov_detection.detector.weights import initialise_backbone
+from fastcov_detection.distributed import pick_device
+from fastcov_detection.errors import CheckpointError
+from fastcov_detection.files import write_file, write_text
+from fastcov_detection.progress import progress_bar
+from fastcov_detection.provenance import made_by
+from fastcov_detection.train import checkpoint as checkpoints
+from fastcov_detection.train.logbook import Logbook
+from fastcov_detection.train.loop import PRECISIONS, run_settings
+from fastcov_detection.train.schedule import (
+    build_optimizer,
+    calmer_settings,
+    learning_rate,
+    set_learning_rate,
+)
+
+RESULT = "pretrain.json"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A detector's training run of which the backbone, data, rate and steps are taken, and the
+    crops.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    objects: int = 64
+    """Crops of one step."""
+    crop: int = 64
+    """Edge of a crop, in pixels."""
+    context: tuple[float, float] = (1.0, 2.0)
+    """Smallest and largest edge of a crop by the longer edge of its object's box."""
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a pretraining came to."""
+
+    accuracy: float
+    """Of the classes of the validation objects, in 0-1."""
+    loss: float
+    """Mean cross-entropy of the validation objects, in nats."""
+    train_objects: int
+    val_objects: int
+    steps: int
+    seed: int
+    train_s: float
+    cpu_s: float
+    run_dir: str
+
+
+def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: int) -> nn.Module:
+    """A detector's ResNet with a pool and a linear layer behind it, named as torchvision's.
+
+    Args:
+        config: ``model`` is the detector.
+        widths: Of every width group of the detector.
+        classes: Without background.
+
+    Raises:
+        ConfigError: If the norm cannot be trained.
+    """
+    if config.model.norm == "frozen":
+        raise ConfigError("model.norm is 'frozen': it holds what a training found; use batch")
+    _, depth = parse_name(config.model.name)
+    body = build_resnet(
+        depth,
+        widths,
+        norm_layer(config.model.norm, config.model.norm_groups),
+        config.model.zero_init_last_norm,
+    )
+    initialise_backbone(body, config.model, depth)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(body.named_children())
+    layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten(1)
+    layers["fc"] = nn.Linear(widths["layer4"], classes)
+    return nn.Sequential(layers)
+
+
+def pretrain(
+    config: PretrainConfig,
+    widths: Mapping[str, int] | None = None,
+    *,
+    run_dir: str | os.PathLike[str],
+    seed: int = 0,
+    resume: bool = True,
+    progress: bool = True,
+) -> PretrainResult:
+    """Trains a backbone to tell the objects of the training images apart.
+
+    Validation objects are seen by the accuracy alone. The folder gets ``config.json``,
+    ``widths.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoint.pt``, and at the end ``model.pt``
+    (a ResNet's plain state_dict, for ``--init``) and ``pretrain.json``.
+
+    Args:
+        config: The run; the detector's own parts, its batch and its tracking are not used.
+        widths: Channels by width group; None: the configuration's.
+        run_dir: Folder of the run.
+        seed: Of everything random.
+        resume: Go on where an earlier process stopped; a finished run is returned at once. False:
+            start over.
+        progress: Show bars.
+
+    Raises:
+        ConfigError: If a setting is impossible.
+        DataError: If the data cannot be used.
+        CheckpointError: If the folder holds a run with other settings.
+        LossError: If the loss is not finite.
+    """
+    folder = Path(run_dir)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("pretrain runs in one process; start it without torchrun")
+    if config.objects < 1:
+        raise ConfigError(f"objects is {config.objects}; a step needs at least 1 crop")
+    complete = check_widths(config.train.model, widths)
+    device = pick_device(config.train.device)
+    with run_settings(config.train, device):
+        data = load_data(config.train.data, progress=progress)
+        crops = tuple(
+            ObjectCrops(
+                dataset,
+                config.crop,
+                config.context,
+                hflip=config.train.data.hflip,
+                varies=dataset is data.train,
+            )
+            for dataset in (data.train, data.val)
+        )
+        torch.manual_seed(mix_seed(seed, 2))
+        model = build_classifier(config.train, complete, len(data.class_names))
+        settings = {key: v for key, v in to_dict(config).items() if key != "train"}
+        identity = {
+            "seed": seed,
+            "config": to_dict(config.train),
+            "widths": complete,
+            "pretrain": settings,
+            "data": data.content,
+        }
+        finished = _open_folder(folder, identity, resume)
+        if finished is not None:
+            return finished
+        save_config(config, folder / "config.json")
+        save_widths(complete, folder / "widths.json")
+        return _Pretraining(config, model, crops, folder, identity, device, progress).run()
+
+
+class _Pretraining:
+    """A run at work."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: nn.Module,
+        crops: tuple[ObjectCrops, ...],
+        folder: Path,
+        identity: dict[str, Any],
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self.config, self.train, self.folder = config, config.train, folder
+        self.crops, self.identity, self.device = crops, identity, device
+        self.progress, self.seed = progress, int(identity["seed"])
+        self.memory_format = (
+            torch.channels_last if self.train.channels_last else torch.contiguous_format
+        )
+        self.model = model.to(device=device, memory_format=self.memory_format)
+        self.optimizer = build_optimizer(self.model, self.train)
+        self.dtype = PRECISIONS[self.train.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.train.precision == "float16")
+        self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
+        saved = checkpoints.load_checkpoint(folder)
+        if saved is not None:
+            self.step, self.train_s, self.cpu_s = saved["step"], saved["train_s"], saved["cpu_s"]
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+        self.logbook = Logbook(folder, self.step, remedy=calmer_settings(self.train))
+
+    def run(self) -> PretrainResult:
+        """Trains what is left, measures the accuracy, and leaves the result."""
+        try:
+            self._train()
+            scores = self._evaluate()
+            self.logbook.write("eval", self.step, scores)
+        finally:
+            self.logbook.close()
+        result = PretrainResult(
+            accuracy=scores["accuracy"],
+            loss=scores["loss"],
+            train_objects=len(self.crops[0]),
+            val_objects=len(self.crops[1]),
+            steps=self.step,
+            seed=self.seed,
+            train_s=self.train_s,
+            cpu_s=self.cpu_s,
+            run_dir=str(self.folder),
+        )
+        state = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
+        write_file(self.folder / "model.pt", lambda file: torch.save(state, file))
+        kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
+        content = {**self.identity, "result": kept, "made_by": made_by()}
+        write_text(self.folder / RESULT, json.dumps(content, indent=2) + "\n")
+        return result
+
+    def _train(self) -> None:
+        train = self.train
+        plan = BatchPlan(
+            [1.0] * len(self.crops[0]),
+            self.config.objects,
+            seed=self.seed,
+            steps=train.steps,
+            first_step=self.step,
+        )
+        loader = DataLoader(
+            self.crops[0],
+            batch_sampler=plan,
+            num_workers=train.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.model.train()
+        start_s, before_s = time.monotonic(), self.train_s
+        start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
+        label = f"pretraining {self.folder.name}"
+        with progress_bar(label, train.steps, done=self.step, enabled=self.progress) as advance:
+            for pixels, classes in one_line(loader):
+                rate = learning_rate(train, self.step)
+                self._step(pixels, classes, rate)
+                self.step += 1
+                self.train_s = before_s + time.monotonic() - start_s
+                self.cpu_s = before_cpu_s + time.process_time() - start_cpu_s
+                saves = self.step % train.checkpoint_every == 0 or self.step == train.steps
+                note = ""
+                if self.step % train.log_every == 0 or saves:
+                    note = f"loss {self.logbook.flush(self.step, rate, self.train_s)['loss']:.3f}"
+                if saves:
+                    self._save()
+                advance(1, note)
+
+    def _step(self, pixels: torch.Tensor, classes: torch.Tensor, rate: float) -> None:
+        set_learning_rate(self.optimizer, rate)
+        loss = self._loss(self._logits(pixels), classes)
+        self.scaler.scale(loss).backward()
+        if self.train.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.logbook.add({"loss": loss})
+
+    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits: torch.Tensor = self.model(pixels)
+        return logits.float()
+
+    def _loss(self, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, classes.to(self.device))
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Accuracy and loss on the validation objects."""
+        self.model.eval()
+        crops = self.crops[1]
+        loader = DataLoader(crops, self.config.objects, num_workers=self.train.data.workers)
+        right, loss = 0, 0.0
+        with progress_bar("evaluating", len(crops), enabled=self.progress) as advance:
+            for pixels, classes in one_line(loader):
+                logits = self._logits(pixels)
+                right += int((logits.argmax(dim=1).cpu() == classes).sum())
+                loss += float(self._loss(logits, classes)) * len(classes)
+                advance(len(classes))
+        return {"accuracy": right / len(crops), "loss": loss / len(crops)}
+
+    def _save(self) -> None:
+        self.logbook.refuse_weights(self.model.state_dict(), self.step)
+        content = {
+            **self.identity,
+            "step": self.step,
+            "train_s": self.train_s,
+            "cpu_s": self.cpu_s,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        checkpoints.save_checkpoint(self.folder, content)
+
+
+def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> PretrainResult | None:
+    """Prepares the folder; the result where the run has ended already."""
+    if (folder / "classes.json").exists():
+        raise CheckpointError(f"{folder} holds a detector's training; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.remove_leftovers(folder)
+    path = folder / RESULT
+    if not resume:
+        checkpoints.remove_checkpoints(folder)
+        for name in (RESULT, "model.pt"):
+            (folder / name).unlink(missing_ok=True)
+    if path.exists():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            before = {key: content.get(key) for key in identity}
+            result = PretrainResult(**{**content["result"], "run_dir": str(folder)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is not a pretraining's result ({error}); delete it to finish the run again"
+            ) from None
+        checkpoints.check_same_run(before, identity, folder, reached=result.steps, is_finished=True)
+        if result.steps >= identity["config"]["steps"]:
+            return result
+    saved = checkpoints.load_checkpoint(folder)
+    if saved is not None:
+        checkpoints.resume_from(saved, identity, folder)
+    elif path.exists():
+        raise CheckpointError(
+            f"{folder} has a result and no checkpoint to go on from; start over with --restart, "
+            "or choose another folder"
+        )
+    return None

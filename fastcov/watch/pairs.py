@@ -1,0 +1,174 @@
+"""Pairs of watched tensors: the joint second moment of their rows, position by position.
+
+A pair has one layer, whose rows are those of both tensors side by side. The blocks of its second
+moment are the two tensors' own and their cross-covariance.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcov.rows.layout import ActivationLayout
+from fastcov.stats.layer import Draw, Layer
+from fastcov.watch.select import gradient_name
+
+Side = int
+"""0 for the first tensor of a pair, 1 for the second."""
+
+
+class _Waiting(NamedTuple):
+    """Rows of one side of a pair that wait for those of the other side."""
+
+    side: Side
+    draw: Draw
+    rows: Tensor
+    weights: Tensor | None
+    sizes: torch.Size
+
+
+@dataclass
+class Pair:
+    """Two tensors, and the layer of their rows side by side.
+
+    Args:
+        names: Names of the tensors.
+        layer: Statistics of the rows of both. [N, C_0 + C_1]
+
+    Attributes:
+        channels: C_0 and C_1; zeros before the first rows.
+        note: Reason why rows are missing; empty where all is well.
+        is_stopped: True after :meth:`stop`.
+    """
+
+    names: tuple[str, str]
+    layer: Layer
+    channels: tuple[int, int] = (0, 0)
+    note: str = ""
+    is_stopped: bool = False
+    _waiting: deque[_Waiting] = field(default_factory=deque)
+
+    def see(
+        self, side: Side, tensor: Tensor, layout: ActivationLayout, sizes: torch.Size,
+        weights: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Takes one call of one side; each waits for the call of the other side that is due.
+
+        Args:
+            side: Side of the tensor.
+            tensor: Activation of the layout.
+            layout: Layout of the activation.
+            sizes: Sizes of the row view without its channels.
+            weights: Weights of the rows, where they differ. [B, ...]
+        """
+        if self.is_stopped:
+            return
+        if not self._waiting or self._waiting[0].side == side:
+            draw = self.layer.draw(layout)
+            rows = self.layer.drawn(draw, tensor, layout)
+            drawn = None
+            if weights is not None:
+                sampled = weights[..., None]
+                drawn = self.layer.drawn(draw, sampled, ActivationLayout(sampled))[:, 0]
+                if self.layer.fraction is None:
+                    self.layer.left_out_rows += int((weights == 0).sum())
+            self._waiting.append(_Waiting(side, draw, rows, drawn, sizes))
+            return
+        first = self._waiting.popleft()
+        if first.sizes != sizes:
+            self.note = (
+                f"{self.names[first.side]!r} has rows of {list(first.sizes)}, "
+                f"{self.names[side]!r} of {list(sizes)}: not paired"
+            )
+            return
+        rows = self.layer.drawn(first.draw, tensor, layout)
+        sides = (first.rows, rows) if side else (rows, first.rows)
+        dtype = torch.promote_types(sides[0].dtype, sides[1].dtype)
+        joint = torch.cat([each.to(first.rows.device, dtype) for each in sides], 1)
+        channels = (sides[0].shape[1], sides[1].shape[1])
+        if self.channels not in ((0, 0), channels):
+            self.stop(f"gave {channels} channels after {self.channels}: not read since then")
+            return
+        self.channels = channels
+        self.layer.add_drawn(first.draw, joint, first.weights)
+
+    def merge(self, other: Pair, step: int) -> None:
+        """Adds the rows of the same pair in another tracker, with both decayed up to ``step``."""
+        if self.channels == (0, 0):
+            self.channels = other.channels
+        self.layer.merge(other.layer, step)
+
+    def stop(self, reason: str) -> None:
+        """Reads no more calls; the note says why."""
+        self.note = reason
+        self.is_stopped = True
+        self._waiting.clear()
+
+    def end_step(self) -> None:
+        """Drops the calls that found no other one."""
+        if self._waiting:
+            missing = self.names[1 - self._waiting[0].side]
+            self.note = self.note or f"no call of {missing!r} came for some of the other's"
+            self._waiting.clear()
+
+    def begin_step(self, step: int) -> None:
+        """Starts a step."""
+        self._waiting.clear()
+        self.layer.begin_step(step)
+
+
+def check_pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Pairs as the argument of :func:`fastcov.track` gives them.
+
+    Raises:
+        TypeError: If an entry is not two names.
+        ValueError: If an entry names one tensor twice, a gradient, or a pair that is there already.
+
+    Example:
+        >>> check_pairs([["encoder", "decoder"]])
+        [('encoder', 'decoder')]
+    """
+    checked: list[tuple[str, str]] = []
+    for pair in pairs:
+        is_two = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not is_two or not all(isinstance(name, str) for name in pair):
+            raise TypeError(f'pairs holds {pair!r}: give two names each, as [("conv1", "conv2")]')
+        names = (pair[0], pair[1])
+        if names[0] == names[1] or names in checked or names[::-1] in checked:
+            raise ValueError(f"pairs holds {pair!r}: give two different names, each pair once")
+        if any(name.endswith(gradient_name("")) for name in names):
+            raise ValueError(f"pairs holds {pair!r}: gradients are not paired")
+        checked.append(names)
+    return checked
+
+
+def pair_name(names: tuple[str, str]) -> str:
+    """Name under which a pair is saved.
+
+    Example:
+        >>> pair_name(("conv1", "conv2"))
+        'conv1 x conv2'
+    """
+    return " x ".join(names)
+
+
+def linear_cka(covariance: Tensor, channels: int) -> float:
+    r"""Linear centred kernel alignment of two tensors (Kornblith et al. 2019, arXiv 1905.00414).
+
+    .. math:: \|C_{ab}\|_F^2 / (\|C_{aa}\|_F \|C_{bb}\|_F)
+
+    Args:
+        covariance: Covariance of both tensors' rows side by side. [C_a + C_b, C_a + C_b]
+        channels: C_a.
+
+    Returns:
+        A number in [0, 1]; NaN where one of both is constant.
+    """
+    own, other = covariance[:channels, :channels], covariance[channels:, channels:]
+    cross = covariance[:channels, channels:]
+    return float(cross.square().sum() / (own.norm() * other.norm()))

@@ -1,0 +1,96 @@
+"""Comparing what fastcov.track left of two trainings."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fastcov import Spectrum, load_history
+from fastcov.spectra.history import History, Snapshot
+from fastcov_detection.cli import main
+from fastcov_detection.errors import DataError
+from fastcov_detection.studies.compare import compare_runs, numbers
+
+STEPS = (0, 10, 20)
+
+
+def _spectrum(name, channels, rank):
+    """Exactly ``rank`` equal eigenvalues."""
+    values = torch.zeros(channels, dtype=torch.float64)
+    values[:rank] = 2.0
+    return Spectrum(values, 1000, 2.0 * rank, name)
+
+
+def _run(folder, ranks, extra=()):
+    """A run whose layers have the given ranks at each of the steps."""
+    history = History(folder / "spectra")
+    for index, step in enumerate(STEPS):
+        spectra = {
+            name: _spectrum(name, channels, found[index])
+            for name, (channels, found) in ranks.items()
+        }
+        spectra |= {name: _spectrum(name, 4, 2) for name in extra}
+        history.append(Snapshot(step, float(step), spectra))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    scratch = {"body.conv1": (16, (2, 8, 12)), "body.layer1.0.conv1": (8, (8, 8, 8))}
+    tuned = {"body.conv1": (16, (12, 12, 12)), "body.layer1.0.conv1": (8, (8, 4, 4))}
+    return (
+        _run(tmp_path / "one" / "scratch", scratch, extra=["body.only"]),
+        _run(tmp_path / "two" / "scratch", tuned),
+    )
+
+
+def test_dims_over_training_of_both_runs(runs, tmp_path):
+    comparison = compare_runs(*runs, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found == json.loads(json.dumps(numbers(comparison)))
+    assert (found["a"], found["b"]) == ("one/scratch", "two/scratch")
+    conv1 = found["layers"]["body.conv1"]
+    assert conv1["steps_a"] == conv1["steps_b"] == conv1["common_steps"] == list(STEPS)
+    assert conv1["dims_a"] == [2, 8, 12]
+    assert conv1["dims_b"] == [12, 12, 12]
+    # Shares 1/2 of two against 1/12 of twelve: half of 2 * 5/12 + 10 * 1/12 is 5/6.
+    assert conv1["distances"][0] == pytest.approx(5 / 6)
+    assert conv1["distance"] == 0.0
+    inner = found["layers"]["body.layer1.0.conv1"]
+    assert inner["distance"] == pytest.approx(0.5)
+    assert inner["dof_b"] == pytest.approx(4 / 1.001)
+    assert found["only_a"] == ["body.only"]
+    assert found["only_b"] == []
+
+
+def test_figures_and_page_are_written(runs, tmp_path, capsys):
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    for name in ("dims", "spectra", "distance"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+            assert picture.mode == "P", "a palette, small enough for version control"
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert "body.layer1.0.conv1" in page
+    assert "<script" not in page
+    out = capsys.readouterr().out
+    assert "layer1.0.conv1" in out
+    assert "a: one/scratch" in out
+
+
+def test_folder_of_snapshots_can_be_given_itself(runs, tmp_path):
+    comparison = compare_runs(runs[0] / "spectra", runs[1], tmp_path / "out")
+    assert comparison.label_a == "spectra"
+    assert len(load_history(runs[0] / "spectra")) == 3
+
+
+def test_run_without_snapshots_is_named_with_the_remedy(runs, tmp_path):
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match=r"no snapshots in .*bare.*--set track=backbone"):
+        compare_runs(runs[0], tmp_path / "bare", tmp_path / "out")
+
+
+def test_runs_without_a_common_layer_are_named(runs, tmp_path):
+    other = _run(tmp_path / "other", {"elsewhere": (4, (1, 2, 3))})
+    with pytest.raises(DataError, match="no layer name in common"):
+        compare_runs(runs[0], other, tmp_path / "out")
