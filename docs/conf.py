@@ -10,8 +10,11 @@ import os
 import re
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 import fastcov
 
@@ -36,7 +39,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -44,6 +46,7 @@ source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"fastcov {version}"
 html_static_path = ["_static"]
@@ -114,6 +117,19 @@ def rewrite_links(app: Sphinx, name: str, content: list[str]) -> None:
         content[0] = with_site_links(content[0], source, source.parent)
 
 
+def write_inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
+    """Writes a formula in a sentence as MathML, which browsers show without a script."""
+    writer.body.append(tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=False))
+    raise nodes.SkipNode
+
+
+def write_formula(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """Writes a formula of its own as MathML."""
+    formula = tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=True)
+    writer.body.append(f'<div class="formula">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Copies the repository's pages, and shows drawings in Mermaid as their text."""
     COPIES.mkdir(exist_ok=True)
@@ -121,4 +137,5 @@ def setup(app: Sphinx) -> None:
         text = (ROOT / page).read_text(encoding="utf-8")
         (COPIES / name).write_text(with_site_links(text, ROOT / page, COPIES), encoding="utf-8")
     app.add_lexer("mermaid", TextLexer)
+    app.add_html_math_renderer("mathml", (write_inline_formula, None), (write_formula, None))
     app.connect("source-read", rewrite_links)
