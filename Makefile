@@ -82,6 +82,10 @@ test-quick: setup  ## a contributor's loop, below 3 minutes: what needs no compi
 	@$(PARALLEL) -m "not alone and not slow and not dist and not wheel" \
 		--ignore tests/csrc --ignore tests/detection --ignore tests/integrations --ignore tests/training
 
+docs: setup  ## the site in docs/_build/html; a warning or a broken link inside is an error
+	@$(INSTALLED) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: setup  ## benchmarks of this machine's CPU beside its peers, at most 25 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench
 
@@ -112,7 +116,7 @@ lint: $(STAMPS)/environment  ## ruff, mypy, import-linter, clang-format
 	@PYTHONPATH=.:detection $(BIN)/lint-imports
 	@$(BIN)/clang-format --dry-run -Werror csrc/*
 
-readme-tables: setup  ## tables and figures of README.md and benchmarks/README.md from benchmarks/results
+readme-tables: setup  ## tables and figures of README.md, docs and benchmarks/README.md from benchmarks/results
 	@$(INSTALLED) $(BIN)/python benchmarks/plot.py
 
 clean:  ## what was built; the virtual environment and runs stay

@@ -1,8 +1,8 @@
-"""Tables and the figure of two pages, from result files: none of their numbers is typed by hand.
+"""Tables and the figure of three pages, from result files: none of their numbers is typed by hand.
 
     python benchmarks/plot.py                     rewrites what stands between the markers
     python benchmarks/plot.py --check             fails when something differs
-    python benchmarks/plot.py --readme README.md  one page: README.md, benchmarks/README.md
+    python benchmarks/plot.py --readme README.md  one page alone
 
 Markers are ``<!-- table:DEVICE/NAME -->`` and ``<!-- /table -->``; the figure stands between
 ``<!-- figure:DEVICE/NAME -->`` and ``<!-- /figure -->``. DEVICE is a folder of benchmarks/results;
@@ -25,6 +25,7 @@ from fastcov.bench.table import TARGET_HEADERS, seconds, target_cells
 from fastcov.bench.targets import judge
 
 RESULTS = Path("benchmarks/results")
+PAGES = [Path("README.md"), Path("benchmarks/README.md"), Path("docs/reference/benchmarks.md")]
 UNMEASURED = "Not measured yet: `make bench` writes the file that this table is made from."
 _MARKER = re.compile(
     r"<!-- (?P<kind>table|figure):(?:(?P<device>[^/ ]+)/)?(?P<name>[a-z0-9_-]+) -->\n"
@@ -324,16 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 if ``--check`` found a difference; 2 if a table cannot be made.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    pages = [Path("README.md"), Path("benchmarks/README.md")]
-    parser.add_argument("--readme", type=Path, nargs="+", default=pages, metavar="PAGE")
+    parser.add_argument("--readme", type=Path, nargs="+", default=PAGES, metavar="PAGE")
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     options = parser.parse_args(arguments)
     wanted: dict[Path, str] = {}
     for page in options.readme:
         folder = page.resolve().parent
-        root = next(
-            (above for above in (folder, folder.parent) if (above / RESULTS).is_dir()), folder
-        )
+        above = (folder, *folder.parents)
+        root = next((one for one in above if (one / RESULTS).is_dir()), folder)
         try:
             wanted[page], pictures = render(page.read_text(encoding="utf-8"), root, folder)
         except (OSError, ValueError) as error:

@@ -1,3 +1,3 @@
-"""Version of the distribution, as in ``pyproject.toml``."""
+"""Version of the distribution: the one place that states it."""
 
 __version__ = "0.1.0"

@@ -1,13 +1,46 @@
-"""Code of the pages under docs/ runs as printed, one page after its own beginning."""
+"""Pages of docs/: their code runs as printed, recipes and notebooks too, and the site builds."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 
-PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+import fastcov
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+COPIED = DOCS / "repository"  # copies that the site's build makes
+PAGES = [
+    page
+    for page in sorted(DOCS.rglob("*.md"))
+    if COPIED not in page.parents and "```python\n" in page.read_text()
+]
+RECIPES = sorted((DOCS / "recipes").glob("*.py"))
+NOTEBOOKS = sorted((DOCS / "recipes").glob("*.ipynb"))
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(fastcov.__file__).parents[1]),
+            "MPLBACKEND": "Agg",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -15,9 +48,40 @@ def test_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(block, str(page), "exec"), names)
-    assert blocks
     assert "error" not in capsys.readouterr().out.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_run_and_print_what_their_page_says(recipe: Path, tmp_path: Path) -> None:
+    """The same words in the same order; numbers are those of another machine."""
+    printed = run(str(recipe), folder=tmp_path)
+    page = recipe.with_suffix(".md").read_text()
+    assert f"{{literalinclude}} {recipe.name}" in page
+    for shown in re.findall(r"```text\n(.*?)```", page, re.DOTALL):
+        assert re.findall(r"[A-Za-z]{3,}", shown) == re.findall(r"[A-Za-z]{3,}", printed)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run(notebook: Path, tmp_path: Path) -> None:
+    cells = json.loads(notebook.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 3
+    names: dict[str, object] = {}
+    with mpl.rc_context({"backend": "Agg"}):
+        for cell in code:
+            exec(compile(cell, str(notebook), "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links inside lead somewhere: conf.py refuses those to missing files, Sphinx the others."""
+    options = ("-m", "sphinx", "-W", "-q", "-b", "html", "-d", str(tmp_path / "trees"))
+    run(*options, str(DOCS), str(tmp_path / "site"), folder=ROOT)
+    reference = (tmp_path / "site" / "reference" / "api.html").read_text()
+    for name in fastcov.__all__:
+        assert f'id="fastcov.{name}"' in reference or f'id="module-fastcov.{name}"' in reference
+    assert (tmp_path / "site" / "recipes" / "pca.html").is_file()

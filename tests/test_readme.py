@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,53 +16,25 @@ import fastcov
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DISTRIBUTED = (ROOT / "docs" / "guide" / "distributed.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def resnet() -> tuple[nn.Module, Tensor, str]:
-    torchvision = pytest.importorskip("torchvision")
-    return torchvision.models.resnet18(num_classes=5), torch.randn(4, 3, 64, 64), "layer3.0.conv2"
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-def vision_transformer() -> tuple[nn.Module, Tensor, str]:
-    torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=2,
-        num_heads=4,
-        hidden_dim=32,
-        mlp_dim=64,
-        num_classes=5,
-    )
-    return model, torch.randn(32, 3, 32, 32), "encoder.layers.encoder_layer_0.mlp.0"
-
-
-def mlp() -> tuple[nn.Module, Tensor, str]:
+def test_the_promise_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-    return model, torch.randn(4096, 10), "0"
-
-
-@pytest.mark.parametrize("build", [resnet, vision_transformer, mlp])
-def test_the_code_runs_as_printed(
-    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model, batch, layer = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def train_step(model: nn.Module, batch: Tensor) -> None:
-        optimizer.zero_grad()
         model(batch).square().mean().backward()
-        optimizer.step()
 
-    names = {"model": model, "loader": [batch] * 4, "train_step": train_step}
+    names = {"model": model, "loader": [torch.randn(64, 10)] * 4, "train_step": train_step}
+    assert BLOCKS
     for block in BLOCKS:
-        exec(block.replace("layer3.0.conv2", layer), names)
-    printed = capsys.readouterr().out
-    assert layer in printed
-    assert "{'stem': 40, 'body': 96}" in printed
-    assert (tmp_path / "spectra.html").stat().st_size > 1000
+        exec(block, names)
+    assert "part. ratio" in capsys.readouterr().out
 
 
 def test_the_first_example_prints_what_it_says(tmp_path: Path) -> None:
@@ -99,16 +70,16 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_distributed_example_runs_as_printed(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    (script,) = re.findall(r"```py\n(# train\.py\n.*?)```", README, re.DOTALL)
+    (script,) = re.findall(r"```py\n(# train\.py\n.*?)```", DISTRIBUTED, re.DOTALL)
     script = script.replace("64, 64", "32, 32")
     (tmp_path / "train.py").write_text(script)
-    (command,) = re.findall(r"^torchrun (.* train\.py)$", README, re.MULTILINE)
+    (command,) = re.findall(r"^torchrun (.* train\.py)$", DISTRIBUTED, re.MULTILINE)
     done = run(["-m", "torch.distributed.run", "--standalone", *command.split()], tmp_path)
     assert done.returncode == 0, done.stderr
     (fc,) = (line for line in done.stdout.splitlines() if line.startswith("fc "))
     assert fc.split()[1] == "10"
     assert fastcov.load_history(tmp_path / "runs" / "resnet18").steps() == [2, 4]
-    (command,) = re.findall(r"^fastcov (report \S+)", README, re.MULTILINE)
+    (command,) = re.findall(r"^fastcov (report \S+)", DISTRIBUTED, re.MULTILINE)
     done = run(["-m", "fastcov.cli", *command.split()], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 snapshots" in done.stdout
@@ -117,7 +88,7 @@ def test_the_distributed_example_runs_as_printed(tmp_path: Path) -> None:
 def test_commands_and_files_that_it_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"`?make ([a-z-]+)", README))
-    assert {"demo", "test", "setup", "bench", "bench-gpu"} <= targets
+    assert {"demo", "docs", "test", "setup", "bench-gpu"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
@@ -125,5 +96,5 @@ def test_commands_and_files_that_it_names_exist() -> None:
 
 
 def test_the_unrelated_package_is_never_installed() -> None:
-    for document in (*ROOT.glob("*.md"), *ROOT.glob("detection/*.md")):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("detection/*.md"), *ROOT.glob("docs/**/*.md")):
         assert not re.search(r"pip install (\S+ )*fastcov(?![-_]torch)\b", document.read_text())

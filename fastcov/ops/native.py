@@ -117,6 +117,9 @@ def _library_path(name: str) -> Path:
     path = LIBRARY_FOLDER / f"libfastcov_{name}.so"
     if not path.is_file():
         built = "this build has no" if LIBRARY_FOLDER.is_dir() else "nothing is compiled, so no"
+        record = LIBRARY_FOLDER / "build.json"
+        if record.is_file() and _build_record().get("compiler") == "none":
+            built = "no C++ compiler was found when fastcov was installed, so no"
         raise UnavailableError(f"{built} {path.name} in {_SHORT_FOLDER}")
     return path
 

@@ -189,7 +189,7 @@ def test_unmeasured_tables_are_refused(
 
 
 def test_committed_tables_are_current(plot: ModuleType) -> None:
-    pages = [str(ROOT / "README.md"), str(ROOT / "benchmarks" / "README.md")]
+    pages = [str(ROOT / page) for page in plot.PAGES]
     assert plot.main(["--readme", *pages, "--check"]) == 0
 
 
