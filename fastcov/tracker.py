@@ -417,6 +417,7 @@ class Tracker:
             reason = "the mask left out every row so far"
         if not (reason or layer.total_calls) and self.steps and tap.is_gradient:
             reason = "no backward pass has reached it"
+        meant = state if state is not None and count and state.sketch is None else None
         return LayerFacts(
             name=name,
             channels=tap.channels or (0 if state is None else state.channels),
@@ -424,10 +425,8 @@ class Tracker:
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
-            mean_square=float(state.mean().square().sum()) if state and count else 0.0,
-            mean_from_shift=float((state.sum / state.weight).square().sum())
-            if state and count
-            else 0.0,
+            mean_square=float(meant.mean().square().sum()) if meant else 0.0,
+            mean_from_shift=float((meant.sum / meant.weight).square().sum()) if meant else 0.0,
             reason=reason,
             has_calls=layer.total_calls > 0,
             # Gradients of the last step may still be on their way.

@@ -89,19 +89,22 @@ def _solve(mark: _Mark) -> _Result:
     for key, layer in unique.items():
         by_device.setdefault(layer["state"]["moment"].device, []).append(key)
     eigenvalues: dict[int, torch.Tensor] = {}
-    traces_and_rows: dict[
-        int, tuple[float, int]
-    ] = {}  # rows: the number that the spectrum rests on
+    # Trace, squared norm of a sketch, and rows: the number that the spectrum rests on.
+    numbers: dict[int, tuple[float, float, int]] = {}
     for device, keys in by_device.items():
         with _beside_the_training(device, mark.copied.get(device)):
             matrices = []
             for key in keys:
-                state = fastcov.CovarianceState(unique[key]["channels"], device)
-                state.load_state_dict(unique[key]["state"])
+                saved = unique[key]["state"]
+                sketch = int(saved["sketch"][1]) if "sketch" in saved else None
+                state = fastcov.CovarianceState(unique[key]["channels"], device, sketch=sketch)
+                state.load_state_dict(saved)
                 if float(state.weight) > 0:
-                    matrices.append((key, state.covariance()))
-                    traces_and_rows[key] = (
-                        float(matrices[-1][1].trace()),
+                    parts = state.spectral_parts()
+                    matrices.append((key, parts.matrix))
+                    numbers[key] = (
+                        float(parts.total),
+                        float(parts.squares),
                         min(int(state.count[0]), round(float(state.effective_count))),
                     )
             # float64 costs little on a CPU; a GPU's fast path is float32.
@@ -111,8 +114,15 @@ def _solve(mark: _Mark) -> _Result:
     spectra, statuses = {}, []
     for name, layer in mark.layers.items():
         if id(layer) in eigenvalues:
-            trace, count = traces_and_rows[id(layer)]
-            spectra[name] = fastcov.Spectrum(eigenvalues[id(layer)], count, max(0.0, trace), name)
+            total, squares, count = numbers[id(layer)]
+            spectra[name] = fastcov.Spectrum.of(
+                eigenvalues[id(layer)],
+                count=count,
+                total=total,
+                squares=squares,
+                channels=layer["channels"],
+                name=name,
+            )
         read, skipped = (0, 0) if layer["state"] is None else layer["state"]["count"].tolist()
         weight = 0.0 if layer["state"] is None else float(layer["state"]["weight"])
         status = LayerStatus(name, layer["channels"], read, skipped, weight, spectra.get(name))

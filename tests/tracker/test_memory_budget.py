@@ -289,3 +289,16 @@ def test_llama_of_eight_billion_parameters_within_a_gibibyte() -> None:
         [999, 999],
         [1407, 0],
     ]
+
+
+def test_spectra_solved_beside_the_training_are_sketched_too() -> None:
+    """The callbacks for Trainers solve what lies in a checkpoint."""
+    from fastcov.integrations import runs
+
+    model = Wide()
+    tracker = fastcov.track(model, memory=BUDGET, rows="all")
+    steps(model, count=1)
+    found = runs._solve(runs._mark(tracker, 1, True, True)).spectra
+    for name, spectrum in tracker.spectra().items():
+        assert torch.equal(found[name].eigenvalues, spectrum.eigenvalues)
+        assert found[name].sketch == spectrum.sketch
