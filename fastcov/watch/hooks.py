@@ -226,7 +226,7 @@ class StepHook:
             is_nested = False
             if steps.is_inside and steps.thread == thread:
                 is_nested = _runs_inside_itself(module)
-            elif steps.is_inside and steps.is_on_stack and not _runs_in(steps.thread, module):
+            elif steps.is_inside and steps.is_on_stack and not _runs_a_module(steps.thread):
                 steps.abandon()
             watcher.begin_step(is_step, is_nested)
             steps.is_on_stack = steps.is_on_stack or steps.thread == thread
@@ -276,16 +276,19 @@ _CALL = nn.Module._call_impl.__code__
 
 def _runs_inside_itself(module: nn.Module) -> bool:
     # A forward that did not end is either still on the stack (recursion), or was interrupted.
-    return _calls_on_stack(sys._getframe(), module) > 1
-
-
-def _runs_in(thread: int, module: nn.Module) -> bool:
-    return _calls_on_stack(sys._current_frames().get(thread), module) > 0
-
-
-def _calls_on_stack(frame: FrameType | None, module: nn.Module) -> int:
+    frame: FrameType | None = sys._getframe()
     calls = 0
     while frame is not None:
         calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
         frame = frame.f_back
-    return calls
+    return calls > 1
+
+
+def _runs_a_module(thread: int) -> bool:
+    # Any module: the locals of a frame that another thread is running cannot be read safely.
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return True
+        frame = frame.f_back
+    return False
