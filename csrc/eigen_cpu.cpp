@@ -92,6 +92,20 @@ std::vector<int64_t> shape_without_last(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end() - 1};
 }
 
+// A contiguous tensor, without the dispatcher: small orders take no longer than that does.
+Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  }
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
+}
+
 // One entry of a call: a matrix [n, n] or a batch [B, n, n] of any strides.
 template <typename T>
 struct Batch {
@@ -130,9 +144,9 @@ struct Batch {
 // same: whole rounds of the widest groups, then full vectors, then what is left, one by one where
 // every thread takes less than a vector costs.
 template <typename T>
-std::vector<int64_t> group_sizes(int n, int64_t count, int64_t most, int64_t threads) {
+std::vector<int64_t> group_sizes(int64_t fewest, int64_t count, int64_t most, int64_t threads) {
   const int64_t lanes = kernels<T>().lanes;
-  const bool has_lanes = most >= lanes && kernels<T>().fewest_lanes(n) <= lanes;
+  const bool has_lanes = most >= lanes && fewest <= lanes;
   std::vector<int64_t> sizes(count / (most * threads) * threads, most);
   count %= most * threads;
   if (!has_lanes) {
@@ -147,16 +161,16 @@ std::vector<int64_t> group_sizes(int n, int64_t count, int64_t most, int64_t thr
     sizes.push_back(std::min(width, count / lanes * lanes));
   }
   const int64_t share = divide_up(count, threads);
-  const int64_t last = share < kernels<T>().fewest_lanes(n) ? share : count;
+  const int64_t last = share < fewest ? share : count;
   for (; count > 0; count -= sizes.back()) sizes.push_back(std::min(last, count));
   return sizes;
 }
 
 // Runs tasks in groups of one order, of at most `most`, the longest first, each thread taking the
-// next when it is free. bytes_of: scratch of a group by order.
+// next when it is free. bytes_of: scratch of a group by order; fewest_of: fewest side by side.
 template <typename T, typename Run>
 void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_of)(int),
-                const Run& run) {
+                int (*fewest_of)(int), const Run& run) {
   if (tasks.empty()) return;
   const auto is_larger = [](const EigenTask<T>& a, const EigenTask<T>& b) { return a.n > b.n; };
   if (!std::is_sorted(tasks.begin(), tasks.end(), is_larger)) {
@@ -175,7 +189,8 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
     int64_t end = begin;
     while (end < total && tasks[end].n == tasks[begin].n) ++end;
     bytes = std::max(bytes, bytes_of(tasks[begin].n));
-    for (const int64_t size : group_sizes<T>(tasks[begin].n, end - begin, most, threads)) {
+    for (const int64_t size :
+         group_sizes<T>(fewest_of(tasks[begin].n), end - begin, most, threads)) {
       starts.push_back(begin);
       begin += size;
     }
@@ -228,7 +243,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
     const Tensor& matrix = matrices[entry];
     const Batch<T> batch(matrix);
     Tensor& result = results[entry];
-    result = torch::stable::new_empty(matrix, shape_without_last(matrix));
+    result = empty(shape_without_last(matrix), matrix.scalar_type());
     T* const values = static_cast<T*>(result.mutable_data_ptr());
     for (int64_t b = 0; b < batch.count; ++b) {
       tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr, nullptr});
@@ -236,7 +251,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
   }
   run_large<T>(tasks);
   run_groups<T>(tasks, is_alone ? 1 : kernels<T>().group, kernels<T>().scratch_bytes,
-                kernels<T>().eigenvalues);
+                kernels<T>().fewest_lanes, kernels<T>().eigenvalues);
 }
 
 std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor> thresholds) {
@@ -256,7 +271,7 @@ std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor
     std::vector<int64_t> shape = shape_of(tau);
     shape.push_back(2);
     Tensor& result = results[entry];
-    result = torch::stable::new_empty(matrix, shape, ScalarType::Long);
+    result = empty(shape, ScalarType::Long);
     int64_t* const counts = static_cast<int64_t*>(result.mutable_data_ptr());
     const double* const taus = static_cast<const double*>(tau.const_data_ptr());
     const int64_t tau_stride = dims == 2 ? tau.stride(0) : 0;
@@ -266,7 +281,7 @@ std::vector<Tensor> count_above(std::vector<Tensor> matrices, std::vector<Tensor
     }
   }
   run_groups<double>(tasks, kernels<double>().group, kernels<double>().scratch_bytes,
-                     level().batched.counts);
+                     kernels<double>().fewest_lanes, level().batched.counts);
   return results;
 }
 
@@ -277,8 +292,8 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
   for (const size_t entry : entries) {
     const Tensor& matrix = matrices[entry];
     const Batch<T> batch(matrix);
-    all_values[entry] = torch::stable::new_empty(matrix, shape_without_last(matrix));
-    all_vectors[entry] = torch::stable::new_empty(matrix, matrix.sizes());
+    all_values[entry] = empty(shape_without_last(matrix), matrix.scalar_type());
+    all_vectors[entry] = empty(shape_of(matrix), matrix.scalar_type());
     T* const values = static_cast<T*>(all_values[entry].mutable_data_ptr());
     T* const vectors = static_cast<T*>(all_vectors[entry].mutable_data_ptr());
     for (int64_t b = 0; b < batch.count; ++b) {
@@ -286,7 +301,8 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
                        vectors + b * batch.n * batch.n});
     }
   }
-  run_groups<T>(tasks, kernels<T>().lanes, kernels<T>().vector_bytes, kernels<T>().eigenvectors);
+  run_groups<T>(tasks, kernels<T>().lanes, kernels<T>().vector_bytes, kernels<T>().fewest_rotated,
+                kernels<T>().eigenvectors);
 }
 
 // Entries of a call by dtype: one call may mix them, a group may not.

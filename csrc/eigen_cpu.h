@@ -47,6 +47,7 @@ struct EigenKernels {
   int lanes;  // how many of them fill a vector
   // Fewest matrices that are reduced side by side; it takes as long as this many one by one.
   int (*fewest_lanes)(int n);
+  int (*fewest_rotated)(int n);  // the same of eigenvectors
   // Bytes of scratch, aligned to 64, for up to `group` matrices, or for eigenvectors of `lanes`.
   int64_t (*scratch_bytes)(int n);
   int64_t (*vector_bytes)(int n);

@@ -424,6 +424,10 @@ class Tracker:
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
+            mean_square=float(state.mean().square().sum()) if state and count else 0.0,
+            mean_from_shift=float((state.sum / state.weight).square().sum())
+            if state and count
+            else 0.0,
             reason=reason,
             has_calls=layer.total_calls > 0,
             # Gradients of the last step may still be on their way.
@@ -744,7 +748,7 @@ def track(
         memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
             not fit are sketched to fewer channels: their trace is exact, the other numbers of their
             spectra are estimates (docs/memory.md), and the summary says so. No layer is too wide
-            then. Observed tensors count as they come, ``pairs`` beyond it. None keeps all channels.
+            then. Observed tensors are not counted; ``pairs`` are refused. None keeps all channels.
         max_channels: Without ``memory``, wider layers are skipped and listed in the summary.
         pairs: Pairs of names of tensors of one step, modules' or observed ones, whose
             :meth:`Tracker.cross_covariance` and :meth:`Tracker.cka` are kept.

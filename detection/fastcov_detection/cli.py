@@ -309,10 +309,12 @@ def compare(a: str, b: str, out: str | None = None) -> None:
         b: Run folder.
         out: Folder for figures and numbers; null: compare-A-B.
     """
+    from fastcov_detection.studies.ceilings import layer_ceilings
     from fastcov_detection.studies.compare import compare_runs, print_comparison
 
+    ceilings = layer_ceilings(Path(a)), layer_ceilings(Path(b))
     folder = out or f"compare-{Path(a).name}-{Path(b).name}"
-    print_comparison(compare_runs(a, b, folder))
+    print_comparison(compare_runs(a, b, folder), ceilings=ceilings)
     print(f"figures and numbers: {folder}")
 
 

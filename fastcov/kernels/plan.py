@@ -169,11 +169,15 @@ def _clocks(
     products = 6 if element_bytes == 4 else 1
     area = config.panel**2 * products * config.residents / pace.macs
     row_bytes = element_bytes * config.residents
+    # All programs of a chunk share its rows: memory delivers them once.
+    shared = row_bytes * channels / (triangles + tiles) / pace.load_bytes
     triangle_row = max(
+        shared,
         area * config.panels * (config.panels + 1) / 2,
-        row_bytes * min(channels, config.width) / pace.load_bytes,
+        row_bytes * min(channels, config.width) / pace.cached_load_bytes,
     )
     tile_row = max(
+        shared,
         area * config.left * config.right,
         row_bytes * config.panel * (config.left + config.right) / pace.cached_load_bytes,
     )

@@ -11,25 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, TypeVar, cast, overload
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastcov.ops import aten_eigen, library
+from fastcov.ops import aten_eigen, library, native
 from fastcov.ops.library import operators
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
-# Bytes of a vector, in which eigh of a CPU rotates matrices side by side, and by order the fewest
-# of them for which LAPACK takes as long: a vector takes its time whether it is full or not.
-# Measured on a Xeon with AVX-512; from order 33 on LAPACK is faster than a full vector.
-_VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
-_FEWEST_ROTATED = tuple(
-    fewest
-    for fewest, orders in ((2, 9), (3, 4), (4, 4), (5, 4), (7, 4), (9, 4), (11, 4))
-    for _ in range(orders)
-)
+# Largest order whose eigenvectors the compiled CPU library finds in less time than LAPACK: 1.1 to
+# 1.5 times as fast one by one, measured on a Xeon with AVX-512, also held to AVX2.
+_LARGEST_NATIVE = {"AVX512": 48, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+if not native.status()["cpu"].active:
+    _LARGEST_NATIVE = 0
 _LIN_ALG_ERROR: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
 _FEW = 64  # numbers that Python looks through before one operator of torch has begun
 
@@ -89,6 +85,11 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         [torch.Size([3]), torch.Size([5, 2])]
     """
     if isinstance(A, Tensor):
+        if _is_plain(A):
+            try:
+                return library.eigvalsh([A], torch.are_deterministic_algorithms_enabled())[0]
+            except (MemoryError, RuntimeError) as error:
+                _raise_explained(error, [A])
         _check_matrix(A, "A")
         if _has_derivative(A):
             return cast(Tensor, torch.linalg.eigvalsh(A))
@@ -114,11 +115,14 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
     .. math:: A V = V \Lambda, \quad V^T V = I
 
     Both equations hold within 1e-5 in float32 up to n = 128, entry by entry and relative to the
-    largest eigenvalue; above, LAPACK was off by up to 6e-5 at n = 1024. On a CPU, batches of
-    matrices of up to 32 rows are rotated side by side; all else is one call of
-    ``torch.linalg.eigh``. On a GPU with the compiled library, matrices up to n = 128 run without
-    host synchronisation; larger ones go to ``torch.linalg``, which synchronises. The sign of an
-    eigenvector, and the basis of a repeated eigenvalue's space, are arbitrary but repeatable.
+    largest eigenvalue; above, LAPACK was off by up to 6e-5 at n = 1024. On a CPU the compiled
+    library solves matrices of up to 48 rows (32 with AVX2), a few one by one and many side by
+    side; all else is one call of ``torch.linalg.eigh``. While
+    ``torch.use_deterministic_algorithms(True)`` is in force, so is everything on a CPU, on one
+    thread: the last bits then depend neither on the batch nor on the number of threads. On a GPU
+    with the compiled library, matrices up to n = 128 run without host synchronisation; larger ones
+    go to ``torch.linalg``, which synchronises. The sign of an eigenvector, and the basis of a
+    repeated eigenvalue's space, are arbitrary but repeatable.
 
     Args:
         A: As in :func:`eigvalsh`.
@@ -139,8 +143,21 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
                 [1., 0.]]))
     """
     if isinstance(A, Tensor):
-        _check_matrix(A, "A")
-        return _eigh_by_torch(A) if _is_for_torch(A) else _eigh([A])[0]
+        if not _is_plain(A):
+            _check_matrix(A, "A")
+            return _eigh_by_torch(A) if _is_for_torch(A) else _eigh([A])[0]
+        if A.is_cpu:
+            order = A.shape[-1]
+            if order > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
+                return _eigh_by_torch(A)
+            if order == 1:  # no operator of ours is as fast; NaN where not finite
+                zero = A - A
+                return Eigensystem((A + zero).squeeze(-1), zero.exp_())
+        try:
+            values, vectors = library.eigh([A])
+        except (MemoryError, RuntimeError) as error:
+            _raise_explained(error, [A])
+        return Eigensystem(values[0], vectors[0])
     matrices = _check_sequence(A)
     # What is not torch's is one call.
     own = iter(_eigh([matrix for matrix in matrices if not _is_for_torch(matrix)]))
@@ -213,19 +230,39 @@ def _has_derivative(matrix: Tensor) -> bool:
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(matrix).tangent is not None
 
 
+def _is_plain(matrix: Tensor) -> bool:
+    # Whether a call passes every check and needs no more than the operator. The one test of most
+    # calls: small matrices take little longer than all that may be asked about them.
+    shape = matrix.shape
+    return (
+        2 <= len(shape) <= 3
+        and shape[-1] == shape[-2] > 0
+        and matrix.dtype in MATRIX_DTYPES
+        and matrix.layout is torch.strided
+        and not matrix.requires_grad
+        # Tangents exist inside of a level alone, and traced code has none.
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _run(operator: Callable[..., _Result], matrices: list[Tensor], *arguments: object) -> _Result:
-    # Errors of compiled code come without their text.
     try:
         return operator(matrices, *arguments)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        _raise_explained(error, matrices)
+
+
+def _raise_explained(error: MemoryError | RuntimeError, matrices: list[Tensor]) -> NoReturn:
+    # Errors of compiled code come without their text.
+    if isinstance(error, MemoryError):
         raise MemoryError(f"no memory for the scratch of {_described(matrices)}") from error
-    except RuntimeError as error:
-        if "API call failed" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{_described(matrices)} failed inside torch, for want of memory or because its solver "
-            f"did not converge; torch.linalg.eigh of the same matrix says which: {error}"
-        ) from error
+    if "API call failed" not in str(error):
+        raise error
+    raise RuntimeError(
+        f"{_described(matrices)} failed inside torch, for want of memory or because its solver "
+        f"did not converge; torch.linalg.eigh of the same matrix says which: {error}"
+    ) from error
 
 
 def _described(matrices: list[Tensor]) -> str:
@@ -245,15 +282,10 @@ def _eigvalsh(matrices: list[Tensor]) -> list[Tensor]:
 def _is_for_torch(matrix: Tensor) -> bool:
     if not matrix.is_cpu:
         return _has_derivative(matrix)
-    order = matrix.shape[-1]
-    if matrix.dim() == 2 or order >= len(_FEWEST_ROTATED):
+    if matrix.shape[-1] > _LARGEST_NATIVE or _has_derivative(matrix):
         return True
-    # Nor may a matrix's bits depend on the batch that it is in, where that is asked for.
-    if torch.are_deterministic_algorithms_enabled() or _has_derivative(matrix):
-        return True
-    count = matrix.shape[:-2].numel()
-    vectors = -(-count * matrix.itemsize // _VECTOR_BYTES)
-    return count < _FEWEST_ROTATED[order] * vectors
+    # Matrices of a batch share instructions, and may not where their bits may not depend on it.
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
@@ -262,8 +294,9 @@ def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
             return Eigensystem(*torch.linalg.eigh(matrix))
     else:
         try:
-            values, vectors = torch.linalg.eigh(matrix)
-            if _is_finite(values):
+            values, vectors = _eigh_of_lapack(matrix)
+            # A NaN in a matrix of order 2 may leave values that are finite.
+            if _is_finite(values) and (matrix.shape[-1] != 2 or _is_finite(vectors)):
                 return Eigensystem(values, vectors)
         except RuntimeError as error:
             if type(error) is not _LIN_ALG_ERROR:
@@ -271,6 +304,17 @@ def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
     # What is not finite LAPACK refuses, or spreads. Such matrices go around it.
     all_values, all_vectors = aten_eigen.eigh([matrix])
     return Eigensystem(all_values[0], all_vectors[0])
+
+
+def _eigh_of_lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    threads = torch.get_num_threads()
+    if threads == 1 or not (torch.are_deterministic_algorithms_enabled() and matrix.is_cpu):
+        return cast(tuple[Tensor, Tensor], torch.linalg.eigh(matrix))
+    torch.set_num_threads(1)  # LAPACK's last bits depend on how many there are
+    try:
+        return cast(tuple[Tensor, Tensor], torch.linalg.eigh(matrix))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _is_traced(tensor: Tensor) -> bool:

@@ -15,6 +15,8 @@ from fastcov.show.tables import text_table
 from fastcov.spectra.spectrum import Spectrum
 
 _ROUNDING_SHARE = 0.01  # of all eigenvalues but the first, that negative ones may sum up to
+_FARTHEST_MEAN = 1e3  # squared, in variances: 1e-5 of it is 1 %
+_MEAN_ROUNDING = 1e-12  # of a squared mean: rows that are all the same have no variance
 _FLOAT64_ROUNDING = 1e-12  # of the largest eigenvalue: what solving alone may bring
 
 
@@ -54,6 +56,8 @@ class LayerFacts:
         count: Rows read.
         skipped: Rows left out because they held NaN or inf.
         weight: Normaliser of the covariance; the count unless rows are weighted or decay.
+        mean_square: Squared norm of the rows' mean.
+        mean_from_shift: Squared distance of the mean from the vector that rows are read about.
         reason: Sentence of the tracker on why the layer is not read, or not wholly; else empty.
         has_calls: True if its module was called in some step.
         has_calls_lately: True if its module was called in the last step.
@@ -64,6 +68,8 @@ class LayerFacts:
     count: int = 0
     skipped: int = 0
     weight: float = 0.0
+    mean_square: float = 0.0
+    mean_from_shift: float = 0.0
     reason: str = ""
     has_calls: bool = False
     has_calls_lately: bool = False
@@ -116,7 +122,7 @@ def layer_status(layer: LayerFacts, run: RunFacts, spectrum: Spectrum | None) ->
         layer.skipped,
         layer.weight,
         spectrum,
-        "; ".join([*_notes(layer, run), *_rounding_note(spectrum)]),
+        "; ".join([*_notes(layer, run), *_rounding_note(spectrum), *_mean_note(layer, spectrum)]),
     )
 
 
@@ -133,6 +139,21 @@ def _rounding_note(spectrum: Spectrum | None) -> list[str]:
     return [
         f"small eigenvalues are rounding: negative ones sum up to {negative:.2g} beside a largest "
         f'of {largest:.2g}; track with precision="float64"'
+    ]
+
+
+def _mean_note(layer: LayerFacts, spectrum: Spectrum | None) -> list[str]:
+    # Moments are right within 1e-5 of their largest entry, about the shift: GPUs read 16-bit rows
+    # about 0, and under decay about the first rows' mean. A centred covariance is what is left.
+    if spectrum is None or layer.mean_from_shift <= _MEAN_ROUNDING * layer.mean_square:
+        return []
+    variance = max(spectrum.total - layer.mean_square, 0.0)
+    if layer.mean_from_shift <= _FARTHEST_MEAN * variance:
+        return []
+    return [
+        f"the mean lies {math.sqrt(layer.mean_from_shift):.2g} from where rows are read, beside a "
+        f"standard deviation of {math.sqrt(variance):.2g}: centred figures may be off by more than "
+        "1 %; pass rows of float32 or float64"
     ]
 
 

@@ -25,6 +25,7 @@ from fastcov.ops.backend import Service, service_of
 from fastcov.ops.covariance import Precision
 from fastcov.rows.dtypes import ROW_DTYPES
 from fastcov.rows.layout import ActivationLayout
+from fastcov.rows.mask import weighted_parts
 from fastcov.rows.sequence import WHOLE, fixed_point, rows_due
 from fastcov.stats.buffering import (
     SKETCH_ROWS,
@@ -350,23 +351,33 @@ class Layer:
             capacity = self._buffer_rows(self.state.channels)
             self._weighted.add(rows.reshape(len(flat), -1), flat, self.step, capacity)
         elif self.weighting == "image":
-            self._pool(rows, flat)
+            self._pool_weighted(rows, weights)
         else:
-            self._accumulate_weighted(rows, flat, self.step)
+            self._accumulate_weighted(rows, weights, self.step)
 
     def _accumulate_weighted(self, rows: Tensor, weights: Tensor, step: int) -> None:
         assert self.state is not None
         if self.decay is not None:
             self._flush_full()  # rows of earlier steps must be in the state before: see _add
-        decay = self._decay_until(step)
-        self.state.update(rows, weights, decay=decay, precision=self.precision)
+        for part in weighted_parts(rows, weights):
+            self.state.update(
+                part.rows,
+                part.weights,
+                row_scale=part.scale,
+                decay=self._decay_until(step),
+                precision=self.precision,
+            )
+
+    def _pool_weighted(self, rows: Tensor, weights: Tensor) -> None:
+        for part in weighted_parts(rows, weights):
+            self._pool(part.rows, part.weights, part.scale)
 
     def _flush_weighted(self) -> None:
         waiting = self._weighted
         if self.decay is not None:
             self._flush_full()  # moves the state to the last step of these rows
         if self.weighting == "image" and (held := waiting.take_unsettled()) is not None:
-            self._pool(*held)
+            self._pool_weighted(*held)
         waiting.move_to(self.state_step)
         if (taken := waiting.take()) is not None:
             self._accumulate_weighted(*taken, waiting.step)
@@ -522,14 +533,14 @@ class Layer:
         else:
             self._pool(rows)
 
-    def _pool(self, rows: Tensor, weights: Tensor | None = None) -> None:
+    def _pool(self, rows: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> None:
         # Rows of the running step, whose weight its end will tell.
         assert self.state is not None
         if self._step_state is None:
             self._step_state = CovarianceState(
                 self.state.channels, rows.device, sketch=self.state.sketch_width
             )
-        self._step_state.update(rows, weights, precision=self.precision)
+        self._step_state.update(rows, weights, row_scale=scale, precision=self.precision)
 
     def _accumulate(
         self,

@@ -20,7 +20,7 @@ from fastcov.kernels.config import (
     gram_config,
 )
 from fastcov.kernels.gpus import GPUS, gpu_named, gpu_told
-from fastcov.kernels.layout import RowLayout, row_layout
+from fastcov.kernels.layout import RowLayout, row_layout, row_layout_of
 from fastcov.kernels.plan import MAX_CHAINS, block_plan, gram_plan
 
 
@@ -313,3 +313,17 @@ def test_workspace_is_what_a_launch_takes(monkeypatch, size, dtype, is_weighted)
     sizes = [tensor.nbytes for tensor in taken if tensor.nbytes]
     assert sum(sizes) == expected
     assert len(sizes) == 1 + is_weighted
+
+
+def test_memory_that_no_program_waits_for_changes_no_plan() -> None:
+    """Programs of a chunk share its rows: of 2048 channels the cache binds, whatever the memory."""
+    layout = row_layout_of((1 << 18, 2048), (2048, 1), 2, True)
+    pace = GPUS["H100"].pace
+    plans = []
+    for factor in (1.0, 1.5):
+        faster = pace._replace(load_bytes=factor * pace.load_bytes, cache_bytes=1 << 30)
+        architecture = Architecture("sm_90", 132, faster)
+        case = gram_case(architecture, layout, "direct")
+        assert case is not None
+        plans.append(gram_plan(gram_config(case, 2048), layout, 2, architecture, 2048))
+    assert plans[0] == plans[1]

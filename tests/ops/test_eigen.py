@@ -549,13 +549,23 @@ def test_deterministic_algorithms_give_each_matrix_its_own_bits(dtype: torch.dty
             batch = torch.stack([random(n + k)[:n, :n] for k in range(7)]).to(dtype)
             torch.set_num_threads(1)
             alone = torch.stack([eigvalsh(matrix) for matrix in batch])
-            vectors = torch.stack([eigh(matrix).eigenvectors for matrix in batch[:2]])
+            taus = torch.tensor([0.0, 0.5, float(alone[0, -1])], dtype=torch.float64)
+            counts = [count_above(matrix, taus) for matrix in batch]
+            vectors = torch.stack([eigh(matrix).eigenvectors for matrix in batch])
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 assert torch.equal(eigvalsh(batch), alone)
                 assert torch.equal(torch.stack(eigvalsh(list(batch))), alone)
-            torch.set_num_threads(1)
-            assert torch.equal(eigh(batch).eigenvectors[:2], vectors)
+                mixed = eigvalsh([random(5).to(dtype), batch[1:], batch[0]])
+                assert torch.equal(torch.cat([mixed[2][None], mixed[1]]), alone)
+                low, high = count_above(batch, taus)
+                assert torch.equal(low, torch.stack([count.low for count in counts]))
+                assert torch.equal(high, torch.stack([count.high for count in counts]))
+                assert torch.equal(eigh(batch).eigenvectors, vectors)
+                both = eigh([batch[2:], random(7).to(dtype), batch[0]])
+                assert torch.equal(both[0].eigenvectors, vectors[2:])
+                assert torch.equal(both[2].eigenvectors, vectors[0])
+                assert torch.get_num_threads() == threads
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(before)
@@ -575,6 +585,41 @@ def test_vectors_of_a_matrix_that_is_not_finite_are_nan(
         assert bool(values[[0, 2]].isfinite().all() & vectors[[0, 2]].isfinite().all())
         alone = eigh(matrices[1])
         assert bool(alone.eigenvalues.isnan().all() & alone.eigenvectors.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", HARD_FAMILIES)
+@pytest.mark.parametrize("n", [1, 2, 3, 9, 16, 32, 47])
+def test_vectors_of_hard_families(n: int, family: str, dtype: torch.dtype) -> None:
+    """One by one and side by side, where off-diagonals vanish and squares underflow."""
+    matrix = HARD_FAMILIES[family](n).to(dtype)
+    exact = eigvalsh_reference(matrix)
+    size = max(float(exact.abs().max()), 1e-300)
+    bar = 3e-6 if dtype == torch.float32 else 2e-14
+    for values, vectors in (eigh(matrix), (part[6] for part in eigh(matrix.expand(18, n, n)))):
+        basis, scaled = vectors.double(), values.double() / size
+        assert float((scaled - exact / size).abs().max()) <= bar
+        assert float((matrix.double() / size @ basis - basis * scaled).abs().max()) <= bar
+        assert float((basis.T @ basis - torch.eye(n)).abs().max()) <= bar
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_vectors_of_the_smallest_matrices_that_are_not_finite_are_nan(
+    n: int, is_deterministic: bool
+) -> None:
+    """LAPACK gives finite eigenvalues for some of order 2."""
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        for place in torch.ones(n, n).tril().nonzero().tolist():
+            for bad in (math.nan, math.inf):
+                matrix = random(n)
+                matrix[tuple(place)] = bad
+                for dtype in DTYPES:
+                    values, vectors = eigh(matrix.to(dtype))
+                    assert bool(values.isnan().all() & vectors.isnan().all())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_opcheck() -> None:

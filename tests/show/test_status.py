@@ -95,3 +95,24 @@ def test_a_decay_that_forgets_too_soon_is_said() -> None:
     for _ in range(6):
         model(torch.randn(20, 3))
     assert tracker.statuses()[0].note == ""
+
+
+def test_a_mean_far_from_the_shift_is_said() -> None:
+    """As of rows of 16 bits on a GPU, which are read about 0."""
+    layer = nn.Linear(4, 3)
+    nn.init.constant_(layer.bias, 1000.0)
+    tracker = fastcov.track(layer, rows="all")
+    layer(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)))
+    assert not tracker.statuses()[0].note
+    state = tracker.watcher.layers[tracker.names()[0]].state
+    state.translate_(torch.zeros(3, dtype=torch.float64))
+    assert tracker.statuses()[0].note.startswith("the mean lies 1.7e+03 from where rows are read")
+    state.translate_(state.mean())
+    assert not tracker.statuses()[0].note
+
+
+def test_rows_that_are_all_the_same_have_a_sound_mean() -> None:
+    layer = nn.Linear(4, 3)
+    tracker = fastcov.track(layer, rows="all")
+    layer(torch.full((200, 4), 0.1))
+    assert "mean" not in tracker.statuses()[0].note

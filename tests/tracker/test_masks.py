@@ -418,3 +418,35 @@ def test_sketched_layers_have_masks_and_small_buffers(rows: Any) -> None:
     storage = layer._weighted._rows
     assert storage is not None
     assert len(storage) <= 64
+
+
+@pytest.mark.parametrize("weighting", ["position", "image"])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("size", ["one", "many"])
+def test_large_maps_are_added_in_parts(
+    monkeypatch: pytest.MonkeyPatch, weighting: Any, is_weighted: bool, size: str
+) -> None:
+    """One image after the other, with channels first, one of them left out whole."""
+    from fastcov.rows import mask as masks
+
+    monkeypatch.setattr(masks, "_COPIED_AT_ONCE", 1 if size == "one" else 1 << 21)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1))
+    mask = (torch.rand(4, 8, 8) > 0.4) * (torch.arange(4) != 2)[:, None, None]
+    weights = mask * torch.rand(4, 8, 8) if is_weighted else mask
+    tracker = fastcov.track(
+        model, rows="all", weighting=weighting, decay=0.5, mask=lambda _x: weights
+    )
+    total: Any = 0.0
+    weight = 0.0
+    for _ in range(3):
+        x = torch.randn(4, 3, 8, 8)
+        output = model(x).detach().double().movedim(1, -1)
+        shares = weights.double()
+        if weighting == "image":
+            shares = shares / shares.sum((1, 2), keepdim=True).clamp(min=1e-9)
+        total = 0.5 * total + torch.einsum("bhw,bhwc,bhwd->cd", shares, output, output)
+        weight = 0.5 * weight + float(shares.sum())
+    assert tracker.count("0") == 3 * int(mask.sum())
+    assert error(tracker.covariance("0"), total / weight) < 1e-5
+    assert float(tracker._state("0").weight) == pytest.approx(weight, rel=1e-6)

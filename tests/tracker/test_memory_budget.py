@@ -95,18 +95,25 @@ def test_no_more_is_allocated_than_was_allowed_and_estimate_says_how_much() -> N
     assert by_name["wide"].sketch == by_name["widest"].sketch > 100
     assert "sketched: 2 layers to" in str(report)
 
-    def added(**options: Any) -> int:
-        model = Wide()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            tracker = fastcov.track(model, **options) if options else None
-            steps(model)
-            model.zero_grad(set_to_none=True)
-        events = profiler.profiler.kineto_results.events()
-        total = sum(event.nbytes() for event in events if event.name() == "[memory]")
-        del tracker
-        return total
+    assert added_bytes(rows=0.3, memory=BUDGET) == pytest.approx(report.memory_bytes, rel=0.03)
 
-    assert added(rows=0.3, memory=BUDGET) == pytest.approx(report.memory_bytes, rel=0.03)
+
+def test_rows_with_weights_wait_in_no_larger_buffers() -> None:
+    mask = torch.arange(40) % 3 > 0
+    assert added_bytes(batch=40, rows="all", memory=BUDGET, mask=lambda x: mask) < 1.05 * BUDGET
+
+
+def added_bytes(batch: int = 200, **options: Any) -> int:
+    """Bytes that tracking a few steps leaves allocated."""
+    model = Wide()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        tracker = fastcov.track(model, **options)
+        steps(model, batch=batch)
+        model.zero_grad(set_to_none=True)
+    events = profiler.profiler.kineto_results.events()
+    total = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del tracker
+    return total
 
 
 def test_enough_memory_keeps_all_channels() -> None:
@@ -201,15 +208,11 @@ def test_trackers_merge_where_their_sketches_agree() -> None:
     assert merged.total == pytest.approx((totals[0] + totals[1]) / 2, rel=1e-9)
 
 
-def test_pairs_keep_all_channels() -> None:
+def test_pairs_are_refused_before_any_hook_is_set() -> None:
     model = Wide()
-    pairs = [("wide", "widest")]
-    tracker = fastcov.track(model, memory=BUDGET, rows="all", pairs=pairs)
-    exact = fastcov.track(model, rows="all", pairs=pairs)
-    steps(model)
-    assert tracker.spectrum("wide").sketch is not None
-    found = tracker.cross_covariance("wide", "widest")
-    torch.testing.assert_close(found, exact.cross_covariance("wide", "widest"))
+    with pytest.raises(ValueError, match=r"pairs=.* which memory=1048576 cannot bound"):
+        fastcov.track(model, memory=BUDGET, pairs=[("wide", "widest")])
+    assert not model.wide._forward_hooks
 
 
 def test_sensitivity_of_a_sketched_layer_is_refused_by_name() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fastcov_detection.files import write_text
 
-# One size of text for all: figures are drawn with the same at 130 dots an inch, and are never
-# shrunk; what is wider than the window scrolls inside its own frame.
+# One size of text for all: figures are drawn with the same at 130 dots an inch and shown dot by dot
+# where there is room. On a narrow window they shrink to 600 pixels and scroll in their own frame.
 _STYLE = """
 :root{--ink:#1d2429;--soft:#5b6770;--line:#e3e8eb;--mark:#17618c}
 body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);max-width:1080px;margin:2rem auto}
@@ -18,14 +18,16 @@ body{padding:0 1rem;overflow-wrap:anywhere}
 h1,h2{font-size:15px}h1{border-bottom:3px solid var(--mark);padding-bottom:.4rem}
 h2{margin-top:2.2rem;border-bottom:1px solid var(--line);padding-bottom:.3rem;color:var(--mark)}
 p.lead{font-weight:600}p.note,footer,figcaption{color:var(--soft)}
-figure{margin:1rem 0}figure div{overflow-x:auto}figure img{max-width:none;display:block}
+figure{margin:1rem 0}figure div{overflow-x:auto}
+figure img{max-width:max(100%,600px);height:auto;display:block}
 div.gallery{display:grid;grid-template-columns:repeat(auto-fill,340px);gap:10px;margin:1rem 0}
 div.gallery img{display:block;max-width:100%}
 div.wide{overflow-x:auto}table{border-collapse:collapse;white-space:nowrap}
 th,td{padding:4px 12px;text-align:right;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:pre-line}
 th:first-child,td:first-child{text-align:left;font-weight:600}
-th.text,td.text{text-align:left}td.text{white-space:normal;font-weight:400;min-width:9em}
+th.text,td.text{text-align:left}td.text{font-weight:400}
+td.text:last-child{white-space:normal;min-width:15em}th,td{overflow-wrap:normal}
 details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
 pre{background:#f5f7f8;padding:.8rem;overflow-x:auto;font-size:15px}
 """

@@ -45,9 +45,8 @@ from fastcov_detection.report.tables import (
 from fastcov_detection.search.arms import BASELINE, SEARCHED, UNTRAINED
 from fastcov_detection.search.folder import measured_path, plan_path
 from fastcov_detection.search.proposals import load_plan
-from fastcov_detection.search.results import finished_runs, read_result
+from fastcov_detection.search.results import finished_runs, read_result, verdict_of
 from fastcov_detection.search.spectra import load_spectra
-from fastcov_detection.search.verdicts import verdict_of
 from fastcov_detection.train.drawing import LEGEND, draw_pictures, in_grid
 from fastcov_detection.train.folder import has_weights, load_run
 from fastcov_detection.train.logbook import read_log
@@ -181,12 +180,7 @@ class _Search:
             )
             for one in self.result["comparisons"]
         ]
-        note = (
-            f"There is no correction for the number of comparisons ({len(lines)}): where nothing "
-            "differs, one in twenty would be shown by chance."
-        )
-        table = page.table(headings, lines, text=("against", "metric", "verdict"))
-        return table + page.paragraph(note, "note")
+        return page.table(headings, lines, text=("against", "metric", "verdict"))
 
     def detections(self) -> str:
         parts = []

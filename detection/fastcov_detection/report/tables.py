@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcov_detection.search.arms import BASELINE
-from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error, verdict_of
+from fastcov_detection.search.results import verdict_of
+from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
 
 COLUMNS = (
     "arm",

@@ -2,11 +2,13 @@
 
 A run that is started again elsewhere must not meet the one before it in the same folder. Nothing
 tells a process that its parent was killed, but its standard input then ends: this process reads it,
-and stops the command, which stands in a process group of its own.
+and stops the command, which stands in a process group of its own. A worker that is told to end
+kills its own child, this process, first: for that case Linux is asked to stop the command with it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 
 GRACE_S = 10.0
 """Seconds in which a training may end by itself, with the processes that it started."""
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
@@ -59,7 +62,9 @@ def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
 
 def guard(words: Sequence[str]) -> int:
     """Runs a command until it ends or standard input does; its exit status."""
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent
+    )
 
     def watch() -> None:
         # Not through sys.stdin, whose lock a thread that still reads would hold when Python ends.
@@ -78,6 +83,11 @@ def guard(words: Sequence[str]) -> int:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     return child.wait()
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel for SIGTERM when the parent of this process dies."""
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 if __name__ == "__main__":

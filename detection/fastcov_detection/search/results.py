@@ -22,7 +22,7 @@ from fastcov_detection.detector.build import parse_name
 from fastcov_detection.detector.cost import BOX_REGIONS, MASK_REGIONS
 from fastcov_detection.files import write_text
 from fastcov_detection.provenance import commit
-from fastcov_detection.search.arms import find_arm
+from fastcov_detection.search.arms import BASELINE, find_arm
 from fastcov_detection.search.folder import run_dir
 from fastcov_detection.search.verdicts import Comparison, compare_paired
 from fastcov_detection.train.folder import RunResult
@@ -153,3 +153,10 @@ def read_result(folder: Path) -> dict[str, Any]:
         )
     checked: dict[str, Any] = result
     return checked
+
+
+def verdict_of(comparison: Mapping[str, Any]) -> str:
+    """The verdict of a comparison; what more seeds would show is named in older records too."""
+    shown = "no loss" if comparison["versus"] == BASELINE else "a gain"
+    verdict: str = comparison["verdict"]
+    return verdict.replace("would show it", f"would show {shown}")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 from scipy.stats import t as student
 
@@ -101,13 +101,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def verdict_of(comparison: Mapping[str, Any]) -> str:
-    """The verdict of a comparison; what more seeds would show is named in older records too."""
-    shown = "no loss" if comparison["versus"] == "baseline" else "a gain"
-    verdict: str = comparison["verdict"]
-    return verdict.replace("would show it", f"would show {shown}")
 
 
 def seeds_to_show(mean: float, se: float | None, n: int, question: Question) -> int | None:

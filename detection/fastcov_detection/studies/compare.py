@@ -11,9 +11,11 @@ import io
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -27,6 +29,7 @@ from fastcov.show.tables import comparison_legend, comparison_rows
 from fastcov.spectra.compare import Comparison, compare_histories
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
+from fastcov_detection.studies.ceilings import layer_ceilings
 
 _COLOURS = 64
 
@@ -62,9 +65,14 @@ def compare_runs(
     except ValueError as error:
         raise DataError(f"cannot compare {a} with {b}: {error}") from None
     folder = Path(out)
-    write_text(folder / "comparison.json", json.dumps(numbers(comparison), indent=2) + "\n")
+    ceilings = layer_ceilings(Path(a)), layer_ceilings(Path(b))
+    content = numbers(comparison, *ceilings)
+    write_text(folder / "comparison.json", json.dumps(content, indent=2) + "\n")
     for name in ("dims", "spectra"):
-        _write_png(folder / f"{name}.png", png(comparison_grid(comparison, name)))
+        figure = comparison_grid(comparison, name)
+        if name == "dims":
+            _draw_ceilings(figure, comparison, *ceilings)
+        _write_png(folder / f"{name}.png", png(figure))
     distances = plot_comparison(comparison, free_axes(len(comparison.layers)))
     _write_png(folder / "distance.png", png(distances))
     write_comparison(
@@ -73,17 +81,56 @@ def compare_runs(
     return comparison
 
 
-def numbers(comparison: Comparison) -> dict[str, Any]:
-    """Everything that the figures show, for programs."""
+def at_ceiling(
+    comparison: Comparison, ceilings_a: Mapping[str, int], ceilings_b: Mapping[str, int]
+) -> set[str]:
+    """Layers that end at their structural ceiling in both runs: their dimension tells nothing."""
+    return {
+        layer.name
+        for layer in comparison.layers
+        if layer.dims_a[-1] >= ceilings_a.get(layer.name, layer.end_a.channels)
+        and layer.dims_b[-1] >= ceilings_b.get(layer.name, layer.end_b.channels)
+    }
+
+
+def count_dims(
+    comparison: Comparison, ceilings_a: Mapping[str, int], ceilings_b: Mapping[str, int]
+) -> str:
+    """Count of layers that end with the same dimension, those at their ceiling apart."""
+    full = at_ceiling(comparison, ceilings_a, ceilings_b)
+    told = [layer for layer in comparison.layers if layer.name not in full]
+    same = sum(layer.dims_a[-1] == layer.dims_b[-1] for layer in told)
+    return (
+        f"{len(full)} of {len(comparison.layers)} layers (marked *) end at their structural "
+        "ceiling in both runs, the smaller of a layer's inputs and outputs, which tells nothing "
+        f"about training; of the other {len(told)}, {same} end with the same dimension."
+    )
+
+
+def numbers(
+    comparison: Comparison,
+    ceilings_a: Mapping[str, int] | None = None,
+    ceilings_b: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Everything that the figures show, for programs.
+
+    Args:
+        comparison: Of two runs.
+        ceilings_a: Of the first run, see :func:`layer_ceilings`.
+        ceilings_b: Of the second run.
+    """
+    ceilings = ceilings_a or {}, ceilings_b or {}
     layers = {
         layer.name: {
             "steps_a": layer.steps_a,
             "dims_a": layer.dims_a,
             "width_a": layer.end_a.channels,
+            "ceiling_a": ceilings[0].get(layer.name, layer.end_a.channels),
             "dof_a": layer.end_a.dof(),
             "steps_b": layer.steps_b,
             "dims_b": layer.dims_b,
             "width_b": layer.end_b.channels,
+            "ceiling_b": ceilings[1].get(layer.name, layer.end_b.channels),
             "dof_b": layer.end_b.dof(),
             "distance": layer.distance,
             "common_steps": layer.common_steps,
@@ -96,23 +143,52 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         "b": comparison.label_b,
         "threshold": comparison.threshold,
         "layers": layers,
+        "at_ceiling": sorted(at_ceiling(comparison, *ceilings)),
         "only_a": list(comparison.only_a),
         "only_b": list(comparison.only_b),
     }
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints a line for each layer: dimensions and demands at the end, and the distance."""
+def print_comparison(
+    comparison: Comparison,
+    console: Console | None = None,
+    *,
+    ceilings: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {}),
+) -> None:
+    """Prints a line for each layer: dimensions and demands at the end, and the distance.
+
+    Args:
+        comparison: Of two runs.
+        console: Where to; None: standard output.
+        ceilings: Of both runs, see :func:`layer_ceilings`; layers that end there are marked.
+    """
+    full = at_ceiling(comparison, *ceilings)
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     headings, lines = comparison_rows(comparison)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(f"{line[0]} *" if line[0] in full else line[0], *line[1:])
     console.print(f"a: {comparison.label_a}", f"b: {comparison.label_b}", sep="\n", markup=False)
     console.print(table)
     console.print(comparison_legend(comparison), markup=False, highlight=False)
+    console.print(count_dims(comparison, *ceilings), markup=False, highlight=False)
+
+
+def _draw_ceilings(
+    figure: Figure,
+    comparison: Comparison,
+    ceilings_a: Mapping[str, int],
+    ceilings_b: Mapping[str, int],
+) -> None:
+    """A grey line at the ceiling of every layer, and a star behind those that end there."""
+    full = at_ceiling(comparison, ceilings_a, ceilings_b)
+    for axes, layer in zip(figure.axes, comparison.layers, strict=False):
+        for ceilings, end in ((ceilings_a, layer.end_a), (ceilings_b, layer.end_b)):
+            axes.axhline(ceilings.get(layer.name, end.channels), color="0.7", linewidth=0.6)
+        if layer.name in full:
+            axes.set_title(f"{axes.get_title()} *", fontsize=axes.title.get_fontsize())
 
 
 def _history(run: Path) -> History:

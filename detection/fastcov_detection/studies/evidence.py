@@ -9,8 +9,8 @@ from typing import Any
 from fastcov_detection.config import ConfigError
 from fastcov_detection.files import write_text
 from fastcov_detection.search.arms import BASELINE
-from fastcov_detection.search.results import read_result
-from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error, verdict_of
+from fastcov_detection.search.results import read_result, verdict_of
+from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
 from fastcov_detection.studies.planned import TUNING, TWICE, criteria
 from fastcov_detection.studies.primary import (
     MAIN_RULE,

@@ -25,17 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastcov import History, Spectrum, load_history
 from fastcov.spectra.spectrum import spectral_distance
-from fastcov_detection.config import TrainConfig, load_config
-from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.search.verdicts import mean_and_error
+from fastcov_detection.studies.ceilings import layer_ceilings
 from fastcov_detection.train.folder import read_run_result
 
 _MOST_DIVISIONS = 20_000
@@ -104,7 +102,7 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
     names = [name for name in finals[0] if all(name in spectra for spectra in finals)]
     if not names:
         raise DataError(f"{a[0]} and {b[0]} share no layer; track the same part of both")
-    ceilings = _ceilings(a[0])
+    ceilings = layer_ceilings(a[0])
     found = divide(
         {name: [spectra[name] for spectra in finals] for name in names},
         len(a),
@@ -197,19 +195,6 @@ def _share(separations: NDArray[np.float64]) -> float:
     """Share of the divisions that separate at least as much as the first, itself included."""
     # Sums of the same numbers in another order may differ in their last bits.
     return float((separations >= separations[0] - 1e-12).mean())
-
-
-def _ceilings(run: Path) -> dict[str, int]:
-    """Largest rank of every convolution's output in the backbone: its outputs or its fan-in."""
-    config = load_config(TrainConfig, run / "config.json")
-    with torch.device("meta"):
-        widths = load_widths(run / "widths.json")
-        model = build_model(replace(config.model, init="random"), widths)
-    return {
-        name: min(module.weight.shape[0], module.weight[0].numel())
-        for name, module in model.backbone.named_modules()
-        if isinstance(module, torch.nn.Conv2d)
-    }
 
 
 def _history(run: Path) -> History:

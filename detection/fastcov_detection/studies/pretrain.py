@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from fastcov_detection.config import ConfigError, TrainConfig, save_config, to_dict
 from fastcov_detection.data.batches import BatchPlan, mix_seed
@@ -30,18 +29,12 @@ from fastcov_detection.detector.build import check_widths, parse_name, save_widt
 from fastcov_detection.detector.weights import initialise_backbone
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.errors import CheckpointError
-from fastcov_detection.files import write_file, write_text
+from fastcov_detection.files import write_text
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.provenance import made_by
 from fastcov_detection.train import checkpoint as checkpoints
-from fastcov_detection.train.logbook import Logbook
-from fastcov_detection.train.loop import PRECISIONS, run_settings
-from fastcov_detection.train.schedule import (
-    build_optimizer,
-    calmer_settings,
-    learning_rate,
-    set_learning_rate,
-)
+from fastcov_detection.train.loop import run_settings
+from fastcov_detection.train.steps import Loop
 
 RESULT = "pretrain.json"
 
@@ -141,6 +134,10 @@ def pretrain(
         raise ConfigError("pretrain runs in one process; start it without torchrun")
     if config.objects < 1:
         raise ConfigError(f"objects is {config.objects}; a step needs at least 1 crop")
+    if config.objects % config.train.accumulate:
+        raise ConfigError(
+            f"objects is {config.objects}, not a multiple of accumulate, {config.train.accumulate}"
+        )
     complete = check_widths(config.train.model, widths)
     device = pick_device(config.train.device)
     with run_settings(config.train, device):
@@ -186,133 +183,81 @@ class _Pretraining:
         device: torch.device,
         progress: bool,
     ) -> None:
-        self.config, self.train, self.folder = config, config.train, folder
-        self.crops, self.identity, self.device = crops, identity, device
-        self.progress, self.seed = progress, int(identity["seed"])
-        self.memory_format = (
-            torch.channels_last if self.train.channels_last else torch.contiguous_format
+        self.config, self.crops, self.identity = config, crops, identity
+        self.loop = Loop(
+            config.train, model, folder, identity, device, self._losses, progress=progress
         )
-        self.model = model.to(device=device, memory_format=self.memory_format)
-        self.optimizer = build_optimizer(self.model, self.train)
-        self.dtype = PRECISIONS[self.train.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.train.precision == "float16")
-        self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
-        saved = checkpoints.load_checkpoint(folder)
-        if saved is not None:
-            self.step, self.train_s, self.cpu_s = saved["step"], saved["train_s"], saved["cpu_s"]
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
-        self.logbook = Logbook(folder, self.step, remedy=calmer_settings(self.train))
 
     def run(self) -> PretrainResult:
         """Trains what is left, measures the accuracy, and leaves the result."""
+        loop, workers = self.loop, self.config.train.data.workers
+        plan = BatchPlan(
+            [1.0] * len(self.crops[0]),
+            self.config.objects,
+            seed=loop.seed,
+            steps=self.config.train.steps,
+            first_step=loop.step,
+        )
+        loader = DataLoader(
+            self.crops[0],
+            batch_sampler=plan,
+            num_workers=workers,
+            collate_fn=list,
+            pin_memory=loop.device.type == "cuda",
+        )
         try:
-            self._train()
+            loop.run(f"pretraining {loop.folder.name}", loader, self.config.objects)
             scores = self._evaluate()
-            self.logbook.write("eval", self.step, scores)
+            loop.logbook.write("eval", loop.step, scores)
         finally:
-            self.logbook.close()
+            loop.close()
         result = PretrainResult(
             accuracy=scores["accuracy"],
             loss=scores["loss"],
             train_objects=len(self.crops[0]),
             val_objects=len(self.crops[1]),
-            steps=self.step,
-            seed=self.seed,
-            train_s=self.train_s,
-            cpu_s=self.cpu_s,
-            run_dir=str(self.folder),
+            steps=loop.step,
+            seed=loop.seed,
+            train_s=loop.train_s,
+            cpu_s=loop.cpu_s,
+            run_dir=str(loop.folder),
         )
-        state = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
-        write_file(self.folder / "model.pt", lambda file: torch.save(state, file))
+        loop.write_weights("model.pt")
         kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
         content = {**self.identity, "result": kept, "made_by": made_by()}
-        write_text(self.folder / RESULT, json.dumps(content, indent=2) + "\n")
+        write_text(loop.folder / RESULT, json.dumps(content, indent=2) + "\n")
         return result
 
-    def _train(self) -> None:
-        train = self.train
-        plan = BatchPlan(
-            [1.0] * len(self.crops[0]),
-            self.config.objects,
-            seed=self.seed,
-            steps=train.steps,
-            first_step=self.step,
-        )
-        loader = DataLoader(
-            self.crops[0],
-            batch_sampler=plan,
-            num_workers=train.data.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        self.model.train()
-        start_s, before_s = time.monotonic(), self.train_s
-        start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
-        label = f"pretraining {self.folder.name}"
-        with progress_bar(label, train.steps, done=self.step, enabled=self.progress) as advance:
-            for pixels, classes in one_line(loader):
-                rate = learning_rate(train, self.step)
-                self._step(pixels, classes, rate)
-                self.step += 1
-                self.train_s = before_s + time.monotonic() - start_s
-                self.cpu_s = before_cpu_s + time.process_time() - start_cpu_s
-                saves = self.step % train.checkpoint_every == 0 or self.step == train.steps
-                note = ""
-                if self.step % train.log_every == 0 or saves:
-                    note = f"loss {self.logbook.flush(self.step, rate, self.train_s)['loss']:.3f}"
-                if saves:
-                    self._save()
-                advance(1, note)
+    def _losses(self, model: nn.Module, part: list[Any]) -> dict[str, torch.Tensor]:
+        pixels, classes = default_collate(part)
+        return {"loss": self._loss(self._logits(model, pixels), classes)}
 
-    def _step(self, pixels: torch.Tensor, classes: torch.Tensor, rate: float) -> None:
-        set_learning_rate(self.optimizer, rate)
-        loss = self._loss(self._logits(pixels), classes)
-        self.scaler.scale(loss).backward()
-        if self.train.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.logbook.add({"loss": loss})
-
-    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = pixels.to(self.device, non_blocking=True, memory_format=self.memory_format)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits: torch.Tensor = self.model(pixels)
+    def _logits(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        loop = self.loop
+        pixels = pixels.to(loop.device, non_blocking=True, memory_format=loop.memory_format)
+        with loop.autocast():
+            logits: torch.Tensor = model(pixels)
         return logits.float()
 
     def _loss(self, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits, classes.to(self.device))
+        with torch.autocast(self.loop.device.type, enabled=False):
+            return nn.functional.cross_entropy(logits, classes.to(self.loop.device))
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Accuracy and loss on the validation objects."""
-        self.model.eval()
+        model = self.loop.result_model().eval()
         crops = self.crops[1]
-        loader = DataLoader(crops, self.config.objects, num_workers=self.train.data.workers)
+        workers = self.config.train.data.workers
+        loader = DataLoader(crops, self.config.objects, num_workers=workers)
         right, loss = 0, 0.0
-        with progress_bar("evaluating", len(crops), enabled=self.progress) as advance:
+        with progress_bar("evaluating", len(crops), enabled=self.loop.progress) as advance:
             for pixels, classes in one_line(loader):
-                logits = self._logits(pixels)
+                logits = self._logits(model, pixels)
                 right += int((logits.argmax(dim=1).cpu() == classes).sum())
                 loss += float(self._loss(logits, classes)) * len(classes)
                 advance(len(classes))
         return {"accuracy": right / len(crops), "loss": loss / len(crops)}
-
-    def _save(self) -> None:
-        self.logbook.refuse_weights(self.model.state_dict(), self.step)
-        content = {
-            **self.identity,
-            "step": self.step,
-            "train_s": self.train_s,
-            "cpu_s": self.cpu_s,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        checkpoints.save_checkpoint(self.folder, content)
 
 
 def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> PretrainResult | None:

@@ -27,8 +27,8 @@ from fastcov_detection.files import write_text
 from fastcov_detection.studies.rebuild import rebuild
 from fastcov_detection.train.evaluate import Evaluation, evaluate, write_predictions
 from fastcov_detection.train.folder import load_run
-from fastcov_detection.train.loop import PRECISIONS
 from fastcov_detection.train.scoring import NUMBERS, PREFIXES
+from fastcov_detection.train.steps import PRECISIONS
 
 log = logging.getLogger("fastcov_detection")
 

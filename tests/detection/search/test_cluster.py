@@ -146,10 +146,10 @@ def test_a_failed_run_is_told_and_stops_the_others(cluster: Any, tmp_path: Path)
             run_jobs([slow, bad], engine=engine, progress=False)
         started = [int(path.read_text()) for path in slow.run_dir.glob("start*")]
         _wait(lambda: not any(_lives(process) for process in started))
-        with pytest.raises(ConfigError, match="gpus_per_run is 2; the largest node"):
-            RayEngine(cluster.address, gpus_per_run=2)
     finally:
         engine.close()
+    with pytest.raises(ConfigError, match="gpus_per_run is 2; the largest node"):
+        RayEngine(cluster.address, gpus_per_run=2)
 
 
 def test_several_gpus_are_trained_on_by_torchrun(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +113,27 @@ def test_latency_is_the_median_of_turns_on_one_image():
     assert models["fast"].calls == models["slow"].calls == 8
     with pytest.raises(ValueError, match="latency_runs is 0"):
         measure_latency(models, torch.rand(3, 8, 8), runs=0)
+
+
+@pytest.mark.parametrize("killed", ["guard", "its parent"])
+def test_a_guarded_command_does_not_outlive_what_started_it(tmp_path, killed):
+    inner = f"import os, time, pathlib; pathlib.Path({str(tmp_path / 'pid')!r})"
+    inner += ".write_text(str(os.getpid())); time.sleep(600)"
+    command = [sys.executable, "-P", "-m", "fastcov_detection.search.guard"]
+    guard = subprocess.Popen([*command, sys.executable, "-c", inner], stdin=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    inside = int((tmp_path / "pid").read_text())
+    if killed == "guard":
+        guard.kill()
+    else:
+        guard.stdin.close()  # as it ends when the parent dies
+    guard.wait(60)
+    while Path(f"/proc/{inside}").exists():
+        state = Path(f"/proc/{inside}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

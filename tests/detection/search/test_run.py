@@ -82,7 +82,16 @@ def test_demo_leaves_a_result_of_the_schema(demo):
         assert set(arm) == {"params", "backbone_params", "macs", "widths", "latency_ms", "runs"}
         assert arm["latency_ms"] > 0
         (run,) = arm["runs"]
-        assert set(run) == {"seed", "ap", "ap50", "segm_ap", "train_s", "cpu_s"}
+        assert set(run) == {
+            "seed",
+            "ap",
+            "ap50",
+            "segm_ap",
+            "train_s",
+            "cpu_s",
+            "numbers",
+            "classes",
+        }
         assert 0 <= run["ap"] <= run["ap50"] <= 1
         assert run["segm_ap"] is None
         assert run["cpu_s"] > 0

@@ -1,6 +1,8 @@
 """Comparing what fastcov.track left of two trainings."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,16 @@ from PIL import Image
 from fastcov import Spectrum, load_history
 from fastcov.spectra.history import History, Snapshot
 from fastcov_detection.cli import main
+from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import DataError
-from fastcov_detection.studies.compare import compare_runs, numbers
+from fastcov_detection.studies.ceilings import layer_ceilings
+from fastcov_detection.studies.compare import (
+    at_ceiling,
+    compare_runs,
+    numbers,
+    print_comparison,
+)
+from fastcov_detection.train.loop import train
 
 STEPS = (0, 10, 20)
 
@@ -94,3 +104,28 @@ def test_runs_without_a_common_layer_are_named(runs, tmp_path):
     other = _run(tmp_path / "other", {"elsewhere": (4, (1, 2, 3))})
     with pytest.raises(DataError, match="no layer name in common"):
         compare_runs(runs[0], other, tmp_path / "out")
+
+
+def test_layers_at_their_ceiling_are_marked_and_counted_apart(
+    tiny_run: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first 1x1 projection has fewer inputs than outputs: its dimension cannot be larger."""
+    runs = [tmp_path / name for name in ("a", "b")]
+    config = replace(tiny_run, track_rows=512)
+    for seed, run in enumerate(runs):
+        train(config, run_dir=run, seed=seed, progress=False)
+    ceilings = [layer_ceilings(run) for run in runs]
+    assert ceilings[0]["body.layer2.0.downsample.0"] == 8
+    assert ceilings[0]["body.layer2.0.conv1"] == 16
+    assert layer_ceilings(tmp_path) == {}
+    comparison = compare_runs(*runs, tmp_path / "out")
+    full = at_ceiling(comparison, *ceilings)
+    assert "body.layer2.0.downsample.0" in full
+    assert len(full) < len(comparison.layers)
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["at_ceiling"] == sorted(full)
+    assert content["layers"]["body.layer2.0.downsample.0"]["ceiling_b"] == 8
+    print_comparison(comparison, ceilings=(ceilings[0], ceilings[1]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{len(full)} of {len(comparison.layers)} layers (marked *)" in said
+    assert "body.layer2.0.downsample.0 *" in said

@@ -23,6 +23,7 @@ from fastcov_detection.errors import CheckpointError, DataError
 from fastcov_detection.studies import pretrain
 from fastcov_detection.studies.pretrain import PretrainConfig, build_classifier
 from fastcov_detection.train.logbook import read_log
+from fastcov_detection.train.steps import Loop
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -150,14 +151,14 @@ def test_a_stopped_pretraining_goes_on_to_the_same_losses(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = pretrain.pretrain(config, run_dir=tmp_path / "whole", seed=4, progress=False)
-    step = pretrain._Pretraining._step
+    step = Loop._step
 
-    def interrupted(self: pretrain._Pretraining, *batch: object) -> None:
+    def interrupted(self: Loop, *batch: object) -> None:
         if self.step == 4:
             raise KeyboardInterrupt
         step(self, *batch)
 
-    monkeypatch.setattr(pretrain._Pretraining, "_step", interrupted)
+    monkeypatch.setattr(Loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(config, run_dir=tmp_path / "parts", seed=4, progress=False)
     monkeypatch.undo()

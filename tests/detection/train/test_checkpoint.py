@@ -13,20 +13,20 @@ import fastcov
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.train import checkpoint
-from fastcov_detection.train import loop as engine
 from fastcov_detection.train.logbook import read_log
 from fastcov_detection.train.loop import train
+from fastcov_detection.train.steps import Loop
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    step = engine._Run._step
+    step = Loop._step
 
-    def stop(self: engine._Run, batch: list[object], rate: float) -> None:
+    def stop(self: Loop, batch: list[object], rate: float) -> None:
         if self.step == steps:
             raise KeyboardInterrupt
         step(self, batch, rate)
 
-    monkeypatch.setattr(engine._Run, "_step", stop)
+    monkeypatch.setattr(Loop, "_step", stop)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -20,6 +20,7 @@ from fastcov_detection.train import checkpoint
 from fastcov_detection.train import loop as engine
 from fastcov_detection.train.logbook import LossError, read_log
 from fastcov_detection.train.loop import RunResult, load_run, train
+from fastcov_detection.train.steps import Loop
 
 _FILES = {
     "checkpoint.pt",
@@ -119,7 +120,7 @@ def test_weights_are_a_plain_state_dict(run_dir: Path) -> None:
 def test_a_finished_run_is_returned_at_once(
     run_dir: Path, tiny_run: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._Run, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Loop, "_step", lambda *_: pytest.fail("trained again"))
     again = train(tiny_run, {"layer3": 20}, run_dir=run_dir, seed=3, progress=False)
     assert again == load_run(run_dir)[2]
 
@@ -160,12 +161,13 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     killed = tmp_path / "killed"
     body = """
         import os, signal
-        step = engine._Run._step
+        from fastcov_detection.train.steps import Loop
+        step = Loop._step
         def die(self, batch, rate):
             step(self, batch, rate)
             if self.step == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
-        engine._Run._step = die
+        Loop._step = die
         engine.train(config, {"layer3": 20}, run_dir=folder, seed=3, progress=False)
     """
     done = _in_another_process(killed, tiny_run, body)

@@ -21,9 +21,9 @@ from fastcov_detection.config import (
 )
 from fastcov_detection.errors import CheckpointError
 from fastcov_detection.search.opening import check_same_data, check_same_search
-from fastcov_detection.train import loop as engine
 from fastcov_detection.train.logbook import Logbook, LossError, read_log
 from fastcov_detection.train.loop import RunResult, load_run, train
+from fastcov_detection.train.steps import Loop
 
 BOX = {"image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 10]}
 
@@ -48,15 +48,15 @@ def _train(config: TrainConfig, folder: Path) -> RunResult:
 
 def _stopped(config: TrainConfig, folder: Path, steps: int) -> None:
     """Trains until Ctrl-C after ``steps``."""
-    step = engine._Run._step
+    step = Loop._step
 
-    def stop(self: engine._Run, batch: list[object], rate: float) -> None:
+    def stop(self: Loop, batch: list[object], rate: float) -> None:
         if self.step == steps:
             raise KeyboardInterrupt
         step(self, batch, rate)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._Run, "_step", stop)
+        patch.setattr(Loop, "_step", stop)
         with pytest.raises(KeyboardInterrupt):
             _train(config, folder)
 
@@ -176,14 +176,14 @@ def test_the_advice_for_a_loss_that_is_not_finite_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A loss that explodes under the rate of the run, and not under the advised one."""
-    step = engine._Run._step
+    step = Loop._step
 
-    def explode(self: engine._Run, batch: list[object], rate: float) -> None:
+    def explode(self: Loop, batch: list[object], rate: float) -> None:
         step(self, batch, rate)
         if self.step == 2 and self.config.lr > 0.005:
             self.logbook.window[-1]["loss"] = torch.tensor(float("nan"))
 
-    monkeypatch.setattr(engine._Run, "_step", explode)
+    monkeypatch.setattr(Loop, "_step", explode)
     save_config(config, tmp_path / "config.json")
     words = ["train", "--quiet", "--config", str(tmp_path / "config.json")]
     words += ["--out", str(tmp_path / "run")]
@@ -202,14 +202,14 @@ def test_weights_that_are_not_finite_are_not_saved(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of a step is finite although the step itself breaks the weights."""
-    step = engine._Run._step
+    step = Loop._step
 
-    def break_weights(self: engine._Run, batch: list[object], rate: float) -> None:
+    def break_weights(self: Loop, batch: list[object], rate: float) -> None:
         step(self, batch, rate)
         if self.step == 3 and self.config.lr > 0.005:
             next(self.model.parameters()).data.fill_(float("inf"))
 
-    monkeypatch.setattr(engine._Run, "_step", break_weights)
+    monkeypatch.setattr(Loop, "_step", break_weights)
     with pytest.raises(LossError, match=r"conv1\.weight is not finite after step 4; lower lr"):
         _train(config, tmp_path / "run")
     assert _train(replace(config, lr=0.0025), tmp_path / "run").steps == 4
