@@ -298,6 +298,8 @@ class Layer:
         self._moves_left = 0
         fraction, offered = self._fixed_fraction, layout.rows
         due = offered
+        if self.service is None:
+            self.service = service_of(layout.dtype, layout.device)
         if self.fraction is None:
             due = self._early_limit(layout)
         elif fraction < WHOLE:
