@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -90,24 +89,30 @@ def test_everything_on_the_host_is_timed_but_the_drivers_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Triton's launcher in C is called at every hook, for no program."""
-    from triton.backends.nvidia.driver import CudaLauncher
-
     from fastcov.kernels import job
+    from fastcov.kernels.launcher import LauncherCall
 
+    called: list[tuple[Any, ...]] = []
+    real = LauncherCall.__init__
+
+    def spied(call: LauncherCall, *arguments: Any) -> None:
+        real(call, *arguments)
+        function = call.function
+
+        def noted(*given: Any) -> None:
+            called.append(given[:3])
+            function(*given)
+
+        call.function = noted
+
+    monkeypatch.setattr(LauncherCall, "__init__", spied)
     monkeypatch.setattr(library, "has_kernel", lambda *_: False)  # Triton's gather
     contest = hooks._gpu_path(TINY)
     assert contest.prepare is not None
     for contender, launches in ((hooks.DEFAULT, 53), (hooks.ALL, 53 * 2)):
         contest.prepare(contender, 0)
-        called: list[tuple[int, ...]] = []
-        real = CudaLauncher.__call__
-
-        def spied(launcher: Any, *arguments: Any, real: Any = real, called: Any = called) -> None:
-            called.append(arguments[:3])
-            real(launcher, *arguments)
-
-        with mock.patch.object(CudaLauncher, "__call__", spied):
-            contest.contenders[contender](0)
+        called.clear()
+        contest.contenders[contender](0)
         assert len(called) >= launches, contender
         assert {*called} == {(0, 1, 1)}
     assert job.cached_job.cache_info().currsize == 0  # nobody finds launches of no program

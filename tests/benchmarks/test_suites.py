@@ -25,7 +25,9 @@ def test_suites_run(tmp_path: Path) -> None:
         *("--override-ini", "addopts=--import-mode=importlib", "--benchmark-only", "-q"),
         f"--benchmark-json={tmp_path / 'out.json'}",
     ]
-    environment = {**os.environ, "FASTCOV_BENCH_SIZE": "tiny", "CUDA_VISIBLE_DEVICES": ""}
+    # pytest-benchmark does nothing in what takes itself for a worker of pytest-xdist.
+    own = {name: each for name, each in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**own, "FASTCOV_BENCH_SIZE": "tiny", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True, check=False
     )

@@ -160,20 +160,6 @@ def test_committed_results_hold_no_weights_and_no_absolute_path():
             assert '"/' not in text, path
 
 
-def test_root_readme_says_of_two_trainings_what_their_record_says():
-    folder = DETECTION / "results" / "scratch-pretrained"
-    layers = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["layers"]
-    ends = [(one["dims_a"][-1], one["dims_b"][-1]) for one in layers.values()]
-    same = sum(a == b for a, b in ends)
-    stem = layers["body.conv1"]
-    text = " ".join((DETECTION.parent / "README.md").read_text(encoding="utf-8").split())
-    assert f"{same} of {len(layers)} layers end with the same dimension" in text
-    scratch, pretrained = stem["dims_a"], stem["dims_b"]
-    assert f"falls from {scratch[0]} to {scratch[-1]} directions from scratch" in text
-    assert f"rises from {pretrained[0]} to {pretrained[-1]} pretrained" in text
-    assert f"{stem['steps_a'][-1]} steps" in text
-
-
 def _readme():
     return " ".join((DETECTION / "README.md").read_text(encoding="utf-8").split())
 
@@ -237,6 +223,5 @@ def test_the_main_page_says_what_the_records_say():
     assert (gain["n"], gain["verdict"]) == (4, "better")
     searched, baseline = result["arms"]["searched"], result["arms"]["baseline"]
     assert searched["macs"] <= baseline["macs"]
-    fewer = 100 * (1 - searched["backbone_params"] / baseline["backbone_params"])
-    assert f"gave {gain['mean']:+.3f} ± {gain['se']:.3f} AP" in text
-    assert f"{fewer:.0f} % fewer backbone parameters" in text
+    said = "over four paired seeds of a small detection task, the rule `gradient` gained"
+    assert f"{said} {gain['mean']:.3f} ± {gain['se']:.3f} AP" in text
