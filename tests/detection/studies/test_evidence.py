@@ -160,6 +160,23 @@ def test_committed_results_hold_no_weights_and_no_absolute_path():
             assert '"/' not in text, path
 
 
+def test_the_readme_says_how_many_layers_end_alike():
+    folder = DETECTION / "results" / "scratch-pretrained"
+    layers = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["layers"]
+    with torch.device("meta"):
+        model = build_model(replace(preset("mini").model, num_classes=11))
+    ceilings = {
+        name: min(len(module.weight), module.weight[0].numel() + (module.bias is not None))
+        for name, module in model.backbone.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    }
+    ends = {name: (one["dims_a"][-1], one["dims_b"][-1]) for name, one in layers.items()}
+    full = {name for name, dims in ends.items() if min(dims) >= ceilings[name]}
+    same = sum(a == b for name, (a, b) in ends.items() if name not in full)
+    assert f"{len(full)} of {len(layers)} layers end at their structural ceiling" in _readme()
+    assert f"of the other {len(layers) - len(full)}, {same} end with the same" in _readme()
+
+
 def _readme():
     return " ".join((DETECTION / "README.md").read_text(encoding="utf-8").split())
 
