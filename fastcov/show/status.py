@@ -153,7 +153,7 @@ def _mean_note(layer: LayerFacts, spectrum: Spectrum | None) -> list[str]:
     return [
         f"the mean lies {math.sqrt(layer.mean_from_shift):.2g} from where rows are read, beside a "
         f"standard deviation of {math.sqrt(variance):.2g}: centred figures may be off by more than "
-        "1 %; pass rows of float32 or float64"
+        '1 %; track with precision="float64"'
     ]
 
 

@@ -57,7 +57,7 @@ def cluster() -> Iterator[Any]:
     nodes.shutdown()
 
 
-def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+def _wait(condition: Callable[[], bool], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -123,7 +123,7 @@ def test_the_loss_of_a_node_moves_its_run(cluster: Any, tmp_path: Path) -> None:
         assert done.is_finished
         cluster.add_node(num_cpus=1)
         cluster.remove_node(lost, allow_graceful=False)
-        thread.join(120)
+        thread.join(300)
         assert not thread.is_alive()
     finally:
         engine.close()
