@@ -9,6 +9,7 @@ without a line here.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,7 +68,7 @@ class Search(Protocol):
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(ABC):
     """One kind of network that a search trains at every seed; base class of all."""
 
     colour: ClassVar[str | None] = None
@@ -114,16 +115,16 @@ class Arm:
     def check(cls, config: SearchConfig) -> None:
         """Refuses a search in which this arm is impossible, before anything is trained."""
 
+    @abstractmethod
     def prepare(self, search: Search) -> Prepared:
-        """Plans of widths for every seed; trains what they follow from."""
-        raise NotImplementedError
+        """Plans of widths for every seed, after the trainings that they follow from."""
 
     def start(self, folder: Path, plan: str) -> Path | None:
         """File of the weights that a run of a plan starts from; None: random ones."""
         return None
 
     def question(self, versus: Arm) -> Question | None:
-        """What the comparison with another arm is to show; None: the two are not compared."""
+        """Question of the comparison with another arm; None if the two are not compared."""
         return "no loss" if isinstance(versus, Baseline) else None
 
     def is_control_of(self, searched: Arm) -> bool:

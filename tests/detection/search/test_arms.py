@@ -21,8 +21,8 @@ class Half(Arm):
     stem = "half"
     colour = "#123456"
 
-    def prepare(self, search: arms.Search) -> Prepared:
-        raise NotImplementedError
+    def prepare(self, search: arms.Search) -> arms.Prepared:
+        return arms.Prepared(self, self.name, {})
 
 
 def _record(name: str, ap: float) -> ArmRecord:
