@@ -11,7 +11,7 @@ import fastcov_detection
 from fastcov.widths import RULES, Rule
 from fastcov_detection.report.pictures import colour_of
 from fastcov_detection.search import arms
-from fastcov_detection.search.arms import Arm, Baseline, Prepared, Searched, Uniform, find_arm
+from fastcov_detection.search.arms import Arm, Baseline, Searched, Uniform, find_arm
 from fastcov_detection.search.results import ArmRecord, RunResult, compare_arms
 
 
