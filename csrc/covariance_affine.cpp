@@ -22,13 +22,13 @@ constexpr double kLargest = 1e30;
 constexpr int64_t kGroup = 4;
 
 struct AffineUpdate {
-  double* moment;       // [C, C]
+  double* moment;       // triangle of [C, C]
   double* sum;          // [C]
   const double* shift;  // [C]
   double* weight;       // []
   int64_t* count;       // [2]
   int64_t channels;
-  const double* input_moment;  // [I, I], the lower triangle
+  const double* input_moment;  // triangle of [I, I]
   const double* input_sum;     // [I]
   const double* input_shift;   // [I]
   int64_t inputs;
@@ -121,14 +121,14 @@ class AffineAccumulator {
  private:
   double scatter(int64_t i, int64_t j) const {
     const double product = update_.input_sum[i] * update_.input_sum[j];
-    return update_.input_moment[i * inputs_ + j] - product / static_cast<double>(update_.rows);
+    return update_.input_moment[triangle_entry(i, j)] - product / static_cast<double>(update_.rows);
   }
 
   // A power of two above all of Sigma, and above the moment that it is taken from.
   static double unit_of(const AffineUpdate& update) {
     double largest = 0;
     for (int64_t i = 0; i < update.inputs; ++i) {
-      largest = std::max(largest, update.input_moment[i * update.inputs + i]);
+      largest = std::max(largest, update.input_moment[triangle_entry(i, i)]);
     }
     return std::isfinite(largest) && largest > 0 ? std::ldexp(1.0, std::ilogb(largest) + 1) : 1.0;
   }
@@ -196,7 +196,7 @@ class AffineAccumulator {
     float uncorrelated[W] = {};
     for (int64_t input = 0; input < inputs_; ++input) {
       const float* weight = matrix + input * W;
-      const float own = static_cast<float>(update_.input_moment[input * columns_] / unit_);
+      const float own = static_cast<float>(update_.input_moment[triangle_entry(input, input)] / unit_);
       for (int64_t c = 0; c < W; ++c) {
         mean[c] += static_cast<double>(weight[c]) * input_mean_[input];
         variance[c] += weight[c] * product[input * W + c];
@@ -226,7 +226,7 @@ class AffineAccumulator {
         panels_, VectorGram<float>::group_columns(columns_), begin, end, [&](int64_t i, int64_t j) {
           kernels<float>().tile(product_ + i * columns_ * W, matrix_ + j * columns_ * W, columns_,
                                 unit_ * update_.row_scale, update_.decay,
-                                update_.moment + i * W * channels + j * W, channels,
+                                update_.moment + triangle_entry(i * W, j * W), kTriangleTile,
                                 std::min(W, channels - i * W), std::min(W, channels - j * W));
         });
   }
@@ -264,12 +264,12 @@ Tensor accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight
   AffineUpdate update;
   const int64_t channels = update.channels = matrix.size(0);
   const int64_t inputs = update.inputs = matrix.size(1);
-  update.moment = state_pointer<double>(moment, ScalarType::Double, channels * channels);
+  update.moment = state_pointer<double>(moment, ScalarType::Double, triangle_values(channels));
   update.sum = state_pointer<double>(sum, ScalarType::Double, channels);
   update.shift = state_pointer<double>(shift, ScalarType::Double, channels);
   update.weight = state_pointer<double>(weight, ScalarType::Double, 1);
   update.count = state_pointer<int64_t>(count, ScalarType::Long, 2);
-  update.input_moment = state_pointer<double>(input_moment, ScalarType::Double, inputs * inputs);
+  update.input_moment = state_pointer<double>(input_moment, ScalarType::Double, triangle_values(inputs));
   update.input_sum = state_pointer<double>(input_sum, ScalarType::Double, inputs);
   update.input_shift = state_pointer<double>(input_shift, ScalarType::Double, inputs);
   update.rows = rows;

@@ -98,7 +98,7 @@ void split_parts(int parts, const float* panel, int64_t steps, int64_t part_valu
     _tile_dpbf16ps(3, 5, 7);                \
   } while (0)
 
-// A large state lies in memory, in pages of its own for every row: fetched while sums are formed,
+// A large state lies in memory: fetched while sums are formed,
 // a few rows with every step, as many as there are buffers for.
 struct Prefetch {
   const double* next;

@@ -119,7 +119,8 @@ bool is_usable(const Update& update) {
 // the nearest number that it holds are formed apart, and translated.
 void add_rows_about_nearest(const Update& update) {
   const int64_t channels = update.rows.channels;
-  std::vector<double> moment(channels * channels), sum(channels), usable(channels);
+  const int64_t values = triangle_values(channels);
+  std::vector<double> moment(values), sum(channels), usable(channels);
   for (int64_t channel = 0; channel < channels; ++channel) {
     usable[channel] = usable_shift(update.shift[channel]);
   }
@@ -132,12 +133,11 @@ void add_rows_about_nearest(const Update& update) {
   part.weight = &weight;
   add_rows(part);
   translate(part, std::vector<double>(update.shift, update.shift + channels));
-  for (int64_t row = 0; row < channels; ++row) {
-    for (int64_t column = 0; column <= row; ++column) {
-      double& to = update.moment[row * channels + column];
-      to = to * update.decay + moment[row * channels + column];
-    }
-    update.sum[row] = update.sum[row] * update.decay + sum[row];
+  for (int64_t at = 0; at < values; ++at) {
+    update.moment[at] = update.moment[at] * update.decay + moment[at];
+  }
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    update.sum[channel] = update.sum[channel] * update.decay + sum[channel];
   }
   *update.weight = *update.weight * update.decay + weight;
 }
@@ -155,7 +155,7 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   update.rows = view_rows(rows, channel_dim);
   update.dtype = dtype_of(rows);
   const int64_t channels = update.rows.channels;
-  update.moment = state_pointer<double>(moment, ScalarType::Double, channels * channels);
+  update.moment = state_pointer<double>(moment, ScalarType::Double, triangle_values(channels));
   update.sum = state_pointer<double>(sum, ScalarType::Double, channels);
   update.shift = state_pointer<double>(shift, ScalarType::Double, channels);
   update.weight = state_pointer<double>(weight, ScalarType::Double, 1);

@@ -29,6 +29,7 @@ class Accumulator {
  public:
   static constexpr int64_t W = kPanel<T>;
   static constexpr int64_t kSide = Gram::kSide;
+  static_assert(kTriangleTile % kSide == 0, "a block must not leave its tile of the state");
   static constexpr uint64_t kInfinity = sizeof(T) == 4 ? 0x7f800000ull : 0x7ff0000000000000ull;
 
   explicit Accumulator(const Update& update)
@@ -142,7 +143,7 @@ class Accumulator {
                 int64_t slot_stride) const {
     const int64_t row_end = std::min(kSide, channels_ - i * kSide);
     for (int64_t row = 0; row < row_end; ++row) {
-      double* out = update_.moment + (i * kSide + row) * channels_ + j * kSide;
+      double* out = update_.moment + triangle_entry(i * kSide + row, j * kSide);
       const int64_t column_end = i == j ? row + 1 : kSide;
       for (int64_t column = 0; column < column_end; ++column) {
         double added = tile[row * kSide + column];
@@ -240,7 +241,7 @@ class Accumulator {
       const int64_t row_end = std::min(kSide, channels_ - i * kSide);
       gram_.multiply(block, panels_, rows,
                      {i, j, row_end, std::min(kSide, channels_ - j * kSide), square, keep,
-                      update_.moment + i * kSide * channels_ + j * kSide, channels_});
+                      update_.moment + triangle_entry(i * kSide, j * kSide), kTriangleTile});
       if (i != j) return;
       double* sum = update_.sum + i * kSide;
       for (int64_t c = 0; keep != 1.0 && c < row_end; ++c) sum[c] *= keep;
@@ -250,11 +251,9 @@ class Accumulator {
 
   void decay_only() const {
     if (update_.decay == 1.0) return;
-    for (int64_t row = 0; row < channels_; ++row) {
-      double* moment = update_.moment + row * channels_;
-      for (int64_t column = 0; column <= row; ++column) moment[column] *= update_.decay;
-      update_.sum[row] *= update_.decay;
-    }
+    const int64_t values = triangle_values(channels_);
+    for (int64_t at = 0; at < values; ++at) update_.moment[at] *= update_.decay;
+    for (int64_t channel = 0; channel < channels_; ++channel) update_.sum[channel] *= update_.decay;
   }
 
   Tally pack(const Block<T>& block, int64_t offset, int64_t begin, int64_t end) const {

@@ -216,7 +216,7 @@ void tile(const T* left, const T* right, int64_t block_rows, double scale, doubl
   const int64_t chains = (block_rows + kChainRows - 1) / kChainRows;
   for (int64_t chain = 0; chain < chains; ++chain) {
     if (chain == chains - 1) {
-      // A large state lies in memory, in pages of its own for every row: fetched meanwhile.
+      // A large state lies in memory: fetched meanwhile.
       for (int64_t row = 0; row < rows; ++row) {
         __builtin_prefetch(out + row * out_stride, 1);
         __builtin_prefetch(out + row * out_stride + columns - 1, 1);

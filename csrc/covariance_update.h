@@ -11,6 +11,7 @@
 #include "boxing.h"
 #include "covariance.h"
 #include "rows.h"
+#include "triangle.h"
 #include "vectors.h"
 
 namespace fastcov {
@@ -79,7 +80,7 @@ struct Update {
   RowWeights row_weight;
   double row_scale;
   double decay;
-  double* moment;  // [C, C]
+  double* moment;  // triangle of [C, C]
   double* sum;     // [C]
   double* shift;   // [C]
   double* weight;  // []
@@ -205,12 +206,16 @@ inline void translate(const Update& update, const std::vector<double>& shift) {
     step[channel] = update.shift[channel] - shift[channel];
   }
   for (int64_t row = 0; row < channels; ++row) {
-    double* moment = update.moment + row * channels;
     const double sum = update.sum[row] + weight * step[row];
-    for (int64_t column = 0; column <= row; ++column) {
-      moment[column] += step[row] * update.sum[column] + sum * step[column];
+    for (int64_t first = 0; first <= row; first += kTriangleTile) {
+      double* moment = update.moment + triangle_entry(row, first);
+      const int64_t columns = std::min(kTriangleTile, row + 1 - first);
+      for (int64_t column = 0; column < columns; ++column) {
+        moment[column] += step[row] * update.sum[first + column] + sum * step[first + column];
+      }
     }
-    moment[row] = std::max(0.0, moment[row]);  // a sum of squares, whatever rounding says
+    double& square = update.moment[triangle_entry(row, row)];
+    square = std::max(0.0, square);  // a sum of squares, whatever rounding says
   }
   for (int64_t channel = 0; channel < channels; ++channel) {
     update.sum[channel] += weight * step[channel];
@@ -230,7 +235,7 @@ inline std::vector<double> followed_shift(const Update& update, const FirstRows&
     double variance = first.variance[channel];
     if (*update.weight > 0) {  // that of the state: a single row has none
       const double own = update.sum[channel] / *update.weight;
-      const double square = update.moment[channel * (channels + 1)] / *update.weight;
+      const double square = update.moment[triangle_entry(channel, channel)] / *update.weight;
       variance += std::max(0.0, square - own * own);
     }
     const double mean = first.mean[channel];

@@ -38,7 +38,7 @@ def launch_accumulate_(
     """Adds rows to a state: see :func:`fastcov.ops.reference.accumulate_reference_`.
 
     Args:
-        moment: float64, contiguous; only the lower half is read and written. [C, C]
+        moment: float64, contiguous: see :mod:`fastcov.ops.triangle`. [tiles, 32, 32]
         sum: float64. [C]
         shift: float64. [C]
         weight: float64. []

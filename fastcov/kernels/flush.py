@@ -29,6 +29,7 @@ from fastcov.kernels.tiles import (
     multiply_tiles,
     triangle_row,
 )
+from fastcov.kernels.triangle import triangle_entry
 from fastcov.rows.dtypes import ROW_DTYPES
 
 FIELDS = 14
@@ -223,7 +224,7 @@ def flush_kernel(
     is_kept = (
         is_left[:, None] & is_right[None, :] & (left_channel[:, None] >= right_channel[None, :])
     )
-    entry = left_channel[:, None].to(tl.int64) * channels + right_channel[None, :]
+    entry = triangle_entry(left_channel[:, None], right_channel[None, :])
     before = tl.load(moment + entry, mask=is_kept, other=0.0)
     tl.store(moment + entry, before * factor + total * row_scale, mask=is_kept)
     if block_row == block_column:
@@ -257,7 +258,7 @@ class BufferedLayer:
     """One layer of a flush: state, buffer, and when the buffer counts as full.
 
     Attributes:
-        moment: float64. [C, C]
+        moment: float64: see :mod:`fastcov.ops.triangle`. [tiles, 32, 32]
         sum: float64. [C]
         shift: float64. [C]
         weight: float64. []

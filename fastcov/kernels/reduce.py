@@ -11,6 +11,7 @@ from fastcov.kernels.tiles import (
     triangle_size,
     wait_for_previous,
 )
+from fastcov.kernels.triangle import triangle_entry
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def reduce_kernel(
             total += row_shift * column_shift * rows_weight
             total -= row_shift * column_sum + row_sum * column_shift
         is_kept = (column <= row) & (row < channels)
-        entry = row.to(tl.int64) * channels + column
+        entry = triangle_entry(row, column)
         before = tl.load(moment + entry, mask=is_kept, other=0.0)
         tl.store(moment + entry, before * decay + total * row_scale, mask=is_kept)
         return

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.ops import triangle
 from fastcov.ops.reference import (
     GOLDEN_RATIO_64,
     LARGEST_FLOAT_SHIFT,
@@ -79,7 +80,8 @@ def follow_mean_(
     Sums about a shift that is far from the rows cancel. No host synchronisation.
 
     Args:
-        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`. [C, C]
+        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`.
+            [tiles, 32, 32]
         sum: Tensor of the state. [C]
         shift: Tensor of the state. [C]
         weight: Tensor of the state. []
@@ -91,14 +93,16 @@ def follow_mean_(
     spread_weight = None if row_weight is None else row_weight[::stride]
     mean, variance, found = _first_rows(flat[::stride], spread_weight)
     own_mean = sum / weight.clamp(min=torch.finfo(torch.float64).tiny)
-    own_square = moment.diagonal() / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    own_square = triangle.diagonal(moment, len(sum)) / weight.clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     variance = variance + (own_square - own_mean.square()).clamp(min=0)
     has_left = (mean - shift).square() > _MOST_SQUARED_DEVIATIONS * variance
     has_left &= (found > 0) & (count[0] > 0) & (weight > 0)
     step = torch.where(has_left, shift - _rounded_shift(mean, flat.dtype), 0.0)
-    outer = torch.outer(step, sum)
-    moment.add_(outer + outer.T + weight * torch.outer(step, step))
-    moment.diagonal().clamp_(min=0)  # sums of squares, whatever rounding says
+    moment.add_(triangle.outer(step, sum) + triangle.outer(sum, step))
+    moment.add_(weight * triangle.outer(step, step))
+    triangle.clamp_diagonal_(moment, len(sum))
     sum.add_(weight * step)
     shift.sub_(step)
 
@@ -156,7 +160,8 @@ def accumulate_(
             # Divided by a power of two above all, values and their squares stay within float32.
             unit = torch.ldexp(centred.new_ones(()), torch.frexp(centred.abs().amax()).exponent)
             scaled = (centred / unit).to(work)
-            moment.add_((scaled.T @ scaled).double() * (row_scale * unit) * unit)
+            gram = triangle.pack(scaled.T @ scaled)
+            moment.add_(gram.double() * (row_scale * unit) * unit)
             weight.add_(weights.sum(), alpha=row_scale)
             count.add_(torch.stack([is_read.sum(), is_skipped.sum()]))
 
@@ -178,7 +183,8 @@ def accumulate_in_float64_(
 
     Args:
         accumulate_: Operator that adds the converted rows.
-        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`. [C, C]
+        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`.
+            [tiles, 32, 32]
         sum: Tensor of the state. [C]
         shift: Tensor of the state. [C]
         weight: Tensor of the state. []
@@ -221,12 +227,13 @@ def accumulate_affine_(
     """Adds the rows that an affine map makes of input rows, from the inputs' second moment.
 
     Args:
-        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`. [C, C]
+        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`.
+            [tiles, 32, 32]
         sum: Tensor of the state. [C]
         shift: Tensor of the state. [C]
         weight: Tensor of the state. []
         count: Tensor of the state. [2]
-        input_moment: Second moment of the input rows, each of weight 1, lower half. [I, I]
+        input_moment: Second moment of the input rows, each of weight 1. [tiles, 32, 32]
         input_sum: Sum of the input rows less their shift. [I]
         input_shift: Shift of the input rows. [I]
         rows: Number of input rows.
@@ -244,14 +251,15 @@ def accumulate_affine_(
     mean = matrix.double() @ (input_shift + input_sum / rows) - shift
     if bias is not None:
         mean += bias
-    scatter = (input_moment - torch.outer(input_sum, input_sum / rows)).tril()
-    about_shift = input_moment.diagonal()
+    inputs = len(input_sum)
+    scatter = triangle.unpack(input_moment - triangle.outer(input_sum, input_sum / rows), inputs)
+    about_shift = triangle.diagonal(input_moment, inputs)
     # A power of two above all entries, of the scatter too: see accumulate_.
     unit = 2.0 ** math.frexp(float(about_shift.max()))[1]
     about_shift = (about_shift / unit).float()
     inputs_ratio = max(1.0, matrix.shape[1] / _FEW_INPUTS)
     most_cancellation = max(_LEAST_CANCELLATION, _CANCELLATION / inputs_ratio**0.5)
-    scatter = ((scatter + scatter.tril(-1).T) / unit).float()
+    scatter = (scatter / unit).float()
     scaled_mean = (mean * (rows / unit) ** 0.5).float()[:, None]
     with full_precision(matrix.device.type):
         product = torch.mm(matrix, scatter)
@@ -267,7 +275,8 @@ def accumulate_affine_(
         ):
             return torch.tensor(False, device="cpu")
         left, right = torch.cat((product, scaled_mean), 1), torch.cat((matrix, scaled_mean), 1)
-        moment.mul_(decay).add_(torch.mm(left, right.T), alpha=unit * row_scale)
+        product = triangle.pack(torch.mm(left, right.T))
+        moment.mul_(decay).add_(product, alpha=unit * row_scale)
     sum.mul_(decay).add_(mean, alpha=rows * row_scale)
     weight.mul_(decay).add_(rows * row_scale)
     count[0] += rows

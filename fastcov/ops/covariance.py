@@ -7,7 +7,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from fastcov.ops import aten
+from fastcov.ops import aten, triangle
 from fastcov.rows.dtypes import ROW_DTYPES, dtype_names
 
 Precision = Literal["split", "tf32", "ieee", "float64"]
@@ -22,7 +22,10 @@ class MomentState(Protocol):
 
     @property
     def moment(self) -> Tensor:
-        """Weighted second moment of the rows less the shift, lower half valid. [C, C]"""
+        """Weighted second moment of the rows less the shift: its lower triangle, in tiles.
+
+        See :mod:`fastcov.ops.triangle`. [tiles, 32, 32]
+        """
 
     @property
     def sum(self) -> Tensor:
@@ -63,7 +66,7 @@ def accumulate_(
     .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T
 
     with d = ``decay``, w = ``row_scale * row_weight`` and s the state's ``shift``, which its first
-    rows choose. Only the lower half of ``moment`` is valid: ``state.covariance()`` reads it.
+    rows choose. ``moment`` is kept as a triangle in tiles: ``state.covariance()`` reads it.
 
     Nothing is copied or cast: ``x`` is read through its strides, so pass views
     (``x.permute(0, 2, 3, 1)`` for NCHW). No host synchronisation. Rows that hold a NaN or an
@@ -101,8 +104,8 @@ def accumulate_(
     q > 1000.
 
     Args:
-        state: Tensors to add to: ``moment`` [C, C], ``sum`` [C], ``shift`` [C], ``weight`` [] in
-            float64, ``count`` [2] in int64.
+        state: Tensors to add to: ``moment`` [tiles, 32, 32], ``sum`` [C], ``shift`` [C],
+            ``weight`` [] in float64, ``count`` [2] in int64.
         x: Rows in float32, bfloat16, float16 or float64, last dimension channels. [..., C]
         row_weight: One weight a row, bool, float32 or float64, at most 1e150. Gradients do not
             pass. [N] or [...]
@@ -275,7 +278,7 @@ class Moments:
     def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
         # Tensors made under inference_mode could not be updated in training later.
         with torch.inference_mode(False):
-            self.moment = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+            self.moment = triangle.zeros(channels, device)
             self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
             self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
             self.weight = torch.zeros((), dtype=torch.float64, device=device)
@@ -300,8 +303,7 @@ def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
     Returns:
         float64, symmetric; NaN where no row was read. [C, C]
     """
-    lower = state.moment.tril()
-    moment = lower + lower.tril(-1).T
+    moment = triangle.unpack(state.moment, len(state.sum))
     mean = state.sum / state.weight
     if centered:
         return moment / state.weight - torch.outer(mean, mean)

@@ -22,7 +22,7 @@ LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "lib"
 _SHORT_FOLDER = "fastcov/lib"
 BACKENDS = ("native", "triton", "torch")
 BACKEND_SWITCH = "FASTCOV_BACKEND"
-INTERFACE = 3
+INTERFACE = 4
 """Version of the schemas and of stats/cursor.py, increased with each change. A library compiled for
 another version is not opened."""
 

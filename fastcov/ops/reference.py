@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastcov.ops import triangle
+
 GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 """round(2**64 / golden ratio), odd: the step of the sampling sequence."""
 
@@ -76,7 +78,8 @@ def accumulate_reference_(
     do not add up in float64 move it where later rows are far from it, which changes no covariance.
 
     Args:
-        moment: Second moment about the shift, float64; only its lower half is defined. [C, C]
+        moment: Second moment about the shift, float64: see :mod:`fastcov.ops.triangle`.
+            [tiles, 32, 32]
         sum: First moment about the shift, float64. [C]
         shift: float64. [C]
         weight: Normaliser, float64. []
@@ -98,7 +101,7 @@ def accumulate_reference_(
     centred = flat[is_read].double() - shift
     weights = weights[is_read] * row_scale
     weighted = centred * weights[:, None]
-    moment.mul_(decay).add_(weighted.T @ centred)
+    moment.mul_(decay).add_(triangle.pack(weighted.T @ centred))
     sum.mul_(decay).add_(weighted.sum(0))
     weight.mul_(decay).add_(weights.sum())
     count += torch.stack([is_read.sum(), is_skipped.sum()])
@@ -127,12 +130,12 @@ def accumulate_affine_reference_(
     with d = ``decay`` and w = ``row_scale``; Sigma sums (x - mean)(x - mean)^T over N = ``rows``.
 
     Args:
-        moment: As in :func:`accumulate_reference_`, and so are the next four. [C, C]
+        moment: As in :func:`accumulate_reference_`, and so are the next four. [tiles, 32, 32]
         sum: [C]
         shift: Set by an earlier call. [C]
         weight: []
         count: [2]
-        input_moment: About ``input_shift``; only its lower half is read. [I, I]
+        input_moment: About ``input_shift``. [input tiles, 32, 32]
         input_sum: [I]
         input_shift: [I]
         rows: How many, N.
@@ -141,15 +144,14 @@ def accumulate_affine_reference_(
         row_scale: Factor on every row's weight.
         decay: Factor on what was there before.
     """
-    lower = input_moment.tril()
-    about_shift = lower + lower.tril(-1).T
+    about_shift = triangle.unpack(input_moment, len(input_sum))
     scatter = about_shift - torch.outer(input_sum, input_sum) / rows
     wide = matrix.double()
     mean = wide @ (input_shift + input_sum / rows) - shift
     if bias is not None:
         mean += bias
     added = wide @ scatter @ wide.T + rows * torch.outer(mean, mean)
-    moment.mul_(decay).add_(added, alpha=row_scale)
+    moment.mul_(decay).add_(triangle.pack(added), alpha=row_scale)
     sum.mul_(decay).add_(mean, alpha=rows * row_scale)
     weight.mul_(decay).add_(rows * row_scale)
     count[0] += rows

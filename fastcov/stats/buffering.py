@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from fastcov.ops import triangle
+
 BUFFER_ROWS_PER_CHANNEL = 2
 """Rows per channel gathered before a state is updated once: with fewer, state traffic dominates."""
 
@@ -94,7 +96,7 @@ def device_buffer_rows(channels: int, rows: float, calls: int) -> tuple[int, int
 
 def state_bytes(channels: int) -> int:
     """Memory of a state of so many channels."""
-    return 8 * (channels * channels + 2 * channels + 5)
+    return 8 * (triangle.values_of(channels) + 2 * channels + 5)
 
 
 def layer_bytes(channels: int, sketch: int | None, row_bytes: int, is_host: bool) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcov.stats.state import DECLARED, CovarianceState, Declared
+from fastcov.stats.state import DECLARED, CovarianceState
 
 _Sizes = tuple[int, int | None]  # channels of a row, and of its sketch
 _NO_STATE: _Sizes = (0, None)
@@ -41,17 +41,17 @@ def sync_states(
     merged = [state.copy() for state in states]
     _share_shifts(merged, group)
     summed = [
-        (declared, tensor)
+        tensor
         for state in merged
         for declared, tensor in zip(DECLARED.values(), state.tensors, strict=True)
         if declared.reduction == "sum"
     ]
-    parts = [_packed(declared, tensor) for declared, tensor in summed]
-    flat = torch.cat(parts)
+    # One vector of float64 for one collective; counts up to 2^53 stay exact.
+    flat = torch.cat([tensor.flatten().double() for tensor in summed])
     dist.all_reduce(flat, group=group)
-    totals = flat.split([len(part) for part in parts])
-    for (declared, tensor), total in zip(summed, totals, strict=True):
-        _unpack_(declared, tensor, total)
+    totals = flat.split([tensor.numel() for tensor in summed])
+    for tensor, total in zip(summed, totals, strict=True):
+        _take_(tensor, total)
     return merged
 
 
@@ -72,24 +72,10 @@ def _share_shifts(states: Sequence[CovarianceState], group: dist.ProcessGroup | 
         start = stop
 
 
-def _lower_half(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.tril_indices(*tensor.shape, device=tensor.device)
-    return rows, columns
-
-
-def _packed(declared: Declared, tensor: Tensor) -> Tensor:
-    # A vector of float64, so that one collective takes all; counts up to 2^53 stay exact.
-    values = tensor[_lower_half(tensor)] if declared.is_lower else tensor.flatten()
-    return values.double()
-
-
-def _unpack_(declared: Declared, tensor: Tensor, values: Tensor) -> None:
+def _take_(tensor: Tensor, values: Tensor) -> None:
     if not tensor.is_floating_point():
-        values = values.round().to(tensor.dtype)
-    if declared.is_lower:
-        tensor[_lower_half(tensor)] = values
-    else:
-        tensor.copy_(values.view(tensor.shape))
+        values = values.round()
+    tensor.copy_(values.view(tensor.shape))
 
 
 def sync_named_states(

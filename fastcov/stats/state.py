@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcov import ops
+from fastcov.ops import triangle
 from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
 from fastcov.rows.mask import spread
 from fastcov.spectra.sketched import squared_norm
@@ -28,23 +29,24 @@ class Declared(NamedTuple):
     """Declaration of one tensor of a state: shape, dtype, and the rules to merge and scale it.
 
     Attributes:
-        shape: Sizes; "C" stands for the number of channels.
+        shape: Sizes; "C" stands for the number of channels, "triangle" for the tiles of a
+            symmetric matrix: see :mod:`fastcov.ops.triangle`.
         dtype: Dtype of the values.
         reduction: Rule that makes one tensor of two states about one shift: "sum", or "common",
             where both hold the same values.
         power: A factor f on every row's weight is a factor f**power on this tensor; a tuple gives
             one power for each entry.
-        is_lower: True if only the lower half is valid.
     """
 
-    shape: tuple[int | Literal["C"], ...]
+    shape: tuple[int | Literal["C"], ...] | Literal["triangle"]
     dtype: torch.dtype = torch.float64
     reduction: Literal["sum", "common"] = "sum"
     power: int | tuple[int, ...] = 1
-    is_lower: bool = False
 
     def zeros(self, channels: int, device: torch.device | str | None) -> Tensor:
         """Tensor of a state that has read no row."""
+        if self.shape == "triangle":
+            return triangle.zeros(channels, device)
         sizes = [channels if size == "C" else size for size in self.shape]
         return torch.zeros(sizes, dtype=self.dtype, device=device)
 
@@ -68,7 +70,7 @@ class StateTensors(
     NamedTuple(
         "StateTensors",
         [
-            ("moment", Annotated[Tensor, Declared(("C", "C"), is_lower=True)]),
+            ("moment", Annotated[Tensor, Declared("triangle")]),
             ("sum", Annotated[Tensor, Declared(("C",))]),
             ("shift", Annotated[Tensor, Declared(("C",), reduction="common", power=0)]),
             ("weight", Annotated[Tensor, Declared(())]),
@@ -80,7 +82,7 @@ class StateTensors(
     """Tensors of a running second moment; operators take the first five in this order.
 
     Attributes:
-        moment: Weighted second moment of the shifted rows. [C, C]
+        moment: Weighted second moment of the shifted rows: its lower triangle. [tiles, 32, 32]
         sum: Weighted sum of the shifted rows. [C]
         shift: Vector subtracted from every row, fixed by the first finite rows. [C]
         weight: Sum of the rows' weights: the divisor. []
@@ -120,7 +122,7 @@ class CovarianceState:
         channels: Length of a row, C.
         device: Device of the tensors.
         sketch: Width r of a random projection of the rows, for rows that are too wide for a [C, C]
-            matrix: the state then takes 8 (r + 1)^2 bytes, and has a :meth:`spectrum` alone, whose
+            matrix: the state then takes about 4 r^2 bytes, and has a :meth:`spectrum` alone, whose
             trace is exact (docs/memory.md). None keeps all channels.
 
     Attributes:
@@ -153,7 +155,10 @@ class CovarianceState:
 
     @property
     def moment(self) -> Tensor:
-        """Weighted second moment of the shifted rows, float64, lower half valid. [C, C]"""
+        """Weighted second moment of the shifted rows, float64: its lower triangle, in tiles.
+
+        :func:`fastcov.ops.triangle.unpack` makes a matrix of it. [tiles, 32, 32]
+        """
         return self.tensors.moment
 
     @property
@@ -507,7 +512,10 @@ class CovarianceState:
         return _state_of, (self.tensors, self.sketch)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors, by name; of a sketched state, also the sizes of its sketch."""
+        """Copies of the tensors, by name; of a sketched state, also the sizes of its sketch.
+
+        ``moment`` is the lower triangle, in the tiles of :mod:`fastcov.ops.triangle`.
+        """
         with self._lock:
             saved = {name: tensor.clone() for name, tensor in self.tensors._asdict().items()}
         if self.sketch is not None:
@@ -517,7 +525,8 @@ class CovarianceState:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`, whole or not at all: everything is checked before.
 
-        Where an older version saved no ``excess``, the rows are taken to weigh the same, so that
+        Files of older versions load too: they hold ``moment`` as a square, of which the lower half
+        is read. Where they hold no ``excess``, the rows are taken to weigh the same, so that
         :attr:`effective_count` is ``count[0]``.
 
         Raises:
@@ -548,9 +557,9 @@ def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> Covariance
 def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
     # Second moment and sum of the same rows about another shift, as new tensors.
     step = tensors.shift - shift
-    outer = torch.outer(step, tensors.sum)
-    moment = tensors.moment + outer + outer.T + tensors.weight * torch.outer(step, step)
-    moment.diagonal().clamp_(min=0)  # sums of squares, whatever rounding says
+    crossed = triangle.outer(step, tensors.sum) + triangle.outer(tensors.sum, step)
+    moment = tensors.moment + crossed + tensors.weight * triangle.outer(step, step)
+    triangle.clamp_diagonal_(moment, len(step))
     return moment, tensors.sum + tensors.weight * step
 
 
@@ -579,7 +588,7 @@ def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
             raise KeyError(f"state has no tensor {name!r}; it holds {sorted(state_dict)}")
         if name == "excess":
             given[name] = _modern_excess(given[name], loaded["weight"], loaded["count"][0])
-        loaded[name] = _checked_tensor(name, given[name], tensor)
+        loaded[name] = _checked_tensor(name, given[name], tensor, len(own.sum))
     tensors = StateTensors._make(loaded.values())
     problem = _contradiction(tensors)
     if problem:
@@ -599,23 +608,29 @@ def _modern_excess(excess: Any, weight: Tensor, count: Tensor) -> Any:
     return excess
 
 
-def _checked_tensor(name: str, tensor: Any, own: Tensor) -> Tensor:
+def _checked_tensor(name: str, tensor: Any, own: Tensor, channels: int) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "meta" if tensor.is_meta else str(tensor.layout)
         raise TypeError(f"{name} is a {kind} tensor, expected a dense one that holds values")
-    if tensor.shape != own.shape:
+    is_triangle = DECLARED[name].shape == "triangle"
+    is_square = is_triangle and tensor.dim() == 2  # of a version that kept the whole matrix
+    expected = (channels, channels) if is_square else tuple(own.shape)
+    if tensor.shape != expected:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}: "
+            f"{name} has shape {tuple(tensor.shape)}, expected {expected}: "
             "the file belongs to a layer of another width"
         )
     if tensor.dtype != own.dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {own.dtype}: save states unconverted")
     if tensor.requires_grad:
         raise TypeError(f"{name} requires a gradient, which statistics do not have: detach it")
-    values = tensor.tril() if DECLARED[name].is_lower else tensor
-    if not bool(torch.isfinite(values).all()):
+    if is_square:
+        tensor = triangle.pack(tensor.tril())
+    elif is_triangle:
+        tensor = triangle.cleared(tensor, channels)
+    if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds a NaN or an infinity: the file is damaged")
     return tensor
 
@@ -630,7 +645,7 @@ def _contradiction(tensors: StateTensors) -> str:
     rows, skipped = tensors.count.tolist()
     weight = float(tensors.weight)
     squares, settled = tensors.excess.tolist()
-    diagonal = tensors.moment.diagonal()
+    diagonal = triangle.diagonal(tensors.moment, len(tensors.sum))
     if rows < 0 or skipped < 0:
         return f"count is {[rows, skipped]}, expected numbers of rows of at least 0"
     if weight < 0 or squares < 0:

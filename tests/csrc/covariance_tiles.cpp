@@ -71,7 +71,7 @@ void run(Dtype dtype, int64_t rows, int64_t channels) {
   side = Gram::kSide;
   sides = (channels + side - 1) / side;
   multiplied.assign(static_cast<size_t>(sides * sides), 0);
-  std::vector<double> moment(static_cast<size_t>(channels * channels));
+  std::vector<double> moment(static_cast<size_t>(triangle_values(channels)));
   std::vector<double> sum(static_cast<size_t>(channels));
   std::vector<double> shift(sum);
   double weight = 0;

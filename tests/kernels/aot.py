@@ -36,6 +36,7 @@ from fastcov.kernels.config import Architecture, Family
 from fastcov.kernels.covariance import launch_accumulate_
 from fastcov.kernels.flush import BufferedLayer, FlushTable, launch_flush_
 from fastcov.kernels.gather import CURSOR_FIELDS, launch_cursor_gather_, launch_gather_
+from fastcov.ops import triangle
 
 TABLE = Path(__file__).parents[1] / "resources" / "triton.json"
 FAMILIES: dict[int, Family] = {80: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
@@ -146,7 +147,8 @@ def empty_state(channels: int) -> list[Tensor]:
     """moment, sum, shift, weight, count, not filled."""
     double = partial(torch.empty, dtype=torch.float64)
     count = torch.empty(2, dtype=torch.int64)
-    return [double(channels, channels), double(channels), double(channels), double(()), count]
+    moment = triangle.zeros(channels)
+    return [moment, double(channels), double(channels), double(()), count]
 
 
 def rows_of(layout: str, dtype: torch.dtype, channels: int, count: int = 64) -> Tensor:

@@ -58,7 +58,7 @@ def share_lost(rows: Tensor, decay: float) -> float:
     state = flushed(rows, decay)
     shifted = rows.double() - state.shift
     exact = shifted.T @ shifted
-    return float(1 - state.moment[0, 0] / exact[0, 0])
+    return float(1 - state.moment[0, 0, 0] / exact[0, 0])
 
 
 @pytest.mark.parametrize(

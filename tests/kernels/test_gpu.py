@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastcov.ops import triangle
 from fastcov.ops.reference import accumulate_reference_, gather_reference_
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +31,7 @@ def needs_triton() -> None:
 def empty_state(channels: int) -> list[Tensor]:
     double = partial(torch.zeros, dtype=torch.float64, device="cuda")
     count = torch.zeros(2, dtype=torch.int64, device="cuda")
-    return [double(channels, channels), double(channels), double(channels), double(()), count]
+    return [triangle.zeros(channels, "cuda"), double(channels), double(channels), double(()), count]
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -48,8 +49,8 @@ def about(state: list[Tensor], shift: Tensor) -> list[Tensor]:
     """The same rows about another shift."""
     moment, total, before, weight, count = state
     step = before - shift
-    outer = torch.outer(step, total)
-    moment = moment + outer + outer.T + weight * torch.outer(step, step)
+    crossed = triangle.outer(step, total) + triangle.outer(total, step)
+    moment = moment + crossed + weight * triangle.outer(step, step)
     return [moment, total + weight * step, shift, weight, count]
 
 
@@ -58,9 +59,8 @@ def assert_same(state: list[Tensor], expected: list[Tensor], tolerance: float) -
     if state[2].any():  # 16-bit rows are multiplied as they are
         torch.testing.assert_close(state[2], expected[2], rtol=1e-6, atol=1e-12)
     expected = about(expected, state[2])
-    lower = torch.ones(channels, channels, device="cuda").tril() > 0
     largest = expected[0].abs().max().item()
-    error = (state[0] - expected[0])[lower].abs().max().item()
+    error = triangle.cleared(state[0] - expected[0], channels).abs().max().item()
     assert error <= tolerance * largest, f"moment off by {error / max(largest, 1e-300):.1e}"
     typical = (largest * max(expected[3].item(), 0.0)) ** 0.5
     error = (state[1] - expected[1]).abs().max().item()
@@ -192,7 +192,7 @@ def test_mean_far_from_zero_does_not_cancel():
     rows = normal(50_000, 96) + 1e4
     state = check(rows)
     mean = state[1] / 50_000
-    centred = state[0] / 50_000 - mean[:, None] * mean
+    centred = triangle.unpack(state[0], len(mean)) / 50_000 - mean[:, None] * mean
     expected = torch.cov(rows.double().T, correction=0)
     assert (centred - expected).tril().abs().max() <= 1e-5 * expected.max()
 
@@ -223,7 +223,7 @@ def test_a_million_rows_of_one_sign(channels, kind, dtype):
         shifted = part.double() - shift
         exact += shifted.T @ shifted
         total += shifted.sum(0)
-    assert (state[0] - exact).tril().abs().max() <= 1e-5 * exact.max()
+    assert (triangle.unpack(state[0], len(exact)) - exact).abs().max() <= 1e-5 * exact.max()
     assert (state[1] - total).abs().max() <= 1e-5 * (exact.max() * len(rows)).sqrt()
 
 
@@ -245,7 +245,7 @@ def test_a_flush_of_many_rows_of_one_sign(channels, decay, dtype):
     assert state[4].tolist() == [4096, 0]
     shifted = rows.double() - state[2]
     exact = decay * shifted.T @ shifted
-    assert (state[0] - exact).tril().abs().max() <= 1e-5 * exact.max()
+    assert (triangle.unpack(state[0], len(exact)) - exact).abs().max() <= 1e-5 * exact.max()
     total = decay * shifted.sum(0)
     assert (state[1] - total).abs().max() <= 1e-5 * (exact.max() * 4096).sqrt()
 
@@ -473,7 +473,7 @@ def test_gather_and_flush_in_a_graph(dtype, decay):
         assert squared == pytest.approx(squared_weight[layer], rel=1e-9)
         # The shifts differ (a buffer's first rows against a step's): compare about zero.
         for state in (states[layer], expected[layer]):
-            moment = state[0].tril() + state[0].tril(-1).T
+            moment = triangle.unpack(state[0], len(state[1]))
             moment += torch.outer(state[1], state[2]) + torch.outer(state[2], state[1])
             state[0] = moment + state[3] * torch.outer(state[2], state[2])
         largest = expected[layer][0].max()

@@ -24,6 +24,7 @@ from fastcov.kernels.config import Architecture
 from fastcov.kernels.launch import Launch, has_known_convention
 from fastcov.kernels.launcher import LauncherCall
 from fastcov.kernels.layout import row_layout, row_layout_of
+from fastcov.ops import triangle
 
 CPU = torch.device("cpu")
 KERNELS = (
@@ -63,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def state_of(channels: int) -> list[Tensor]:
-    moment = torch.zeros(channels, channels, dtype=torch.float64)
+    moment = triangle.zeros(channels)
     vectors = torch.zeros(2, channels, dtype=torch.float64)
     return [moment, *vectors, torch.zeros((), dtype=torch.float64), torch.zeros(2).long()]
 

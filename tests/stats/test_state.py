@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastcov.ops import triangle
 from fastcov.stats.state import DECLARED, CovarianceState, StateTensors
 
 
@@ -178,7 +179,13 @@ def set_entry(index: Any, value: float) -> Any:
 
 
 DAMAGES = {
-    "another width": ("moment", lambda t: t[:4, :4], ValueError, r"\(4, 4\), expected \(5, 5\)"),
+    "another width": ("sum", lambda t: t[:4], ValueError, r"\(4,\), expected \(5,\)"),
+    "more tiles": (
+        "moment",
+        lambda t: t.expand(3, 32, 32),
+        ValueError,
+        r"\(3, 32, 32\), expected \(1, 32, 32\)",
+    ),
     "a count of one": ("count", lambda t: t[:1], ValueError, r"count has shape \(1,\)"),
     "bool": (
         "weight",
@@ -193,7 +200,7 @@ DAMAGES = {
     "meta": ("moment", lambda t: t.to("meta"), TypeError, "moment is a meta tensor"),
     "sparse": ("moment", lambda t: t.to_sparse(), TypeError, "moment is a torch.sparse_coo tensor"),
     "a gradient": ("sum", lambda t: t.requires_grad_(), TypeError, "sum requires a gradient"),
-    "NaN": ("moment", set_entry((3, 1), float("nan")), ValueError, "moment holds a NaN"),
+    "NaN": ("moment", set_entry((0, 3, 1), float("nan")), ValueError, "moment holds a NaN"),
     "infinity": ("shift", set_entry(2, float("inf")), ValueError, "shift holds a NaN"),
     "NaN weight": ("weight", lambda t: t * float("nan"), ValueError, "weight holds a NaN"),
     "negative count": ("count", set_entry(0, -1), ValueError, r"count is \[-1, 0\]"),
@@ -201,7 +208,7 @@ DAMAGES = {
     "negative weight": ("weight", lambda t: -t, ValueError, "weight is -20.0"),
     "no weight": ("weight", lambda t: t * 0, ValueError, "rows whose weight is 0"),
     "no row": ("count", lambda t: t * 0, ValueError, "without a row"),
-    "negative diagonal": ("moment", set_entry((2, 2), -1.0), ValueError, "-1.0 on its diagonal"),
+    "negative diagonal": ("moment", set_entry((0, 2, 2), -1.0), ValueError, "-1.0 on its diagonal"),
     "negative squares": ("excess", set_entry(0, -1.0), ValueError, "squares' sum -1.0"),
     "too many squares": ("excess", set_entry(1, 21.0), ValueError, "counts 21 of 20"),
 }
@@ -220,8 +227,46 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: str) -> None:
 
 def test_what_stands_above_the_diagonal_is_not_read() -> None:
     state = CovarianceState(5)
-    state.load_state_dict(damaged("moment", set_entry((1, 3), float("nan"))))
+    state.load_state_dict(damaged("moment", set_entry((0, 1, 3), float("nan"))))
     assert bool(torch.isfinite(state.covariance()).all())
+
+
+def as_square(saved: dict[str, Any], channels: int) -> dict[str, Any]:
+    """A state as versions before saved it: the whole square, nothing valid above the diagonal."""
+    square = triangle.unpack(saved["moment"], channels)
+    above = torch.full_like(square, float("nan")).triu(1)
+    return {**saved, "moment": square.tril() + above}
+
+
+@pytest.mark.parametrize("channels", [1, 5, 32, 70])
+def test_a_square_of_an_older_version_loads_exactly(channels: int) -> None:
+    state, loaded = CovarianceState(channels), CovarianceState(channels)
+    rows = torch.randn(50, channels, generator=torch.Generator().manual_seed(1)) + 3
+    state.update(rows, torch.linspace(0.1, 1, 50))
+    loaded.load_state_dict(as_square(state.state_dict(), channels))
+    for centered in (False, True):
+        assert torch.equal(loaded.covariance(centered), state.covariance(centered))
+    loaded.update(rows)
+    state.update(rows)
+    assert torch.equal(loaded.covariance(), state.covariance())
+
+
+@pytest.mark.parametrize("damage", ["NaN", "infinity", "negative diagonal", "width"])
+def test_a_damaged_square_of_an_older_version_is_refused(damage: str) -> None:
+    state = CovarianceState(5)
+    state.update(draw(20, 3, 1.0))
+    square = as_square(state.state_dict(), 5)["moment"]
+    message = "moment holds a NaN"
+    if damage == "NaN":
+        square[4, 2] = float("nan")
+    elif damage == "infinity":
+        square[4, 4] = float("inf")
+    elif damage == "width":
+        square, message = square[:4, :4], r"\(4, 4\), expected \(5, 5\)"
+    else:
+        square[3, 3], message = -1.0, "-1.0 on its diagonal"
+    with pytest.raises(ValueError, match=message):
+        state.load_state_dict({**state.state_dict(), "moment": square})
 
 
 def test_every_state_that_the_project_makes_loads() -> None:
@@ -241,9 +286,9 @@ def test_a_state_of_the_version_before_keeps_its_squared_weights() -> None:
     state = CovarianceState(5)
     state.update(draw(50, 1, 0.0), torch.linspace(0.01, 1, 50))
     squares = state.squared_weight
-    older = {**state.state_dict(), "excess": squares - state.weight}
+    single = {**state.state_dict(), "excess": squares - state.weight}
     twin = CovarianceState(5)
-    twin.load_state_dict(older)
+    twin.load_state_dict(single)
     torch.testing.assert_close(twin.squared_weight, squares)
 
 

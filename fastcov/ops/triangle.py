@@ -1,0 +1,147 @@
+"""Layout of a second moment: the lower triangle of a symmetric matrix, in square tiles.
+
+A matrix [C, C] is cut into tiles of 32 by 32; the last row and column of tiles may be cut short.
+The tiles on and below the diagonal lie one after the other, row by row, each contiguous:
+
+    0
+    1 2
+    3 4 5        tile of entry (i, j): I (I + 1) / 2 + J with I = i // 32, J = j // 32
+
+So a state takes about half of a square's memory, and kernels, which compute tiles, write each
+tile to one place. What a diagonal tile holds above the diagonal, and what the last tiles hold
+beyond the channels, is undefined but finite. csrc/triangle.h and kernels/triangle.py know this
+layout too; everything else asks one of the three.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+TILE = 32
+"""Rows and columns of a tile: a multiple of what every kernel computes at once on a CPU."""
+
+
+def tiles_of(channels: int) -> int:
+    """Number of tiles of a triangle.
+
+    Example:
+        >>> tiles_of(32), tiles_of(33), tiles_of(2048)
+        (1, 3, 2080)
+    """
+    edges = _edges_of(channels)
+    return edges * (edges + 1) // 2
+
+
+def values_of(channels: int) -> int:
+    """Number of values that a triangle takes.
+
+    Example:
+        >>> values_of(2048) / 2048**2
+        0.5078125
+    """
+    return tiles_of(channels) * TILE * TILE
+
+
+def zeros(channels: int, device: torch.device | str | None = None) -> Tensor:
+    """Triangle of zeros, float64. [tiles, 32, 32]"""
+    return torch.zeros(tiles_of(channels), TILE, TILE, dtype=torch.float64, device=device)
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Triangle of a symmetric matrix, of which the lower half and the diagonal tiles are read.
+
+    Args:
+        matrix: Any dtype, which stays. [C, C]
+
+    Returns:
+        The tiles. [tiles, 32, 32]
+
+    Example:
+        >>> unpack(pack(torch.tensor([[1.0, 5.0], [5.0, 2.0]])), 2)
+        tensor([[1., 5.],
+                [5., 2.]])
+    """
+    edges = _edges_of(len(matrix))
+    missing = edges * TILE - len(matrix)
+    padded = functional.pad(matrix, (0, missing, 0, missing)) if missing else matrix
+    row, column = _numbers(edges, matrix.device)
+    return padded.reshape(edges, TILE, edges, TILE).transpose(1, 2)[row, column]
+
+
+def unpack(tiles: Tensor, channels: int) -> Tensor:
+    """Symmetric matrix of a triangle; a view of a slightly larger one.
+
+    Args:
+        tiles: From :func:`zeros` or :func:`pack`. [tiles, 32, 32]
+        channels: Order of the matrix, C.
+
+    Returns:
+        Both halves, from the lower one. [C, C]
+    """
+    edges = _edges_of(channels)
+    row, column = _numbers(edges, tiles.device)
+    matrix = tiles.new_empty(edges * TILE, edges * TILE)
+    blocks = matrix.view(edges, TILE, edges, TILE).transpose(1, 2)
+    blocks[column, row] = tiles.mT
+    blocks[row, column] = tiles
+    number = torch.arange(edges, device=tiles.device)
+    lower = blocks[number, number].tril()
+    blocks[number, number] = lower + lower.tril(-1).mT
+    return matrix[:channels, :channels]
+
+
+def diagonal(tiles: Tensor, channels: int) -> Tensor:
+    """Copy of a triangle's diagonal. [C]"""
+    return tiles.flatten()[_diagonal_index(channels, tiles.device)]
+
+
+def clamp_diagonal_(tiles: Tensor, channels: int) -> None:
+    """Raises negative entries of the diagonal to 0: sums of squares, whatever rounding says."""
+    index = _diagonal_index(channels, tiles.device)
+    flat = tiles.view(-1)
+    flat[index] = flat[index].clamp(min=0)
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Triangle of the products of two vectors' entries, ``left[i] * right[j]``.
+
+    Args:
+        left: Factors of the rows. [C]
+        right: Factors of the columns. [C]
+
+    Returns:
+        The tiles. [tiles, 32, 32]
+    """
+    edges = _edges_of(len(left))
+    row, column = _numbers(edges, left.device)
+    missing = edges * TILE - len(left)
+    rows, columns = (functional.pad(v, (0, missing)).view(edges, TILE) for v in (left, right))
+    return rows[row][:, :, None] * columns[column][:, None, :]
+
+
+def cleared(tiles: Tensor, channels: int) -> Tensor:
+    """Copy of a triangle with zeros where entries are undefined. [tiles, 32, 32]"""
+    edges = _edges_of(channels)
+    row, column = _numbers(edges, tiles.device)
+    inside = torch.arange(TILE, device=tiles.device)
+    rows = (row[:, None] * TILE + inside)[:, :, None]
+    columns = (column[:, None] * TILE + inside)[:, None, :]
+    return torch.where((columns <= rows) & (rows < channels), tiles, torch.zeros_like(tiles))
+
+
+def _edges_of(channels: int) -> int:
+    return -(-channels // TILE)
+
+
+def _numbers(edges: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    # Row and column of each tile, in the order of the tiles.
+    row, column = torch.tril_indices(edges, edges, device=device)
+    return row, column
+
+
+def _diagonal_index(channels: int, device: torch.device) -> Tensor:
+    channel = torch.arange(channels, device=device)
+    edge, inside = channel // TILE, channel % TILE
+    return (edge * (edge + 3) // 2 * TILE + inside) * TILE + inside
