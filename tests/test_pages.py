@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.image
 import pytest
 
 import fastcov
@@ -74,6 +75,21 @@ def test_notebooks_run(notebook: Path, tmp_path: Path) -> None:
     with mpl.rc_context({"backend": "Agg"}):
         for cell in code:
             exec(compile(cell, str(notebook), "exec"), names)
+
+
+@pytest.mark.slow
+def test_pictures_are_made_by_their_command(tmp_path: Path) -> None:
+    """Those that the page shows, as wide as a page; of fewer steps than those in docs/."""
+    printed = run(str(DOCS / "pictures" / "make.py"), str(tmp_path), "8", folder=tmp_path)
+    shown = re.findall(r"]\((pictures/\w+\.png)\)", (DOCS / "pictures.md").read_text())
+    assert len(shown) == len(printed.splitlines()) == 3
+    for name in shown:
+        committed, made = (
+            mpl.image.imread(path) for path in (DOCS / name, tmp_path / Path(name).name)
+        )
+        assert made.shape[1] == committed.shape[1] == 749
+        assert made.std() > 0.02
+        assert (DOCS / name).stat().st_size < 100_000
 
 
 @pytest.mark.slow
