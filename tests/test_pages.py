@@ -59,11 +59,15 @@ def test_blocks_run_in_order(
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_run_and_print_what_their_page_says(recipe: Path, tmp_path: Path) -> None:
     """The same words in the same order; numbers are those of another machine."""
-    printed = run(str(recipe), folder=tmp_path)
     page = recipe.with_suffix(".md").read_text()
+    launch = re.findall(rf"^torchrun (.*) {recipe.name}$", page, re.MULTILINE)
+    options = ["-m", "torch.distributed.run", "--standalone", *launch[0].split()] if launch else []
+    printed = run(*options, str(recipe), folder=tmp_path)
     assert f"{{literalinclude}} {recipe.name}" in page
     for shown in re.findall(r"```text\n(.*?)```", page, re.DOTALL):
         assert re.findall(r"[A-Za-z]{3,}", shown) == re.findall(r"[A-Za-z]{3,}", printed)
+    for command in re.findall(r"^\$ (.*)", printed, re.MULTILINE):
+        assert f"\n{command}\n" in page
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
