@@ -657,12 +657,21 @@ class Tracker:
 
     # plots and reports
 
-    def plot(self, layer: str | None = None, ax: Any = None) -> Any:
-        """Draws spectra (of one layer, or all), as :func:`fastcov.show.plot.plot_spectrum` does.
+    def plot(
+        self,
+        layer: str | None = None,
+        ax: Any = None,
+        *,
+        kind: Literal["spectrum", "ridges", "dims", "demand"] = "spectrum",
+    ) -> Any:
+        """Draws spectra, or what became of them over the snapshots; see :mod:`fastcov.show.plot`.
 
         Args:
-            layer: One of :meth:`names`; None draws all.
+            layer: One of :meth:`names`; None draws all, which "ridges" cannot.
             ax: Axes to draw into; None makes a figure.
+            kind: "spectrum": eigenvalues by rank, now. "demand": degrees of freedom against width,
+                now. "ridges": a layer's eigenvalues over the snapshots. "dims": dimension of every
+                layer over the snapshots.
 
         Returns:
             The matplotlib axes.
@@ -670,11 +679,27 @@ class Tracker:
         Raises:
             ImportError: Without matplotlib (the extra ``plot``).
             KeyError: If no such layer is tracked.
-            ValueError: If the layer has read no row.
+            ValueError: If there is no such kind, if the layer has read no row, if no snapshot
+                holds it, or if "dims" is given a layer.
         """
-        from fastcov.show.plot import plot_spectrum
+        from fastcov.show.plot import plot_demand, plot_dims, plot_ridges, plot_spectrum
 
-        return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
+        if kind == "ridges":
+            return plot_ridges(self.history, layer, ax)
+        if kind == "dims":
+            if layer is not None:
+                raise ValueError(
+                    f'kind="dims" draws every layer, got layer={layer!r}; leave layer out, or '
+                    'draw one with kind="ridges"'
+                )
+            return plot_dims(self.history, ax)
+        if kind == "spectrum":
+            return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
+        if kind == "demand":
+            return plot_demand(
+                self.spectra() if layer is None else {layer: self.spectrum(layer)}, ax
+            )
+        raise ValueError(f"kind={kind!r}: choose 'spectrum', 'ridges', 'dims' or 'demand'")
 
     def report(self, path: str | Path) -> Path:
         """Writes one self-contained HTML page about every layer.
