@@ -29,7 +29,7 @@ DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*')
 INSTALLED := PYTHONSAFEPATH=1
 CHECK_INSTALLED := $(INSTALLED) $(BIN)/python tools/check_installed.py
 
-.PHONY: help setup dev demo docs test test-quick test-matrix bench bench-full bench-gpu gpu-session sanitize-gpu wheels lint readme-tables clean
+.PHONY: help setup dev demo docs pictures test test-quick test-matrix bench bench-full bench-gpu gpu-session sanitize-gpu wheels lint readme-tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | \
@@ -85,6 +85,9 @@ test-quick: setup  ## a contributor's loop, below 3 minutes: what needs no compi
 docs: setup  ## the site in docs/_build/html; a warning or a broken link inside is an error
 	@$(INSTALLED) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+pictures: setup  ## pictures of docs/pictures.md and README, from a training of half a minute
+	@$(INSTALLED) $(BIN)/python docs/pictures/make.py
 
 bench: setup  ## benchmarks of this machine's CPU beside its peers, at most 25 minutes
 	@$(INSTALLED) $(BIN)/fastcov bench

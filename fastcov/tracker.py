@@ -141,7 +141,7 @@ class Tracker:
 
     def names(self) -> list[str]:
         """Names of the watched tensors, in the model's order."""
-        return self.watcher.names()
+        return self.watcher.taps.names()
 
     def observe(self, name: str, tensor: Tensor, channel_dim: int = -1) -> None:
         """Watches a tensor of the model's forward: a tap like any other, under a name.
@@ -180,7 +180,7 @@ class Tracker:
     def _state(self, name: str, needs_rows: bool = True) -> CovarianceState:
         if self._is_synced and name in self._synced:
             return self._synced[name]
-        if (layer := self.watcher.layers.get(name)) is not None:
+        if (layer := self.watcher.taps.layers.get(name)) is not None:
             self.watcher.settle()
             layer.flush()
             state = layer.state
@@ -250,7 +250,7 @@ class Tracker:
             KeyError: If no such layer is tracked.
         """
         self.watcher.settle()
-        layer = self.watcher.layers.get(name)
+        layer = self.watcher.taps.layers.get(name)
         if (
             layer is not None
             and layer.state is None
@@ -281,7 +281,7 @@ class Tracker:
             KeyError: If no such layer is tracked.
             ValueError: If its gradient is not tracked, or one of both has no row or is sketched.
         """
-        if name in self.watcher.layers and gradient_name(name) not in self.watcher.layers:
+        if name in self.watcher.taps.layers and gradient_name(name) not in self.watcher.taps.layers:
             raise ValueError(
                 f'the gradient of layer {name!r} is not tracked: pass track(..., of="both")'
             )
@@ -337,7 +337,7 @@ class Tracker:
         return state.covariance(centered), pair.channels[0]
 
     def _why_unpaired(self, pair: Pair) -> str:
-        unseen = [name for name in pair.names if name not in self.watcher.layers]
+        unseen = [name for name in pair.names if name not in self.watcher.taps.layers]
         if unseen and not pair.note:
             return f"nothing is named {unseen[0]!r}{closest(unseen[0], self.names())}"
         return pair.note or "no step has shown both"
@@ -347,7 +347,7 @@ class Tracker:
         if not self._is_synced:
             states = {}
             self.watcher.settle()
-            for name, layer in self.watcher.layers.items():
+            for name, layer in self.watcher.taps.layers.items():
                 layer.flush()
                 states[name] = layer.state
         return self._pending({n: s for n, s in states.items() if s is not None}, centered)
@@ -386,13 +386,15 @@ class Tracker:
     def statuses(self) -> list[LayerStatus]:
         """Statuses of all layers: rows, spectrum, and a note where something is missing."""
         spectra, run = self.spectra(), self._run_facts()
-        untracked = [name for name in self.watcher.notes if name not in self.watcher.layers]
+        untracked = [
+            name for name in self.watcher.taps.notes if name not in self.watcher.taps.layers
+        ]
         facts = [self._layer_facts(name) for name in [*self.names(), *untracked]]
         return [layer_status(layer, run, spectra.get(layer.name)) for layer in facts]
 
     def _run_facts(self) -> RunFacts:
         watcher = self.watcher
-        layers = watcher.unique_layers()
+        layers = watcher.taps.unique_layers
         return RunFacts(
             steps=self.steps,
             steps_read=self.steps_read,
@@ -406,12 +408,12 @@ class Tracker:
 
     def _layer_facts(self, name: str) -> LayerFacts:
         watcher = self.watcher
-        reason = watcher.note(name)
-        if name not in watcher.layers:
+        reason = watcher.taps.note(name, watcher.root())
+        if name not in watcher.taps.layers:
             return LayerFacts(name, reason=reason)
-        layer = watcher.layers[name]
+        layer = watcher.taps.layers[name]
         state = self._synced.get(name, layer.state) if self._is_synced else layer.state
-        tap = next(tap for tap in watcher.taps if tap.name == name)
+        tap = next(each.tap for each in watcher.taps if each.tap.name == name)
         count, skipped = (0, 0) if state is None else state.count.tolist()
         if watcher.mask is not None and layer.total_calls and not (reason or count or skipped):
             reason = "the mask left out every row so far"
@@ -483,7 +485,7 @@ class Tracker:
             return self
         states: dict[str, CovarianceState | None] = {}
         self.watcher.settle()
-        for name, layer in self.watcher.layers.items():
+        for name, layer in self.watcher.taps.layers.items():
             layer.flush()
             states[name] = layer.state
         names = [pair_name(pair.names) for pair in self.watcher.pairs.values()]
@@ -512,7 +514,7 @@ class Tracker:
         own, given = self.watcher, other.watcher
         for name in given.named():
             own.add_named(name)
-        common = [name for name in own.layers if name in given.layers]
+        common = [name for name in own.taps.layers if name in given.taps.layers]
         if not common:
             raise ValueError(
                 f"nothing to merge: no layer in common; this tracker has {self.names()[:3]}..., "
@@ -524,7 +526,7 @@ class Tracker:
                 f"at step {other.steps}; decayed states must stand at the same step"
             )
         for name in common:
-            mine_state, their_state = own.layers[name].state, given.layers[name].state
+            mine_state, their_state = own.taps.layers[name].state, given.taps.layers[name].state
             if mine_state and their_state and mine_state.sketch != their_state.sketch:
                 raise ValueError(
                     f"cannot merge layer {name!r}: sketched to {their_state.sketch_width} channels "
@@ -534,10 +536,10 @@ class Tracker:
         self._show_own_rows()
         own.leave_device()
         given.settle()
-        own.share_no_more_than(given)
+        own.taps.share_no_more_than(given.taps)
         done: set[Layer] = set()
         for name in common:
-            mine, theirs = own.layers[name], given.layers[name]
+            mine, theirs = own.taps.layers[name], given.taps.layers[name]
             if mine not in done:
                 done.add(mine)
                 mine.merge(theirs, self.steps)
@@ -557,7 +559,7 @@ class Tracker:
         rank, ranks = rank_and_ranks()
         self.watcher.settle()
         layers = {}
-        for layer in self.watcher.unique_layers():
+        for layer in self.watcher.taps.unique_layers:
             layers[layer.name] = layer.state_dict()
             if self._is_synced and layer.name in self._synced:
                 layers[layer.name]["state"] = self._synced[layer.name].state_dict()
@@ -568,7 +570,7 @@ class Tracker:
             "is_synced": self._is_synced or ranks == 1,
             "rank": rank,
             "world_size": ranks,
-            "shared": self.watcher.shared(),
+            "shared": self.watcher.taps.shared(),
             "layers": layers,
             "named": self.watcher.named(),
             "pairs": self._saved_pairs(),
@@ -601,7 +603,7 @@ class Tracker:
         layers, shared = state_dict["layers"], state_dict["shared"]
         for name in state_dict.get("named", ()):
             self.watcher.add_named(name)
-        unknown = [name for name in (*layers, *shared) if name not in self.watcher.layers]
+        unknown = [name for name in (*layers, *shared) if name not in self.watcher.taps.layers]
         if unknown:
             raise ValueError(
                 f"state_dict holds layers that are not tracked here: {', '.join(unknown[:3])}; "
@@ -623,7 +625,7 @@ class Tracker:
         watcher.leave_device()
         watcher.step = state_dict["steps"]
         watcher.policy.rho = state_dict["rho"]
-        watcher.load_layers(layers, shared, with_rows=not rows_are_on_rank_0)
+        watcher.taps.load(layers, shared, with_rows=not rows_are_on_rank_0)
         saved_pairs = state_dict.get("pairs", {})
         for names, pair in watcher.pairs.items():
             if (saved := saved_pairs.get(pair_name(names))) is not None:
@@ -637,7 +639,7 @@ class Tracker:
         self._show_own_rows()
         self.watcher.leave_device()
         self.watcher.step = 0
-        for layer in self.watcher.unique_layers():
+        for layer in self.watcher.taps.unique_layers:
             layer.reset()
         for pair in self.watcher.pairs.values():
             pair.layer.reset()
@@ -655,12 +657,21 @@ class Tracker:
 
     # plots and reports
 
-    def plot(self, layer: str | None = None, ax: Any = None) -> Any:
-        """Draws spectra (of one layer, or all), as :func:`fastcov.show.plot.plot_spectrum` does.
+    def plot(
+        self,
+        layer: str | None = None,
+        ax: Any = None,
+        *,
+        kind: Literal["spectrum", "ridges", "dims", "demand"] = "spectrum",
+    ) -> Any:
+        """Draws spectra, or what became of them over the snapshots; see :mod:`fastcov.show.plot`.
 
         Args:
-            layer: One of :meth:`names`; None draws all.
+            layer: One of :meth:`names`; None draws all, which "ridges" cannot.
             ax: Axes to draw into; None makes a figure.
+            kind: "spectrum": eigenvalues by rank, now. "demand": degrees of freedom against width,
+                now. "ridges": a layer's eigenvalues over the snapshots. "dims": dimension of every
+                layer over the snapshots.
 
         Returns:
             The matplotlib axes.
@@ -668,11 +679,27 @@ class Tracker:
         Raises:
             ImportError: Without matplotlib (the extra ``plot``).
             KeyError: If no such layer is tracked.
-            ValueError: If the layer has read no row.
+            ValueError: If there is no such kind, if the layer has read no row, if no snapshot
+                holds it, or if "dims" is given a layer.
         """
-        from fastcov.show.plot import plot_spectrum
+        from fastcov.show.plot import plot_demand, plot_dims, plot_ridges, plot_spectrum
 
-        return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
+        if kind == "ridges":
+            return plot_ridges(self.history, layer, ax)
+        if kind == "dims":
+            if layer is not None:
+                raise ValueError(
+                    f'kind="dims" draws every layer, got layer={layer!r}; leave layer out, or '
+                    'draw one with kind="ridges"'
+                )
+            return plot_dims(self.history, ax)
+        if kind == "spectrum":
+            return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
+        if kind == "demand":
+            return plot_demand(
+                self.spectra() if layer is None else {layer: self.spectrum(layer)}, ax
+            )
+        raise ValueError(f"kind={kind!r}: choose 'spectrum', 'ridges', 'dims' or 'demand'")
 
     def report(self, path: str | Path) -> Path:
         """Writes one self-contained HTML page about every layer.
@@ -814,7 +841,7 @@ def _close_or_warn_of_others(
     model: nn.Module, taps: list[tuple[Tap, nn.Module]], replace: bool
 ) -> None:
     names = {tap.name for tap, _ in taps}
-    others = [each for each in watchers_of(model) if replace or names & set(each.names())]
+    others = [each for each in watchers_of(model) if replace or names & set(each.taps.names())]
     if replace:
         for watcher in others:
             watcher.close()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.image
 import pytest
 
 import fastcov
@@ -58,11 +59,15 @@ def test_blocks_run_in_order(
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_run_and_print_what_their_page_says(recipe: Path, tmp_path: Path) -> None:
     """The same words in the same order; numbers are those of another machine."""
-    printed = run(str(recipe), folder=tmp_path)
     page = recipe.with_suffix(".md").read_text()
+    launch = re.findall(rf"^torchrun (.*) {recipe.name}$", page, re.MULTILINE)
+    options = ["-m", "torch.distributed.run", "--standalone", *launch[0].split()] if launch else []
+    printed = run(*options, str(recipe), folder=tmp_path)
     assert f"{{literalinclude}} {recipe.name}" in page
     for shown in re.findall(r"```text\n(.*?)```", page, re.DOTALL):
         assert re.findall(r"[A-Za-z]{3,}", shown) == re.findall(r"[A-Za-z]{3,}", printed)
+    for command in re.findall(r"^\$ (.*)", printed, re.MULTILINE):
+        assert f"\n{command}\n" in page
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
@@ -74,6 +79,21 @@ def test_notebooks_run(notebook: Path, tmp_path: Path) -> None:
     with mpl.rc_context({"backend": "Agg"}):
         for cell in code:
             exec(compile(cell, str(notebook), "exec"), names)
+
+
+@pytest.mark.slow
+def test_pictures_are_made_by_their_command(tmp_path: Path) -> None:
+    """Those that the page shows, as wide as a page; of fewer steps than those in docs/."""
+    printed = run(str(DOCS / "pictures" / "make.py"), str(tmp_path), "8", folder=tmp_path)
+    shown = re.findall(r"]\((pictures/\w+\.png)\)", (DOCS / "pictures.md").read_text())
+    assert len(shown) == len(printed.splitlines()) == 3
+    for name in shown:
+        committed, made = (
+            mpl.image.imread(path) for path in (DOCS / name, tmp_path / Path(name).name)
+        )
+        assert made.shape[1] == committed.shape[1] == 749
+        assert made.std() > 0.02
+        assert (DOCS / name).stat().st_size < 100_000
 
 
 @pytest.mark.slow

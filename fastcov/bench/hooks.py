@@ -150,13 +150,13 @@ def _cpu_path(setting: Setting) -> Contest:
             model(image)  # allocates and plans
             if stubs.repeats_calls:
                 _read_no_more(
-                    each for each in tracker.watcher.unique_layers() if each.fraction == 1
+                    each for each in tracker.watcher.taps.unique_layers if each.fraction == 1
                 )
             for _ in range(_WARM_STEPS):
                 calls.clear()
                 model(image)
         if stubs.repeats_calls:
-            _read_no_more(tracker.watcher.unique_layers())
+            _read_no_more(tracker.watcher.taps.unique_layers)
         if not calls or (
             stubs.repeats_calls and not {"gather_again_", "accumulate_again_"} & {*calls}
         ):

@@ -163,7 +163,7 @@ def _check_exactness(training: Training, turns: HookTurns) -> float:
         kept = set(tracker.names())
         for tap, module in find_taps(model, None, None, "output"):
             if tap.name in kept:
-                module.register_forward_hook(partial(add, tap, tracker.watcher.max_channels))
+                module.register_forward_hook(partial(add, tap, tracker.watcher.taps.max_channels))
         model.register_forward_pre_hook(lambda module, _args: running.append(module))
         model.register_forward_hook(lambda _module, _args, _output: running.clear())
         return tracker

@@ -33,7 +33,7 @@ class Updates:
     def _rare(self) -> list[tuple[int, float]]:
         # Channels, and steps between two updates, of each reader on whose layer they are rare.
         rare = []
-        for reader in self._tracker.watcher.unique_layers():
+        for reader in self._tracker.watcher.taps.unique_layers:
             if reader.state is None or not reader.fraction or reader.state.moment.is_cuda:
                 continue  # added in one launch at the end of a step: the mean of all steps has it
             channels, read = reader.state.channels, reader.offered_rows * reader.fraction
@@ -48,7 +48,7 @@ class Updates:
         """Empties the buffers, outside the time: none is full in the step that follows."""
         if not self._rare():
             return
-        for reader in self._tracker.watcher.unique_layers():
+        for reader in self._tracker.watcher.taps.unique_layers:
             reader.flush()
 
     def add_to(self, row: Row, untracked: Row, dtype: torch.dtype, setting: Setting) -> None:

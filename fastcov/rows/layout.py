@@ -7,13 +7,13 @@ derived once, and :meth:`ActivationLayout.fits` tells whether another activation
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcov.rows.dtypes import ROW_DTYPES
-from fastcov.rows.view import MOST_DIMS, run_length
+from fastcov.rows.view import MOST_DIMS, Layout, row_order, row_view
 
 _STRIDED = torch.strided
 
@@ -114,6 +114,47 @@ class ActivationLayout:
         """Row view of a fitting activation; without an ``order``, the tensor itself. [B, ..., C]"""
         order = self.order
         return activation if order is None else activation.detach().permute(*order)
+
+
+class ViewedRows(NamedTuple):
+    """Rows of one activation, as :meth:`fastcov.stats.layer.Layer.read` takes them.
+
+    Attributes:
+        tensor: The activation; where its layout has no key, the row view. [B, ..., C]
+        layout: Layout of the activation.
+        sizes: Sizes of the row view without its channels.
+    """
+
+    tensor: Tensor
+    layout: ActivationLayout
+    sizes: torch.Size
+
+
+def view_rows(
+    activation: Tensor, layout: Layout, rank: int | None, batch_dims: int = 0
+) -> ViewedRows | None:
+    """Rows of an activation; None where it has none. Arguments as of :func:`row_view`."""
+    order = row_order(activation.dim(), layout, rank, batch_dims)
+    if order is None:
+        rows = row_view(activation.detach(), layout, rank, batch_dims)
+    else:
+        rows = activation.detach().permute(order)
+    if rows.numel() == 0:
+        return None
+    found = ActivationLayout(rows, activation, order)
+    return ViewedRows(rows if order is None else activation, found, rows.shape[:-1])
+
+
+def run_length(rows: Tensor) -> int:
+    """Number of neighbouring positions of a row view that are worth reading together.
+
+    1 where channels are adjacent in memory: a row is one contiguous read. In NCHW memory every
+    channel of a row is a read by itself, which brings 32 bytes of neighbouring positions.
+    """
+    if rows.dim() < 3 or rows.stride(-1) == 1:
+        return 1
+    positions = rows.numel() // (rows.shape[0] * rows.shape[-1])
+    return min(32 // rows.element_size(), positions)
 
 
 def key_of(value: Tensor) -> Key | None:

@@ -170,21 +170,3 @@ def row_view(
     elif layout is Layout.SEQUENCE_FIRST and dims >= 3:
         activation = activation.transpose(0, 1)
     return activation if dims <= MOST_DIMS else activation.flatten(1, 1 - MOST_DIMS)
-
-
-def run_length(rows: Tensor) -> int:
-    """Number of neighbouring positions that are worth reading together.
-
-    1 where channels are adjacent in memory: a row is one contiguous read. In NCHW memory every
-    channel of a row is a read by itself, which brings 32 bytes of neighbouring positions.
-
-    Args:
-        rows: Row view that is not empty. [B, ..., C]
-
-    Returns:
-        At least 1, at most the positions of one image.
-    """
-    if rows.dim() < 3 or rows.stride(-1) == 1:
-        return 1
-    positions = rows.numel() // (rows.shape[0] * rows.shape[-1])
-    return min(32 // rows.element_size(), positions)

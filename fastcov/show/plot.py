@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastcov.names import closest
 from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.axes import (
     DARK,
@@ -40,10 +41,22 @@ from fastcov.spectra.compare import Comparison, LayerComparison
 from fastcov.spectra.history import History
 from fastcov.spectra.spectrum import Spectrum
 
-__all__ = ["DARK", "FEW", "plot_comparison", "plot_demand", "plot_dims", "plot_spectrum"]
+__all__ = [
+    "DARK",
+    "FEW",
+    "plot_comparison",
+    "plot_demand",
+    "plot_dims",
+    "plot_ridges",
+    "plot_spectrum",
+]
 
 _MOST_LEGEND_LINES = 10
 _SHARES = (0, 0.02, 0.1, 0.25, 0.5, 1)
+_MOST_RIDGES = 24
+_RIDGE_DECADES = 3  # shown below the threshold
+_RIDGE_WIDTH = 0.1  # standard deviation of the smoothing, in decades
+_RIDGE_OVERLAP = 2.5  # height of the highest ridge, in distances between ridges
 
 
 def plot_spectrum(
@@ -183,6 +196,114 @@ def plot_dims(
         ax, [_of(_last_known(row), width) for row, width in zip(dims, widths.tolist(), strict=True)]
     )
     return ax
+
+
+def plot_ridges(
+    history: History,
+    layer: str | None = None,
+    ax: Axes | None = None,
+    *,
+    threshold: float = 1e-3,
+) -> Axes:
+    """Ridge plot of a layer's eigenspectrum over training: one ridge a snapshot, the last in front.
+
+    A ridge is the density of the eigenvalues over the logarithm of their ratio to the largest; all
+    ridges enclose the same area. What lies right of the dashed line counts as a dimension: dark
+    blue to yellow over the training, grey left of it. The dim and the width stand at the right. Of
+    many snapshots, 24 at most are drawn, evenly spaced among them, the last one always.
+
+    Args:
+        history: Of one training.
+        layer: Layer name; None takes the only one there is.
+        ax: Where to draw; None makes a figure.
+        threshold: Of the dimension, relative to the largest eigenvalue, in (0, 1).
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If ``layer`` is not in the history, or None while it has several; if the layer
+            has no positive eigenvalue; or if ``threshold`` is not in (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}; 1e-3 is usual")
+    name = _layer_of(history, layer)
+    drawn = [
+        (snapshot.step, spectrum)
+        for snapshot in history
+        if (spectrum := snapshot.spectra.get(name)) is not None
+        and bool(spectrum.eigenvalues[0] > 0)
+    ]
+    if not drawn:
+        raise ValueError(f"layer {name!r} has no positive eigenvalue in any snapshot to draw")
+    drawn = [drawn[place] for place in spread(len(drawn), _MOST_RIDGES)]
+    ax = shown_axes(6.4, 1.6 + 0.22 * max(len(drawn), 8)) if ax is None else ax
+    least = math.log10(threshold) - _RIDGE_DECADES
+    decades = torch.linspace(least, 0.35, 600, dtype=torch.float64, device="cpu")
+    densities = torch.stack([_density(spectrum, decades, least) for _, spectrum in drawn])
+    heights = densities * (_RIDGE_OVERLAP / densities.max())
+    ratios = (10**decades).numpy()
+    counts = (10**decades >= threshold).numpy()
+    for place, color in enumerate(color_row(len(drawn))):
+        order = {"zorder": 2 + place, "linewidth": 0}
+        top = (heights[place] - place).numpy()
+        ax.fill_between(ratios, top, -place, color="#dfe3e5", **order)
+        ax.fill_between(ratios, top, -place, where=counts, color=color, **order)
+        ax.plot(ratios, top, color="white", linewidth=1.1, zorder=2 + place)
+    ax.axvline(threshold, color=SECOND, linestyle="--", linewidth=1, zorder=2 + len(drawn))
+    ax.set_xscale("log")
+    ax.minorticks_off()
+    ax.set_xlim(ratios[0], ratios[-1])
+    ax.set_ylim(0.15 - len(drawn), _RIDGE_OVERLAP + 0.1)
+    ax.set_yticks([-float(n) for n in range(len(drawn))], [f"{step:,}" for step, _ in drawn])
+    ax.tick_params(axis="y", length=0, labelsize=8)
+    for place, (_, spectrum) in enumerate(drawn):
+        ax.annotate(
+            _of(spectrum.dim(threshold), spectrum.channels),
+            (1, -place),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    for side in ("left", "right", "top"):
+        ax.spines[side].set_visible(False)
+    ax.set_xlabel("eigenvalue / largest (smaller ones stand at the left end)")
+    ax.set_ylabel("training step of the snapshot")
+    ax.set_title(
+        f"{short(name)}: eigenvalues over training\n"
+        f"in colour: above {threshold:g} of the largest, their number at the right",
+        fontsize=10,
+    )
+    return ax
+
+
+def _layer_of(history: History, layer: str | None) -> str:
+    """Name of a layer of the history; a ValueError names those there are."""
+    names = history.layers()
+    if not names:
+        raise ValueError(f"{history!r} has no spectrum to draw; take a snapshot after some steps")
+    if layer is None and len(names) == 1:
+        return names[0]
+    if layer not in names:
+        if layer is None:
+            raise ValueError(
+                f"layer=None, and the history has {len(names)} layers: choose one, "
+                f"such as {names[-1]!r}"
+            )
+        raise ValueError(
+            f"no layer {layer!r} among the {len(names)} of the history{closest(layer, names)}"
+        )
+    return layer
+
+
+def _density(spectrum: Spectrum, decades: Tensor, least: float) -> Tensor:
+    """Smoothed share of the eigenvalues at each decade; smaller ones stand at the least."""
+    ratios = (spectrum.eigenvalues / spectrum.eigenvalues[0]).cpu()
+    places = ratios.clamp(min=10**least).log10()
+    distances = (decades[:, None] - places) / _RIDGE_WIDTH
+    return torch.exp(-0.5 * distances.square()).mean(1)
 
 
 def plot_demand(

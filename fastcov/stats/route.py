@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.ops import library
-from fastcov.rows.layout import ActivationLayout, Key, key_of
+from fastcov.rows.layout import ActivationLayout, Key, ViewedRows, key_of
 from fastcov.rows.sequence import WHOLE
 from fastcov.stats.affine import AffineMap
 from fastcov.stats.buffering import buffer_rows
@@ -277,8 +277,6 @@ class Routes:
 
     Args:
         layer: Layer that the tap feeds.
-        affine: Map from the module's inputs to its outputs; None if rows are not read through it.
-        is_unchanged: Predicate of a module: no other hook may have changed the module's output.
 
     Attributes:
         layer: Layer that the tap feeds; see :meth:`assign`.
@@ -286,23 +284,27 @@ class Routes:
         wrap: Function that puts a route around each chosen one; None leaves routes as they are.
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        affine: AffineMap | None = None,
-        is_unchanged: Callable[[nn.Module], bool] = lambda module: True,
-    ) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.last = START
         self.wrap: Callable[[Route], Route] | None = None
-        self._affine = affine
-        self._is_unchanged = is_unchanged
+        self._affine: AffineMap | None = None
+        self._is_unchanged: Callable[[nn.Module], bool] = _is_unknown
         self._known: dict[Key, Known] = {}
         layer.listen(self.reconsider)
 
     def __len__(self) -> int:
         """Number of layouts that are known."""
         return len(self._known)
+
+    def read_through(self, affine: AffineMap, is_unchanged: Callable[[nn.Module], bool]) -> None:
+        """Reads rows by way of the module's inputs, where that is cheaper and exact.
+
+        Args:
+            affine: Map from the module's inputs to its outputs.
+            is_unchanged: Predicate of a module: no other hook may have changed its output.
+        """
+        self._affine, self._is_unchanged = affine, is_unchanged
 
     def assign(self, layer: Layer) -> None:
         """Makes the tap feed a layer."""
@@ -340,27 +342,62 @@ class Routes:
     def _wrapped(self, route: Route) -> Route:
         return route if self.wrap is None else self.wrap(route)
 
-    def recall(self, value: Tensor) -> bool:
-        """True if a tensor has a known layout, whose entry is now tried first.
+    def take_known(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """Takes the route of a call whose layout is known; arguments as of :meth:`Route.take`.
 
-        Also expects this layout after the last one from now on: the heads of a detector see the
+        The layout is expected after the last one from now on: the heads of a detector see the
         levels of a pyramid in the same order in every step.
+
+        Returns:
+            False, with nothing done, where the call must be read the whole way.
         """
-        key = key_of(value)
-        known = None if key is None else self._known.get(key)
-        # The follower has been tried: of the same key, it can only be on another device.
-        if known is None or known is self.last.follower:
-            return False
-        self.last.follower = known
+        # The expected one first: no hook has asked it about a tensor inside a tuple or a keyword.
+        known: Known | None = self.last.follower
+        assert known is not None
+        if not known.route.take(value, module, args):
+            key = key_of(value)
+            known = None if key is None else self._known.get(key)
+            # Of the same key as the expected one, the tensor can only be on another device.
+            if known is None or known is self.last.follower:
+                return False
+            self.last.follower = known
+            if not known.route.take(value, module, args):
+                return False
+        self.last = known
         return True
 
-    def remember(self, layout: ActivationLayout, value: Tensor) -> None:
-        """Keeps the layout of a call that was read the whole way, and chooses its route."""
-        assert layout.key is not None
+    def read(
+        self,
+        viewed: ViewedRows,
+        weights: Tensor | None,
+        *,
+        is_kept: bool,
+        module: nn.Module | None = None,
+        args: Any = (),
+    ) -> None:
+        """Reads a call the whole way.
+
+        Args:
+            viewed: Rows of the call.
+            weights: Weights of the rows, where they differ. [B, ...]
+            is_kept: True if the layout is kept, for the calls to come.
+            module: The module; None where rows are not read by way of its input.
+            args: Arguments of the module's forward.
+        """
+        tensor, layout, _ = viewed
+        if weights is not None:
+            self.layer.read_weighted(tensor, layout, weights)
+        else:
+            source = None if module is None else self.source(module, args, tensor)
+            self.layer.read(tensor, layout, source)
+        if is_kept and layout.key is not None:
+            self._remember(layout, layout.key, tensor)
+
+    def _remember(self, layout: ActivationLayout, key: Key, value: Tensor) -> None:
         if len(self._known) >= MOST_LAYOUTS:
             self._known.pop(next(iter(self._known))).follower = START
         known = Known(layout, self._wrapped(choose(self, layout, value)))
-        self._known[layout.key] = known
+        self._known[key] = known
         if self.last is not START:
             self.last.follower = known
         self.last = known

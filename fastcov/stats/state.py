@@ -534,15 +534,14 @@ class CovarianceState:
             TypeError: If a value is not a plain tensor of its dtype.
             ValueError: If a shape differs, or values cannot be those of a state.
         """
-        loaded = _checked(state_dict, self.tensors)
-        sizes = state_dict.get("sketch")
-        saved = tuple(sizes.tolist()) if isinstance(sizes, Tensor) else None
+        saved = _saved_sketch(state_dict)
         own_sizes = None if self.sketch is None else self.sketch.sizes
         if saved != own_sizes:
             raise ValueError(
                 f"the file holds a sketch of sizes {saved}, this state {own_sizes} (channels of a "
                 "row and of the sketch; None: all channels kept): make the state as the saved one"
             )
+        loaded = _checked(state_dict, self.tensors)
         with self._lock:
             for own, tensor in zip(self.tensors, loaded, strict=True):
                 own.copy_(tensor)
@@ -577,11 +576,11 @@ def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
         state_dict: Mapping from a file of any origin.
         own: Tensors of the state that is to be restored.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected a dict of tensors")
     given = dict(state_dict)
     if "excess" not in given:
         given["excess"] = None
+    elif given["excess"] is None:
+        raise TypeError("excess is a NoneType, expected a tensor")
     loaded: dict[str, Tensor] = {}
     for name, tensor in own._asdict().items():
         if name not in given:
@@ -598,12 +597,32 @@ def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
     )
 
 
+def _saved_sketch(state_dict: Any) -> tuple[int, ...] | None:
+    """Sizes of a saved state's sketch; None where all channels were kept."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected a dict of tensors")
+    if "sketch" not in state_dict:
+        return None
+    sizes = state_dict["sketch"]
+    if not isinstance(sizes, Tensor):
+        raise TypeError(f"sketch is a {type(sizes).__name__}, expected a tensor")
+    if sizes.layout != torch.strided or sizes.is_nested or sizes.is_meta:
+        raise TypeError("sketch is no dense tensor that holds values: the file is damaged")
+    if sizes.dtype != torch.int64 or sizes.shape != (2,):
+        raise TypeError(
+            f"sketch is {sizes.dtype} of shape {tuple(sizes.shape)}, expected two sizes, "
+            "torch.int64: the file is damaged"
+        )
+    return tuple(sizes.tolist())
+
+
 def _modern_excess(excess: Any, weight: Tensor, count: Tensor) -> Any:
     # Files of earlier versions hold no squared weights, or (a single number) the sum of squared
     # weights less the sum of weights.
     if excess is None:
         return torch.stack([weight * (weight / count.clamp(min=1)), count.double()])
-    if isinstance(excess, Tensor) and excess.dim() == 0 and not excess.is_meta:
+    is_single = isinstance(excess, Tensor) and not excess.is_nested and excess.dim() == 0
+    if is_single and excess.dtype == torch.float64 and not excess.is_meta:
         return torch.stack([(weight + excess.to(weight)).clamp(min=0), count.double()])
     return excess
 
@@ -650,7 +669,7 @@ def _contradiction(tensors: StateTensors) -> str:
         return f"count is {[rows, skipped]}, expected numbers of rows of at least 0"
     if weight < 0 or squares < 0:
         return f"weight is {weight}, its squares' sum {squares}, expected at least 0"
-    if not 0 <= settled <= rows:
+    if not 0 <= settled <= rows or settled % 1:
         return f"excess counts {settled:g} of {rows} rows"
     if rows == 0 and (weight or squares or tensors.moment.any() or tensors.sum.any()):
         return "sums without a row that was read"

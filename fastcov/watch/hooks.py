@@ -24,6 +24,7 @@ from fastcov.watch.isolation import (
 from fastcov.watch.masking import MaskSource
 from fastcov.watch.select import first_complex, first_tensor
 from fastcov.watch.steps import Steps
+from fastcov.watch.taps import Taps
 
 REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
 
@@ -38,6 +39,7 @@ class Reader(Protocol):
     is_reading: bool
     is_skipping: bool
     steps: Steps
+    taps: Taps
 
     def observe(
         self,
@@ -67,9 +69,6 @@ class Reader(Protocol):
 
     def end_step(self) -> None:
         """Ends a forward of the root."""
-
-    def names(self) -> list[str]:
-        """Names of the taps."""
 
     def close(self) -> None:
         """Removes the hooks."""

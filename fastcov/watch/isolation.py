@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -94,4 +94,11 @@ def isolated() -> Iterator[None]:
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
     ):
+        yield
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Context without gradients, :func:`isolated` where there is something to isolate from."""
+    with torch.no_grad(), isolated() if has_modes() else nullcontext():
         yield

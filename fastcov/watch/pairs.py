@@ -6,17 +6,23 @@ moment are the two tensors' own and their cross-covariance.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcov.rows.layout import ActivationLayout
+from fastcov.rows.layout import ActivationLayout, ViewedRows, view_rows
+from fastcov.rows.mask import RowMask
+from fastcov.rows.view import plain_tensor
 from fastcov.stats.layer import Draw, Layer
-from fastcov.watch.select import gradient_name
+from fastcov.watch.isolation import has_modes, is_transformed, isolated
+from fastcov.watch.select import Tap, gradient_name, named_tap
+from fastcov.watch.steps import RunningStep
 
 Side = int
 """0 for the first tensor of a pair, 1 for the second."""
@@ -53,25 +59,22 @@ class Pair:
     is_stopped: bool = False
     _waiting: deque[_Waiting] = field(default_factory=deque)
 
-    def see(
-        self, side: Side, tensor: Tensor, layout: ActivationLayout, sizes: torch.Size,
-        weights: Tensor | None,
-    ) -> None:  # fmt: skip
+    def see(self, side: Side, viewed: ViewedRows, mask: RowMask | None) -> None:
         """Takes one call of one side; each waits for the call of the other side that is due.
 
         Args:
             side: Side of the tensor.
-            tensor: Activation of the layout.
-            layout: Layout of the activation.
-            sizes: Sizes of the row view without its channels.
-            weights: Weights of the rows, where they differ. [B, ...]
+            viewed: Rows of the tensor.
+            mask: Mask of the running step.
         """
         if self.is_stopped:
             return
+        tensor, layout, sizes = viewed
         if not self._waiting or self._waiting[0].side == side:
             draw = self.layer.draw(layout)
             rows = self.layer.drawn(draw, tensor, layout)
             drawn = None
+            weights = None if mask is None else mask.weights_of(sizes, layout.device)
             if weights is not None:
                 sampled = weights[..., None]
                 drawn = self.layer.drawn(draw, sampled, ActivationLayout(sampled))[:, 0]
@@ -120,6 +123,139 @@ class Pair:
         """Starts a step."""
         self._waiting.clear()
         self.layer.begin_step(step)
+
+
+class _Leg(NamedTuple):
+    """One side of a pair, and the tap of its tensor."""
+
+    pair: Pair
+    side: Side
+    tap: Tap
+
+
+class Pairs(Mapping[tuple[str, str], Pair]):
+    """Pairs of a tracker by the names of their tensors, and the legs that hooks read for them.
+
+    A leg is one side of a pair. Numbers below 0 stand for the legs, as others do for the taps.
+
+    Args:
+        names: Names of each pair.
+        new_layer: Function of a layer's name and number that makes the layer of a pair.
+        max_channels: Tensors with more channels are not read.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[tuple[str, str]],
+        new_layer: Callable[[str, int], Layer],
+        max_channels: int,
+    ) -> None:
+        self._pairs = {
+            each: Pair(each, new_layer(pair_name(each), number))
+            for number, each in enumerate(names)
+        }
+        self._max_channels = max_channels
+        self._legs: list[_Leg] = []
+
+    def __getitem__(self, names: tuple[str, str]) -> Pair:
+        return self._pairs[names]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def layers(self) -> list[Layer]:
+        """Layers of the pairs."""
+        return [pair.layer for pair in self._pairs.values()]
+
+    def add_legs(self, tap: Tap) -> list[int]:
+        """Numbers of the new legs of a module's tensor, one for each pair that names the tensor."""
+        legs = self._legs_of(tap)
+        self._legs += legs
+        return [-number for number in range(len(self._legs) - len(legs) + 1, len(self._legs) + 1)]
+
+    def _legs_of(self, tap: Tap) -> list[_Leg]:
+        pairs = [pair for pair in self._pairs.values() if tap.name in pair.names]
+        return [_Leg(pair, pair.names.index(tap.name), tap) for pair in pairs]
+
+    def begin_step(self, step: int) -> None:
+        """Starts a step."""
+        for pair in self._pairs.values():
+            pair.begin_step(step)
+
+    def end_step(self) -> None:
+        """Drops the calls that found no other one."""
+        for pair in self._pairs.values():
+            pair.end_step()
+
+    def observe(self, leg: int, activation: Tensor, batch_dims: int, running: RunningStep) -> None:
+        """Reads one activation of a leg.
+
+        Args:
+            leg: Number of the leg.
+            activation: A tensor that the module returned or was given.
+            batch_dims: Dimensions in front that torch.vmap has hidden from the module.
+            running: Step that is read.
+        """
+        self._observe(self._legs[-1 - leg], activation, batch_dims, running)
+
+    def observe_named(self, name: str, tensor: Tensor, running: RunningStep) -> None:
+        """Reads a tensor that the user's forward names.
+
+        Args:
+            name: Name of the tensor.
+            tensor: The tensor, its channels last.
+            running: Step that is read.
+        """
+        for leg in self._legs_of(named_tap(name)):
+            self._observe(leg, tensor, 0, running)
+
+    def refuse(self, leg: int, reason: str) -> None:
+        """Notes why an activation of a leg is not read."""
+        self._legs[-1 - leg].pair.note = reason
+
+    def fail(self, leg: int, error: Exception) -> None:
+        """Stops reading a leg's pair after an error."""
+        self._legs[-1 - leg].pair.stop(f"{type(error).__name__}: {error}")
+
+    def _observe(
+        self, leg: _Leg, activation: Tensor, batch_dims: int, running: RunningStep
+    ) -> None:
+        is_wrapped = is_transformed()
+        try:
+            with torch.no_grad(), isolated() if has_modes() else nullcontext():
+                self._read(leg, activation, batch_dims, is_wrapped, running)
+        except Exception as error:
+            leg.pair.stop(f"not read since step {running.step}, {type(error).__name__}: {error}")
+            warnings.warn(f"fastcov no longer reads {leg.pair.note}", stacklevel=4)
+
+    def _read(
+        self,
+        leg: _Leg,
+        activation: Tensor,
+        batch_dims: int,
+        is_wrapped: bool,
+        running: RunningStep,
+    ) -> None:
+        pair, side, tap = leg
+        found = plain_tensor(activation, is_wrapped)
+        if isinstance(found, str):
+            pair.note = f"{tap.name!r} {found}"
+            return
+        plain, hidden_dims = found
+        viewed = view_rows(plain, tap.layout, tap.batched_rank, batch_dims + hidden_dims)
+        if viewed is None:
+            return
+        channels = viewed.layout.channels
+        if channels > self._max_channels:
+            pair.note = f"{tap.name!r} has {channels} channels > max_channels={self._max_channels}"
+            return
+        if running.steps.is_captured:
+            pair.note = "not read by replays of a CUDA graph"
+            return
+        pair.see(side, viewed, running.row_mask)
 
 
 def check_pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:

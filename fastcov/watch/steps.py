@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Protocol
 
 import torch
 
+from fastcov.rows.mask import RowMask
 from fastcov.stats.capture import is_capturing
+from fastcov.stats.layer import Layer
 from fastcov.watch.isolation import is_recomputing
 
 OVERLAP = (
@@ -105,7 +108,7 @@ class Steps:
         """Forgets a forward that was interrupted, in whatever thread."""
         self._depth = 0
         self.is_running = False
-        self._handled = None
+        self._exception_before = None
 
     def take_refusal(self) -> str:
         """Reason why a CUDA graph must not hold the forward that began; told once, else empty."""
@@ -147,6 +150,25 @@ class Steps:
                 "newer)"
             )
         return ""
+
+
+class RunningStep(Protocol):
+    """Step that is read: attributes of :class:`fastcov.watch.watcher.Watcher` that tell about it.
+
+    Attributes:
+        steps: Counter of the steps.
+        row_mask: Mask of the rows; None where every row is read.
+    """
+
+    steps: Steps
+    row_mask: RowMask | None
+
+    @property
+    def step(self) -> int:
+        """Number of the step; waits for the device where replays are counted there."""
+
+    def end_layers(self, layers: list[Layer]) -> None:
+        """Ends the step of layers."""
 
 
 def _is_alive(thread: int) -> bool:

@@ -149,7 +149,7 @@ def test_every_row_of_repeated_calls_is_launched_and_counted(model: nn.Module) -
         for step in range(5):
             with stubs.counted() as calls:
                 model(x)
-            (reader,) = tracker.watcher.unique_layers()
+            (reader,) = tracker.watcher.taps.unique_layers
             assert reader.calls == levels, step
             assert reader.offered_rows == 1200 + 6 * (levels - 1)
             assert calls.count("gram_kernel") >= 1

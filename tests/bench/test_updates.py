@@ -57,7 +57,7 @@ def test_no_update_falls_into_a_timed_step(monkeypatch: pytest.MonkeyPatch) -> N
     model, tracker = tracked(1 / 64)
     held = Updates(tracker)
     in_time = []
-    for reader in tracker.watcher.unique_layers():
+    for reader in tracker.watcher.taps.unique_layers:
         flush = reader._flush_full
         monkeypatch.setattr(
             reader, "_flush_full", lambda flush=flush: (in_time.append(is_timed), flush())

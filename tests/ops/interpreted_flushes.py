@@ -65,7 +65,7 @@ def test_one_launch_a_group_empties_all_full_buffers(decay: float | None) -> Non
         model(batch(0))
         model(batch(1))
         for number in range(2, 4):
-            layers = tracker.watcher.layers
+            layers = tracker.watcher.taps.layers
             before = {name: layers[name].state.count.clone() for name in tracker.names()}
             host = mock.Mock()
             with counted() as launches, mock.patch.dict(library.ACCUMULATE, native=host):

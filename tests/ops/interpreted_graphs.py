@@ -109,7 +109,10 @@ def assert_same(tracked: fastcov.Tracker, expected: fastcov.Tracker) -> None:
     assert tracked.steps == expected.steps
     for name in expected.names():
         assert tracked.count(name) == expected.count(name) > 0, name
-        state, wanted = tracked.watcher.layers[name].state, expected.watcher.layers[name].state
+        state, wanted = (
+            tracked.watcher.taps.layers[name].state,
+            expected.watcher.taps.layers[name].state,
+        )
         assert state is not None
         assert wanted is not None
         torch.testing.assert_close(state.weight, wanted.weight)
@@ -138,7 +141,7 @@ def test_replays_read_what_eager_steps_read(rows: Any, options: dict[str, Any]) 
             model(x)
         with graph.capture():
             model(x)
-        assert not tracked.watcher.notes
+        assert not tracked.watcher.taps.notes
         for _ in range(4):
             graph.replay()
         tracked.summary()  # reading in between changes nothing
@@ -191,7 +194,7 @@ def test_what_the_host_must_do_is_left_out_with_a_warning(
         for _ in range(3):
             graph.replay()
         for name in layers:
-            assert remedy in tracked.watcher.notes[name]
+            assert remedy in tracked.watcher.taps.notes[name]
             assert tracked.count(name) == counts[name]
             assert torch.equal(tracked.covariance(name), moments[name])
         assert remedy in str(tracked.summary())
@@ -212,7 +215,7 @@ def test_a_capture_before_two_steps_is_left_out_with_a_warning(eager: int) -> No
             model(x)
         assert not graph.launches
         assert tracked.steps == eager
-        assert all("CUDA graph" in tracked.watcher.notes[name] for name in tracked.names())
+        assert all("CUDA graph" in tracked.watcher.taps.notes[name] for name in tracked.names())
 
 
 def test_too_many_rows_for_one_launch_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +243,7 @@ def test_sizes_and_layers_that_no_eager_step_had_are_left_out_until_one_has() ->
         message = "'always': reads 90 rows.*'rare': has not run on cpu"
         with pytest.warns(UserWarning, match=message), first.capture():
             model(batch(90), all_layers=True)
-        assert tracked.watcher.layers["rare"].state is None
+        assert tracked.watcher.taps.layers["rare"].state is None
     with fastcov.track(model, rows=0.4) as tracked:
         model(batch(40))
         model(batch(90), all_layers=True)
@@ -248,7 +251,7 @@ def test_sizes_and_layers_that_no_eager_step_had_are_left_out_until_one_has() ->
         graph = Graph(tracked)
         with graph.capture():
             model(batch(90), all_layers=True)
-        assert not tracked.watcher.notes
+        assert not tracked.watcher.taps.notes
         graph.replay()
         assert [tracked.count(name) for name in tracked.names()] == [16 + 3 * 36, 3 * 36]
 
@@ -276,7 +279,7 @@ def test_a_graph_keeps_alive_what_it_writes_into() -> None:
     graph = Graph(tracked)
     with graph.capture():
         model(x)
-    state = tracked.watcher.layers["neck"].state
+    state = tracked.watcher.taps.layers["neck"].state
     assert state is not None
     tensors = [weakref.ref(tensor) for tensor in (state.moment, tracked.watcher._counters.step)]
     tracked.close()
@@ -295,12 +298,12 @@ def test_the_estimate_is_what_device_buffers_take(rows: Any, count: int) -> None
     layers = {layer.name: layer for layer in fastcov.estimate(model, x, rows=rows).layers}
     with fastcov.track(model, rows=rows) as tracked:
         model(x)
-    for name, reader in tracked.watcher.layers.items():
+    for name, reader in tracked.watcher.taps.layers.items():
         buffer = reader.device_buffer
         taken = 0 if buffer is None else buffer._buffer.nbytes + buffer._row_step.nbytes
         assert taken == layers[name].buffer_bytes, name
     # Nothing waits where every row is added at once.
-    neck = tracked.watcher.layers["neck"]
+    neck = tracked.watcher.taps.layers["neck"]
     assert (neck.device_buffer is not None) == (neck.fraction != 1)
 
 
@@ -329,15 +332,19 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
     with fastcov.track(model, rows=0.3) as tracked:
         model(x)
         model(x)
-        assert all(reader.device_buffer is not None for reader in tracked.watcher.unique_layers())
+        assert all(
+            reader.device_buffer is not None for reader in tracked.watcher.taps.unique_layers
+        )
         host = HOST._replace(kernels="native", repeats_calls=True)
         with mock.patch.object(backend, "active", Pretended(host)):
-            for reader in tracked.watcher.unique_layers():
+            for reader in tracked.watcher.taps.unique_layers:
                 reader.leave_device()  # as where a model moves
             model(x)
         assert tracked.watcher._counters is None
         model(x)
-        assert all(reader.device_buffer is not None for reader in tracked.watcher.unique_layers())
+        assert all(
+            reader.device_buffer is not None for reader in tracked.watcher.taps.unique_layers
+        )
         assert tracked.watcher._counters is not None
         assert int(tracked.watcher._counters.step) == 3
     assert_same(tracked, host_twin(model, x, 4, rows=0.3))
@@ -371,7 +378,7 @@ def test_a_forward_that_fails_is_no_step_and_loses_no_row(decay: float | None) -
     with mock.patch.object(DeviceCounters, "serve", return_value=False):
         expected = run()
     tracked = run()
-    assert tracked.watcher.layers["first"].device_buffer is not None
+    assert tracked.watcher.taps.layers["first"].device_buffer is not None
     assert tracked.watcher._counters is not None
     assert int(tracked.watcher._counters.step) == 3
     assert [tracked.count(name) for name in tracked.names()] == [7 * 30, 4 * 30]

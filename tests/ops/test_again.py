@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastcov.ops import backend, library
 from fastcov.ops.backend import Pretended
 from fastcov.ops.covariance import Moments
-from fastcov.rows.layout import ActivationLayout, layout_numbers
+from fastcov.rows.layout import ActivationLayout, ViewedRows, layout_numbers
 from fastcov.rows.sequence import WHOLE, fixed_point
 from fastcov.rows.view import Layout, row_order, row_view
 from fastcov.stats.cursor import (
@@ -59,18 +59,9 @@ class Tap:
         self.routes = Routes(layer)
 
     def take(self, maps: Tensor) -> None:
-        routes = self.routes
-        known = routes.last.follower
-        if not known.route.take(maps, MODULE, ()):
-            if routes.recall(maps):
-                known = routes.last.follower
-                assert known.route.take(maps, MODULE, ())
-            else:
-                layout = layout_of(maps)
-                self.layer.read(maps, layout)
-                routes.remember(layout, maps)
-                return
-        routes.last = known
+        if not self.routes.take_known(maps, MODULE, ()):
+            layout = layout_of(maps)
+            self.routes.read(ViewedRows(maps, layout, maps.shape), None, is_kept=True)
 
 
 def steps(reader: Layer, sizes: list[str], layout: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_steady_state_never_waits_for_the_host(rows: Any, options: dict[str, Any
             torch.cuda.set_sync_debug_mode("default")
         assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
         assert torch.cuda.memory_allocated() == allocated
-        assert not tracker.watcher.notes
+        assert not tracker.watcher.taps.notes
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -139,7 +139,7 @@ def test_steps_ask_no_tensor_for_its_values(rows: Any, options: dict[str, Any]) 
             for _ in range(10):
                 model(batch)
         assert (
-            not tracker.watcher.notes
+            not tracker.watcher.taps.notes
         )  # an error in a hook ends its layer's reading, not the step
         assert tracker.steps == 13
         assert any(name.startswith("fastcov::") for name in mode.seen)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov.rows.view import Layout, row_view, run_length
+from fastcov.rows.layout import run_length
+from fastcov.rows.view import Layout, row_view
 from fastcov.watch.layers import kind_of
 
 CASES = [

@@ -17,8 +17,17 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import fastcov
 from fastcov.show import figures
-from fastcov.show.plot import DARK, FEW, plot_comparison, plot_demand, plot_dims, plot_spectrum
+from fastcov.show.plot import (
+    DARK,
+    FEW,
+    plot_comparison,
+    plot_demand,
+    plot_dims,
+    plot_ridges,
+    plot_spectrum,
+)
 from fastcov.spectra.compare import Comparison, compare_histories
 from fastcov.spectra.history import History, Snapshot
 from fastcov.spectra.spectrum import Spectrum
@@ -195,6 +204,107 @@ def test_the_colour_bar_stands_clear_of_the_steps(layout: str | None) -> None:
     assert bar.get_tightbbox().y0 >= 0
 
 
+def _ridge_history() -> History:
+    """Half of 32 eigenvalues sink from 0.1 to 1e-5 of the largest; two snapshots lack the layer."""
+    history = History()
+    history.append(Snapshot(0, 0.0, {"other": _spectrum(4)}))
+    for step, small in ((10, 1e-1), (20, 1e-2), (40, 1e-4), (1500, 1e-5)):
+        eigenvalues = torch.tensor([2.0] * 16 + [2 * small] * 16, dtype=torch.float64)
+        spectra = {"conv": Spectrum(eigenvalues, 9999, float(eigenvalues.sum())), "dead": _DEAD}
+        history.append(Snapshot(step, 0.0, spectra))
+    history.append(Snapshot(1600, 0.0, {"other": _spectrum(4)}))
+    return history
+
+
+_DEAD = Spectrum(torch.zeros(4), 10, 0.0)
+
+
+def test_ridges_are_densities_of_the_eigenvalues(ax: Axes) -> None:
+    assert plot_ridges(_ridge_history(), "conv", ax) is ax
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["10", "20", "40", "1,500"]
+    assert [text.get_text() for text in ax.texts] == ["32 of 32"] * 2 + ["16 of 32"] * 2
+    *ridges, threshold = ax.get_lines()
+    assert set(threshold.get_xdata()) == {1e-3}
+    assert len(ridges) == 4
+    areas = []
+    for place, (ridge, small) in enumerate(zip(ridges, (1e-1, 1e-2, 1e-4, 1e-5), strict=True)):
+        decades = torch.as_tensor(ridge.get_xdata()).log10()
+        heights = torch.as_tensor(ridge.get_ydata()) + place
+        assert heights.min() >= 0
+        for peak in (0.0, math.log10(small)):  # half of the eigenvalues at each
+            near = (decades - peak).abs() < 0.45
+            assert float(decades[near][heights[near].argmax()]) == pytest.approx(peak, abs=0.02)
+            areas.append(float(torch.trapezoid(heights[near], decades[near])))
+    assert areas == pytest.approx([areas[0]] * 8, rel=0.02)
+    colours = [to_hex(each.get_facecolor()[0]) for each in ax.collections]
+    assert len(set(colours[::2])) == 1  # left of the threshold all are grey
+    assert len(set(colours[1::2])) == 4
+    assert _rendered(ax.figure).std() > 0.02
+
+
+def test_eigenvalues_far_below_the_threshold_stand_at_the_left_end(ax: Axes) -> None:
+    history = History()
+    eigenvalues = torch.tensor([1.0] + [0.0] * 15)
+    history.append(Snapshot(0, 0.0, {"conv": Spectrum(eigenvalues, 999, 1.0)}))
+    plot_ridges(history, ax=ax)  # the only layer needs no name
+    ridge = ax.get_lines()[0]
+    assert ridge.get_xdata()[ridge.get_ydata().argmax()] == pytest.approx(1e-6)
+    assert ax.get_title().startswith("conv:")
+
+
+def test_of_many_snapshots_the_last_is_among_the_ridges(ax: Axes) -> None:
+    history = History()
+    for step in range(100):
+        history.append(Snapshot(step, 0.0, {"conv": _spectrum(8)}))
+    plot_ridges(history, "conv", ax)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert len(labels) <= 24
+    assert labels[-1] == "99"
+
+
+def test_ridges_of_what_is_not_there(ax: Axes) -> None:
+    history = _ridge_history()
+    with pytest.raises(ValueError, match=r"no layer 'conw' among .*closest names: conv"):
+        plot_ridges(history, "conw", ax)
+    with pytest.raises(ValueError, match="layer=None, and the history has 3 layers"):
+        plot_ridges(history, ax=ax)
+    with pytest.raises(ValueError, match="'dead' has no positive eigenvalue in any snapshot"):
+        plot_ridges(history, "dead", ax)
+    with pytest.raises(ValueError, match="no spectrum to draw; take a snapshot"):
+        plot_ridges(History(), "conv", ax)
+    with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\), got 2"):
+        plot_ridges(history, "conv", ax, threshold=2)
+
+
+def test_a_tracker_draws_every_kind() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    with fastcov.track(model, rows="all") as tracker:
+        for _ in range(3):
+            model(torch.randn(64, 8))
+            tracker.snapshot()
+        titles = {
+            kind: tracker.plot(layer, Figure().add_subplot(), kind=kind).get_title()
+            for kind, layer in {
+                "spectrum": "0",
+                "ridges": "0",
+                "dims": None,
+                "demand": None,
+            }.items()
+        }
+        assert titles["spectrum"].startswith("0: dim")
+        assert titles["ridges"].startswith("0: eigenvalues over training")
+        assert titles["dims"].startswith("directions used")
+        assert titles["demand"].startswith("demand")
+        ax = tracker.plot("1", Figure().add_subplot(), kind="demand")
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["1"]
+        with pytest.raises(ValueError, match="kind=\"dims\" draws every layer, got layer='0'"):
+            tracker.plot("0", kind="dims")
+        with pytest.raises(ValueError, match="kind='ridge': choose 'spectrum', 'ridges'"):
+            tracker.plot("0", kind="ridge")
+        with pytest.raises(KeyError):
+            tracker.plot("nope")
+
+
 def test_demand_against_width(ax: Axes) -> None:
     spectra = {"conv1": _spectrum(64), "fc": _spectrum(10)}
     assert plot_demand(spectra, ax) is ax
@@ -297,6 +407,7 @@ def test_a_single_snapshot_can_be_compared() -> None:
     [
         lambda: plot_spectrum(_spectrum(8)),
         lambda: plot_dims(_history(2)),
+        lambda: plot_ridges(_history(1)),
         lambda: plot_demand({"a": _spectrum(8)}),
         lambda: plot_comparison(compare_histories(_history(2), _history(2))),
     ],

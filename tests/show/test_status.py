@@ -104,7 +104,7 @@ def test_a_mean_far_from_the_shift_is_said() -> None:
     tracker = fastcov.track(layer, rows="all")
     layer(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)))
     assert not tracker.statuses()[0].note
-    state = tracker.watcher.layers[tracker.names()[0]].state
+    state = tracker.watcher.taps.layers[tracker.names()[0]].state
     state.translate_(torch.zeros(3, dtype=torch.float64))
     assert tracker.statuses()[0].note.startswith("the mean lies 1.7e+03 from where rows are read")
     state.translate_(state.mean())

@@ -225,6 +225,53 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: str) -> None:
     assert all(torch.equal(before[key], value) for key, value in state.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "shown", ["float64", "three", "meta", "sparse", "nested", "quantised", "list"]
+)
+def test_a_sketch_of_damaged_sizes_is_refused_and_changes_nothing(shown: str) -> None:
+    state = CovarianceState(5, sketch=2)
+    state.update(draw(30, 4, 2.0))
+    before = state.state_dict()
+    sizes = before["sketch"]
+    damaged_sizes: dict[str, Any] = {
+        "float64": sizes.double(),
+        "three": torch.tensor([5, 2, 0]),
+        "meta": sizes.to("meta"),
+        "sparse": sizes.to_sparse(),
+        "nested": torch.nested.nested_tensor([sizes.double(), sizes.double()], layout=torch.jagged),
+        "quantised": torch.quantize_per_tensor(sizes.float(), 1.0, 0, torch.qint32),
+        "list": sizes.tolist(),
+    }
+    with pytest.raises(TypeError, match="sketch is "):
+        state.load_state_dict({**before, "sketch": damaged_sizes[shown]})
+    assert all(torch.equal(before[key], value) for key, value in state.state_dict().items())
+
+
+def test_a_state_saved_with_or_without_a_sketch_names_it() -> None:
+    whole, sketched = CovarianceState(5), CovarianceState(5, sketch=2)
+    with pytest.raises(ValueError, match=r"a sketch of sizes \(5, 2\), this state None"):
+        whole.load_state_dict(sketched.state_dict())
+    with pytest.raises(ValueError, match=r"a sketch of sizes None, this state \(5, 2\)"):
+        sketched.load_state_dict(whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("excess", "error", "message"),
+    [
+        (None, TypeError, "excess is a NoneType"),
+        (torch.tensor(1 + 1j, dtype=torch.complex128), ValueError, r"excess has shape \(\)"),
+        (torch.tensor(3), ValueError, r"excess has shape \(\)"),
+        (torch.tensor([2.0, 0.5], dtype=torch.float64), ValueError, "excess counts 0.5 of 20"),
+    ],
+    ids=["None", "complex", "integer", "half a row"],
+)
+def test_squared_weights_of_no_version_are_refused(
+    excess: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CovarianceState(5).load_state_dict(damaged("excess", lambda _: excess))
+
+
 def test_what_stands_above_the_diagonal_is_not_read() -> None:
     state = CovarianceState(5)
     state.load_state_dict(damaged("moment", set_entry((0, 1, 3), float("nan"))))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.ops.reference import sample_index_reference
+from fastcov.rows.layout import run_length
 from fastcov.rows.sequence import WHOLE, fixed_point, rows_due, sequence_phase
-from fastcov.rows.view import run_length
 
 
 class Net(nn.Module):

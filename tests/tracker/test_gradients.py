@@ -149,7 +149,7 @@ def test_samples_are_planned_and_resumed() -> None:
         assert second.count(name) == whole.count(name)
         assert error(second.covariance(name), whole.covariance(name)) < 1e-6
     clone = copy.deepcopy(second.watcher)
-    assert clone.layers["head:grad"].state is not None
+    assert clone.taps.layers["head:grad"].state is not None
 
 
 def test_gradients_share_the_budget() -> None:
@@ -160,7 +160,7 @@ def test_gradients_share_the_budget() -> None:
         loss_of(0)(model).backward()
         loss_of(1)(model).backward()
     assert both.watcher.policy.rho == pytest.approx(alone.watcher.policy.rho / 2, rel=1e-6)
-    fractions = {name: layer.fraction for name, layer in both.watcher.layers.items()}
+    fractions = {name: layer.fraction for name, layer in both.watcher.taps.layers.items()}
     assert fractions["stem:grad"] == pytest.approx(fractions["stem"])
 
 
@@ -364,7 +364,7 @@ def test_a_memory_budget_counts_gradients_and_refuses_what_needs_whole_states() 
     tracker = fastcov.track(model, of="both", rows="all", memory=400_000)
     model(torch.randn(8, 4)).sum().backward()
     for name in ("0", "0:grad"):
-        state = tracker.watcher.layers[name].state
+        state = tracker.watcher.taps.layers[name].state
         assert state is not None
         assert state.sketch is not None
     with pytest.raises(ValueError, match="layer '0' is sketched"):

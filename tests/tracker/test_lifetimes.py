@@ -25,7 +25,7 @@ def _no_search_for_cycles() -> Iterator[None]:
 
 
 def _states(tracker: fastcov.Tracker) -> list[weakref.ref[Any]]:
-    return [weakref.ref(layer.state) for layer in tracker.watcher.unique_layers()]
+    return [weakref.ref(layer.state) for layer in tracker.watcher.taps.unique_layers]
 
 
 def _run(model: nn.Module) -> None:

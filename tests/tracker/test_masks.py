@@ -124,7 +124,7 @@ def test_only_valid_rows_are_sampled(rows: Any, weighting: Any) -> None:
         valid = torch.arange(20) < torch.randint(1, 21, (4, 1))
         offered += int(valid.sum())
         model(torch.randn(4, 20, 3) * torch.tensor([1.0, 2.0, 3.0]), valid)
-    fraction = tracker.watcher.layers["layer"].fraction
+    fraction = tracker.watcher.taps.layers["layer"].fraction
     assert tracker.count("layer") == pytest.approx(fraction * offered, rel=0.05)
     diagonal = tracker.covariance("layer").diagonal()
     assert torch.allclose(diagonal, torch.tensor([1.0, 4, 9]).double(), rtol=0.3)
@@ -280,7 +280,7 @@ def test_inputs_share_and_a_resumed_run_goes_on() -> None:
     with fastcov.track(root, **options) as second:
         second.load_state_dict(saved)
         run(second, root, range(3, 6))
-    assert len({id(layer) for layer in whole.watcher.layers.values()}) == 1
+    assert len({id(layer) for layer in whole.watcher.taps.layers.values()}) == 1
     for name in whole.names():
         assert second.count(name) == whole.count(name) > 0
         assert error(second.covariance(name), whole.covariance(name)) < 1e-6
@@ -408,7 +408,7 @@ def test_sketched_layers_have_masks_and_small_buffers(rows: Any) -> None:
         total += float(output.detach().double()[mask].square().sum())
         valid += int(mask.sum())
         model([torch.where(mask[..., None], x, 1e3)], mask)
-    layer = tracker.watcher.layers["layer"]
+    layer = tracker.watcher.taps.layers["layer"]
     assert layer.state is not None
     assert layer.state.sketch is not None
     spectrum = tracker.spectrum("layer")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
+from fastcov.rows import layout
 from fastcov.rows.layout import ActivationLayout
-from fastcov.watch import watcher
 
 
 class Pair(nn.Module):
@@ -42,7 +42,7 @@ def test_a_known_layout_is_not_decided_about_again(
         looked_at.append(args)
         return ActivationLayout(*args)
 
-    monkeypatch.setattr(watcher, "ActivationLayout", counted)
+    monkeypatch.setattr(layout, "ActivationLayout", counted)
     model = Network()
     tracker = fastcov.track(model, include="pair", where=where, rows=rows)
     sizes = (32, 64)

@@ -230,7 +230,7 @@ def test_a_shared_layer_that_is_given_up_keeps_its_rows_for_all_taps() -> None:
     for width in (4, 5, 4):
         model(torch.randn(10, width))
     assert (tracker.count("a:in"), tracker.count("b:in")) == (10, 10)
-    assert tracker.watcher.notes["b:in"] == "gave 5 channels after 4: not read since then"
+    assert tracker.watcher.taps.notes["b:in"] == "gave 5 channels after 4: not read since then"
 
 
 @pytest.mark.parametrize("scales", [(1, 2), (2, 1), (2, 2), (1, 1)])

@@ -194,7 +194,7 @@ def test_consumers_of_one_tensor_share_one_tap() -> None:
     with fastcov.track(model, rows="all", where="input") as tracker:
         for _ in range(2):
             model(torch.randn(10, 4))
-    assert len(tracker.watcher.unique_layers()) == 1
+    assert len(tracker.watcher.taps.unique_layers) == 1
     assert tracker.count("left:in") == tracker.count("right:in") == 20
 
 

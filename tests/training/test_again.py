@@ -107,12 +107,12 @@ class Training:
     def outcome(self) -> dict[str, Any]:
         counters = {
             name: (reader.total_calls, reader.offered_rows, reader.cursor.numbers[:8].tolist())
-            for name, reader in self.tracker.watcher.layers.items()
+            for name, reader in self.tracker.watcher.taps.layers.items()
         }
         return {
             **self.tracker.state_dict(),
             "counters": counters,
-            "notes": dict(self.tracker.watcher.notes),
+            "notes": dict(self.tracker.watcher.taps.notes),
         }
 
 

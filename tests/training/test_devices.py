@@ -252,7 +252,9 @@ def test_a_capture_leaves_out_what_only_the_host_can_do(options: dict[str, Any])
     for _ in range(4):
         graph.replay()
     for name in tracker.names():
-        assert ("CUDA graph" in tracker.watcher.notes.get(name, "")) == (name in left_out), name
+        assert ("CUDA graph" in tracker.watcher.taps.notes.get(name, "")) == (name in left_out), (
+            name
+        )
         assert (tracker.count(name) == before[name]) == (name in left_out), name
     tracker.close()
     with torch.no_grad():
@@ -331,7 +333,7 @@ def test_other_numbers_of_rows_never_wait_for_the_gpu(rows: float | Literal["all
             head(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not tracker.watcher.notes
+    assert not tracker.watcher.taps.notes
     expected = round((1.0 if rows == "all" else rows) * sum(numbers))
     assert abs(tracker.count("0") - expected) <= 1
 

@@ -274,7 +274,7 @@ def test_a_failure_of_reading_is_a_warning_not_the_end_of_training(
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(tracker.watcher.layers["0"], "read", fail)
+    monkeypatch.setattr(tracker.watcher.taps.layers["0"], "read", fail)
     with pytest.warns(UserWarning, match="no longer reads layer '0': OutOfMemoryError: tried"):
         model(torch.randn(9, 4)).sum().backward()
     model(torch.randn(9, 4)).sum().backward()
@@ -351,7 +351,7 @@ def test_consumers_of_one_tensor_share_one_state() -> None:
     with fastcov.track(model, rows="all", where="input") as tracker:
         for _ in range(3):
             model(torch.randn(10, 4))
-    assert len(tracker.watcher.unique_layers()) == 2
+    assert len(tracker.watcher.taps.unique_layers) == 2
     assert input_counts(tracker) == [30, 30, 30]
 
 
@@ -370,13 +370,13 @@ def test_a_consumer_whose_input_changes_later_stands_alone() -> None:
     model = Heads()
     with fastcov.track(model, rows="all", where="input", include=["a", "b"]) as tracker:
         model(torch.randn(10, 4))
-        assert len(tracker.watcher.unique_layers()) == 1
+        assert len(tracker.watcher.taps.unique_layers) == 1
         model.calls = lambda self, y: (self.a(y), self.b(y * 2))
         model(torch.randn(10, 4))
         model.calls = lambda self, y: self.b(y)
         model(torch.randn(10, 4))
     assert input_counts(tracker) == [20, 20]
-    assert len(tracker.watcher.unique_layers()) == 2
+    assert len(tracker.watcher.taps.unique_layers) == 2
 
 
 def test_attention_projections_share_their_input(cases: Any) -> None:
@@ -384,8 +384,8 @@ def test_attention_projections_share_their_input(cases: Any) -> None:
     with fastcov.track(model, rows="all", where="input") as tracker:
         cases["llama"].loss(model, 0)
     prefix = "model.layers.0."
-    readers = [tracker.watcher.layers[f"{prefix}self_attn.{p}_proj:in"] for p in "qkv"]
+    readers = [tracker.watcher.taps.layers[f"{prefix}self_attn.{p}_proj:in"] for p in "qkv"]
     assert readers[0] is readers[1] is readers[2]
-    up, gate = (tracker.watcher.layers[f"{prefix}mlp.{p}_proj:in"] for p in ("up", "gate"))
+    up, gate = (tracker.watcher.taps.layers[f"{prefix}mlp.{p}_proj:in"] for p in ("up", "gate"))
     assert up is gate is not readers[0]
     assert {tracker.count(name) for name in tracker.names()} == {36}

@@ -204,11 +204,11 @@ def test_estimate_of_every_model_matches_what_is_tracked(cases: Any) -> None:
             model(**example) if isinstance(example, dict) else model(*arguments)
         found = {
             reader.name: (reader.state.channels, reader.offered_rows)
-            for reader in tracker.watcher.unique_layers()
+            for reader in tracker.watcher.taps.unique_layers
             if reader.state is not None
         }
         assert {e.name: (e.channels, e.rows_offered) for e in report.layers} == found, name
-        assert set(report.skipped) == set(tracker.watcher.notes), name
+        assert set(report.skipped) == set(tracker.watcher.taps.notes), name
         assert (name in ("resnet", "mobilenet")) == bool(report.skipped), name
 
 

@@ -53,10 +53,10 @@ def test_nothing_is_decided_twice(
     with fastcov.track(model, where=where, rows=rows) as tracker:
         for _ in range(2):
             model(images())
-        monkeypatch.setattr(Watcher, "_observe", None)
+        monkeypatch.setattr(Watcher, "_read", None)
         for _ in range(2):
             model(images())
-        assert not tracker.watcher.notes
+        assert not tracker.watcher.taps.notes
         expected = 4 * 32 if rows == "all" else 4 * 16
         assert {tracker.count(name) for name in tracker.names()} == {expected}
 
@@ -80,8 +80,8 @@ def test_where_branches_part_only_what_fails_is_given_up(
         with pytest.warns(UserWarning, match="no longer reads layer 'right:in'"):
             model(images())
         model(images())
-        assert "no rows today" in tracker.watcher.notes["right:in"]
-        assert "left:in" not in tracker.watcher.notes
+        assert "no rows today" in tracker.watcher.taps.notes["right:in"]
+        assert "left:in" not in tracker.watcher.taps.notes
         assert tracker.count("left:in") == 5 * 32 * (1 if rows == "all" else rows)
 
 
@@ -95,7 +95,7 @@ def test_inputs_read_at_once_are_the_inputs(model: Branches) -> None:
         torch.testing.assert_close(
             tracker.covariance("left:in"), rows.T @ rows / len(rows), rtol=1e-6, atol=1e-7
         )
-        assert len(tracker.watcher.unique_layers()) == 2
+        assert len(tracker.watcher.taps.unique_layers) == 2
 
 
 def test_the_first_input_that_holds_numbers_is_read() -> None:
@@ -118,7 +118,7 @@ def test_sharing_ends_at_once_when_inputs_part(model: Branches) -> None:
         model.is_apart = True
         for _ in range(3):
             model(images())
-        assert len(tracker.watcher.unique_layers()) == 3
+        assert len(tracker.watcher.taps.unique_layers) == 3
         assert (tracker.count("left:in"), tracker.count("right:in")) == (6 * 32, 3 * 32)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastcov
 from fastcov.bench.stubs import KernelStubs
 from fastcov.stats.route import MOST_LAYOUTS, Routes
+from fastcov.watch.taps import WatchedTap
 from fastcov.watch.watcher import Watcher
 
 SIZES = (40, 24, 9, 24, 40)
@@ -39,13 +40,13 @@ def levels(step: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Calls of each tap whose layout was decided about."""
     found: Counter[int] = Counter()
-    observe = Watcher._observe
+    read = Watcher._read
 
-    def spy(watcher: Watcher, tap: int, *arguments: Any) -> None:
-        found[tap] += 1
-        observe(watcher, tap, *arguments)
+    def spy(watcher: Watcher, watched: WatchedTap, *arguments: Any) -> None:
+        found[watched.number] += 1
+        read(watcher, watched, *arguments)
 
-    monkeypatch.setattr(Watcher, "_observe", spy)
+    monkeypatch.setattr(Watcher, "_read", spy)
     return found
 
 
@@ -56,7 +57,7 @@ def test_each_size_is_decided_about_once(looked_at: Counter[int], where: Any, ro
     with fastcov.track(head, rows=rows, where=where) as tracker:
         for step in range(4):
             head(levels(step))
-        assert not tracker.watcher.notes
+        assert not tracker.watcher.taps.notes
     # The second layer shares the first one's inputs: its layouts need no decision.
     assert looked_at == {0: len(set(SIZES)), 1: 1 if where == "input" else len(set(SIZES))}
 
@@ -72,10 +73,12 @@ def test_rows_are_those_of_a_tracker_that_remembers_nothing(
         with fastcov.track(head, rows=rows, where=where) as tracker:
             for step in range(6):
                 head(levels(step))
-            return {name: reader.state_dict() for name, reader in tracker.watcher.layers.items()}
+            return {
+                name: reader.state_dict() for name, reader in tracker.watcher.taps.layers.items()
+            }
 
     expected_from = states()
-    monkeypatch.setattr(Routes, "recall", lambda *_: False)
+    monkeypatch.setattr(Routes, "take_known", lambda *_: False)
     for name, expected in states().items():
         found = expected_from[name]
         for key, value in expected.pop("state").items():
@@ -88,13 +91,13 @@ def test_levels_in_the_order_of_the_last_step_are_expected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     misses: Counter[int] = Counter()
-    recall = Watcher._recall
+    observe = Watcher.observe
 
-    def spy(watcher: Watcher, tap: int, *arguments: Any) -> bool:
+    def spy(watcher: Watcher, tap: int, *arguments: Any, **options: Any) -> None:
         misses[tap] += 1
-        return recall(watcher, tap, *arguments)
+        observe(watcher, tap, *arguments, **options)
 
-    monkeypatch.setattr(Watcher, "_recall", spy)
+    monkeypatch.setattr(Watcher, "observe", spy)
     head = Head()
     with fastcov.track(head, rows="all") as tracker:
         for _ in range(3):
@@ -105,7 +108,7 @@ def test_levels_in_the_order_of_the_last_step_are_expected(
         assert not misses
         head(levels()[2:0:-1])  # another order
         assert misses
-        assert not tracker.watcher.notes
+        assert not tracker.watcher.taps.notes
 
 
 def test_a_bounded_number_of_sizes_is_kept() -> None:
@@ -113,8 +116,8 @@ def test_a_bounded_number_of_sizes_is_kept() -> None:
     with fastcov.track(layer) as tracker:
         for rows in range(1, MOST_LAYOUTS + 40):
             layer(torch.randn(rows, 5, 4))
-        assert tracker.watcher.unique_layers()[0].calls == 1
-        (routes,) = tracker.watcher._routes
+        assert tracker.watcher.taps.unique_layers[0].calls == 1
+        (routes,) = (each.routes for each in tracker.watcher.taps)
         assert len(routes) == MOST_LAYOUTS
         layout = routes.last.layout
         assert layout is not None
@@ -132,7 +135,7 @@ def test_a_value_that_only_resembles_a_size_is_looked_at(looked_at: Counter[int]
         for value in (dense, dense[:3], dense, *others[:2]):
             layer(value)
         assert looked_at == {0: 4}
-        assert tracker.watcher.unique_layers()[0].state_dict()["total_calls"] == 5
+        assert tracker.watcher.taps.unique_layers[0].state_dict()["total_calls"] == 5
         for value in others[2:]:
             layer(value)
         assert looked_at == {0: 6}
@@ -167,5 +170,5 @@ def test_launches_are_prepared_once_a_size_on_a_gpu(
         prepared.clear()
         for step in range(5, 9):
             head(levels(step, torch.bfloat16))
-        assert not tracker.watcher.notes
+        assert not tracker.watcher.taps.notes
     assert not prepared
