@@ -150,7 +150,7 @@ def sketch_for(
 
     Example:
         >>> sketch_for([64, 4096, 4096], memory=64 << 20, row_bytes=4, is_host=True)
-        1888
+        2559
     """
     widest = max((width for width in channels if width is not None), default=1)
     widths = [widest if width is None else width for width in channels]
