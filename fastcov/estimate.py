@@ -213,11 +213,11 @@ def estimate(
         FlopCounterMode(display=False) as counter,
     ):
         _call(model, example)
-    loads = survey.loads()
+    loads = survey.loads(sketch)
     fractions = policy.fractions(loads, loads)
     layers = [
-        _layer_estimate(survey.tap_loads[name], name, fractions[name], weighting == "image", sketch)
-        for name in loads
+        _layer_estimate(survey.tap_loads[name], name, fractions[name], weighting == "image", load)
+        for name, load in loads.items()
     ]
     signs = 0
     if sketch is not None:
@@ -245,9 +245,9 @@ class _TapLoad:
 
 
 def _layer_estimate(
-    tap_load: _TapLoad, name: str, fraction: float, is_by_image: bool, sketch: int | None
+    tap_load: _TapLoad, name: str, fraction: float, is_by_image: bool, load: LayerLoad
 ) -> LayerEstimate:
-    size, offered = tap_load.channels, sum(tap_load.calls)
+    size, offered, sketch = load.channels, load.rows, load.sketch
     is_sketched = sketch is not None and size > sketch
     order = sketch + 1 if sketch is not None and is_sketched else size
     layer_state = state_bytes(order)
@@ -280,7 +280,7 @@ def _layer_estimate(
         rows_read=fraction * offered,
         state_bytes=layer_state,
         buffer_bytes=capacity * row_bytes,
-        flops=fraction * offered * order * (order + 1 + (2 * size if is_sketched else 0)),
+        flops=2 * fraction * offered * load.row_macs,
         workspace_bytes=0
         if is_sketched
         else _workspace_bytes(
@@ -357,8 +357,12 @@ class _Survey:
             for module, mode in modes:
                 module.training = mode
 
-    def loads(self) -> dict[str, LayerLoad]:
-        """Loads of the layers that would be made, by name."""
+    def loads(self, sketch: int | None) -> dict[str, LayerLoad]:
+        """Loads of the layers that would be made, by name.
+
+        Args:
+            sketch: Channels to which wider rows are projected; None keeps all.
+        """
         self._shared.diverged()
         macs = dict.fromkeys(self.tap_loads, 0)
         for number, (tap, _) in enumerate(self.taps):
@@ -368,7 +372,7 @@ class _Survey:
             if owner != tap.name:
                 self.tap_loads.pop(tap.name, None)
         return {
-            name: LayerLoad(tap_load.channels, sum(tap_load.calls), macs[name])
+            name: LayerLoad(tap_load.channels, sum(tap_load.calls), macs[name], sketch)
             for name, tap_load in self.tap_loads.items()
         }
 

@@ -774,7 +774,8 @@ def track(
         memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
             not fit are sketched to fewer channels: their trace is exact, the other numbers of their
             spectra are estimates (docs/memory.md), and the summary says so. No layer is too wide
-            then. Observed tensors are not counted; ``pairs`` are refused. None keeps all channels.
+            then. ``pairs`` keep all channels and are counted; observed tensors come on top, as
+            their widths are not known before. None keeps all channels.
         max_channels: Without ``memory``, wider layers are skipped and listed in the summary.
         pairs: Pairs of names of tensors of one step, modules' or observed ones, whose
             :meth:`Tracker.cross_covariance` and :meth:`Tracker.cka` are kept.
@@ -813,12 +814,7 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where, of)
-    if pair_names and memory is not None:
-        raise ValueError(
-            f"pairs={pair_names} keep whole second moments, which memory={memory!r} cannot bound: "
-            "leave one of the two out"
-        )
-    sketch = sketch_of(model, taps, memory)
+    sketch = sketch_of(model, taps, memory, pair_names)
     source = None if mask is None else MaskSource(mask, model)
     _close_or_warn_of_others(model, taps, replace)
     return Tracker(

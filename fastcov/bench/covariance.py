@@ -17,6 +17,7 @@ from fastcov.bench.machine import slots
 from fastcov.bench.timing import Call, interleave
 from fastcov.ops import accumulate_
 from fastcov.ops.reference import accumulate_reference_
+from fastcov.stats.buffering import buffer_rows
 from fastcov.stats.state import CovarianceState
 
 ERROR_BAR = 1e-5
@@ -190,10 +191,11 @@ def _contest(
 
 
 def update_seconds(widths: Sequence[int], dtype: torch.dtype, setting: Setting) -> dict[int, float]:
-    """Seconds to add one full buffer of 2C rows to a state that is not in cache, by channels C."""
+    """Seconds to add one full buffer of rows to a state that is not in cache, by channels C."""
     contenders: dict[str, Call] = {}
     for channels in widths:
-        load = GramLoad(2 * channels, channels, dtype)
+        rows = buffer_rows(channels, is_host=setting.device.type == "cpu")
+        load = GramLoad(rows, channels, dtype)
         pairs = [
             (
                 CovarianceState(channels, setting.device),

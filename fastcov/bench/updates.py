@@ -1,11 +1,11 @@
 """The updates of states that rows in buffers bring: once in many steps, so no median shows them.
 
-With the default a layer's buffer is added to its state once in 2C / (rows read a step) steps: 170
-for ResNet-50 with 8 images of 112 pixels; with every row, 42 for the widest layers. Buffers are
-emptied in different steps, so 40 timed steps hold their share of the updates in sum, but the few
-that take long are in so few of them that the median holds almost none. So updates are kept out of
-the timed steps, and out only: what one costs is timed apart, and its share of every step is added
-to the times and ratios.
+With the default a layer's buffer is added to its state once in 8 to 170 steps for ResNet-50 with 8
+images of 112 pixels: rows of the buffer over rows read a step. Buffers are emptied in different
+steps, so 40 timed steps hold their share of the updates in sum, but the few that take long are in
+so few of them that the median holds almost none. So updates are kept out of the timed steps, and
+out only: what one costs is timed apart, and its share of every step is added to the times and
+ratios.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import fastcov
 from fastcov.bench.contest import Row, Setting
 from fastcov.bench.covariance import update_seconds
-from fastcov.stats.buffering import BUFFER_ROWS_PER_CHANNEL, direct_rows
+from fastcov.stats.buffering import buffer_rows, direct_rows
 
 _RARE_STEPS = 10  # between updates of a layer; those that come sooner are left in the timed steps
 
@@ -39,7 +39,7 @@ class Updates:
             channels, read = reader.state.channels, reader.offered_rows * reader.fraction
             if reader.fraction == 1 and read >= reader.calls * direct_rows(channels, is_host=True):
                 continue  # added at once
-            steps = BUFFER_ROWS_PER_CHANNEL * channels / read if read else 0.0
+            steps = buffer_rows(channels, is_host=True) / read if read else 0.0
             if steps > _RARE_STEPS:
                 rare.append((channels, steps))
         return rare

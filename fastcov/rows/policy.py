@@ -34,11 +34,26 @@ class LayerLoad:
         channels: Length of a row, C.
         rows: Rows offered.
         macs: Multiply-accumulates of the layer's forward.
+        sketch: Channels that the rows are projected to; None, or as many as a row has, keeps all.
     """
 
     channels: int
     rows: int
     macs: int
+    sketch: int | None = None
+
+    @property
+    def row_macs(self) -> float:
+        """Multiply-accumulates that one row takes: of its projection, and of half a moment.
+
+        Example:
+            >>> LayerLoad(1000, 1, 0).row_macs, LayerLoad(1000, 1, 0, sketch=99).row_macs
+            (500500.0, 104050.0)
+        """
+        order, projection = self.channels, 0
+        if self.sketch is not None and self.sketch < self.channels:
+            order, projection = self.sketch + 1, self.sketch * self.channels
+        return projection + order * (order + 1) / 2
 
 
 class Policy(Protocol):
@@ -147,8 +162,9 @@ def rows_per_channel(loads: Sequence[LayerLoad], budget: float = AUTO_BUDGET) ->
     .. math:: \sum_l k_l \frac{C_l (C_l + 1)}{2} = \text{budget} \cdot 3 \sum_l \text{macs}_l,
         \quad k_l = \min(N_l, \rho C_l)
 
-    Water-filling: layers that offer fewer than rho C rows are read whole, and the flops that this
-    leaves go to the others.
+    A row of a sketched layer costs what its projection and the sketch's moment take, as
+    :attr:`LayerLoad.row_macs` says. Water-filling: layers that offer fewer than rho C rows are read
+    whole, and the flops that this leaves go to the others.
 
     Args:
         loads: Loads of all layers in one step.
@@ -170,13 +186,8 @@ def rows_per_channel(loads: Sequence[LayerLoad], budget: float = AUTO_BUDGET) ->
     offered.sort(key=lambda load: load.rows / load.channels)
     for position, load in enumerate(offered):
         # Of one row per channel on this layer and all that offer more rows per channel.
-        cost = sum(other.channels * _row_macs(other.channels) for other in offered[position:])
+        cost = sum(other.channels * other.row_macs for other in offered[position:])
         if macs_left < load.rows / load.channels * cost:
             return macs_left / cost
-        macs_left -= load.rows * _row_macs(load.channels)
+        macs_left -= load.rows * load.row_macs
     return math.inf
-
-
-def _row_macs(channels: int) -> float:
-    # Multiply-accumulates that add one row to the lower half of a second moment.
-    return channels * (channels + 1) / 2

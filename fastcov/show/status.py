@@ -320,10 +320,17 @@ class Summary(dict[str, float]):
                     else f"{self[f'{status.name}/{measure.key}']:.{measure.digits}f}"
                     for measure in _COLUMNS
                 ),
-                status.note or _fallback_note(status),
+                "; ".join(filter(None, [status.note or _fallback_note(status), _bounds(status)])),
             )
             for status in self.statuses
         ]
+
+
+def _bounds(status: LayerStatus) -> str:
+    if status.spectrum is None or status.spectrum.sketch is None:
+        return ""
+    low, high = status.spectrum.stable_rank_interval
+    return f"stable rank between {low:.3g} and {high:.3g}"
 
 
 def _fallback_note(status: LayerStatus) -> str:

@@ -157,8 +157,34 @@ class Spectrum:
         return float(participation_ratio(self.eigenvalues))
 
     def stable_rank(self) -> float:
-        """Trace over largest eigenvalue; see :func:`stable_rank`."""
+        """Trace over largest eigenvalue; see :func:`stable_rank`.
+
+        Of a sketched spectrum an estimate that is too small where the spectrum is flat: by a factor
+        of 3 where all eigenvalues are the same and the sketch has C/4 channels.
+        :attr:`stable_rank_interval` tells between which numbers the truth lies.
+        """
         return float(stable_rank(self.eigenvalues))
+
+    @property
+    def stable_rank_interval(self) -> tuple[float, float]:
+        """95 % interval of :meth:`stable_rank`, by that of the largest eigenvalue: lower and upper.
+
+        The trace is taken as it is known. Of a sketched spectrum the upper end is no more than
+        :meth:`participation_ratio`, which no stable rank exceeds. NaN where the trace is 0.
+
+        Example:
+            >>> low, high = Spectrum(torch.ones(4), count=4096, total=4.0).stable_rank_interval
+            >>> round(low, 2), round(high, 2)
+            (3.43, 4.0)
+        """
+        if self.total <= 0:
+            return math.nan, math.nan
+        lower, upper = (float(ends[0]) for ends in self.interval)
+        most = float(self.channels)
+        if self.sketch is not None:
+            most = min(most, self.participation_ratio())
+        high = min(most, self.total / lower) if lower > 0 else most
+        return min(max(1.0, self.total / upper), high), high
 
     def nesum(self) -> float:
         """Sum of the eigenvalues over the largest: the field's name for :meth:`stable_rank`."""

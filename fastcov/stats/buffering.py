@@ -26,9 +26,8 @@ them to a block: 128 turns of its loop, as many as the 2C rows of 2048 channels 
 _HEADROOM = 1.25
 
 # Rows after which a CPU has spent far more time on products than on reading and writing the state,
-# whatever its width: the state of 2048 channels takes 3 to 15 % longer than with 2C rows at a time,
-# that of 1024 no longer (2-core Xeon), of an update that is about 1 % of a training step.
-_MOST_HOST_ROWS = 1024
+# whatever its width: benchmarks/results/buffers.md.
+_MOST_HOST_ROWS = 192
 
 # Rows of one call, per channel, from which on a CPU's caches hide the state traffic.
 _HOST_ROWS_PER_CHANNEL = 1 / 3
@@ -42,8 +41,8 @@ def buffer_rows(channels: int, is_host: bool = False) -> int:
         is_host: True for a CPU, whose buffers are smaller.
 
     Example:
-        >>> buffer_rows(256, is_host=True), buffer_rows(2048, is_host=True), buffer_rows(2048)
-        (512, 1024, 4096)
+        >>> buffer_rows(64, is_host=True), buffer_rows(2048, is_host=True), buffer_rows(2048)
+        (128, 192, 4096)
     """
     rows = BUFFER_ROWS_PER_CHANNEL * channels
     return min(rows, _MOST_HOST_ROWS) if is_host else rows
@@ -57,11 +56,13 @@ def direct_rows(channels: int, is_host: bool) -> int:
         is_host: True for a CPU: see :class:`fastcov.ops.backend.Service`.
 
     Example:
-        >>> direct_rows(1536, is_host=True), direct_rows(1536, is_host=False)
-        (512, 3072)
+        >>> direct_rows(300, is_host=True), direct_rows(300, is_host=False)
+        (100, 600)
     """
-    per_channel = _HOST_ROWS_PER_CHANNEL if is_host else BUFFER_ROWS_PER_CHANNEL
-    return math.ceil(per_channel * channels)
+    if not is_host:
+        return buffer_rows(channels)
+    # As many as fill a buffer gain nothing by a copy into it.
+    return min(math.ceil(_HOST_ROWS_PER_CHANNEL * channels), buffer_rows(channels, is_host=True))
 
 
 def device_buffer_limit(channels: int) -> int:
@@ -124,7 +125,11 @@ _LEAST_SKETCH = 16
 
 
 def sketch_for(
-    channels: Sequence[int | None], memory: int, row_bytes: int, is_host: bool
+    channels: Sequence[int | None],
+    memory: int,
+    row_bytes: int,
+    is_host: bool,
+    whole: Sequence[int] = (),
 ) -> int | None:
     """Largest sketch with which layers fit into an amount of memory.
 
@@ -135,6 +140,7 @@ def sketch_for(
         memory: Bytes for states, buffers and signs.
         row_bytes: Bytes of one number of a row.
         is_host: True for a CPU.
+        whole: Widths of layers that keep all channels whatever they take.
 
     Returns:
         Channels of the sketch, or None where all layers fit whole.
@@ -144,22 +150,24 @@ def sketch_for(
 
     Example:
         >>> sketch_for([64, 4096, 4096], memory=64 << 20, row_bytes=4, is_host=True)
-        1888
+        2559
     """
     widest = max((width for width in channels if width is not None), default=1)
     widths = [widest if width is None else width for width in channels]
+    kept = sum(layer_bytes(width, None, row_bytes, is_host) for width in whole)
 
     def needed(sketch: int) -> int:
         layers = sum(layer_bytes(width, sketch, row_bytes, is_host) for width in widths)
-        return layers + projection_bytes(widths, sketch)
+        return kept + layers + projection_bytes(widths, sketch)
 
     if needed(widest) <= memory:
         return None
     if needed(_LEAST_SKETCH) > memory:
         raise ValueError(
             f"memory={memory} bytes is too little: {len(widths)} layers of up to {widest} channels "
-            f"need {needed(_LEAST_SKETCH)} sketched to {_LEAST_SKETCH} channels each; give more, "
-            "or watch fewer layers (include=)"
+            f"need {needed(_LEAST_SKETCH)} sketched to {_LEAST_SKETCH} channels each"
+            + (f", {kept} of it for pairs, which are not sketched" if kept else "")
+            + "; give more, or watch fewer layers (include=)"
         )
     low, high = _LEAST_SKETCH, widest
     while high - low > 1:

@@ -645,13 +645,14 @@ def _checked_tensor(name: str, tensor: Any, own: Tensor, channels: int) -> Tenso
         raise TypeError(f"{name} is {tensor.dtype}, expected {own.dtype}: save states unconverted")
     if tensor.requires_grad:
         raise TypeError(f"{name} requires a gradient, which statistics do not have: detach it")
+    values: Tensor = tensor
     if is_square:
-        tensor = triangle.pack(tensor.tril())
+        values = triangle.pack(tensor.tril())
     elif is_triangle:
-        tensor = triangle.cleared(tensor, channels)
-    if not bool(torch.isfinite(tensor).all()):
+        values = triangle.cleared(tensor, channels)
+    if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} holds a NaN or an infinity: the file is damaged")
-    return tensor
+    return values
 
 
 # Share of the largest diagonal entry: float32's rounding may leave a channel without variance this

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fastcov.arguments import bytes_of
@@ -10,7 +12,10 @@ from fastcov.watch.select import Tap
 
 
 def sketch_of(
-    model: nn.Module, taps: list[tuple[Tap, nn.Module]], memory: int | str | None
+    model: nn.Module,
+    taps: list[tuple[Tap, nn.Module]],
+    memory: int | str | None,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> int | None:
     """Channels of the sketch with which a model's layers fit into an amount of memory.
 
@@ -21,13 +26,15 @@ def sketch_of(
         model: Root module.
         taps: Tensors to watch.
         memory: Bytes, as an int or a text such as "2GiB"; None for no limit.
+        pairs: Names of pairs, whose joint second moments keep all channels.
 
     Returns:
         None where all layers keep all channels.
 
     Raises:
         TypeError: If ``memory`` is neither int nor text.
-        ValueError: If ``memory`` is no amount, or too little for any sketch.
+        ValueError: If ``memory`` is no amount, or too little for any sketch, or the width of a
+            pair is not known before the first forward.
     """
     if memory is None:
         return None
@@ -35,4 +42,17 @@ def sketch_of(
     row_bytes = max(2, max((each.element_size() for each in parameters), default=4))
     is_host = all(each.device.type == "cpu" for each in parameters)
     channels = [tap.channels for tap, _ in taps]
-    return sketch_for(channels, bytes_of("memory", memory), row_bytes, is_host)
+    widths = {tap.name: tap.channels for tap, _ in taps}
+    joint = [sum(_known(name, widths, pair) for name in pair) for pair in pairs]
+    return sketch_for(channels, bytes_of("memory", memory), row_bytes, is_host, joint)
+
+
+def _known(name: str, widths: dict[str, int | None], pair: tuple[str, str]) -> int:
+    width = widths.get(name)
+    if width is None:
+        raise ValueError(
+            f"pairs holds {pair!r}: the width of {name!r} is known in the first forward only, too "
+            "late for memory= to count it; pair layers whose modules tell their width, or leave "
+            "memory= out"
+        )
+    return width

@@ -377,6 +377,7 @@ class Watcher:
                 layer.state.channels,
                 layer.offered_rows - layer.left_out_rows,
                 macs[layer.name],
+                layer.state.sketch_width,
             )
             for layer in layers
             if layer.state is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -60,6 +62,13 @@ def test_a_negative_diagonal_is_raised_in_place() -> None:
     triangle.clamp_diagonal_(tiles, 70)
     matrix.diagonal().clamp_(min=0)
     assert torch.equal(triangle.unpack(tiles, 70), matrix)
+
+
+def test_kernels_and_compiled_code_know_the_same_tile() -> None:
+    header = Path(__file__).parents[2] / "csrc" / "triangle.h"
+    assert f"kTriangleTile = {triangle.TILE};" in header.read_text(encoding="utf-8")
+    kernels = pytest.importorskip("fastcov.kernels.triangle", reason="needs triton")
+    assert kernels.TILE.value == triangle.TILE
 
 
 def test_a_wide_triangle_takes_about_half_of_a_square() -> None:

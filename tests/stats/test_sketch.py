@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastcov
 from fastcov.ops import triangle
+from fastcov.show.status import LayerStatus, Summary
 from fastcov.spectra.sketched import head_interval, squared_norm
 from fastcov.stats.sketch import Sketch
 
@@ -87,6 +88,31 @@ def test_estimates_are_near_the_truth() -> None:
         assert bool((expected.eigenvalues <= upper).all())
         bound = found.uncertainty
         assert bool(((found.eigenvalues - expected.eigenvalues).abs() <= bound + 1e-12).all())
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_stable_rank_lies_in_its_interval(exponent: float, sinks: bool) -> None:
+    """Where the spectrum is flat the estimate is far off, and the interval still holds."""
+    whole, sketched = both(rows_of(7, exponent=exponent, sinks=sinks))
+    found = sketched.spectrum()
+    low, high = found.stable_rank_interval
+    assert low <= whole.spectrum().stable_rank() <= 1.05 * high
+    assert low <= found.stable_rank() <= 1.001 * high
+    assert high <= found.participation_ratio()
+
+
+def test_a_summary_tells_the_interval_of_a_sketched_stable_rank() -> None:
+    _, sketched = both(rows_of(8))
+    spectrum = sketched.spectrum()
+    summary = Summary([LayerStatus("wide", CHANNELS, 3000, 0, 0.0, spectrum, "sketched")])
+    low, high = spectrum.stable_rank_interval
+    assert f"sketched; stable rank between {low:.3g} and {high:.3g}" in str(summary)
+
+
+def test_a_layer_of_zeros_has_no_stable_rank() -> None:
+    _, sketched = both(torch.zeros(50, CHANNELS))
+    assert all(end != end for end in sketched.spectrum().stable_rank_interval)
 
 
 def test_rows_of_few_directions_show_them_all() -> None:

@@ -203,6 +203,23 @@ def test_kfac_factors_of_a_linear() -> None:
     assert tracker.count("2:in:grad") == 256
 
 
+def test_kfac_of_a_linear_is_that_of_curvlinops() -> None:
+    """The empirical Fisher matrix of the weight: the Kronecker product of both factors."""
+    from curvlinops import KFACLinearOperator
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    batches = [(torch.randn(64, 5), torch.arange(64) % 3) for _ in range(4)]
+    theirs = KFACLinearOperator(
+        model, nn.CrossEntropyLoss(), [model[2].weight], batches, fisher_type="empirical"
+    ) @ torch.eye(21)
+    tracker = fastcov.track(model, include="2", where="both", of="both", rows="all")
+    for x, y in batches:
+        nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    ours = torch.kron(tracker.covariance("2:grad"), tracker.covariance("2:in"))
+    assert error(ours, theirs.double()) < 1e-5
+
+
 def test_sensitivity_is_the_spectrum_of_both() -> None:
     model = make()
     tracker = fastcov.track(model, of="both", rows="all")

@@ -59,8 +59,9 @@ def test_traces_are_those_of_whole_states(options: dict[str, Any]) -> None:
     assert len(spectra) >= 3
     for layer, expected in expected_spectra.items():
         found = spectra[layer]
-        # Shares of "auto" are alike, but rows wait in buffers of other sizes: no row is lost.
-        assert found.count == expected.count
+        # Rows wait in buffers of other sizes, but none is lost. "auto" reads more, as each is less
+        # work.
+        assert found.count == expected.count or (not options and found.count > expected.count)
         assert (found.sketch is not None) == (layer in ("wide", "widest"))
         if options.get("rows") == "all":
             assert found.total == pytest.approx(expected.total, rel=1e-5)
@@ -114,6 +115,20 @@ def added_bytes(batch: int = 200, **options: Any) -> int:
     total = sum(event.nbytes() for event in events if event.name() == "[memory]")
     del tracker
     return total
+
+
+def test_auto_spends_on_sketches_what_whole_states_would_cost() -> None:
+    """One per cent of the training flops, of projections and of the moments of r channels."""
+    model, example = Wide(), torch.zeros(4000, 32)
+    for memory in (None, BUDGET):
+        report = fastcov.estimate(model, example, memory=memory)
+        assert report.flops_share == pytest.approx(0.01, rel=0.05)
+        per_channel = {layer.name: layer.rows_read / layer.channels for layer in report.layers}
+        assert per_channel["wide"] == pytest.approx(per_channel["widest"])
+        r = report.layers[1].sketch
+        if r:
+            layer = report.layers[1]
+            assert layer.flops / layer.rows_read == 2 * 600 * r + (r + 1) * (r + 2)
 
 
 def test_enough_memory_keeps_all_channels() -> None:
@@ -186,7 +201,9 @@ def test_checkpoints_go_on_as_they_were_saved() -> None:
         steps(fresh_model, count=1)
         assert fresh.count("widest") == 1000
     twin = copy.deepcopy(tracker)
-    assert torch.equal(twin.spectrum("widest").eigenvalues, expected["widest"].eigenvalues)
+    # A matrix alone is solved in another way than one of many, which may give other last bits.
+    alone = tracker.spectrum("widest")
+    assert torch.equal(twin.spectrum("widest").eigenvalues, alone.eigenvalues)
 
 
 def test_trackers_merge_where_their_sketches_agree() -> None:
@@ -208,10 +225,25 @@ def test_trackers_merge_where_their_sketches_agree() -> None:
     assert merged.total == pytest.approx((totals[0] + totals[1]) / 2, rel=1e-9)
 
 
-def test_pairs_are_refused_before_any_hook_is_set() -> None:
+def test_pairs_keep_all_channels_within_the_budget() -> None:
+    taken = added_bytes(rows=0.3, memory=4 * BUDGET, pairs=[("narrow", "wide")])
+    assert 3 * BUDGET < taken <= 4 * BUDGET
     model = Wide()
-    with pytest.raises(ValueError, match=r"pairs=.* which memory=1048576 cannot bound"):
+    tracker = fastcov.track(model, memory=4 * BUDGET, rows="all", pairs=[("narrow", "wide")])
+    whole = fastcov.track(model, rows="all", pairs=[("narrow", "wide")])
+    steps(model)
+    assert tracker.spectrum("wide").sketch is not None
+    found, expected = (each.cross_covariance("narrow", "wide") for each in (tracker, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert tracker.cka("narrow", "wide") == pytest.approx(whole.cka("narrow", "wide"))
+
+
+def test_pairs_that_a_budget_cannot_hold_are_refused_before_any_hook_is_set() -> None:
+    model = Wide()
+    with pytest.raises(ValueError, match=r"memory=1048576 .* of it for pairs, which are not"):
         fastcov.track(model, memory=BUDGET, pairs=[("wide", "widest")])
+    with pytest.raises(ValueError, match=r"the width of 'mine' is known in the first forward"):
+        fastcov.track(model, memory=BUDGET, pairs=[("wide", "mine")])
     assert not model.wide._forward_hooks
 
 
