@@ -804,7 +804,7 @@ def track(
     check_model(model)
     policy = policy_of(rows)
     check_of(of)
-    pair_names = check_pairs(pairs)
+    pair_names = check_pairs(pairs, memory)
     loss_scale = loss_scale_of(unscale)
     check_reading(where, weighting, max_channels)
     check_decay(decay)
@@ -813,11 +813,6 @@ def track(
     if snapshot_every is not None:
         check_steps("snapshot_every", snapshot_every)
     taps = find_taps(model, include, exclude, where, of)
-    if pair_names and memory is not None:
-        raise ValueError(
-            f"pairs={pair_names} keep whole second moments, which memory={memory!r} cannot bound: "
-            "leave one of the two out"
-        )
     sketch = sketch_of(model, taps, memory)
     source = None if mask is None else MaskSource(mask, model)
     _close_or_warn_of_others(model, taps, replace)

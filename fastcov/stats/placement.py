@@ -37,7 +37,7 @@ class Placement(NamedTuple):
         """Rows of one call from which on they are added at once, where every row is read."""
         return SKETCH_ROWS if self.is_sketched else direct_rows(self.channels, self.is_host)
 
-    def waits(self, due: int, is_whole: bool) -> bool:
+    def waits(self, due: float, is_whole: bool) -> bool:
         """True if the rows of a call wait in a buffer.
 
         Args:
