@@ -29,7 +29,6 @@ from fastcov.ops import library
 from fastcov.rows.layout import ActivationLayout, Key, ViewedRows, key_of
 from fastcov.rows.sequence import WHOLE
 from fastcov.stats.affine import AffineMap
-from fastcov.stats.buffering import buffer_rows
 from fastcov.stats.cursor import CALLS, FRACTION, OFFERED, POSITIONS
 from fastcov.stats.device_buffer import DeviceBuffer
 from fastcov.stats.layer import Layer
@@ -243,10 +242,10 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
         value: Tensor of that call; its values are not read.
     """
     layer = routes.layer
-    state, service, buffer = layer.state, layer.service, layer.device_buffer
+    state, service, buffer = layer.state, layer.service, layer.on_device.buffer
     fraction = layer.cursor.numbers[FRACTION]
     undecided = Route(routes, layout)  # asks the layer in each call, then choose() again
-    if state is None or service is None or not fraction:
+    if state is None or service is None or layer.placement is None or not fraction:
         return undecided
     if layer.dtype is not layout.dtype or state.moment.device != layout.device:
         return undecided
@@ -260,8 +259,7 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
         return undecided if add is None else LaunchAdd(routes, layout, add)
     if buffer is not None and buffer.dtype is layout.dtype and buffer.device == layout.device:
         return LaunchSample(routes, layout, buffer, value)
-    # The sampling operator takes calls of which fewer rows are due than a buffer holds, never all.
-    is_small = layout.rows * fraction < buffer_rows(layout.channels) * WHOLE
+    is_small = layer.placement.waits(-(-layout.rows * fraction // WHOLE), is_whole=False)
     if repeats and fraction < WHOLE and is_small and layer.buffer.storage is not None:
         return SampleOnHost(routes, layout)
     return undecided

@@ -79,7 +79,7 @@ class Pair:
                 sampled = weights[..., None]
                 drawn = self.layer.drawn(draw, sampled, ActivationLayout(sampled))[:, 0]
                 if self.layer.fraction is None:
-                    self.layer.left_out_rows += int((weights == 0).sum())
+                    self.layer.early.leave_out(weights)
             self._waiting.append(_Waiting(side, draw, rows, drawn, sizes))
             return
         first = self._waiting.popleft()
@@ -258,15 +258,16 @@ class Pairs(Mapping[tuple[str, str], Pair]):
         pair.see(side, viewed, running.row_mask)
 
 
-def check_pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
-    """Pairs as the argument of :func:`fastcov.track` gives them.
+def check_pairs(pairs: Iterable[Sequence[str]], memory: int | str | None) -> list[tuple[str, str]]:
+    """Pairs as the arguments of :func:`fastcov.track` give them.
 
     Raises:
         TypeError: If an entry is not two names.
-        ValueError: If an entry names one tensor twice, a gradient, or a pair that is there already.
+        ValueError: If an entry names one tensor twice, a gradient, or a pair that is there already,
+            or if ``memory`` is limited.
 
     Example:
-        >>> check_pairs([["encoder", "decoder"]])
+        >>> check_pairs([["encoder", "decoder"]], memory=None)
         [('encoder', 'decoder')]
     """
     checked: list[tuple[str, str]] = []
@@ -280,6 +281,11 @@ def check_pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
         if any(name.endswith(gradient_name("")) for name in names):
             raise ValueError(f"pairs holds {pair!r}: gradients are not paired")
         checked.append(names)
+    if checked and memory is not None:
+        raise ValueError(
+            f"pairs={checked} keep whole second moments, which memory={memory!r} cannot bound: "
+            "leave one of the two out"
+        )
     return checked
 
 

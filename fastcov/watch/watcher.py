@@ -361,8 +361,8 @@ class Watcher:
             if layer.fraction is None and layer.calls and layer.state is not None
         }
         for layer in layers:
-            if layer.name in new and layer.offered_rows == layer.left_out_rows:
-                layer.forget_early()  # the mask left out every row: the next step shows the rows
+            if layer.name in new and layer.offered_rows == layer.early.left_out:
+                layer.early.take()  # the mask left out every row: the next step shows the rows
                 new.remove(layer.name)
         if not new:
             return {}
@@ -375,7 +375,7 @@ class Watcher:
         loads = {
             layer.name: LayerLoad(
                 layer.state.channels,
-                layer.offered_rows - layer.left_out_rows,
+                layer.offered_rows - layer.early.left_out,
                 macs[layer.name],
                 layer.state.sketch_width,
             )
