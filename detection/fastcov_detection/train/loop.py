@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,33 +16,31 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import fastcov
-from fastcov_detection.config import TrainConfig, save_config, to_dict
+from fastcov_detection.config import ModelConfig, TrainConfig, save_config, to_dict
 from fastcov_detection.data.augment import training_transform
-from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed, to_device, to_float
 from fastcov_detection.data.dataset import (
+    AugmentedView,
+    BatchPlan,
     LoadedData,
     Target,
-    load_data,
+    load_on_ranks,
+    mix_seed,
+    to_device,
+    to_float,
 )
-from fastcov_detection.detector.build import build_model, parse_name, save_widths
-from fastcov_detection.detector.cost import count_cost
+from fastcov_detection.detector.build import build_model, count_cost, parse_name, save_widths
 from fastcov_detection.detector.weights import load_start
 from fastcov_detection.distributed import barrier, pick_device, process_group, rank, world_size
-from fastcov_detection.errors import CheckpointError
 from fastcov_detection.files import write_text
-from fastcov_detection.provenance import made_by
-from fastcov_detection.train import checkpoint as checkpoints
 from fastcov_detection.train.drawing import draw_pictures, in_grid
 from fastcov_detection.train.evaluate import Evaluation, evaluate, tell_limits, write_predictions
-from fastcov_detection.train.folder import BEST, RunResult, has_weights, load_run, read_run_result
-from fastcov_detection.train.schedule import (
+from fastcov_detection.train.folder import BEST, LAST, RunResult, open_folder, write_result
+from fastcov_detection.train.steps import (
+    Loop,
     check_parts,
     evaluation_steps,
     tell_recipe,
 )
-from fastcov_detection.train.steps import Loop
-
-__all__ = ["RunResult", "has_weights", "load_run", "train"]
 
 _DRAWN_IMAGES = 4
 
@@ -61,13 +57,8 @@ def train(
 ) -> RunResult:
     """Trains a detector to its end and evaluates it.
 
-    The folder gets ``config.json``, ``widths.json``, ``classes.json``,
-    ``category_ids.json``, ``log.jsonl``,
-    ``tensorboard/``, ``spectra/`` (what :func:`fastcov.track` saw), ``checkpoint.pt``, ``best.pt``
-    (where it is evaluated on the way: the weights with the highest AP of boxes), and at the end
-    ``model.pt`` (a plain state_dict), ``predictions.bbox.json`` (and ``.segm``, in COCO's results
-    format) and ``run.json``. Order of images, their random changes
-    and the sampling of regions follow from the seed, the step and the rank alone, so a run that was
+    What the folder gets stands in the package's README. Order of images, their random changes and
+    the sampling of regions follow from the seed, the step and the rank alone, so a run that was
     killed goes on to the same losses.
 
     Args:
@@ -92,10 +83,10 @@ def train(
     device = pick_device(config.device)
     with process_group(device), run_settings(config, device):
         is_main = rank() == 0
-        data = _load(config, progress and is_main)
+        predicts_masks, _ = parse_name(config.model.name)
+        data = load_on_ranks(config.data, with_masks=predicts_masks, progress=progress and is_main)
         config = replace(config, model=replace(config.model, num_classes=len(data.class_names) + 1))
-        torch.manual_seed(mix_seed(seed, 2))
-        model = build_model(config.model, widths)
+        model = initial_model(config.model, widths, seed)
         identity: dict[str, Any] = {
             "seed": seed,
             "config": to_dict(config),
@@ -103,7 +94,7 @@ def train(
             "start": None if start is None else load_start(model, Path(start), data.class_names),
             "data": data.content,
         }
-        finished = _open_folder(folder, identity, resume)
+        finished = open_folder(folder, identity, RunResult, resume=resume)
         if finished is not None:
             return finished
         if is_main:
@@ -115,6 +106,14 @@ def train(
             write_text(folder / "category_ids.json", json.dumps(ids) + "\n")
             tell_recipe(config, model, world_size())
         return _Run(config, model, data, folder, identity, device, progress).run()
+
+
+def initial_model(
+    config: ModelConfig, widths: Mapping[str, int] | None, seed: int
+) -> GeneralizedRCNN:
+    """The network that a run of a seed starts from; seeds torch."""
+    torch.manual_seed(mix_seed(seed, 2))
+    return build_model(config, widths)
 
 
 class _Run:
@@ -159,15 +158,13 @@ class _Run:
             final = self._evaluate()
         finally:
             loop.close()
-        cost = count_cost(self.model, self.config.model.min_size)
+        cost = vars(count_cost(self.model, self.config.model.min_size))
         result = RunResult(
             ap=final.ap,
             ap50=final.numbers["ap50"] or 0.0,
             segm_ap=final.numbers["segm_ap"],
             train_s=loop.train_s,
-            params=cost.params,
-            backbone_params=cost.backbone_params,
-            macs=cost.macs,
+            **cost,
             steps=loop.step,
             seed=loop.seed,
             run_dir=str(self.folder),
@@ -178,10 +175,8 @@ class _Run:
         )
         if loop.is_main:
             write_predictions(final, self.folder)
-            loop.write_weights("model.pt")
-            kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
-            content = {**self.identity, "result": kept, "made_by": made_by()}
-            write_text(self.folder / "run.json", json.dumps(content, indent=2) + "\n")
+            loop.write_weights(LAST)
+            write_result(self.folder, result, self.identity)
         barrier()
         return result
 
@@ -252,48 +247,6 @@ class _Run:
             snapshot_every=config.snapshot_every if is_main else None,
             out=self.folder / "spectra" if is_main else None,
         )
-
-
-def _load(config: TrainConfig, progress: bool) -> LoadedData:
-    """Opens the data; one process builds what is missing, the others wait for it."""
-    predicts_masks, _ = parse_name(config.model.name)
-    loaded = None
-    if rank() == 0:
-        loaded = load_data(config.data, with_masks=predicts_masks, progress=progress)
-    barrier()
-    return loaded or load_data(config.data, with_masks=predicts_masks, progress=False)
-
-
-def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> RunResult | None:
-    """Prepares the folder; the result where the run has ended already."""
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(folder)
-        if not resume:
-            checkpoints.remove_checkpoints(folder)
-            for name in ("run.json", "model.pt", BEST):
-                (folder / name).unlink(missing_ok=True)
-            for name in ("spectra", "tensorboard"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-    barrier()
-    finished = read_run_result(folder)
-    if finished is not None:
-        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        before = {key: content.get(key) for key in identity}
-        checkpoints.check_same_run(
-            before, identity, folder, reached=finished.steps, is_finished=True
-        )
-        if finished.steps >= identity["config"]["steps"]:
-            return finished
-    saved = checkpoints.load_checkpoint(folder)
-    if saved is not None:
-        checkpoints.resume_from(saved, identity, folder)
-    elif finished is not None:
-        raise CheckpointError(
-            f"{folder} has a result after {finished.steps} steps and no checkpoint to go on from; "
-            "start over with --restart, or choose another folder"
-        )
-    return None
 
 
 @contextmanager

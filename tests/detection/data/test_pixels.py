@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from fastcov_detection.data.findings import Problem
+from fastcov_detection.data.checks import Problem
 from fastcov_detection.data.pixels import Header, read_header, read_pixels
 from fastcov_detection.errors import DataError
 

@@ -11,26 +11,22 @@ import torch
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from fastcov_detection.config import (
-    ConfigError,
-    ModelConfig,
-    TrainConfig,
-    preset,
-    read_saved,
-    to_dict,
-)
+from fastcov_detection.config import ModelConfig, TrainConfig, preset, read_saved, to_dict
 from fastcov_detection.detector.backbone import norm_groups
-from fastcov_detection.detector.build import build_model
-from fastcov_detection.detector.cost import count_cost
+from fastcov_detection.detector.build import build_model, count_cost
 from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.detector.weights import load_start
-from fastcov_detection.studies.export import export_run
-from fastcov_detection.studies.scoring import evaluate_detector, open_detector, translate
-from fastcov_detection.train.average import Average
+from fastcov_detection.errors import ConfigError
+from fastcov_detection.studies.detectors import (
+    evaluate_detector,
+    export_run,
+    open_detector,
+    translate,
+)
 from fastcov_detection.train.folder import load_run
 from fastcov_detection.train.logbook import read_log
 from fastcov_detection.train.loop import train
-from fastcov_detection.train.schedule import evaluation_steps, learning_rate, tell_recipe
+from fastcov_detection.train.steps import Average, evaluation_steps, learning_rate, tell_recipe
 
 
 def test_the_scratch_preset_normalises_everything() -> None:

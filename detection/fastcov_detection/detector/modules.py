@@ -1,4 +1,12 @@
-r"""RoIAlign as weighted sums of feature rows: torchvision's values, a faster gradient on CPUs.
+r"""Anchors and heads of torchvision whose boxes stay in float32 under autocast.
+
+torchvision decodes and encodes boxes in the type of what a head predicts, and makes anchors in the
+type of the feature maps. In bfloat16 that moves a coordinate near 800 by up to 2 pixels: of
+anchors, of proposals, of detections, and of the ground truth that box regression learns from.
+
+torchvision's preparation of images, with a short way for batches that need no resizing.
+
+RoIAlign as weighted sums of feature rows: torchvision's values, a faster gradient on CPUs.
 
 With one row of C channels for every pixel of every level, each sample of a region is a sum of four
 rows, weighted bilinearly, and a cell the mean of its samples:
@@ -19,7 +27,79 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
+
+
+class Float32Anchors(AnchorGenerator):
+    """torchvision's anchors, in float32 whatever the type of the feature maps."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors of every image. [A, 4] each"""
+        # Only size, type and device of a map are read.
+        shapes = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in feature_maps]
+        anchors: list[Tensor] = super().forward(image_list, shapes)
+        return anchors
+
+
+class Float32RPNHead(RPNHead):
+    """torchvision's RPN head; scores and box offsets leave it in float32."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores and box offsets of every level."""
+        scores, offsets = super().forward(x)
+        return [one.float() for one in scores], [one.float() for one in offsets]
+
+
+class Float32BoxPredictor(FastRCNNPredictor):
+    """torchvision's box predictor; class scores and box offsets leave it in float32."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class scores [R, K] and box offsets [R, 4 K] of R regions."""
+        scores, offsets = super().forward(x)
+        return scores.float(), offsets.float()
+
+
+class BatchTransform(GeneralizedRCNNTransform):
+    """Normalises, resizes and pads images as torchvision does, to the same bits.
+
+    Images of one shape whose edges are those of the configuration, and multiples of 32, need
+    neither resizing nor padding: they are stacked and normalised in one go, where torchvision
+    interpolates and copies every image by itself.
+    """
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Any]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Any]] | None]:
+        """Prepares a batch; see torchvision's ``GeneralizedRCNNTransform.forward``."""
+        if not self._are_ready(images):
+            prepared: tuple[ImageList, list[dict[str, Any]] | None] = super().forward(
+                images, targets
+            )
+            return prepared
+        if self.training:
+            for _ in images:  # torchvision draws an edge for each: later draws stay the same
+                self.torch_choice(self.min_size)
+        height, width = images[0].shape[-2:]
+        batch = self.normalize(torch.stack(images))
+        copies = None if targets is None else [dict(target) for target in targets]
+        return ImageList(batch, [(height, width)] * len(images)), copies
+
+    def _are_ready(self, images: list[Tensor]) -> bool:
+        shape = images[0].shape
+        if len(shape) != 3 or len(self.min_size) != 1 or self.fixed_size is not None:
+            return False
+        edges = shape[-2:]
+        return (
+            min(edges) == self.min_size[0]
+            and max(edges) <= self.max_size
+            and all(edge % self.size_divisible == 0 for edge in edges)
+            and all(image.shape == shape and image.is_floating_point() for image in images)
+        )
 
 
 class _WeightedRows(torch.autograd.Function):
