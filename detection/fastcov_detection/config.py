@@ -47,8 +47,9 @@ class ModelConfig:
     """``fasterrcnn`` or ``maskrcnn``, then ``resnet18``, 34, 50, 101 or 152, then ``fpn``."""
     num_classes: int | None = None
     """Classes with the background; None: as many as the data has."""
-    norm: Literal["batch", "sync", "group", "frozen"] = "batch"
-    """Norm behind every convolution of the backbone."""
+    norm: Literal["auto", "batch", "sync", "group", "frozen"] = "batch"
+    """Norm behind every convolution of the backbone. ``auto``: as torchvision, ``frozen`` from
+    ImageNet weights and ``batch`` otherwise."""
     norm_groups: Literal["nearest", "common"] = "nearest"
     """Groups of GroupNorm. ``nearest``: the divisor of the width that is nearest to 32 and leaves
     two channels a group (25 for a width of 1000); ``common``: the largest common divisor with 32
@@ -348,7 +349,7 @@ def _small() -> TrainConfig:
 
 def _coco() -> TrainConfig:
     return TrainConfig(
-        model=ModelConfig(train_sizes=(640, 672, 704, 736, 768)),
+        model=ModelConfig(norm="auto", train_sizes=(640, 672, 704, 736, 768)),
         data=DataConfig(name="coco", workers=4),
         lr_batch=16,
         eval_batch_size=4,

@@ -19,7 +19,7 @@ from fastcov_detection.config import (
 )
 from fastcov_detection.detector.build import parse_name
 from fastcov_detection.errors import ConfigError
-from fastcov_detection.train.steps import learning_rate
+from fastcov_detection.train.loop import learning_rate
 
 
 @pytest.mark.parametrize("name", PRESETS)

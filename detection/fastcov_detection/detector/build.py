@@ -27,20 +27,18 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from fastcov_detection.config import ModelConfig
-from fastcov_detection.detector.backbone import (
+from fastcov_detection.detector.modules import (
     NORMS,
     STAGE_BLOCKS,
-    NormLayer,
-    build_resnet,
-    norm_layer,
-    stock_widths,
-)
-from fastcov_detection.detector.modules import (
     BatchTransform,
     Float32Anchors,
     Float32BoxPredictor,
     Float32RPNHead,
+    NormLayer,
     RowRoIAlign,
+    build_resnet,
+    norm_layer,
+    stock_widths,
 )
 from fastcov_detection.detector.weights import initialise_backbone
 from fastcov_detection.errors import ConfigError, WidthsError, closest
@@ -95,6 +93,13 @@ def check_widths(config: ModelConfig, widths: Mapping[str, int] | None) -> dict[
     return complete
 
 
+def settle_norm(config: ModelConfig) -> ModelConfig:
+    """The configuration with the norm that ``auto`` stands for."""
+    if config.norm != "auto":
+        return config
+    return replace(config, norm="frozen" if config.init == "imagenet" else "batch")
+
+
 def build_model(
     config: ModelConfig,
     widths: Mapping[str, int] | None = None,
@@ -118,6 +123,7 @@ def build_model(
         ConfigError: If the name or the number of classes is missing or unknown.
         WidthsError: If the widths are for another detector.
     """
+    config = settle_norm(config)
     predicts_masks, depth = parse_name(config.name)
     num_classes = num_classes or config.num_classes
     if num_classes is None or num_classes < 2:

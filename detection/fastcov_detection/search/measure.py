@@ -28,8 +28,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import fastcov
 from fastcov_detection.data.dataset import mix_seed, to_device, to_float
-from fastcov_detection.detector.backbone import NORMS
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.detector.modules import NORMS
 from fastcov_detection.progress import progress_bar
 
 _WARM_UP = 3

@@ -20,8 +20,8 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from fastcov_detection.config import DataConfig, ModelConfig
 from fastcov_detection.data.dataset import load_on_ranks
-from fastcov_detection.detector.backbone import unusual_groups
 from fastcov_detection.detector.build import PYRAMID_LEVELS, parse_name, save_widths
+from fastcov_detection.detector.modules import unusual_groups
 from fastcov_detection.detector.weights import read_state
 from fastcov_detection.distributed import pick_device, process_group, rank
 from fastcov_detection.errors import ConfigError, DataError, closest
@@ -36,7 +36,7 @@ from fastcov_detection.train.evaluate import (
     write_predictions,
 )
 from fastcov_detection.train.folder import category_ids, load_run
-from fastcov_detection.train.steps import PRECISIONS
+from fastcov_detection.train.loop import PRECISIONS
 
 
 def export_run(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,14 @@ from fastcov_detection.data.dataset import (
     mix_seed,
     one_line,
 )
-from fastcov_detection.detector.backbone import build_resnet, norm_layer
-from fastcov_detection.detector.build import check_widths, parse_name, save_widths
+from fastcov_detection.detector.build import check_widths, parse_name, save_widths, settle_norm
+from fastcov_detection.detector.modules import build_resnet, norm_layer
 from fastcov_detection.detector.weights import initialise_backbone
 from fastcov_detection.distributed import pick_device
 from fastcov_detection.errors import CheckpointError, ConfigError, DataError
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.train.folder import LAST, open_folder, write_result
-from fastcov_detection.train.loop import run_settings
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.loop import Loop, run_settings
 
 RESULT = "pretrain.json"
 # What torchvision's detectors normalise their images with.
@@ -153,15 +152,12 @@ def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: in
     Raises:
         ConfigError: If the norm cannot be trained.
     """
-    if config.model.norm == "frozen":
+    model = settle_norm(replace(config.model, init="random"))
+    if model.norm == "frozen":
         raise ConfigError("model.norm is 'frozen': it holds what a training found; use batch")
-    _, depth = parse_name(config.model.name)
-    body = build_resnet(
-        depth,
-        widths,
-        norm_layer(config.model.norm, config.model.norm_groups),
-        config.model.zero_init_last_norm,
-    )
+    _, depth = parse_name(model.name)
+    norm = norm_layer(model.norm, model.norm_groups)
+    body = build_resnet(depth, widths, norm, model.zero_init_last_norm)
     initialise_backbone(body, config.model, depth)
     layers: OrderedDict[str, nn.Module] = OrderedDict(body.named_children())
     layers["avgpool"] = nn.AdaptiveAvgPool2d(1)

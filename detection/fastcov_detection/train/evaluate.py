@@ -334,7 +334,7 @@ def _scores(
 ) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]]]:
     """COCO's numbers and the AP of every class, for boxes and for masks."""
     names = class_names(dataset.file.categories)
-    image_ids = dataset.image_ids()
+    image_ids = dataset.records.image_ids()
     numbers: dict[str, float | None] = {}
     classes: dict[str, dict[str, float | None]] = {}
     for kind, prefix in PREFIXES.items():

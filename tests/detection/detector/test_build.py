@@ -14,7 +14,6 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from fastcov_detection.config import ModelConfig
-from fastcov_detection.detector.backbone import build_resnet, norm_layer, stock_widths
 from fastcov_detection.detector.build import (
     build_model,
     check_widths,
@@ -22,6 +21,7 @@ from fastcov_detection.detector.build import (
     load_widths,
     save_widths,
 )
+from fastcov_detection.detector.modules import build_resnet, norm_layer, stock_widths
 from fastcov_detection.errors import ConfigError, WidthsError
 
 

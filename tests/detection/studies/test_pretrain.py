@@ -21,7 +21,7 @@ from fastcov_detection.errors import CheckpointError, ConfigError, DataError
 from fastcov_detection.studies import pretrain
 from fastcov_detection.studies.pretrain import ObjectCrops, PretrainConfig, build_classifier
 from fastcov_detection.train.logbook import read_log
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.loop import Loop
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])

@@ -17,8 +17,7 @@ from fastcov_detection.errors import CheckpointError, ConfigError, LossError
 from fastcov_detection.search.folder import check_same_data, check_same_search
 from fastcov_detection.train.folder import RunResult, load_run
 from fastcov_detection.train.logbook import Logbook, read_log
-from fastcov_detection.train.loop import train
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.loop import Loop, train
 
 BOX = {"image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 10]}
 
