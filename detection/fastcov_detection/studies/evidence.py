@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcov_detection.config import ConfigError
+from fastcov_detection.errors import ConfigError
 from fastcov_detection.files import write_text
 from fastcov_detection.search.arms import BASELINE
 from fastcov_detection.search.results import read_result, verdict_of

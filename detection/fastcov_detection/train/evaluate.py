@@ -1,7 +1,12 @@
-"""COCO's own measure of a detector, by pycocotools."""
+"""COCO's twelve numbers and the average precision of every class, by pycocotools.
+
+COCO's own measure of a detector, by pycocotools.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import time
@@ -9,27 +14,117 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fastcov_detection.data.batches import aspect_buckets, to_float
-from fastcov_detection.data.dataset import CocoDataset, DataError, one_line
+from fastcov_detection.data.dataset import CocoDataset, aspect_buckets, one_line, to_float
 from fastcov_detection.distributed import from_first, gather_to_first, rank, world_size
+from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_text
 from fastcov_detection.progress import progress_bar
-from fastcov_detection.train.scoring import (
-    NUMBERS,
-    PREFIXES,
-    Detection,
-    class_names,
-    of_kind,
-    score,
+
+NUMBERS = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+    "ar1",
+    "ar10",
+    "ar100",
+    "ar_small",
+    "ar_medium",
+    "ar_large",
 )
+"""Names of COCO's twelve numbers, in the order of ``COCOeval.stats``."""
+
+PREFIXES = {"bbox": "", "segm": "segm_"}
+"""What stands before the names of the numbers of boxes and of masks."""
+
+Detection = dict[str, Any]
+"""One entry of COCO's results format: image_id, category_id, bbox, score, perhaps segmentation."""
+
+
+class Score(NamedTuple):
+    """Result of one comparison with the truth; None where COCO has no number (no such object)."""
+
+    numbers: dict[str, float | None]
+    """By the names of :data:`NUMBERS`, in 0-1."""
+    classes: dict[int, float | None]
+    """AP by category id, in 0-1."""
+
+
+def score(
+    truth: COCO, detections: Sequence[Detection], kind: str, image_ids: Sequence[Any]
+) -> Score:
+    """COCO's numbers for one kind of detections.
+
+    Args:
+        truth: Every object, as pycocotools holds it.
+        detections: In COCO's results format.
+        kind: ``bbox`` or ``segm``.
+        image_ids: Images that count.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        scoring = COCOeval(truth, _results(truth, detections, kind), kind)
+        scoring.params.imgIds = sorted(image_ids)
+        scoring.evaluate()
+        scoring.accumulate()
+        scoring.summarize()
+    numbers = {name: _known(value) for name, value in zip(NUMBERS, scoring.stats, strict=True)}
+    # [thresholds, recalls, categories, areas, limits]: all areas, 100 detections an image.
+    precision = scoring.eval["precision"][:, :, :, 0, -1]
+    classes = {
+        int(category): _mean(precision[:, :, place])
+        for place, category in enumerate(scoring.params.catIds)
+    }
+    return Score(numbers, classes)
+
+
+def of_kind(detections: Sequence[Detection], kind: str) -> list[Detection]:
+    """The detections as a results file of boxes, or one of masks, holds them.
+
+    pycocotools takes a detection's area from its box where there is one, even when it compares
+    masks; so each file has one kind alone.
+    """
+    unused = "bbox" if kind == "segm" else "segmentation"
+    return [{key: one[key] for key in one if key != unused} for one in detections]
+
+
+def class_names(categories: Mapping[int, str]) -> dict[int, str]:
+    """A name of its own for every category: names that occur twice get their id."""
+    counts = Counter(categories.values())
+    return {
+        key: name if counts[name] == 1 else f"{name} ({key})" for key, name in categories.items()
+    }
+
+
+def _results(truth: COCO, detections: Sequence[Detection], kind: str) -> COCO:
+    if detections:
+        return truth.loadRes(of_kind(detections, kind))
+    nothing = COCO()  # pycocotools itself cannot load an empty list
+    nothing.dataset = {**truth.dataset, "annotations": []}
+    nothing.createIndex()
+    return nothing
+
+
+def _known(value: float) -> float | None:
+    """None for the -1 that stands where there is nothing to find."""
+    return None if value < 0 else float(value)
+
+
+def _mean(precision: np.ndarray[Any, Any]) -> float | None:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else None
+
 
 log = logging.getLogger("fastcov_detection")
 
@@ -239,7 +334,7 @@ def _scores(
 ) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]]]:
     """COCO's numbers and the AP of every class, for boxes and for masks."""
     names = class_names(dataset.file.categories)
-    image_ids = dataset.image_ids()
+    image_ids = dataset.records.image_ids()
     numbers: dict[str, float | None] = {}
     classes: dict[str, dict[str, float | None]] = {}
     for kind, prefix in PREFIXES.items():

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from fastcov_detection import cli
-from fastcov_detection.config import ConfigError
-from fastcov_detection.search.cluster import RayEngine
-from fastcov_detection.search.engines import Job, RunError, run_jobs
+from fastcov_detection.errors import ConfigError, RunError
+from fastcov_detection.search.engines import Job, RayEngine, run_jobs
 
 pytest.importorskip("ray")
 

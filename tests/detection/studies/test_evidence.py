@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fastcov_detection.cli import main
-from fastcov_detection.config import ConfigError, preset
+from fastcov_detection.config import preset
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.errors import ConfigError
+from fastcov_detection.search.folder import load_spectra
 from fastcov_detection.search.results import SCHEMA_VERSION
-from fastcov_detection.search.spectra import load_spectra
 from fastcov_detection.search.verdicts import compare_paired
 from fastcov_detection.studies.evidence import BEGIN, END, evidence, write_evidence
 from fastcov_detection.studies.primary import PLAN
