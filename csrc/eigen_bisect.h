@@ -9,7 +9,8 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// Sturm counts at Chains packs of points: several, to hide the latency of their divisions.
+// Sturm counts at the points of several packs. A count waits for its divisions, and those of
+// several packs overlap.
 template <class V, class T, int Chains>
 FASTCOV_INLINE void count_below_packs(const T* diagonal, const T* square, int n,
                                       const V (&points)[Chains],
@@ -31,8 +32,8 @@ FASTCOV_INLINE void count_below_packs(const T* diagonal, const T* square, int n,
   }
 }
 
-// As bisect() of eigen.h for a team of one, but in vectors of eigenvalues: `wide` at once. All of
-// count_sections() comes before find().
+// Bisection as in bisect() of eigen.h for a team of one, `wide` eigenvalues at once.
+// count_sections() must have been called for every section before find() is called.
 template <class T>
 struct PackBisection {
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
@@ -50,7 +51,8 @@ struct PackBisection {
 
   FASTCOV_INLINE T section() const { return (upper - lower) / static_cast<T>(n); }
 
-  // A count at each of n evenly spaced points replaces the first log2(n) halvings of all.
+  // Takes Sturm counts at `wide` of n evenly spaced points, from number `first` on. They replace
+  // the first log2(n) halvings of every eigenvalue.
   FASTCOV_INLINE void count_sections(int first) const {
     V points[chains];
     Count below[chains];
@@ -65,7 +67,7 @@ struct PackBisection {
     }
   }
 
-  // Eigenvalues from `first` on, by write(k, value).
+  // Hands eigenvalues from number `first` on to write(k, value).
   template <class Write>
   FASTCOV_INLINE void find(int first, const Write& write) const {
     int halvings = Numeric<T>::digits + 1;
@@ -101,9 +103,11 @@ struct PackBisection {
   }
 };
 
-// All eigenvalues by write(k, value), by the ranks of a crew: ascending within each block that is
-// not coupled to the next. Returns whether there is one block alone. off_diagonal is overwritten;
-// counts: [n + 1] scratch. A count over a block takes as many divisions as it has rows.
+// Hands all eigenvalues to write(k, value), found by the ranks of a crew. A matrix whose
+// off-diagonal vanishes somewhere falls into blocks, which are solved one after the other: a count
+// over a block then takes only as many divisions as the block has rows. Eigenvalues ascend within a
+// block. Returns true if there was one block alone, so that all of them ascend. off_diagonal is
+// overwritten; counts is scratch. [n + 1]
 template <class T, class Write>
 FASTCOV_INLINE bool bisect_blocks(const Crew& crew, const T* diagonal, T* off_diagonal, int n,
                                   int* counts, const Write& write) {

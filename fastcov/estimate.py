@@ -205,7 +205,7 @@ def estimate(
     check_model(model)
     policy = policy_of(rows)
     check_of(of)
-    pair_names = check_pairs(pairs, memory)
+    pair_names = check_pairs(pairs)
     check_reading(where, weighting, max_channels)
     taps = find_taps(model, include, exclude, where, of)
     sketch = sketch_of(model, taps, memory, pair_names)

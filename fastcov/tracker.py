@@ -805,7 +805,7 @@ def track(
     check_model(model)
     policy = policy_of(rows)
     check_of(of)
-    pair_names = check_pairs(pairs, memory)
+    pair_names = check_pairs(pairs)
     loss_scale = loss_scale_of(unscale)
     check_reading(where, weighting, max_channels)
     check_decay(decay)

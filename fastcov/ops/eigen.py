@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from fastcov.ops import aten_eigen, library, native
 from fastcov.ops.library import operators
+from fastcov.ops.transforms import has_derivative, is_transforming, is_wrapped
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
 # Largest order whose eigenvectors the compiled CPU library finds in less time than LAPACK: 1.1 to
@@ -91,14 +92,14 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
             except (MemoryError, RuntimeError) as error:
                 _raise_explained(error, [A])
         _check_matrix(A, "A")
-        if _has_derivative(A):
-            return cast(Tensor, torch.linalg.eigvalsh(A))
+        if has_derivative(A):
+            return _derived_eigvalsh(A)
         if A.dim() <= 3:
             return _eigvalsh([A])[0]
         return _eigvalsh([A.flatten(0, -3)])[0].reshape(A.shape[:-1])
     matrices = _check_sequence(A)
-    if any(map(_has_derivative, matrices)):
-        return [torch.linalg.eigvalsh(matrix) for matrix in matrices]
+    if any(map(has_derivative, matrices)):
+        return [_derived_eigvalsh(matrix) for matrix in matrices]
     results = _eigvalsh([_one_batch(matrix) for matrix in matrices])
     return [
         result.reshape(matrix.shape[:-1]) for result, matrix in zip(results, matrices, strict=True)
@@ -223,11 +224,24 @@ def count_above(
     return intervals[0] if isinstance(A, Tensor) else intervals
 
 
-def _has_derivative(matrix: Tensor) -> bool:
-    if matrix.requires_grad and torch.is_grad_enabled():
-        return True
-    # Traced code has no tangents of its own.
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(matrix).tangent is not None
+def _finite_part(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    # Batch with zeros for the matrices that LAPACK would refuse, and the mask of the others [...].
+    is_finite = matrix.detach().tril().isfinite().flatten(-2).all(-1)
+    return torch.where(is_finite[..., None, None], matrix, 0), is_finite
+
+
+def _derived_eigvalsh(matrix: Tensor) -> Tensor:
+    finite, is_finite = _finite_part(matrix)
+    return torch.where(is_finite[..., None], torch.linalg.eigvalsh(finite), math.nan)
+
+
+def _derived_eigh(matrix: Tensor) -> Eigensystem:
+    finite, is_finite = _finite_part(matrix)
+    values, vectors = torch.linalg.eigh(finite)
+    return Eigensystem(
+        torch.where(is_finite[..., None], values, math.nan),
+        torch.where(is_finite[..., None, None], vectors, math.nan),
+    )
 
 
 def _is_plain(matrix: Tensor) -> bool:
@@ -243,6 +257,7 @@ def _is_plain(matrix: Tensor) -> bool:
         # Tangents exist inside of a level alone, and traced code has none.
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
+        and not is_transforming()
     )
 
 
@@ -281,18 +296,17 @@ def _eigvalsh(matrices: list[Tensor]) -> list[Tensor]:
 
 def _is_for_torch(matrix: Tensor) -> bool:
     if not matrix.is_cpu:
-        return _has_derivative(matrix)
-    if matrix.shape[-1] > _LARGEST_NATIVE or _has_derivative(matrix):
+        return has_derivative(matrix)
+    if matrix.shape[-1] > _LARGEST_NATIVE or has_derivative(matrix):
         return True
     # Matrices of a batch share instructions, and may not where their bits may not depend on it.
     return torch.are_deterministic_algorithms_enabled()
 
 
 def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
-    if _is_traced(matrix):
-        if _has_derivative(matrix):
-            return Eigensystem(*torch.linalg.eigh(matrix))
-    else:
+    if has_derivative(matrix):
+        return _derived_eigh(matrix)
+    if not _is_traced(matrix):
         try:
             values, vectors = _eigh_of_lapack(matrix)
             # A NaN in a matrix of order 2 may leave values that are finite.
@@ -319,7 +333,7 @@ def _eigh_of_lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_traced(tensor: Tensor) -> bool:
     # Its numbers are not to be looked at: inside torch.compile, or a transform of torch.func.
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch.compiler.is_compiling() or is_wrapped(tensor)
 
 
 def _is_finite(values: Tensor) -> bool:

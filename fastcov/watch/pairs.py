@@ -258,16 +258,15 @@ class Pairs(Mapping[tuple[str, str], Pair]):
         pair.see(side, viewed, running.row_mask)
 
 
-def check_pairs(pairs: Iterable[Sequence[str]], memory: int | str | None) -> list[tuple[str, str]]:
-    """Pairs as the arguments of :func:`fastcov.track` give them.
+def check_pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Pairs as the argument of :func:`fastcov.track` gives them.
 
     Raises:
         TypeError: If an entry is not two names.
-        ValueError: If an entry names one tensor twice, a gradient, or a pair that is there already,
-            or if ``memory`` is limited.
+        ValueError: If an entry names one tensor twice, a gradient, or a pair that is there already.
 
     Example:
-        >>> check_pairs([["encoder", "decoder"]], memory=None)
+        >>> check_pairs([["encoder", "decoder"]])
         [('encoder', 'decoder')]
     """
     checked: list[tuple[str, str]] = []
@@ -281,11 +280,6 @@ def check_pairs(pairs: Iterable[Sequence[str]], memory: int | str | None) -> lis
         if any(name.endswith(gradient_name("")) for name in names):
             raise ValueError(f"pairs holds {pair!r}: gradients are not paired")
         checked.append(names)
-    if checked and memory is not None:
-        raise ValueError(
-            f"pairs={checked} keep whole second moments, which memory={memory!r} cannot bound: "
-            "leave one of the two out"
-        )
     return checked
 
 
