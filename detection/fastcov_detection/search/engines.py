@@ -51,14 +51,14 @@ class Job:
         """Whether an earlier process brought the run to its result."""
         return (self.run_dir / "run.json").exists()
 
-    def command(self) -> list[str]:
-        """The command line that runs or resumes it."""
+    def command(self, processes: int = 1) -> list[str]:
+        """The command line that runs or resumes it, by torchrun in several processes."""
         # -P: the process imports what this one did, not a checkout that happens to lie here.
-        return [sys.executable, "-P", *self.arguments()]
-
-    def arguments(self) -> list[str]:
-        """The command line after the interpreter."""
-        words = ["-m", "fastcov_detection.cli", "train", "--quiet"]
+        words = [sys.executable, "-P", "-m"]
+        if processes > 1:
+            shared = f"--nproc-per-node={processes}"
+            words += ["torch.distributed.run", "--standalone", shared, "-m"]
+        words += ["fastcov_detection.cli", "train", "--quiet"]
         words += ["--config", str(self.config_file), "--out", str(self.run_dir)]
         words += ["--seed", str(self.seed)]
         files = {"--widths": self.widths_file, "--start": self.start_file}
@@ -323,15 +323,8 @@ class RayEngine:
             max_retries=_STARTS,
             name=job.label,
         )
-        folder = job.run_dir.resolve()
-        return _Task(self._ray, task.remote(self._words(job), str(folder), self.threads), folder)
-
-    def _words(self, job: Job) -> list[str]:
-        _, *words = job.command()
-        if self.gpus < 2:
-            return words
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.gpus}"]
-        return [*launcher, *job.arguments()]
+        folder, words = job.run_dir.resolve(), job.command(self.gpus)[1:]
+        return _Task(self._ray, task.remote(words, str(folder), self.threads), folder)
 
     def close(self) -> None:
         """Leaves the cluster; one that was started here ends."""
