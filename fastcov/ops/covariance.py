@@ -312,12 +312,16 @@ def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
     Returns:
         float64, symmetric; NaN where no row was read. [C, C]
     """
-    moment = triangle.unpack(state.moment, len(state.sum))
-    mean = state.sum / state.weight
+    # In tiles up to the end: the matrix itself is made once.
+    mean, shift = state.sum / state.weight, state.shift
+    tiles = state.moment / state.weight
     if centered:
-        return moment / state.weight - torch.outer(mean, mean)
-    cross = torch.outer(mean, state.shift)
-    return moment / state.weight + cross + cross.T + torch.outer(state.shift, state.shift)
+        tiles = tiles - triangle.outer(mean, mean)
+    else:
+        tiles = tiles + triangle.outer(mean, shift)
+        tiles = tiles + triangle.outer(shift, mean)
+        tiles = tiles + triangle.outer(shift, shift)
+    return triangle.unpack(tiles, len(mean))
 
 
 def check_precision(precision: object) -> None:

@@ -71,7 +71,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(tiles: Tensor, channels: int) -> Tensor:
-    """Symmetric matrix of a triangle; a view of a slightly larger one.
+    """Symmetric matrix of a triangle.
 
     Args:
         tiles: From :func:`zeros` or :func:`pack`. [tiles, 32, 32]
@@ -89,7 +89,7 @@ def unpack(tiles: Tensor, channels: int) -> Tensor:
     number = torch.arange(edges, device=tiles.device)
     lower = blocks[number, number].tril()
     blocks[number, number] = lower + lower.tril(-1).mT
-    return matrix[:channels, :channels]
+    return matrix[:channels, :channels].contiguous()
 
 
 def diagonal(tiles: Tensor, channels: int) -> Tensor:

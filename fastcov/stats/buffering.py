@@ -25,9 +25,12 @@ them to a block: 128 turns of its loop, as many as the 2C rows of 2048 channels 
 # More rows than a step has brought: the heads of a detector see another number in every step.
 _HEADROOM = 1.25
 
-# Rows after which a CPU has spent far more time on products than on reading and writing the state,
-# whatever its width: benchmarks/results/buffers.md.
-_MOST_HOST_ROWS = 192
+# Buffers of a CPU. An update passes once over the state: of N rows each pays about 25 / N of the
+# time of its products, whatever the width (benchmarks/results/buffers.md). With so much memory for
+# all buffers of a model, rows in proportion to the channels cost the least in sum. In narrow layers
+# a call costs as much as the products of a few rows.
+_HOST_BUFFER_PER_CHANNEL = 3 / 16
+_LEAST_HOST_ROWS = 128
 
 # Rows of one call, per channel, from which on a CPU's caches hide the state traffic.
 _HOST_ROWS_PER_CHANNEL = 1 / 3
@@ -42,10 +45,12 @@ def buffer_rows(channels: int, is_host: bool = False) -> int:
 
     Example:
         >>> buffer_rows(64, is_host=True), buffer_rows(2048, is_host=True), buffer_rows(2048)
-        (128, 192, 4096)
+        (128, 384, 4096)
     """
     rows = BUFFER_ROWS_PER_CHANNEL * channels
-    return min(rows, _MOST_HOST_ROWS) if is_host else rows
+    if not is_host:
+        return rows
+    return min(rows, max(_LEAST_HOST_ROWS, math.ceil(_HOST_BUFFER_PER_CHANNEL * channels)))
 
 
 def direct_rows(channels: int, is_host: bool) -> int:
