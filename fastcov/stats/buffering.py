@@ -60,8 +60,7 @@ def direct_rows(channels: int, is_host: bool) -> int:
         >>> direct_rows(1536, is_host=True), direct_rows(1536, is_host=False)
         (512, 3072)
     """
-    per_channel = _HOST_ROWS_PER_CHANNEL if is_host else BUFFER_ROWS_PER_CHANNEL
-    return math.ceil(per_channel * channels)
+    return math.ceil((_HOST_ROWS_PER_CHANNEL if is_host else BUFFER_ROWS_PER_CHANNEL) * channels)
 
 
 def device_buffer_limit(channels: int) -> int:
