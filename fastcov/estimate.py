@@ -278,7 +278,7 @@ def _layer_estimate(
     layer_state = state_bytes(order)
     due = [fraction * count for count in load.calls]
     service = service_of(load.dtype, load.device)
-    placement = Placement(size, service.is_host, is_sketched, is_by_image)
+    placement = Placement(size, service.is_host, is_sketched=is_sketched, is_by_image=is_by_image)
     is_whole = fraction == 1 or load.is_copied
     buffered = [placement.waits(count, is_whole) for count in due]
     capacity = placement.capacity if any(buffered) else 0

@@ -232,10 +232,12 @@ class Layer:
         numbers[POSITIONS] += layout.positions
 
     def _expect(self, layout: ActivationLayout) -> None:
+        if layout.dtype is not self.dtype:
+            self._leave_dtype(layout.dtype)
+            if self._device == layout.device:
+                self._serve()
         if self._device != layout.device:
             self.prepare(layout.channels, layout.device)
-        if layout.dtype is not self.dtype:
-            self._match_dtype(layout.dtype)
 
     def read_weighted(self, activation: Tensor, layout: ActivationLayout, weights: Tensor) -> None:
         """Reads the rows of one call, or the sample that is due, each with a weight of its own.
@@ -380,8 +382,7 @@ class Layer:
     def _read_early(self, call: EarlyCall) -> None:
         rows, weights, due = call.rows, call.weights, call.offered
         layout = ActivationLayout(rows)
-        if layout.dtype is not self.dtype:
-            self._match_dtype(layout.dtype)
+        self._expect(layout)
         is_whole = self._fixed_fraction == WHOLE
         if not is_whole:
             due, self._carry = rows_due(call.offered, self._fixed_fraction, self._carry)
@@ -423,7 +424,7 @@ class Layer:
             self._forget_device()
         if self._device != device:
             self._device = device
-            self._serve(self.dtype or torch.float32)
+            self._serve()
         return self.state
 
     # how rows are added
@@ -434,17 +435,18 @@ class Layer:
         is_sketched = self.state is not None and self.state.sketch is not None
         return self.precision == "split" and not is_sketched
 
-    def _serve(self, dtype: torch.dtype) -> None:
+    def _serve(self) -> None:
         # Another dtype or device, hence another implementation, and other sizes of buffers.
-        self.service = service_of(dtype, self._device or torch.device("cpu"))
-        if self.state is not None:
-            self.placement = Placement(
-                self.state.channels,
-                self.service.is_host,
-                is_sketched=self.state.sketch is not None,
-                is_by_image=self._image is not None,
-                decays=self.decay is not None,
-            )
+        assert self.state is not None
+        device = self.state.moment.device
+        self.service = service_of(self.dtype or torch.float32, device)
+        self.placement = Placement(
+            self.state.channels,
+            self.service.is_host,
+            is_sketched=self.state.sketch is not None,
+            is_by_image=self._image is not None,
+            decays=self.decay is not None,
+        )
         self.changed()
 
     def _placement(self) -> Placement:
@@ -577,9 +579,10 @@ class Layer:
         self.early.calls.append(EarlyCall(kept, offered, is_whole=offered <= limit))
 
     def _early_limit(self, layout: ActivationLayout) -> int:
-        # Of a pair, a side is drawn before the state is made.
-        service = service_of(layout.dtype, layout.device)
-        placement = self.placement or Placement(layout.channels, service.is_host)
+        placement = self.placement
+        if placement is None:  # one side of a pair, drawn before the state of both is made
+            service = service_of(layout.dtype, layout.device)
+            placement = Placement(layout.channels, service.is_host)
         return self.early.limit(layout.rows, layout.channels, placement.capacity)
 
     def _decay_until(self, step: int) -> float:
@@ -610,7 +613,7 @@ class Layer:
             self.changed()
         return grown
 
-    def _match_dtype(self, dtype: torch.dtype) -> None:
+    def _leave_dtype(self, dtype: torch.dtype) -> None:
         before = self.dtype
         if before is not None and self.state is not None:
             self.flush()
@@ -620,7 +623,6 @@ class Layer:
                 # The shift has more digits than rows of 16 bits can subtract exactly.
                 self.state.translate_(torch.zeros_like(self.state.shift))
         self.dtype = dtype
-        self._serve(dtype)
 
     def flush(self) -> None:
         """Adds the rows that wait to the state."""

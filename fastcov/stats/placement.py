@@ -5,37 +5,37 @@ Layers place their rows by these answers, and :func:`fastcov.estimate` counts me
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from fastcov.stats.buffering import SKETCH_ROWS, buffer_rows, direct_rows
 
 
-class Placement(NamedTuple):
-    """Facts about a layer that decide where the rows of its calls go.
+class Placement:
+    """Answers for one layer: where the rows of its calls go.
 
-    Attributes:
+    Args:
         channels: Length of a row.
         is_host: True for rows on a CPU: see :class:`fastcov.ops.backend.Service`.
         is_sketched: True if rows are projected to fewer channels.
         is_by_image: True if rows weigh by their image, which the end of a step tells.
         decays: True if rows of earlier steps weigh less.
+
+    Attributes:
+        capacity: Rows that a buffer on the host's counters has room for.
+        direct: Rows of one call from which on they are added at once, where every row is read.
     """
 
-    channels: int
-    is_host: bool
-    is_sketched: bool = False
-    is_by_image: bool = False
-    decays: bool = False
-
-    @property
-    def capacity(self) -> int:
-        """Rows that a buffer on the host's counters has room for."""
-        return SKETCH_ROWS if self.is_sketched else buffer_rows(self.channels, self.is_host)
-
-    @property
-    def direct(self) -> int:
-        """Rows of one call from which on they are added at once, where every row is read."""
-        return SKETCH_ROWS if self.is_sketched else direct_rows(self.channels, self.is_host)
+    def __init__(
+        self,
+        channels: int,
+        is_host: bool,
+        *,
+        is_sketched: bool = False,
+        is_by_image: bool = False,
+        decays: bool = False,
+    ) -> None:
+        self.capacity = SKETCH_ROWS if is_sketched else buffer_rows(channels, is_host)
+        self.direct = SKETCH_ROWS if is_sketched else direct_rows(channels, is_host)
+        self._is_for_device = not (is_sketched or is_by_image)
+        self._decays = decays
 
     def waits(self, due: float, is_whole: bool) -> bool:
         """True if the rows of a call wait in a buffer.
@@ -54,11 +54,11 @@ class Placement(NamedTuple):
             calls: Calls that bring them.
             fraction: Share of the rows that is read.
         """
-        if self.is_by_image or self.is_sketched:
+        if not self._is_for_device:
             return None
         if fraction < 1:
             return fraction * offered
         most_waiting = calls * (self.direct - 1)
-        if self.decays and offered > most_waiting:
+        if self._decays and offered > most_waiting:
             return None  # some calls are added at once, with a decay that only the host knows
         return min(offered, most_waiting)

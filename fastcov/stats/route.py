@@ -62,14 +62,15 @@ class Route:
         layout: Layout of the calls.
 
     Attributes:
+        layer: Layer that reads the calls.
         layout: See the argument.
     """
 
-    __slots__ = ("_layer", "_routes", "layout")
+    __slots__ = ("_routes", "layer", "layout")
 
     def __init__(self, routes: Routes, layout: ActivationLayout) -> None:
         self._routes = routes
-        self._layer = routes.layer
+        self.layer = routes.layer
         self.layout = layout
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
@@ -85,7 +86,7 @@ class Route:
         """
         if not self.layout.fits(value):
             return False
-        self._layer.read(value, self.layout, self._routes.source(module, args, value))
+        self.layer.read(value, self.layout, self._routes.source(module, args, value))
         self._routes.settle(self.layout, value)
         return True
 
@@ -140,7 +141,7 @@ class SampleOnHost(Route):
         if due < 0:
             return super().take(value, module, args)
         if due > 0 and self._mark_step is not None:
-            self._mark_step(due, self._layer.step)
+            self._mark_step(due, self.layer.step)
         return True
 
 
@@ -153,7 +154,7 @@ class AddThroughInput(Route):
         """See :meth:`Route.take`."""
         if not self.layout.fits(value):
             return False
-        self._layer.read(value, self.layout, self._routes.source(module, args, value))
+        self.layer.read(value, self.layout, self._routes.source(module, args, value))
         return True
 
 
