@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
@@ -30,9 +30,9 @@ from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.studies.rebuild import rebuild
 from fastcov_detection.train.evaluate import (
     NUMBERS,
-    PREFIXES,
     Evaluation,
     evaluate,
+    has_masks,
     write_predictions,
 )
 from fastcov_detection.train.folder import category_ids, load_run
@@ -270,9 +270,8 @@ def evaluate_detector(
         data = data or detector.data
         if data is None:
             raise ConfigError(f"{source} does not say what data it is for; give --data FOLDER")
-        heads = getattr(detector.model, "roi_heads", None)
-        with_masks = heads is not None and bool(heads.has_mask())
-        val = load_on_ranks(data, with_masks=with_masks, progress=progress).val
+        masks = has_masks(detector.model)
+        val = load_on_ranks(data, with_masks=masks, progress=progress).val
         found = evaluate(
             detector.model.to(place),
             val,
@@ -298,32 +297,16 @@ def print_scores(
     console: Console | None = None,
 ) -> None:
     """Prints COCO's twelve numbers, and the AP of every class, of boxes and masks."""
-    if not numbers:  # of a run of an earlier version
-        return
-    console = console or Console()
-    kinds = {
-        kind: prefix for kind, prefix in PREFIXES.items() if numbers.get(f"{prefix}ap") is not None
-    }
-    named = {"bbox": "boxes", "segm": "masks"}
-    headings = [named[kind] for kind in kinds]
-    lines = [[name, *(_text(numbers[p + name]) for p in kinds.values())] for name in NUMBERS]
-    _print(console, ["", *headings], lines)
-    first = classes.get("ap", {})
-    lines = [
-        [name, *(_text(classes[f"{prefix}ap"][name]) for prefix in kinds.values())]
-        for name in first
-    ]
-    _print(console, ["AP of class", *headings], lines)
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _print(console: Console, headings: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    prefixes = {"boxes": "", "masks": "segm_"}
+    kinds = {name: one for name, one in prefixes.items() if numbers.get(f"{one}ap") is not None}
+    rows = {name: [numbers[p + name] for p in kinds.values()] for name in NUMBERS if kinds}
+    ranked = classes.get("ap", {}) if kinds else {}
+    aps = {name: [classes[f"{p}ap"][name] for p in kinds.values()] for name in ranked}
+    for heading, lines in (("", rows), ("AP of class", aps)):
+        table = Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for kind in kinds:
+            table.add_column(kind, justify="right")
+        for name, values in lines.items():
+            table.add_row(name, *("-" if one is None else f"{one:.3f}" for one in values))
+        if lines:
+            (console or Console()).print(table)
