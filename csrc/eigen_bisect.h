@@ -32,13 +32,15 @@ FASTCOV_INLINE void count_below_packs(const T* diagonal, const T* square, int n,
   }
 }
 
-// Bisection as in bisect() of eigen.h for a team of one, `wide` eigenvalues at once.
-// count_sections() must have been called for every section before find() is called.
+// Most packs of eigenvalues that are bisected at once: with more, the divider has no time to spare.
+constexpr int kMostChains = 4;
+
+// Bisection as in bisect() of eigen.h for a team of one, Chains packs of eigenvalues at once.
+// count_sections() must have been called for every section before find() is called. Neither depends
+// on Chains but in its time.
 template <class T>
 struct PackBisection {
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
-  static constexpr int chains = 4;
-  static constexpr int wide = lanes * chains;
   using V = Pack<T, lanes>;
   using Count = typename Numeric<V>::Count;
 
@@ -53,27 +55,30 @@ struct PackBisection {
 
   // Takes Sturm counts at `wide` of n evenly spaced points, from number `first` on. They replace
   // the first log2(n) halvings of every eigenvalue.
+  template <int Chains>
   FASTCOV_INLINE void count_sections(int first) const {
-    V points[chains];
-    Count below[chains];
-    for (int c = 0; c < chains; ++c) {
+    constexpr int wide = lanes * Chains;
+    V points[Chains];
+    Count below[Chains];
+    for (int c = 0; c < Chains; ++c) {
       for (int lane = 0; lane < lanes; ++lane) {
         points[c][lane] = lower + section() * static_cast<T>(first + c * lanes + lane);
       }
     }
-    count_below_packs<V, T, chains>(diagonal, square, n, points, below);
+    count_below_packs<V, T, Chains>(diagonal, square, n, points, below);
     for (int k = 0; k < wide && first + k < n; ++k) {
       counts[first + k] = static_cast<int>(below[k / lanes][k % lanes]);
     }
   }
 
   // Hands eigenvalues from number `first` on to write(k, value).
-  template <class Write>
+  template <int Chains, class Write>
   FASTCOV_INLINE void find(int first, const Write& write) const {
+    constexpr int wide = lanes * Chains;
     int halvings = Numeric<T>::digits + 1;
     for (int s = n; s > 1; s /= 2) --halvings;
-    V points[chains], low[chains], high[chains];
-    Count below[chains], index[chains];
+    V points[Chains], low[Chains], high[Chains];
+    Count below[Chains], index[Chains];
     for (int k = 0; k < wide; ++k) {
       const int wanted = first + k < n ? first + k : n - 1;
       int from = 0;
@@ -87,9 +92,9 @@ struct PackBisection {
       index[k / lanes][k % lanes] = wanted;
     }
     for (int step = 0; step < halvings; ++step) {
-      for (int c = 0; c < chains; ++c) points[c] = low[c] + (high[c] - low[c]) * T(0.5);
-      count_below_packs<V, T, chains>(diagonal, square, n, points, below);
-      for (int c = 0; c < chains; ++c) {
+      for (int c = 0; c < Chains; ++c) points[c] = low[c] + (high[c] - low[c]) * T(0.5);
+      count_below_packs<V, T, Chains>(diagonal, square, n, points, below);
+      for (int c = 0; c < Chains; ++c) {
         const auto is_low = below[c] <= index[c];
         low[c] = is_low ? points[c] : low[c];
         high[c] = is_low ? high[c] : points[c];
@@ -103,6 +108,15 @@ struct PackBisection {
   }
 };
 
+// Hands all eigenvalues of a bisection to write(k, value), Chains packs at a time.
+template <int Chains, class T, class Write>
+void bisect_packs(const Crew& crew, const PackBisection<T>& bisection, const Write& write) {
+  constexpr int wide = PackBisection<T>::lanes * Chains;
+  const int parts = (bisection.n + wide - 1) / wide;
+  deal(crew, parts, [&](int part) { bisection.template count_sections<Chains>(part * wide); });
+  deal(crew, parts, [&](int part) { bisection.template find<Chains>(part * wide, write); });
+}
+
 // Hands all eigenvalues to write(k, value), found by the ranks of a crew. A matrix whose
 // off-diagonal vanishes somewhere falls into blocks, which are solved one after the other: a count
 // over a block then takes only as many divisions as the block has rows. Eigenvalues ascend within a
@@ -111,7 +125,7 @@ struct PackBisection {
 template <class T, class Write>
 FASTCOV_INLINE bool bisect_blocks(const Crew& crew, const T* diagonal, T* off_diagonal, int n,
                                   int* counts, const Write& write) {
-  constexpr int wide = PackBisection<T>::wide;
+  constexpr int lanes = PackBisection<T>::lanes;
   int begin = 0;
   for (int end = 1; end <= n; ++end) {
     if (end < n) {
@@ -127,11 +141,23 @@ FASTCOV_INLINE bool bisect_blocks(const Crew& crew, const T* diagonal, T* off_di
       bound_eigenvalues(team, diagonal + begin, off_diagonal + begin, size, lower, upper);
       const PackBisection<T> bisection{
           diagonal + begin, off_diagonal + begin, size, lower, upper, counts};
-      const int packs = (size + wide - 1) / wide;
-      deal(crew, packs, [&](int pack) { bisection.count_sections(pack * wide); });
-      deal(crew, packs, [&](int pack) {
-        bisection.find(pack * wide, [&](int k, T value) { write(begin + k, value); });
-      });
+      const auto write_own = [&](int k, T value) { write(begin + k, value); };
+      // As few packs as hold the eigenvalues, in equal parts.
+      const int packs = (size + lanes - 1) / lanes;
+      const int parts = (packs + kMostChains - 1) / kMostChains;
+      switch ((packs + parts - 1) / parts) {
+        case 1:
+          bisect_packs<1>(crew, bisection, write_own);
+          break;
+        case 2:
+          bisect_packs<2>(crew, bisection, write_own);
+          break;
+        case 3:
+          bisect_packs<3>(crew, bisection, write_own);
+          break;
+        default:
+          bisect_packs<kMostChains>(crew, bisection, write_own);
+      }
     }
     if (begin == 0 && end == n) return true;
     begin = end;

@@ -15,6 +15,7 @@ Precision = Literal["split", "tf32", "ieee", "float64"]
 """Precision of products of rows: see :func:`accumulate_`."""
 _PRECISIONS = get_args(Precision)
 
+_MOST_DIMS = 8  # of the rows that compiled code takes
 _LARGEST_WEIGHT = 1e150  # the square of a weight is a float64
 
 
@@ -144,6 +145,8 @@ def accumulate_(
     x = x.detach()
     if row_weight is not None:
         row_weight = _flat_weights(row_weight, x)
+    if x.dim() > _MOST_DIMS:
+        x = x.reshape(-1, channels)
     counted = None
     if row_weight is not None and x.is_cuda:
         # Triton's kernels count rows of weight 0 and add those of negative weight. So weights that

@@ -22,9 +22,9 @@ from fastcov.ops.library import operators
 from fastcov.ops.transforms import has_derivative, is_transforming, is_wrapped
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
-# Largest order whose eigenvectors the compiled CPU library finds in less time than LAPACK: 1.1 to
-# 1.5 times as fast one by one, measured on a Xeon with AVX-512, also held to AVX2.
-_LARGEST_NATIVE = {"AVX512": 48, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+# Largest order whose eigenvectors the compiled CPU library finds in no more time than LAPACK: up to
+# 1.5 times as fast one by one. Measured on a Xeon with AVX-512, also held to AVX2.
+_LARGEST_NATIVE = {"AVX512": 56, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 if not native.status()["cpu"].active:
     _LARGEST_NATIVE = 0
 _LIN_ALG_ERROR: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
@@ -117,7 +117,7 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
 
     Both equations hold within 1e-5 in float32 up to n = 128, entry by entry and relative to the
     largest eigenvalue; above, LAPACK was off by up to 6e-5 at n = 1024. On a CPU the compiled
-    library solves matrices of up to 48 rows (32 with AVX2), a few one by one and many side by
+    library solves matrices of up to 56 rows (32 with AVX2), a few one by one and many side by
     side; all else is one call of ``torch.linalg.eigh``. While
     ``torch.use_deterministic_algorithms(True)`` is in force, so is everything on a CPU, on one
     thread: the last bits then depend neither on the batch nor on the number of threads. On a GPU
@@ -150,7 +150,7 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
         if A.is_cpu:
             order = A.shape[-1]
             if order > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
-                return _eigh_by_torch(A)
+                return _eigh_of_numbers(A)
             if order == 1:  # no operator of ours is as fast; NaN where not finite
                 zero = A - A
                 return Eigensystem((A + zero).squeeze(-1), zero.exp_())
@@ -306,18 +306,26 @@ def _is_for_torch(matrix: Tensor) -> bool:
 def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
     if has_derivative(matrix):
         return _derived_eigh(matrix)
-    if not _is_traced(matrix):
-        try:
-            values, vectors = _eigh_of_lapack(matrix)
-            # A NaN in a matrix of order 2 may leave values that are finite.
-            if _is_finite(values) and (matrix.shape[-1] != 2 or _is_finite(vectors)):
-                return Eigensystem(values, vectors)
-        except RuntimeError as error:
-            if type(error) is not _LIN_ALG_ERROR:
-                raise
-    # What is not finite LAPACK refuses, or spreads. Such matrices go around it.
-    all_values, all_vectors = aten_eigen.eigh([matrix])
-    return Eigensystem(all_values[0], all_vectors[0])
+    return _eigh_by_parts(matrix) if _is_traced(matrix) else _eigh_of_numbers(matrix)
+
+
+def _eigh_of_numbers(matrix: Tensor) -> Eigensystem:
+    try:
+        values, vectors = _eigh_of_lapack(matrix)
+        # A NaN in a matrix of order 2 may leave values that are finite.
+        if _is_finite(values) and (matrix.shape[-1] != 2 or _is_finite(vectors)):
+            return Eigensystem(values, vectors)
+    except RuntimeError as error:
+        if type(error) is not _LIN_ALG_ERROR:
+            raise
+    # LAPACK refuses a batch with a matrix that is not finite, or spreads what is not.
+    return _eigh_by_parts(matrix)
+
+
+def _eigh_by_parts(matrix: Tensor) -> Eigensystem:
+    # LAPACK gets the finite matrices alone.
+    values, vectors = aten_eigen.eigh([matrix])
+    return Eigensystem(values[0], vectors[0])
 
 
 def _eigh_of_lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,8 +438,10 @@ def _threshold(tau: Real) -> float:
 def _thresholds(tau: Any, matrix: Tensor) -> Tensor:
     # [..., T] with the batch dimension of _one_batch(matrix), in float64.
     if isinstance(tau, Tensor):
-        if tau.is_complex() or tau.dtype == torch.bool:
+        if tau.is_complex() or tau.dtype == torch.bool or tau.is_quantized:
             raise TypeError(f"tau is {tau.dtype}, expected real thresholds: convert it to float")
+        if tau.layout != torch.strided or tau.is_nested:
+            raise TypeError(f"tau has layout {tau.layout}, expected a dense tensor of thresholds")
         if tau.device != matrix.device:
             raise ValueError(
                 f"tau is on {tau.device}, the matrices on {matrix.device}: move tau with .to()"

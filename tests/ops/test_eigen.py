@@ -465,6 +465,9 @@ def test_thresholds_are_numbers_of_any_kind_and_size(tau: object) -> None:
         (np.array(0.5), TypeError, "ndarray"),
         (np.float32("nan"), ValueError, "NaN"),
         ("0.5", TypeError, "str"),
+        (torch.tensor([0.5]).to_sparse(), TypeError, "layout torch.sparse_coo"),
+        (torch.quantize_per_tensor(torch.tensor([0.5]), 0.1, 0, torch.qint8), TypeError, "qint8"),
+        (torch.tensor([True]), TypeError, "torch.bool"),
     ],
 )
 def test_bad_thresholds_are_named(tau: object, error: type[Exception], message: str) -> None:
