@@ -136,7 +136,10 @@ class MiniConfig:
     sizes: tuple[int, int] = (12, 48)
     """Shortest and longest longer edge of an object before rotation, in pixels."""
     pictures: int = 0
-    """Classes of objects that are pictures, pieces of photographs; 0: objects are digits."""
+    """Classes of objects that are pictures; 0: objects are digits."""
+    cells: int = 0
+    """Pictures are mosaics of this many cells along each edge, in random colours; 0: pieces of
+    photographs."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ from fastcov_detection.report.pictures import Curves, draw_dims
 from fastcov_detection.search.verdicts import mean_and_error
 from fastcov_detection.train.folder import read_run_result
 
+FAMILIES = "families.json"
+"""What a comparison of families leaves in its folder, beside its figure."""
 _MOST_DIVISIONS = 20_000
 _THRESHOLD = 1e-3
 _COLOURS = 64
@@ -372,10 +374,28 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
     aps = [[_ap(run) for run in runs] for runs in (a, b)]
     labels = a[0].parent.name, b[0].parent.name
     families = replace(found, label_a=labels[0], label_b=labels[1], ap_a=aps[0], ap_b=aps[1])
-    write_text(out / "families.json", json.dumps(families.as_dict(), indent=2) + "\n")
+    write_text(out / FAMILIES, json.dumps(families.as_dict(), indent=2) + "\n")
     figure = _draw_families(histories[: len(a)], histories[len(a) :], families)
     _write_small(out / "families.png", to_png(figure))
     return families
+
+
+def read_families(folder: Path) -> Families:
+    """A comparison that :func:`compare_families` left in a folder.
+
+    Raises:
+        DataError: If the folder holds none.
+    """
+    path = folder / FAMILIES
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["at_ceiling"]
+        layers = [LayerFamilies(**layer) for layer in values.pop("layers")]
+        return Families(layers=layers, **values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} holds no comparison of families ({error}); run the families command again"
+        ) from None
 
 
 def divide(
