@@ -72,7 +72,7 @@ demo: setup  ## the main job: data, search, retraining, table and report in runs
 
 # Workers share the cores: threads that wait must not spin. Tests marked `alone` measure time.
 WORKERS ?= 2
-PARALLEL := $(INSTALLED) OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := $(INSTALLED) OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup  ## every test, against the installed wheel
 	@status=0; $(PARALLEL) -m "not alone" || status=$$?; \

@@ -50,7 +50,7 @@ T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
 struct RowWeights {
   const void* data = nullptr;
   bool is_double = false;
-  double unit = 1;  // a power of two near the largest: no product of a row and a root overflows
+  double unit = 1;  // a power of two, at least the largest: no row times a root overflows
 
   double raw(int64_t row) const {
     return is_double ? static_cast<const double*>(data)[row]
@@ -71,6 +71,7 @@ struct RowWeights {
       if (weight > largest && std::isfinite(weight)) largest = weight;
     }
     if (largest > 0) unit = std::ldexp(1.0, std::ilogb(largest));
+    if (unit < largest) unit *= 2;
   }
 };
 

@@ -1,5 +1,5 @@
-// Several threads that work on one matrix, for code compiled once for each instruction set: no
-// inline function of the standard library, no header of torch.
+// Several threads that work on one matrix. This is for code that is compiled once for each
+// instruction set, so it uses no inline function of the standard library and no header of torch.
 #pragma once
 
 #include "team.h"
@@ -8,8 +8,8 @@ namespace fastcov {
 
 struct Crew {
   int ranks;
-  // Calls body(argument, begin, end) on threads that run at the same time; the ranges make up
-  // [0, ranks). Not called when there is one rank.
+  // Calls body(argument, begin, end) on threads that run at the same time. Their ranges make up [0,
+  // ranks). It is not called where there is one rank.
   void (*run)(int ranks, void (*body)(void* argument, int begin, int end), void* argument);
 };
 
@@ -27,7 +27,7 @@ void on_ranks(const Crew& crew, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Calls body(index) for [0, count), in order; a rank takes the next index when it is free.
+// Calls body(index) for every index below `count`. A rank takes the next index when it is free.
 template <class Body>
 void deal(const Crew& crew, int count, const Body& body) {
   if (crew.ranks == 1 || count == 1) {

@@ -1,4 +1,5 @@
-// Counters of a layer and its last call's layout, shared with Python: see fastcov/stats/cursor.py.
+// Counters of a layer and the layout of its last call, which Python shares: see
+// fastcov/stats/cursor.py.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,10 @@
 
 namespace fastcov {
 
-constexpr int64_t kWhole = int64_t{1} << 32;  // a fraction of 1
+constexpr int64_t kWhole = int64_t{1} << 32;  // the fraction 1
 constexpr int kMostDims = 5;
 
-// In the order of fastcov/stats/cursor.py.
+// Fields in the order of fastcov/stats/cursor.py.
 struct Cursor {
   int64_t calls;
   int64_t offered;

@@ -1,5 +1,6 @@
-// eigvalsh, eigh and count_above on a GPU. Up to order 2048 (eigh: 128) nothing is synchronised and
-// nothing happens that a graph capture forbids; above, torch.linalg.
+// Operators eigvalsh, eigh and count_above on a GPU. Orders up to 2048 (eigh: 128) are solved by
+// kernels of this library, without host synchronisation and without any call that a graph capture
+// forbids. Larger orders go to torch.linalg.
 #include <algorithm>
 #include <array>
 #include <string>
@@ -47,7 +48,7 @@ std::array<StableIValue, Results> call_linalg(const char* name, const Tensor& ma
   return results;
 }
 
-// One entry through torch.linalg: returns its eigenvalues [B, n] and, where wanted, eigenvectors.
+// Solves one entry by torch.linalg. Returns its eigenvalues [B, n] and, where wanted, eigenvectors.
 template <typename Real>
 std::array<Tensor, 2> run_library(const Tensor& matrices, EigenEntry entry, bool wants_vectors) {
   const int64_t count = batch_count(matrices);
@@ -132,7 +133,7 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& cho
   }
 }
 
-// Entries of a call by dtype, all on one device.
+// Indices of a call's entries by dtype. All entries must be on one device.
 struct Split {
   std::vector<size_t> singles;
   std::vector<size_t> doubles;
@@ -149,7 +150,8 @@ struct Split {
   }
 };
 
-// Bits of a matrix's eigenvalues never depend on the others of a call: nothing to choose.
+// is_alone changes nothing here: on a GPU the bits of a matrix's eigenvalues never depend on the
+// other matrices of the call.
 std::vector<Tensor> eigvalsh(std::vector<Tensor> matrices, bool /*is_alone*/) {
   std::vector<Tensor> results(matrices.size());
   if (matrices.empty()) return results;

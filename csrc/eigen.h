@@ -3,8 +3,8 @@
 //
 // Matrices are scaled by a power of two to a largest entry of about 1, so that squares neither
 // overflow nor vanish, and shifted by the mean of their diagonal. Real is float, double, or a GCC
-// vector of them: then each element belongs to a matrix of its own and every condition on values is
-// a select.
+// vector of them. Each element of a vector belongs to a matrix of its own, so that a condition on
+// values selects elements and never branches.
 #pragma once
 
 #include "eigen_numeric.h"
@@ -13,12 +13,13 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// Vectors of a team, each of padded(n) elements. A reflector is I - inverse_half u u^T.
+// Vectors that a team works with, each of padded(n) elements. A reflector is I - inverse_half u
+// u^T.
 template <class Real>
 struct Reflectors {
-  Real* reflector[2];  // u of this step and v of the step before, by turns
-  Real* update;        // w: what the matrix still lacks is minus v w^T + w v^T
-  Real* product;       // A v; a sweep may use further rows of it, one for each squad
+  Real* reflector[2];  // u of this step and v of the last one; they swap places
+  Real* update;        // w: -(v w^T + w v^T) has still to be added to the matrix
+  Real* product;       // A v; a sweep may use one more row of it for each squad
 };
 
 FASTCOV_INLINE constexpr int padded(int n) { return (n + 3) / 4 * 4; }
@@ -26,12 +27,12 @@ FASTCOV_INLINE constexpr int tile_start(int column) { return column / 4 * 4; }
 
 // Reduces a matrix to tridiagonal form. Its sweep applies the pending update and multiplies by the
 // new reflector in one pass, so that each step touches every entry once. Matrix has
-//   pivot(i, k)                           entry of the column to be reduced now, for i >= k
-//   sweep(team, k, n, v, w, u, product)   over rows and columns beyond k; ends with a sync
-//   may_rest                              whether a step without a reflector needs no sweep
-// A column that has nothing below its off-diagonal needs no reflector. Where none of a pack needs
-// one and the matrix may rest, the update stays pending: matrices that are diagonal or tridiagonal
-// already, or have few distinct eigenvalues, are spared most of the work.
+//   pivot(i, k)                           entry of the column that is reduced now, for i >= k
+//   sweep(team, k, n, v, w, u, product)   works on rows and columns beyond k; ends with a sync
+//   may_rest                              true if a step without a reflector needs no sweep
+// A column whose entries below the off-diagonal are negligible needs no reflector. Where no matrix
+// of a pack needs one, and Matrix may rest, the update stays pending. That spares most of the work
+// for matrices that are diagonal or tridiagonal already, or have few distinct eigenvalues.
 template <class Real, class Team, class Matrix>
 FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
                                    const Reflectors<Real>& vectors, Real* diagonal,
@@ -51,7 +52,7 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
   Real* const w = vectors.update;
   const Real* const product = vectors.product;
   Real inverse_half = zero;
-  bool has_rested = false;  // w is that of an earlier step
+  bool has_rested = false;  // true while w is that of an earlier step
   int rest_count = 0;
   for (int k = 0; k < n; ++k) {
     const bool is_odd = (k - rest_count) % 2 != 0;
@@ -89,7 +90,8 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
         }));
     const auto is_live = rest > Number::fill(Number::negligible_square);
     const bool rests = Matrix::may_rest && !Number::any(is_live);
-    // Entries of a tile that the reduction has passed must not reach the products any more.
+    // The first tile of a sweep also holds rows that are reduced already: zeros keep them out of
+    // the products.
     for (int i = tile_start(k + 1) + lane; i <= k; i += lanes) {
       if (team.owns(i)) u[i] = zero;
     }
@@ -119,8 +121,8 @@ FASTCOV_INLINE void tridiagonalize(Team& team, Matrix& matrix, int n,
   team.sync();
 }
 
-// An interval that holds every eigenvalue (Gershgorin). Turns off-diagonals into their squares,
-// raised from zero so that a Sturm count never meets 0 / 0.
+// Finds an interval that holds every eigenvalue (Gershgorin). Replaces the off-diagonals by their
+// squares, and raises these from zero so that a Sturm count never divides zero by zero.
 template <class Real, class Team>
 FASTCOV_INLINE void bound_eigenvalues(Team& team, const Real* diagonal, Real* off_diagonal, int n,
                                       Real& lower, Real& upper) {
@@ -142,8 +144,8 @@ FASTCOV_INLINE void bound_eigenvalues(Team& team, const Real* diagonal, Real* of
   team.sync();
 }
 
-// Number of eigenvalues below x: negative pivots of T - x I (Sturm). A pivot of zero gives an
-// infinity of the right sign in the next, so that no guard is needed.
+// Counts the eigenvalues below x, which are as many as the negative pivots of T - x I (Sturm). A
+// pivot of zero makes the next one an infinity of the right sign, so that no guard is needed.
 template <class Real>
 FASTCOV_INLINE typename Numeric<Real>::Count count_below(const Real* diagonal, const Real* square,
                                                          int n, Real x) {
@@ -157,8 +159,9 @@ FASTCOV_INLINE typename Numeric<Real>::Count count_below(const Real* diagonal, c
   return below;
 }
 
-// Writes eigenvalue k, ascending, by write(k, value); one lane for each, over all members. Counts
-// at evenly spaced points, shared by the team's lanes [size], replace the first log2(size)
+// Finds all eigenvalues by bisection and hands them to write(k, value), k in ascending order. Each
+// lane of each member takes one eigenvalue at a time. Before that the lanes of a team share out
+// Sturm counts at size() evenly spaced points, which saves every eigenvalue the first log2(size())
 // halvings.
 template <class Real, class Team, class Write>
 FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square, int n, Real lower,
@@ -193,19 +196,21 @@ FASTCOV_INLINE void bisect(Team& team, const Real* diagonal, const Real* square,
   }
 }
 
-// Bound on what the reduction of a matrix of this Frobenius norm, in double, and Sturm counts of
-// its tridiagonal form move an eigenvalue by: a theorem, not a measurement. A step is exact for a
-// matrix that differs by at most (16 m + 103) u times the norm, where sums have m terms, added in
-// any order: 8 m come from products with the reflector, 4 m each from their sum and the reflector's
-// norm. Over m = n - 1, n - 2, ... that is 8 n^2 u, and less in two stages, whose sums are of
-// tiles. In float32 such a bound is of no use: counts are taken in double.
+// Bound on the error of an eigenvalue that comes from the reduction of a matrix of this Frobenius
+// norm, in double, and from Sturm counts of its tridiagonal form. It is proved, not measured. A
+// step is exact for a matrix that differs from the true one by at most (16 m + 103) u times the
+// norm, where sums have m terms, added in any order: 8 m come from products with the reflector, 4 m
+// each from their sum and from the reflector's norm. Summed over m = n - 1, n - 2, ... that is 8
+// n^2 u. A reduction in two stages errs less, because its sums run over tiles. In float32 the bound
+// would be too wide to be of use, so counts are taken in double.
 FASTCOV_INLINE double reduction_error(int n, double norm) {
   return 8.0 * n * (n + 16.0) * 0x1p-53 * norm;
 }
 
-// The same for a tridiagonal form: reflectors keep the norm. What else moves an eigenvalue: columns
-// dropped as negligible, n of them and in two stages n^2 / 64 in bulges; off-diagonals raised from
-// zero; the rounding of a threshold less the shift.
+// reduction_error() from the tridiagonal form, whose norm is the matrix's own because reflectors
+// keep it, plus what else moves an eigenvalue: columns that were dropped as negligible (n of them,
+// and n^2 / 64 more in the bulges of two stages), off-diagonals that were raised from zero, and the
+// rounding of a threshold less the shift.
 FASTCOV_INLINE double count_error(const double* diagonal, const double* square, int n,
                                   double shift) {
   double sum = diagonal[0] * diagonal[0];
@@ -217,8 +222,8 @@ FASTCOV_INLINE double count_error(const double* diagonal, const double* square, 
          0x1p-51 * absolute(shift);
 }
 
-// Bounds on the number of eigenvalues above tau: an eigenvalue within `error` of it may be on
-// either side. NaN compares false, so that a threshold of NaN gives (0, n).
+// Bounds the number of eigenvalues above tau: an eigenvalue within `error` of tau may lie on either
+// side. A NaN in tau gives (0, n), because it compares false.
 FASTCOV_INLINE void count_above(const double* diagonal, const double* square, int n, double error,
                                 double tau, int& low, int& high) {
   low = tau == tau ? n - count_below(diagonal, square, n, tau + error) : 0;

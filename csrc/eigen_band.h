@@ -1,8 +1,9 @@
-// Reduction of one large symmetric matrix to band form on the host: Householder reflectors of a
-// panel of columns at once (compact WY form), so that all but the panels is products of tiles.
+// Reduction of one large symmetric matrix to band form on the host. The reflectors of a panel of
+// columns are applied at once (compact WY form), so that all work outside of the panels is products
+// of tiles.
 //
-// The matrix is its lower tiles, by columns of tiles; those on the diagonal are whole. No sum
-// depends on how many threads there are.
+// The matrix is stored as its lower tiles, by columns of tiles; tiles on the diagonal are whole. No
+// sum depends on the number of threads.
 #pragma once
 
 #include "crew.h"
@@ -12,13 +13,13 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// Scratch of a reduction of `tiles` rows of tiles.
+// Scratch memory to reduce a matrix of `tiles` rows of tiles.
 template <class T>
 struct BandSpace {
   int tiles;
   T* matrix;      // [tiles (tiles + 1) / 2]
-  T* transposed;  // [tiles]: of the reflectors
-  T* product;     // [tiles]: first A V T, then minus W
+  T* transposed;  // [tiles]: transposed reflectors
+  T* product;     // [tiles]: first A V T, later -W
   T* partial;     // [tiles]
   T* small;       // [kSmall]
   static constexpr int kSmall = 4;
@@ -38,15 +39,15 @@ struct BandSpace {
   }
 };
 
-// As in eigen.h: u = x / |x| + sign(x_0) e_0 has entries of order one, H = I - inverse_half u u^T.
-// Nothing to do (inverse_half 0) where x has its first entry alone; rest is the square of the
-// others.
+// Reflector H = I - inverse_half u u^T of a column x, with u = x / |x| + sign(x_0) e_0 as in
+// eigen.h. `rest` is the sum of squares of all entries but the first. Where it is negligible no
+// reflector is needed, and inverse_half is 0.
 template <class T>
 struct Reflection {
   T inverse_norm;
   T sign;
   T inverse_half;
-  T image;  // of the first entry
+  T image;  // what the first entry becomes
 
   FASTCOV_INLINE Reflection(T first, T rest) {
     const bool is_live = rest > Numeric<T>::negligible_square;
@@ -58,10 +59,11 @@ struct Reflection {
   }
 };
 
-// Sums are formed over so many tiles, then added: rounding grows with the length of a chain.
+// Rounding grows with the length of a sum. Sums are therefore formed over this many tiles at a
+// time, and then added.
 constexpr int kChainTiles = 4;
 
-// Sums of u . a_j over a panel for Columns columns a_j from `column` on.
+// Forms the sums u . a_j over a panel, for the Columns columns a_j from `column` on.
 template <int Columns, class T>
 FASTCOV_INLINE void panel_dots(const T* panel, int count, int reflector, int column,
                                T (&dots)[Columns]) {
@@ -86,8 +88,8 @@ FASTCOV_INLINE void panel_dots(const T* panel, int count, int reflector, int col
   for (int c = 0; c < Columns; ++c) dots[c] = sum_lanes<T>(sums[c]);
 }
 
-// QR of a panel of `count` tiles: reflectors u take its place, `triangle` gets R. Returns whether
-// there is any reflector.
+// QR decomposition of a panel of `count` tiles. The reflectors u replace the panel, and `triangle`
+// gets R. Returns true if there is any reflector.
 template <class T>
 bool factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
   using V = Pack<T, kTileLanes<T>>;
@@ -139,7 +141,8 @@ bool factor_panel(T* panel, int count, T* triangle, T* inverse_halves) {
   return is_live;
 }
 
-// The product of reflectors is I - V T V^T; gram is V^T V. t must be zero.
+// Forms the triangle T for which the product of the reflectors is I - V T V^T. gram is V^T V; t
+// must be zero.
 template <class T>
 void form_factor(const T* gram, const T* inverse_halves, T* t) {
   for (int c = 0; c < kTile; ++c) {
@@ -153,7 +156,7 @@ void form_factor(const T* gram, const T* inverse_halves, T* t) {
   }
 }
 
-// The sum of tiles one after the other in memory, pairwise, in place of the first.
+// Sums tiles that lie one after the other in memory, pairwise. The first tile gets the sum.
 template <class T>
 void sum_tiles(T* tiles, int count) {
   for (int step = 1; step < count; step *= 2) {
@@ -165,7 +168,7 @@ void sum_tiles(T* tiles, int count) {
   }
 }
 
-// Leaves the band in the matrix: tiles on the diagonal, and below each one an upper triangle.
+// Reduces the matrix to its band: whole tiles on the diagonal, and an upper triangle below each.
 template <class T>
 void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
   const int tiles = space.tiles;
@@ -198,7 +201,8 @@ void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
     form_factor(part(first), inverse_halves, factor);
     transpose_tile(factor, factor_transposed);
 
-    // X = A V T, from the lower tiles alone: those right of the diagonal give (A V)^T.
+    // X = A V T from the lower tiles alone. Tiles right of the diagonal are mirror images: V^T
+    // times the lower tile gives their part of (A V)^T.
     deal(crew, count, [&](int index) {
       const int i = first + index;
       T row[kTileElements] __attribute__((aligned(64))) = {};
@@ -219,7 +223,7 @@ void reduce_to_band(const Crew& crew, const BandSpace<T>& space) {
       clear(part(i));
       multiply(part(i), v_transposed(i), w(i), v(i));
     });
-    // W = X - V (T^T V^T X) / 2, and A - V W^T - W V^T is what the reflectors leave.
+    // With W = X - V (T^T V^T X) / 2 the reflectors turn A into A - V W^T - W V^T.
     sum_tiles(part(first), count);
     clear(coupling);
     multiply(coupling, factor_transposed, part(first), factor);

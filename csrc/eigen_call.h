@@ -1,4 +1,4 @@
-// The matrices of one call on a GPU, sorted into size classes that run at the same time.
+// The matrices of one call on a GPU, sorted into classes of size that run at the same time.
 #pragma once
 
 #include <algorithm>
@@ -26,14 +26,14 @@ inline DeviceLimits limits_of(int device) {
           attribute(cudaDevAttrClusterLaunch, device) != 0};
 }
 
-// Entries of a call that go to one kernel, a table at a time.
+// Entries of a call that go to the same kernel. They are launched a table at a time.
 struct Bucket {
-  // Matrices of one table: a grid has fewer than 2^31 blocks.
+  // Most matrices of one table, because a grid has fewer than 2^31 blocks.
   static constexpr int64_t kMost = int64_t{1} << 30;
 
   std::vector<EigenEntry> entries;
   std::vector<int64_t> counts;
-  std::vector<void*> vectors;  // eigh only
+  std::vector<void*> vectors;  // used by eigh alone
 
   void add(const EigenEntry& entry, int64_t count, void* eigenvectors = nullptr) {
     if (count == 0) return;
@@ -67,11 +67,12 @@ inline EigenClass register_class(int n, size_t item_bytes) {
   return EigenClass::kTriangle;
 }
 
-// Kernels that size their shared memory by the largest order of a table get tables of similar
-// orders.
+// Largest of the 32 orders that n is grouped with. Kernels that size their shared memory by the
+// largest order of a table get tables of one such group, so that small matrices do not reserve the
+// memory of large ones.
 inline int order_band(int n) { return (n + 31) / 32 * 32; }
 
-// The matrices of one call, by size class.
+// Matrices of one call, sorted into classes of size as they are added, and launched by run().
 template <typename Real>
 class Call {
  public:
@@ -89,7 +90,8 @@ class Call {
   }
   bool has_vectors(int n) const { return plan_jacobi<Real>(n, 1, limits_.shared_bytes).fits; }
 
-  // Eigenvalues, or counts, of an order that has_values.
+  // Adds matrices of an order for which has_values() is true. Their eigenvalues are wanted, or
+  // counts.
   void add(const EigenEntry& entry, int64_t count) {
     const EigenClass size_class = register_class(entry.n, sizeof(Real));
     if (size_class != EigenClass::kTriangle) {
@@ -100,7 +102,7 @@ class Call {
       members_[entry.n].add(entry, count);
     }
   }
-  // Eigenvectors too, of an order that has_vectors.
+  // Adds matrices of an order for which has_vectors() is true. Their eigenvectors are wanted too.
   void add(const EigenEntry& entry, int64_t count, void* vectors) {
     jacobi_[order_band(entry.n)].add(entry, count, vectors);
   }
@@ -108,8 +110,9 @@ class Call {
   void run() {
     Fork fork(device_, registers_.size() + triangles_.size() + jacobi_.size() +
                            static_cast<size_t>(!members_.empty()));
-    // Cooperative grids follow one another in one stream: two that wait for room at the same time
-    // could keep it from each other. They come first, because they need most of the GPU.
+    // Cooperative grids follow one another in one stream: if two of them waited for room on the GPU
+    // at the same time, each could keep it from the other. They come first, because they need most
+    // of the GPU.
     const cudaStream_t members_stream = members_.empty() ? nullptr : fork.branch();
     descending(members_, [&](int n, const EigenTable& table, void* const*) {
       const MembersPlan plan = plan_members<Real>(n, table.matrices, limits_);
@@ -150,8 +153,8 @@ class Call {
     }
   }
 
-  // Memory of the current stream for a branch: given back when the call returns, when that stream
-  // already waits for every branch.
+  // Takes memory from the current stream for work on a branch. It is given back when the call
+  // returns, at which time the current stream waits for every branch already.
   void* keep(int64_t bytes, Fork& fork, cudaStream_t branch) {
     if (bytes == 0) return nullptr;
     workspaces_.push_back(torch::stable::new_empty(first_, {bytes}, ScalarType::Byte));

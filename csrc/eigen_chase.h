@@ -1,8 +1,10 @@
-// Reduction of a symmetric band matrix to tridiagonal form on the host: each sweep frees one column
-// of what is below its off-diagonal and chases the bulge that this makes down the band.
+// Reduction of a symmetric band matrix to tridiagonal form on the host. A sweep frees one column of
+// its entries below the off-diagonal. That makes a bulge further down the band, which the steps of
+// the sweep chase out of the matrix.
 //
-// Every step works on whole blocks of kTile rows; beyond the matrix they hold zeros, which stay.
-// Threads share a sweep by ranges of its steps, so that each keeps its part of the band in cache.
+// Every step works on whole blocks of kTile rows. Beyond the matrix these hold zeros, and stay so.
+// Threads share each sweep by ranges of its steps, so that each keeps its part of the band in
+// cache.
 #pragma once
 
 #include <sched.h>
@@ -16,8 +18,8 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// Entry (i, j) is data[stride * j + i], for -kTile < i - j < 2 kTile: both triangles of the band,
-// and below it the bulges.
+// Storage of the band, both of its triangles, and of the bulges below it: entry (i, j) is
+// data[stride * j + i], for -kTile < i - j < 2 kTile.
 template <class T>
 struct Band {
   static constexpr int stride = 3 * kTile;
@@ -39,7 +41,7 @@ FASTCOV_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * lanes)...);
 }
 
-// Lane c of the result is the sum of terms[c].
+// Sums each of `terms` over its lanes. Lane c of the result is the sum of terms[c].
 template <class T, int Lanes = kTileLanes<T>>
 FASTCOV_INLINE Pack<T, Lanes> sum_each(Pack<T, Lanes> (&terms)[Lanes]) {
   using V = Pack<T, Lanes>;
@@ -56,7 +58,7 @@ FASTCOV_INLINE Pack<T, Lanes> sum_each(Pack<T, Lanes> (&terms)[Lanes]) {
   return terms[0];
 }
 
-// One column of a block in registers.
+// One column of a block, held in registers.
 template <class T>
 struct Column {
   static constexpr int parts = kTile / kTileLanes<T>;
@@ -85,7 +87,8 @@ struct Column {
   FASTCOV_INLINE T dot(const Column& other) const { return sum_lanes<T>(terms(other)); }
 };
 
-// The reflector that maps a column of a block onto its first entry.
+// Finds the reflector that maps a column of a block onto its first entry, and stores the mapped
+// column.
 template <class T>
 FASTCOV_INLINE void reflect(Column<T> x, T* column, BulgeReflector<T>& reflector) {
   const T first = x.part[0][0];
@@ -100,7 +103,7 @@ FASTCOV_INLINE void reflect(Column<T> x, T* column, BulgeReflector<T>& reflector
   column[0] = reflection.image;
 }
 
-// block u, in two chains that do not wait for each other.
+// Product of a block and u, in two sums that do not wait for each other.
 template <class T>
 FASTCOV_INLINE Column<T> block_times(const T* block, const T* u) {
   Column<T> even{}, odd{};
@@ -112,8 +115,8 @@ FASTCOV_INLINE Column<T> block_times(const T* block, const T* u) {
   return even;
 }
 
-// Step of a sweep: applies `reflector` to rows and columns from r on, frees column r below row
-// r + kTile again, and leaves the reflector that does so.
+// One step of a sweep: applies `reflector` to rows and columns from r on. Column r then has entries
+// below row r + kTile again, and `reflector` becomes the one that frees it of them.
 template <class T>
 void chase_step(const Band<T>& band, int r, BulgeReflector<T>& reflector) {
   constexpr int stride = Band<T>::stride;
@@ -135,7 +138,8 @@ void chase_step(const Band<T>& band, int r, BulgeReflector<T>& reflector) {
     column.store(square + j * stride);
   }
 
-  // The block below, from the right and then from the left.
+  // The block below is multiplied by the old reflector from the right, and by the next one from the
+  // left.
   T* const below = band.at(r + kTile, r);
   Column<T> minus_w{};
   minus_w.add(block_times(below, reflector.u), -half);
@@ -162,7 +166,7 @@ void chase_step(const Band<T>& band, int r, BulgeReflector<T>& reflector) {
     column.add(next_u, dots[j]);
     column.store(below + j * stride);
   }
-  // Its first row joins the next sweep's square, which reads both triangles.
+  // The first row of this block belongs to a square of the next sweep, which reads both triangles.
   T* const mirrored = band.at(r, r + kTile);
   for (int j = 1; j < kTile; ++j) mirrored[j] = below[j * stride];
   reflector = next;
@@ -170,14 +174,15 @@ void chase_step(const Band<T>& band, int r, BulgeReflector<T>& reflector) {
 
 FASTCOV_INLINE int chase_steps(int n, int sweep) { return (n - 2 - sweep) / kTile + 1; }
 
-// Steps that sweeps have finished, each in a line of its own.
+// Number of steps that a sweep has finished. Each number has a cache line to itself, because
+// another thread waits for it.
 struct alignas(64) SweepProgress {
   int steps;
 };
-// Reflectors on their way from one range of steps to the next: a range is never two sweeps ahead of
-// the one that follows it.
+// Slots for reflectors on their way from one range of steps to the next. A range is never two
+// sweeps ahead of the one that follows it, so that no slot is overwritten early.
 constexpr int kHandedOver = 4;
-// A range shorter than this waits more than it works.
+// In a range with fewer steps a thread would wait longer than it works.
 constexpr int kFewestSteps = 4;
 
 template <class T>
@@ -188,8 +193,8 @@ struct ChaseSpace {
 };
 
 FASTCOV_INLINE void wait_for(const int* steps, int wanted) {
-  // A step takes half a microsecond. Who waits a hundred times longer keeps a core from the thread
-  // that it waits for.
+  // A step takes half a microsecond. A thread that has waited a hundred times longer yields,
+  // because it may hold the core of the thread that it waits for.
   for (int spins = 0; __atomic_load_n(steps, __ATOMIC_ACQUIRE) < wanted; ++spins) {
     if (spins >= 1000) sched_yield();
 #if defined(__x86_64__)
@@ -212,13 +217,13 @@ void chase_sweep_range(const ChaseSpace<T>& space, int n, int sweep, int part, i
     reflector = space.handed[part * kHandedOver + sweep % kHandedOver];
   }
   for (int t = begin; t < end; ++t) {
-    // The sweep before must be past the rows that this step touches.
+    // The sweep before must have passed the rows that this step touches.
     if (before) wait_for(before, t + 2 < before_steps ? t + 2 : before_steps);
     if (t == 0) {
       T* const column = space.band.at(sweep + 1, sweep);
       reflect(Column<T>::load(column), column, reflector);
     }
-    // Without a reflector there is no bulge, and none further on.
+    // Without a reflector there is no bulge here, and none further down.
     if (reflector.inverse_half != T(0)) {
       chase_step(space.band, sweep + 1 + t * kTile, reflector);
     }
@@ -235,7 +240,8 @@ void chase(const Crew& crew, const ChaseSpace<T>& space, int n) {
     for (int sweep = 0; sweep < n - 2; ++sweep) {
       int parts = chase_steps(n, sweep) / kFewestSteps;
       parts = parts > crew.ranks ? crew.ranks : parts < 1 ? 1 : parts;
-      // A thread may have been given several ranks: sweep by sweep, no range waits for a later one.
+      // A thread may have several ranks. It takes them sweep by sweep and in order, so that no
+      // range ever waits for one that its own thread takes later.
       for (int part = rank_begin; part < rank_end && part < parts; ++part) {
         chase_sweep_range(space, n, sweep, part, parts);
       }

@@ -1,6 +1,7 @@
-// eigvalsh, eigh and count_above for the CPU: groups of matrices of one order go to the kernels of
-// the machine's instruction set, on torch's threads. Every order is served; what LAPACK does faster
-// (eigh of few matrices, or of large ones) does not come here (fastcov/ops/eigen.py).
+// Operators eigvalsh, eigh and count_above on a CPU. Matrices of one order are solved in groups, by
+// the kernels of the machine's instruction set, on torch's threads. Every order is served here, but
+// fastcov/ops/eigen.py sends to LAPACK what LAPACK does faster: eigh of few matrices or of large
+// ones.
 #include "eigen_cpu.h"
 
 #include <algorithm>
@@ -19,7 +20,7 @@ extern "C" const char* fastcov_cpu_instruction_set();
 namespace fastcov {
 namespace {
 
-// Below this much estimated work a second thread costs more than it brings.
+// Below this estimated time of a call a second thread costs more than it saves.
 constexpr double kSerialNanoseconds = 150e3;
 
 struct Level {
@@ -40,7 +41,7 @@ const Level& level() {
   return chosen;
 }
 
-// Of the two dtypes' kernels in a level.
+// Picks the kernels of a dtype.
 template <typename T, typename Kernels>
 const auto& of_dtype(const Kernels& kernels) {
   if constexpr (sizeof(T) == 4) {
@@ -54,7 +55,7 @@ const EigenKernels<T>& kernels() {
   return of_dtype<T>(level().batched);
 }
 
-// Scratch memory of the calling thread, kept between calls unless it is large.
+// Scratch memory of the calling thread. It is kept between calls unless it is larger than this.
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
 struct Arena {
   std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
@@ -92,7 +93,7 @@ std::vector<int64_t> shape_without_last(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end() - 1};
 }
 
-// A contiguous tensor, without the dispatcher: small orders take no longer than that does.
+// Makes a contiguous tensor without torch's dispatcher, which takes as long as a small matrix does.
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) {
@@ -132,7 +133,8 @@ struct Batch {
   MatrixRef<T> plain(int64_t index) const {
     return {data + index * batch_stride, row_stride, column_stride};
   }
-  // Of the two ways to read a triangle by columns, the one that finds them side by side.
+  // A triangle can be read by columns from either end; this picks the way that finds the entries of
+  // a column side by side in memory.
   MatrixRef<T> operator[](int64_t index) const {
     const T* const matrix = data + index * batch_stride;
     if (row_stride == 1) return {matrix, row_stride, column_stride};
@@ -140,9 +142,10 @@ struct Batch {
   }
 };
 
-// Divides `count` matrices of an order in groups, of at most `most` each, that cost the threads the
-// same: whole rounds of the widest groups, then full vectors, then what is left, one by one where
-// every thread takes less than a vector costs.
+// Divides `count` matrices of one order into groups of at most `most`, so that all threads take the
+// same time. First come rounds in which every thread has a group of `most`, then groups of full
+// vectors. The rest is one group, or is solved one by one where every thread then takes less time
+// than a vector would.
 template <typename T>
 std::vector<int64_t> group_sizes(int64_t fewest, int64_t count, int64_t most, int64_t threads) {
   const int64_t lanes = kernels<T>().lanes;
@@ -166,8 +169,9 @@ std::vector<int64_t> group_sizes(int64_t fewest, int64_t count, int64_t most, in
   return sizes;
 }
 
-// Runs tasks in groups of one order, of at most `most`, the longest first, each thread taking the
-// next when it is free. bytes_of: scratch of a group by order; fewest_of: fewest side by side.
+// Runs tasks in groups of one order and of at most `most` matrices, the longest first. A thread
+// takes the next group when it is free. bytes_of gives the scratch memory of a group by its order,
+// fewest_of the fewest matrices for which one vector takes less time than one by one.
 template <typename T, typename Run>
 void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_of)(int),
                 int (*fewest_of)(int), const Run& run) {
@@ -177,14 +181,14 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
     std::stable_sort(tasks.begin(), tasks.end(), is_larger);
   }
   const int64_t total = static_cast<int64_t>(tasks.size());
-  double work = 0;  // nanoseconds, measured on an EPYC with AVX2
+  double work = 0;  // in nanoseconds, as measured on an EPYC with AVX2
   for (const EigenTask<T>& task : tasks) {
     const double order = task.n;
     work += 100 + order * order * (4.5 + 0.02 * order);
   }
   const int64_t threads = work < kSerialNanoseconds ? 1 : thread_count();
   std::vector<int64_t> starts;
-  int64_t bytes = 0;  // of the neediest order, which need not be the largest
+  int64_t bytes = 0;  // of the order that needs most, which may not be the largest
   for (int64_t begin = 0; begin < total;) {
     int64_t end = begin;
     while (end < total && tasks[end].n == tasks[begin].n) ++end;
@@ -212,8 +216,8 @@ void run_groups(std::vector<EigenTask<T>>& tasks, int64_t most, int64_t (*bytes_
   torch::stable::parallel_for(0, std::min(threads, groups), 1, [&](int64_t, int64_t) { drain(); });
 }
 
-// Eigenvalues of the large matrices that would leave threads idle, one after the other by all
-// threads; those tasks are taken out.
+// Large matrices that do not come out even among the threads are solved one after the other, each
+// by all threads, and taken out of the tasks.
 template <typename T>
 void run_large(std::vector<EigenTask<T>>& tasks) {
   const auto is_large = [](const EigenTask<T>& task) { return task.n >= kCrewOrder; };
@@ -234,7 +238,8 @@ void run_large(std::vector<EigenTask<T>>& tasks) {
   if (arena.bytes > kKeptBytes) arena.release();
 }
 
-// is_alone: no matrix shares a group, so that its bits depend on nothing else.
+// With is_alone every matrix is solved in a group of its own, so that its bits depend on nothing
+// else.
 template <typename T>
 void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& entries,
                  bool is_alone, std::vector<Tensor>& results) {
@@ -305,7 +310,7 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
                 kernels<T>().eigenvectors);
 }
 
-// Entries of a call by dtype: one call may mix them, a group may not.
+// Indices of a call's entries by dtype: a call may mix dtypes, a group may not.
 struct Split {
   std::vector<size_t> singles;
   std::vector<size_t> doubles;

@@ -1,4 +1,4 @@
-// What every eigenvalue kernel does before and after the reduction, and how it is launched.
+// Steps of every eigenvalue kernel before and after the reduction, and its launch.
 #pragma once
 
 #include <map>
@@ -25,11 +25,12 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int thread
 }
 
 // Lets a kernel use `bytes` of dynamic shared memory. The limit belongs to the kernel, not to a
-// launch: it always becomes all that the GPU gives, so that threads that launch different sizes at
-// the same time never lower it under each other.
+// launch. It is therefore always set to all that the GPU gives: threads that launch different sizes
+// at the same time then never lower it under each other.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
-  // Set once: setting it may wait for copies that are under way.
+  // The limit is set once for each kernel and device, because setting it may wait for running
+  // copies.
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> most_of;
   int device = 0;
@@ -52,11 +53,11 @@ cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
   return bytes > found->second ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-// One matrix of a table.
+// One matrix of a table, by its number.
 template <class Real>
 struct Located {
   const EigenEntry* entry;
-  int64_t index;  // in its entry
+  int64_t index;  // number of the matrix in its entry
   const Real* matrix;
 
   __device__ Located(const EigenTable& table, int64_t number) {
@@ -67,13 +68,14 @@ struct Located {
     matrix = static_cast<const Real*>(entry->matrices) + index * entry->batch_stride;
   }
   __device__ int order() const { return entry->n; }
-  // Entry of the lower triangle: row >= column.
+  // Entry of the lower triangle, row >= column.
   __device__ Real lower(int row, int column) const {
     return matrix[row * entry->row_stride + column * entry->column_stride];
   }
 };
 
-// Mean that is subtracted from the diagonal of a scaled matrix; every squad finds the same bits.
+// Mean of the diagonal of a scaled matrix, which is subtracted from it. Every squad finds the same
+// bits.
 template <class Real, class Team>
 __device__ Real shift_of(Team& team, const Located<Real>& located, const Scale<Real>& scale) {
   if (!scale.is_finite) return Real(0);
@@ -83,7 +85,7 @@ __device__ Real shift_of(Team& team, const Located<Real>& located, const Scale<R
   return diagonal_shift(trace, located.order());
 }
 
-// Eigenvalues, or counts, of the tridiagonal matrix that all lanes of the team see.
+// Writes the eigenvalues, or the counts, of a tridiagonal matrix. All lanes of the team see it.
 template <class Real, class Team>
 __device__ void finish(Team& team, const Located<Real>& located, const Scale<Real>& scale,
                        const Real* diagonal, Real* off_diagonal, int* counts) {

@@ -1,5 +1,5 @@
-// Eigenvectors on a GPU of matrices up to order 128, by Jacobi rotations in shared memory: a warp
-// for each up to order 32, else a block.
+// Eigenvectors on a GPU of matrices up to order 128, by Jacobi rotations in shared memory. Up to
+// order 32 a matrix has a warp, above a block.
 #include "eigen_device.h"
 #include "eigen_jacobi.h"
 
@@ -7,22 +7,22 @@ namespace fastcov {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kWarpTeams = 4;  // matrices of a block where each has a warp
+constexpr int kWarpTeams = 4;  // matrices of a block in which each matrix has a warp
 constexpr int kWarpOrder = 32;
-constexpr int kSweeps = 20;  // eight or nine are usual, quadratic once they converge
+constexpr int kSweeps = 20;  // eight or nine are usual: late sweeps converge quadratically
 
 template <class Real>
 constexpr Real kNegligible =
     sizeof(Real) == 4 ? static_cast<Real>(0x1p-26) : static_cast<Real>(0x1p-55);
 
-// Rows of vectors fall into different banks.
+// An odd stride, so that the rows of the vectors start in different banks of shared memory.
 __host__ __device__ constexpr int vector_stride(int n) { return n | 1; }
 __host__ __device__ constexpr int64_t vector_elements(int n) {
   return int64_t{n} * vector_stride(n);
 }
 
-// Shared memory of one matrix: vectors unless they lie in the workspace, then the triangle, sines,
-// taus and the order of the eigenvalues.
+// Bytes of shared memory for one matrix: its vectors unless they lie in the workspace, then the
+// triangle, the sines, the taus and the order of the eigenvalues.
 template <class Real>
 __host__ __device__ constexpr int64_t shared_bytes(int n, bool has_vectors) {
   const int64_t elements =
@@ -76,7 +76,7 @@ __device__ void solve_jacobi(Team& team, const Located<Real>& located, unsigned 
   jacobi(team, space, n, kNegligible<Real>, kSweeps,
          [&](bool has_rotated) { return is_anywhere(team, has_rotated); });
 
-  // Equal eigenvalues keep their order, so that places are distinct.
+  // Equal eigenvalues keep their order, so that every eigenvalue has a place of its own.
   for (int k = team.rank(); k < n; k += team.size()) {
     const Real value = space.matrix[triangle_index(k, k)];
     int place = 0;
@@ -97,8 +97,8 @@ __device__ void solve_jacobi(Team& team, const Located<Real>& located, unsigned 
   }
 }
 
-// Eigenvectors of entry e start at vectors.of[e]; far_vectors, where given, holds as many matrices
-// as the table, each of vector_elements(largest order).
+// Addresses of the eigenvectors of a table's entries. The kernels take far_vectors beside them,
+// which is null or has room for vector_elements(largest order) of every matrix of the table.
 struct JacobiOutputs {
   void* of[EigenTable::kEntries];
 };

@@ -1,5 +1,5 @@
-// Eigenvectors of small symmetric matrices over a Team: cyclic Jacobi rotations, all disjoint pairs
-// of a round at once (the round-robin order of Brent and Luk).
+// Eigenvectors of small symmetric matrices over a Team, by cyclic Jacobi rotations. All pairs of a
+// round are disjoint, and are rotated at once (the round-robin order of Brent and Luk).
 #pragma once
 
 #include "eigen_numeric.h"
@@ -8,27 +8,29 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// What a team shares. Entry (i, j), i >= j, is matrix[i (i + 1) / 2 + j].
+// Memory that a team shares. Entry (i, j) of the matrix, i >= j, is matrix[i (i + 1) / 2 + j].
 template <class Real>
 struct JacobiSpace {
   Real* matrix;
   Real* vectors;  // eigenvector k is row k: [n][vector_stride]
   int vector_stride;
-  // [(n + 1) / 2] of each. A rotation is applied as p - s (q + tau p), q + s (p - tau q) with
-  // tau = s / (1 + c): what it changes is proportional to the angle, so rounding does not pile up.
+  // Both [(n + 1) / 2]. A rotation is applied as p - s (q + tau p) and q + s (p - tau q), with tau
+  // = s / (1 + c). What it adds is proportional to the angle, so that the rounding of many small
+  // rotations does not pile up.
   Real* sine;
   Real* tau;
 };
 
 FASTCOV_INLINE constexpr int triangle_index(int i, int j) { return i * (i + 1) / 2 + j; }
 
-// Pair t of a round: p < q. With an odd order one q is n: that index rests in this round.
+// Pair number t of a round, p < q. Where the order is odd, one pair of each round has q = n: its
+// index p rests in this round.
 struct JacobiPair {
   int p;
   int q;
 
   FASTCOV_INLINE JacobiPair(int round, int t, int n) {
-    const int seats = n + n % 2 - 1;  // all but the last index move around a table
+    const int seats = n + n % 2 - 1;  // all indices but the last move around a table
     int a = round;
     int b = seats;
     if (t > 0) {
@@ -48,7 +50,8 @@ FASTCOV_INLINE void rotate(Real& p, Real& q, Real sine, Real tau) {
   q = old_q + sine * (old_p - tau * old_q);
 }
 
-// Rotates rows and columns where two pairs cross. A resting index has the entry zero and no place.
+// Rotates the entries in which the rows of one pair cross the columns of another. An index that
+// rests has no partner: entries in its partner's place do not exist.
 template <class Real>
 FASTCOV_INLINE void rotate_crossing(Real* matrix, const JacobiPair& first, const JacobiPair& second,
                                     int n, Real sine1, Real tau1, Real sine2, Real tau2) {
@@ -76,9 +79,10 @@ FASTCOV_INLINE void rotate_crossing(Real* matrix, const JacobiPair& first, const
   }
 }
 
-// Diagonalises the matrix, which the lanes may have just written and whose largest entry is about
-// 1, until no entry off the diagonal is above `negligible` or sweeps run out. is_anywhere(mask)
-// says whether a condition holds for any lane of the team, or in any matrix of a pack.
+// Diagonalises the matrix, which must have a largest entry of about 1 and may just have been
+// written by the lanes. Sweeps end when no entry off the diagonal is above `negligible`, or when
+// there have been `sweeps` of them. is_anywhere(mask) says whether a condition holds for any lane
+// of the team or any matrix of a pack.
 template <class Real, class Team, class IsAnywhere>
 FASTCOV_INLINE void jacobi(Team& team, const JacobiSpace<Real>& space, int n, Real negligible,
                            int sweeps, const IsAnywhere& is_anywhere) {

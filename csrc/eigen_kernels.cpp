@@ -1,9 +1,10 @@
 // Symmetric eigenvalues on the CPU, compiled once for each instruction set (FASTCOV_LEVEL). No
-// inline function of the standard library may appear here: the linker keeps one copy of it for the
-// whole library, possibly the one that needs AVX-512.
+// inline function of the standard library may be used here: the linker keeps one copy of it for the
+// whole library, which may be the copy that needs AVX-512.
 //
-// Small matrices lie side by side, one to a vector lane; larger ones are reduced one by one, with
-// vectors along their columns. Either way a group shares the iteration that ends it.
+// Small matrices lie side by side, one in each lane of a vector. Larger ones are reduced one by
+// one, with vectors along their columns. Either way the matrices of a group share the iteration
+// that finds the eigenvalues.
 #include "eigen_cpu.h"
 
 #include "eigen.h"
@@ -23,16 +24,17 @@
 namespace fastcov {
 namespace {
 
-constexpr int kPacks = 4;  // vectors of doubles in flight: hides the latency of a division
+constexpr int kPacks = 4;  // vectors of doubles at a time, to hide the latency of divisions
 constexpr int kDoubles = kVectorBytes / 8;
 constexpr int kGroup = kPacks * kDoubles;
 using Doubles = Pack<double, kDoubles>;
 
-// Above, nothing is gained side by side.
+// Above this order matrices side by side take as long as one by one.
 constexpr int kLaneOrder = 320;
-// Up to this many matrices bisection in vectors of eigenvalues is faster than QL side by side: in
-// float32 alone, whose vectors are as long again and halvings half as many, and of orders that fill
-// them. Measured on a Xeon with AVX-512.
+// Up to this many matrices bisection, in vectors of eigenvalues, is faster than QL, in which
+// matrices lie side by side. That holds in float32 alone, whose vectors are twice as long and whose
+// eigenvalues need half as many halvings, and for orders that fill the vectors. Measured on a Xeon
+// with AVX-512.
 template <class T>
 constexpr int bisect_count(int n) {
   if (sizeof(T) == 8 || n <= 16) return 0;
@@ -43,12 +45,12 @@ constexpr int bisect_count(int n) {
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// Scratch of a group beside that of its reductions.
+// Scratch memory of a group's iteration, without that of its reductions.
 constexpr int64_t group_bytes(int n) { return 2 * int64_t{padded(n)} * kGroup * 8; }
 
-// Fewest matrices of an order up to 32, 64, 128, 256, kLaneOrder that are reduced side by side in
-// less time than one by one: a vector takes the same time whether it is full or not. Measured on a
-// Xeon with AVX-512, also held to AVX2 and SSE4.
+// Fewest matrices for which a vector takes less time than one by one, for orders up to 32, 64, 128,
+// 256 and kLaneOrder. A vector takes the same time whether it is full or not. Measured on a Xeon
+// with AVX-512, which was also held to AVX2 and to SSE4.
 constexpr int kOrderClasses = 5;
 struct FewestLanes {
   int vector_bytes;
@@ -72,7 +74,7 @@ constexpr int lane_count(int n) {
   return kLanes<T>;
 }
 
-// Scratch of one group. Sizes are in elements of R: T itself, or a lane vector of it.
+// Scratch memory of one reduction. Sizes are in elements of R, which is T or a vector of it.
 template <class R>
 struct Workspace {
   R* triangle;
@@ -94,7 +96,8 @@ struct Workspace {
   }
 };
 
-// Copies a triangle to out[0], out[stride], ... by columns; returns the largest magnitude's bits.
+// Copies a triangle by columns to out[0], out[stride] and so on. Returns the bits of the largest
+// magnitude.
 template <class T>
 typename Numeric<T>::Bits load(const MatrixRef<T>& matrix, int n, T* out, int64_t stride) {
   using Bits = typename Numeric<T>::Bits;
@@ -133,7 +136,8 @@ typename Numeric<T>::Bits load(const MatrixRef<T>& matrix, int n, T* out, int64_
   return largest;
 }
 
-// Subtracts the mean of a diagonal, or of a vector of them, and returns it.
+// Subtracts the mean of the diagonal from it, for one matrix or for a vector of them. Returns the
+// mean.
 template <class R>
 R take_shift(ColumnTriangle<R, LoopTeam>& triangle) {
   const int n = triangle.n;
@@ -144,7 +148,7 @@ R take_shift(ColumnTriangle<R, LoopTeam>& triangle) {
   return shift;
 }
 
-// Reduces up to kLanes matrices side by side; lanes beyond `count` hold zeros.
+// Reduces up to kLanes matrices side by side. Lanes beyond `count` hold zeros.
 template <class T>
 void reduce_lanes(const EigenTask<T>* tasks, int count, Workspace<Pack<T, kLanes<T>>>& work,
                   Scale<T>* scales) {
@@ -163,7 +167,7 @@ void reduce_lanes(const EigenTask<T>* tasks, int count, Workspace<Pack<T, kLanes
   }
   for (int64_t i = 0; i < elements; ++i) {
     const V scaled = work.triangle[i] * shrink;
-    work.triangle[i] = shrink > V{} ? scaled : V{};  // zero times NaN is NaN
+    work.triangle[i] = shrink > V{} ? scaled : V{};  // a select, because zero times NaN is NaN
   }
   Triangle triangle{work.triangle, n, padded(n)};
   const V shift = take_shift(triangle);
@@ -189,7 +193,8 @@ Scale<T> reduce_one(const EigenTask<T>& task, Workspace<T>& work) {
   return scale;
 }
 
-// Calls visit(index, scale, diagonal, off_diagonal, stride) for each reduced matrix.
+// Reduces the matrices of a group, and calls visit(index, scale, diagonal, off_diagonal, stride)
+// for each.
 template <class T, class Visit>
 void reduce_group(const EigenTask<T>* tasks, int count, void* scratch, const Visit& visit) {
   const int n = tasks[0].n;
@@ -227,7 +232,7 @@ int64_t reduce_bytes(int n) {
   return one_stage > two_stages ? one_stage : two_stages;
 }
 
-// A tridiagonal matrix of its own, and its eigenvalues by bisection.
+// Reduces the matrices of a group, and finds the eigenvalues of each by bisection.
 template <class T>
 void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
   const int n = tasks[0].n;
@@ -247,8 +252,8 @@ void bisect_group(const EigenTask<T>* tasks, int count, void* scratch) {
                });
 }
 
-// Up to Packs vectors of matrices by the QL iteration, V a vector of doubles or one. Returns false
-// when it has not converged; nothing is written then.
+// Reduces up to Packs vectors of matrices, and finds the eigenvalues of all by the QL iteration. V
+// is a vector of doubles, or double. Returns false, with nothing written, if it has not converged.
 template <class T, class V, int Packs>
 bool solve(const EigenTask<T>* tasks, int count, void* scratch) {
   constexpr int stride = Packs * static_cast<int>(sizeof(V) / sizeof(double));
@@ -330,11 +335,12 @@ void counts(const EigenTask<double>* tasks, int count, void* scratch) {
       });
 }
 
-// Fewest matrices that Jacobi rotates side by side in less time than QL takes for them one by one,
-// of orders up to those given. Measured on a Xeon with AVX-512, also held to AVX2.
+// Fewest matrices that Jacobi rotations solve side by side in less time than QL solves them one by
+// one, for orders up to the given ones. Measured on a Xeon with AVX-512, which was also held to
+// AVX2.
 struct FewestRotated {
   int order;
-  int count[2];  // with AVX-512, without
+  int count[2];  // with AVX-512, and without
 };
 constexpr FewestRotated kFewestRotated[] = {{3, {6, 8}},   {8, {4, 6}},   {12, {5, 7}},
                                             {17, {7, 9}},  {20, {8, 11}}, {24, {10, 11}},
@@ -347,7 +353,7 @@ constexpr int fewest_rotated(int n) {
   return n <= 32 ? 15 : kGroup + 1;
 }
 
-// Off-diagonals that Jacobi rotations leave, beside a largest entry of about 1.
+// Off-diagonals of at most this size are left by Jacobi rotations. The largest entry is about 1.
 template <class T>
 constexpr T kLeftByJacobi = sizeof(T) == 4 ? static_cast<T>(0x1p-26) : static_cast<T>(0x1p-55);
 constexpr int kJacobiSweeps = 20;
@@ -371,7 +377,7 @@ void write_vectors(const EigenTask<T>& task, const Scale<T>& scale, const T* mat
   }
 }
 
-// One matrix. Returns false when it has not converged; nothing is written then.
+// Solves one matrix by QL. Returns false, with nothing written, if it has not converged.
 template <class T>
 bool solve_vectors(const EigenTask<T>& task, void* scratch) {
   const VectorSpace space(scratch, task.n);
@@ -450,7 +456,7 @@ void rotate_group(const EigenTask<T>* tasks, int count, void* scratch) {
   }
   for (int i = 0; i < n * (n + 1) / 2; ++i) {
     const V scaled = matrix[i] * shrink;
-    matrix[i] = shrink > V{} ? scaled : V{};  // zero times NaN is NaN
+    matrix[i] = shrink > V{} ? scaled : V{};  // a select, because zero times NaN is NaN
   }
   LoopTeam team;
   jacobi(team, space, n, Numeric<V>::fill(kLeftByJacobi<T>), kJacobiSweeps,

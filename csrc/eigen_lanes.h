@@ -1,4 +1,4 @@
-// GCC vectors whose elements belong to different matrices, for the host.
+// GCC vectors, each element of which belongs to a matrix of its own. For the host.
 #pragma once
 
 #include "eigen_numeric.h"
@@ -6,7 +6,7 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-#if defined(FASTCOV_VECTOR_BYTES)  // tests: the lanes of another machine
+#if defined(FASTCOV_VECTOR_BYTES)  // set by tests, for the lanes of another machine
 constexpr int kVectorBytes = FASTCOV_VECTOR_BYTES;
 #elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -23,7 +23,7 @@ struct LanesOf {
 template <class T, int Lanes>
 using Pack = typename LanesOf<T, Lanes>::type;
 
-// What Numeric says of a pack: its element's constants, and one count a lane.
+// Numeric of a pack: the constants of its element, and one count for each lane.
 template <class T, class Integer, int Lanes>
 struct PackNumeric {
   using Real = Pack<T, Lanes>;

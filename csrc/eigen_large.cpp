@@ -1,5 +1,5 @@
-// Eigenvalues of one large symmetric matrix on the CPU by all threads, compiled once for each
-// instruction set (FASTCOV_LEVEL; see eigen_kernels.cpp for what that forbids).
+// Eigenvalues of one large symmetric matrix on the CPU, by all threads. Compiled once for each
+// instruction set (FASTCOV_LEVEL): eigen_kernels.cpp says what that forbids.
 #include "eigen_large.h"
 #include "eigen_bisect.h"
 #include "eigen_ql.h"

@@ -1,6 +1,6 @@
-// One large symmetric matrix on the host to tridiagonal form in two stages: to a band by products
-// of tiles, which the caches feed, then to tridiagonal form along the band. In one stage a matrix
-// is read from memory at every step.
+// Reduction of one large symmetric matrix to tridiagonal form on the host, in two stages: to a band
+// by products of tiles, which the caches can feed, and then along the band. In one stage the whole
+// matrix would be read from memory at every step.
 #pragma once
 
 #include "crew.h"
@@ -14,7 +14,8 @@ inline namespace FASTCOV_LEVEL {
 
 constexpr int tile_count(int n) { return (n + kTile - 1) / kTile; }
 
-// Parts of the scratch memory, one after the other; memory of null gives their size.
+// Parts of the scratch memory, one after the other. Made with memory of null, it only finds their
+// size.
 template <class T>
 struct LargeSpace {
   T* tiles;
@@ -60,7 +61,8 @@ typename Numeric<T>::Bits largest_bits(const EigenTask<T>& task, int column_begi
   return largest;
 }
 
-// Tile (tile_i, tile_j), zero beyond the matrix; on the diagonal both of its triangles.
+// Copies tile (tile_i, tile_j), with zeros beyond the matrix. A tile on the diagonal gets both
+// triangles.
 template <class T>
 void load_tile(const EigenTask<T>& task, int tile_i, int tile_j, const Scale<T>& scale, T* tile) {
   const T shrink = scale.shrink;
@@ -107,7 +109,7 @@ void fill_band(const Crew& crew, const BandSpace<T>& matrix, const Band<T>& band
   });
 }
 
-// To tridiagonal form.
+// Reduces a matrix to tridiagonal form.
 template <class T>
 Scale<T> reduce_large(const EigenTask<T>& task, const Crew& crew, const LargeSpace<T>& space) {
   using Bits = typename Numeric<T>::Bits;

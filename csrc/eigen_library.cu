@@ -1,5 +1,6 @@
-// Around torch.linalg on a GPU, for matrices too large for the kernels here: it neither scales nor
-// keeps what is not finite to itself.
+// Work before and after torch.linalg on a GPU, for matrices that are too large for the kernels
+// here. torch.linalg does not scale, and a matrix that is not finite would spoil or stop its whole
+// batch.
 #include "eigen_device.h"
 
 namespace fastcov {
@@ -7,7 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// largest: [B], zero at launch. Maxima of integers do not depend on the order.
+// Finds the largest magnitude of each matrix. `largest` must be zero. The order in which maxima of
+// integers are taken changes nothing. [B]
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     eigen_largest_kernel(const __grid_constant__ EigenTable table, unsigned long long* largest) {
@@ -31,7 +33,7 @@ __device__ Scale<Real> scale_of(const unsigned long long* largest, int64_t matri
   return Scale<Real>(static_cast<typename Numeric<Real>::Bits>(largest[matrix]));
 }
 
-// copy: [B, n, n], zeros above the diagonal.
+// Writes scaled copies with zeros above the diagonal. [B, n, n]
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     eigen_copy_kernel(const __grid_constant__ EigenTable table, const unsigned long long* largest,
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Counts of one entry from its eigenvalues, with the interval of count_above.
+// Counts eigenvalues above the thresholds of an entry, with the interval of count_above.
 __global__ void __launch_bounds__(kThreads)
     eigen_count_kernel(const __grid_constant__ EigenTable table, const double* values) {
   const Located<double> located(table, blockIdx.y);
@@ -71,7 +73,8 @@ __global__ void __launch_bounds__(kThreads)
   const int t = blockIdx.x * kThreads + threadIdx.x;
   if (t >= entry.threshold_count) return;
   const double* const value = values + located.index * n;
-  // Ascending; the Frobenius norm is at most sqrt(n) times the largest, and may overflow if summed.
+  // Values ascend. Their Frobenius norm is at most sqrt(n) times the largest, and might overflow if
+  // it were summed.
   const double size = larger(absolute(value[0]), absolute(value[n - 1]));
   const double error = reduction_error(n, Numeric<double>::square_root(n) * size);
   const double tau =

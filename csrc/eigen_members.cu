@@ -1,22 +1,25 @@
-// Eigenvalues on a GPU of matrices too large for one block: several blocks for each, a cluster of
-// them (sm_90 and newer) or as many as a cooperative launch keeps running together.
+// Eigenvalues on a GPU of matrices that are too large for one block. Each is solved by several
+// blocks: by a cluster (sm_90 and newer), or by as many as a cooperative launch keeps running
+// together.
 #include "eigen_device.h"
 
 namespace fastcov {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kVectors = 7;  // in shared memory: reflectors, update, product, pivot row, diagonals
-constexpr int kRowsOfMember = 16;     // at least, on average: fewer do not pay for the waiting
-constexpr int kClusterOrder = 512;    // up to here a cluster is enough
-constexpr int kClusterMembers = 8;    // what every GPU with clusters takes
-constexpr int kReservedBytes = 2048;  // shared memory of the system and of reductions
+constexpr int kVectors =
+    7;  // of shared memory: 2 reflectors, update, product, pivot row, 2 diagonals
+constexpr int kRowsOfMember =
+    16;  // fewest on average: with fewer rows waiting would cost more than it saves
+constexpr int kClusterOrder = 512;    // largest order for which a cluster is enough
+constexpr int kClusterMembers = 8;    // blocks of a cluster: every GPU with clusters takes as many
+constexpr int kReservedBytes = 2048;  // shared memory that the system and reductions use
 
 struct MembersArguments {
   MembersPlan plan;
   unsigned char* far;
   unsigned char* published;
-  unsigned* counters;  // [groups], zero at launch
+  unsigned* counters;  // [groups], must be zero at launch
 };
 
 template <class Real>

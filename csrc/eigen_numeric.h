@@ -1,4 +1,4 @@
-// Arithmetic that float, double and packs of them (eigen_lanes.h) share, for host and device.
+// Arithmetic of float, double and packs of them (eigen_lanes.h), for host and device.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ struct Numeric<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr int exponent_bias = 127;
   static constexpr Bits infinity = 0x7f800000u;
-  static constexpr float negligible_square = 0x1p-50f;  // of what is dropped from a scaled matrix
-  static constexpr float least_square = 1e-36f;         // smallest square of an off-diagonal
+  static constexpr float negligible_square =
+      0x1p-50f;                                  // of entries that are dropped from a scaled matrix
+  static constexpr float least_square = 1e-36f;  // to which squares of off-diagonals are raised
 
   static FASTCOV_INLINE constexpr float fill(float value) { return value; }
   static FASTCOV_INLINE float square_root(float value) {
@@ -32,8 +33,8 @@ struct Numeric<float> {
     return __builtin_sqrtf(value);
 #endif
   }
-  // a / b for Sturm counts: one instruction on a GPU, off by an ulp, infinities kept. The emulated
-  // GPU of the tests brings a reciprocal of its own.
+  // a / b for Sturm counts. On a GPU it is one instruction, off by an ulp, which keeps infinities.
+  // The emulated GPU of the tests brings a reciprocal of its own.
   static FASTCOV_INLINE float ratio(float a, float b) {
 #if defined(FASTCOV_EMULATED_RECIPROCAL)
     return a * FASTCOV_EMULATED_RECIPROCAL(b);
@@ -88,7 +89,7 @@ FASTCOV_INLINE Real larger(Real a, Real b) {
   return a > b ? a : b;
 }
 
-// Bits of |value|: ordered as the magnitudes are, infinity and NaN above all numbers.
+// Bits of |value| as an integer. They are ordered as the magnitudes are, infinity and NaN last.
 template <class Real>
 FASTCOV_INLINE typename Numeric<Real>::Bits magnitude_bits(Real value) {
   using Bits = typename Numeric<Real>::Bits;
@@ -103,12 +104,12 @@ FASTCOV_INLINE Real power_of_two(int exponent) {
                                 << Number::mantissa_bits);
 }
 
-// How a matrix is scaled, from the largest magnitude_bits of its entries, and shifted.
+// Scale of a matrix, from the largest magnitude_bits of its entries, and the shift of its diagonal.
 template <class Real>
 struct Scale {
-  Real shrink = 0;   // entries times this are at most 4, the largest at least 1/2 unless subnormal
-  Real restore = 0;  // eigenvalues times this are those of the matrix; NaN where it is not finite
-  Real shift = 0;    // the scaled matrix less this on its diagonal is what is solved
+  Real shrink = 0;   // times it entries are at most 4, the largest at least 1/2 unless subnormal
+  Real restore = 0;  // undoes shrink in eigenvalues; NaN if the matrix is not finite
+  Real shift = 0;    // subtracted from the diagonal of the scaled matrix
   bool is_finite = false;
 
   Scale() = default;
@@ -122,25 +123,29 @@ struct Scale {
     shrink = power_of_two<Real>(-exponent);
     restore = is_finite ? power_of_two<Real>(exponent) : static_cast<Real>(__builtin_nan(""));
   }
-  // The matrix's eigenvalue for one of the scaled and shifted matrix.
+  // Eigenvalue of the matrix, from one of the scaled and shifted matrix.
   template <class Value>
   FASTCOV_INLINE Value eigenvalue(Value value) const {
     return (value + static_cast<Value>(shift)) * static_cast<Value>(restore);
   }
 };
 
-// The shift of a scaled matrix: the mean of its diagonal, to a multiple of 2^-10, so that taking it
-// from entries near it is exact. Without it every step of a reduction rounds the large entries of
-// c (I + E) the same way, which was measured to add up to 150 roundings at order 256.
+// Shift of a scaled matrix: the mean of its diagonal, rounded to a multiple of 2^-10 so that
+// subtracting it from entries near it is exact. Without a shift every step of a reduction would
+// round the large entries of c (I + E) the same way: 150 roundings were measured to add up at order
+// 256.
 template <class Real>
 FASTCOV_INLINE Real diagonal_shift(Real sum, int n) {
   using Number = Numeric<Real>;
   using Element = typename Number::Element;
-  const Real grid = Number::fill(3 * power_of_two<Element>(Number::digits - 12));  // in such units
+  const Real grid = Number::fill(
+      3 * power_of_two<Element>(Number::digits -
+                                12));  // adding and subtracting it rounds to a multiple of 2^-10
   return (sum / Number::fill(static_cast<Element>(n)) + grid) - grid;
 }
 
-// Reads what another member has written since the launch: not from a cache of this one alone.
+// Reads a value that another member has written since the launch, past the cache of this
+// multiprocessor.
 template <class Real>
 FASTCOV_INLINE Real load_published(const Real* source) {
 #if defined(__CUDA_ARCH__)
@@ -150,8 +155,8 @@ FASTCOV_INLINE Real load_published(const Real* source) {
 #endif
 }
 
-// Sum of term(i) over i = from, from + step, ... below n, in an order that only the instruction set
-// and the team decide.
+// Sum of term(i) over i = from, from + step, ... below n. Its order depends on the instruction set
+// and the team alone.
 template <class Real, class Term>
 FASTCOV_INLINE Real sum_strided(int from, int n, int step, const Term& term) {
   Real sum = Numeric<Real>::fill(0);

@@ -1,8 +1,10 @@
-// Eigenvalues of tridiagonal matrices on the host: the rational QL iteration of Pal, Walker and
-// Kahan (LAPACK's sterf), in double; one matrix, or many of one order with all lanes in step.
+// Eigenvalues of tridiagonal matrices on the host by the rational QL iteration of Pal, Walker and
+// Kahan (LAPACK's sterf), in double. It takes one matrix, or many of one order with all lanes in
+// step.
 //
-// An eigenvalue takes about two sweeps here and fifty Sturm counts by bisection. Lanes that have
-// converged at an entry sweep along until the last one has: the shift then keeps what they found.
+// An eigenvalue takes about two sweeps here, and fifty Sturm counts by bisection. Lanes that have
+// converged at an entry sweep along until the last one has; the shift leaves their eigenvalues as
+// they are.
 #pragma once
 
 #include "eigen_lanes.h"
@@ -10,16 +12,18 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// What is left of an off-diagonal of T, relative to the largest entry, when it counts as zero. Less
-// than the rounding that made it would never be reached between equal eigenvalues.
+// An off-diagonal of at most this share of the largest entry counts as zero, for matrices reduced
+// in T. A smaller share than the rounding that made it would never be reached between equal
+// eigenvalues.
 template <class T>
 constexpr double kTolerance = sizeof(T) == 4 ? 0x1p-28 : 0x1p-51;
-// Sweeps for each eigenvalue, on average; three are usual.
+// Most sweeps for each eigenvalue, on average over a matrix. Three are usual.
 constexpr int kSweeps = 30;
 
-// diagonal, square: [n][Packs] with the squares of the off-diagonals, overwritten. tolerance: what
-// an off-diagonal may have left, relative to the largest entry. Returns false, leaving nothing
-// usable, when some lane has not converged within `limit` sweeps.
+// Replaces `diagonal` by the eigenvalues, in no order, and overwrites the squares of the
+// off-diagonals in `square`. [n][Packs] each. Off-diagonals of at most `tolerance` times the
+// largest entry count as zero. Returns false, and leaves nothing usable, if a lane has not
+// converged after `limit` sweeps.
 template <class V, int Packs>
 FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance, int limit) {
   using Number = Numeric<V>;
@@ -33,7 +37,7 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
       size = larger(size, magnitude * magnitude);
       if (i < n - 1) size = larger(size, square[i * Packs + p]);
     }
-    // A matrix of zeros is as good as converged.
+    // A matrix of zeros has converged.
     size = size > zero ? size : one;
     negligible[p] = size * (tolerance * tolerance);
     least[p] = size * 1e-36;
@@ -41,8 +45,8 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
       square[i * Packs + p] = larger(square[i * Packs + p], least[p]);
     }
   }
-  // The first entry from `top` on whose off-diagonal counts as zero in every lane: a sweep ends
-  // there, which spares a matrix of low rank most of its work.
+  // First entry from `top` on whose off-diagonal counts as zero in every lane. A sweep ends there,
+  // which spares a matrix of low rank most of its work.
   const auto block_end = [&](int top) {
     for (int i = top; i < n - 1; ++i) {
       bool is_split = true;
@@ -75,7 +79,8 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
         for (int p = 0; p < Packs; ++p) {
           const V below = square[i * Packs + p];
           const V sum = power[p] + below;
-          // power may vanish: its quotient below then has a limit of its own.
+          // power may be zero. The quotient of the next step then has a limit, which is used
+          // instead.
           const auto is_small = power[p] < Number::fill(1e-150);
           const V guarded = is_small ? one : power[p];
           const V old_cosine = cosine[p];
@@ -84,13 +89,13 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
           const V alpha = diagonal[i * Packs + p];
           V quotient;
           if constexpr (Number::is_scalar) {
-            // Alone, a matrix waits for each step: the two divisions overlap.
+            // A single matrix waits for every step, so two divisions overlap.
             const V inverse_sum = one / sum;
             quotient = sum / guarded;
             cosine[p] = power[p] * inverse_sum;
             sine[p] = below * inverse_sum;
           } else {
-            // Side by side, matrices wait for the divider: one division serves both.
+            // Matrices side by side keep the divider busy, so one division serves both quotients.
             const V inverse = one / (guarded * sum);
             quotient = sum * (sum * inverse);
             cosine[p] = power[p] * (guarded * inverse);
@@ -110,7 +115,8 @@ FASTCOV_INLINE bool rational_ql(V* diagonal, V* square, int n, double tolerance,
   return true;
 }
 
-// Sorts each lane ascending by Batcher's merge exchange (Knuth, volume 3, algorithm 5.2.2M).
+// Sorts each lane in ascending order, by Batcher's merge exchange (Knuth, volume 3, algorithm
+// 5.2.2M).
 template <class V, int Packs>
 FASTCOV_INLINE void sort_lanes(V* values, int n) {
   int top = 1;

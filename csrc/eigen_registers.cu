@@ -1,5 +1,5 @@
-// Eigenvalues of small matrices on a GPU: a row in the registers of each lane. Up to 32 a part of a
-// warp has a matrix, up to 128 a block of as many threads.
+// Eigenvalues of small matrices on a GPU, each row in the registers of one lane. Up to order 32 a
+// matrix has a part of a warp, up to 128 a block with a thread for each row.
 #include "eigen_device.h"
 
 namespace fastcov {
@@ -16,14 +16,16 @@ struct RegistersShared {
   Real pivot_column[Order];
   Real diagonal[Order];
   Real off_diagonal[Order];
-  Real staging[Order / Lanes][Lanes][Lanes + 1];  // one more column: rows fall into other banks
+  Real staging[Order / Lanes][Lanes]
+              [Lanes + 1];  // an odd stride, so that rows fall into different banks
   int counts[Order];
   typename Numeric<Real>::Bits largest[Order / Lanes];
 };
 
 // Fills a lane's row of the symmetric matrix from its lower triangle. Tiles left of the diagonal
-// are read by rows and turned in shared memory; those below it are columns of a lane's row already.
-// Either way neighbouring lanes read neighbouring entries of a row-major matrix.
+// are read by rows and transposed in shared memory; a tile below the diagonal holds, in its
+// columns, the rest of the lanes' rows. Either way neighbouring lanes read neighbouring entries of
+// a row-major matrix.
 template <class Real, int Order, class Team>
 __device__ void load_rows(const Team& team, const Located<Real>& located, int n,
                           Real (*staging)[Team::lanes() + 1], Real (&entry)[Order]) {
@@ -95,8 +97,10 @@ __device__ void solve_registers(Team& team, const Located<Real>& located,
   finish(team, located, scale, shared.diagonal, shared.off_diagonal, shared.counts);
 }
 
-// Zero leaves it to the compiler, which spills where it chooses too few registers: for float64 in
-// half a warp on sm_100, for float32 in half a warp on sm_120 and in a warp on sm_87.
+// Fewest blocks that are to be resident on a multiprocessor, which limits the registers of a
+// thread. Zero leaves their number to the compiler. It is given where the compiler would choose too
+// few and spill: for float64 in half a warp on sm_100, for float32 in half a warp on sm_120 and in
+// a warp on sm_87.
 template <class Real, int Width>
 constexpr int kResidentWarpBlocks = Width < 16          ? 0
                                     : sizeof(Real) == 4 ? 6
@@ -115,7 +119,8 @@ __global__ void __launch_bounds__(kWarpBlock, kResidentWarpBlocks<Real, Width>)
   solve_registers<Real, Width>(team, located, shared[threadIdx.x / Width]);
 }
 
-// Blocks that the registers of a multiprocessor hold at once: a row and about forty more a thread.
+// Blocks whose registers fit on a multiprocessor at once: each thread has its row and about forty
+// more.
 template <class Real, int Order>
 constexpr int kResidentBlocks = Order == 128        ? 3
                                 : sizeof(Real) == 4 ? 6
@@ -157,7 +162,7 @@ cudaError_t launch_registers(EigenClass size_class, const EigenTable& table, cud
     case EigenClass::kBlock64:
       return launch_block<Real, 64>(table, stream);
     default:
-      // 128 rows of float64 would not fit the registers of a thread.
+      // Rows of 128 float64 values would not fit the registers of a thread.
       if constexpr (sizeof(Real) == 4) return launch_block<Real, 128>(table, stream);
       return cudaErrorInvalidValue;
   }

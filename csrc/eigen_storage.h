@@ -1,4 +1,5 @@
-// Where a matrix lies while it is reduced: the storages that eigen.h calls Matrix.
+// Storages of a matrix that is being reduced. Each of them can be the Matrix of tridiagonalize() in
+// eigen.h.
 #pragma once
 
 #include "eigen_numeric.h"
@@ -8,13 +9,13 @@ namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
 // Lower triangle by columns, one after the other, in memory that the team shares. Squads take tiles
-// of four columns in turn, lanes take rows; each squad sums products in a row of its own.
+// of four columns in turn, and lanes take rows. Each squad sums products in a row of its own.
 template <class Real, class Team>
 struct ColumnTriangle {
   static constexpr bool may_rest = true;
   Real* data;
   int n;
-  int product_stride;  // between the squads' rows of product
+  int product_stride;  // from one squad's row of products to the next
 
   FASTCOV_INLINE Real* column(int j) const {  // entry (i, j) is column(j)[i]
     return data + static_cast<int64_t>(j) * (2 * n - j - 1) / 2;
@@ -58,7 +59,7 @@ struct ColumnTriangle {
       }
       sweep_rows(tile + 4 + lane, order, lanes, a, v, w, u, v_j, w_j, u_j, sums, partial);
       team.squad_sync();
-      // Of these rows no further tile takes part, so that nobody waits for them before the end.
+      // No later tile adds to these rows, so that no squad has to wait for them before the end.
       team.add_sums(sums, partial + tile, order - tile);
     }
     team.sync();
@@ -73,7 +74,8 @@ struct ColumnTriangle {
   }
 
  private:
-  // Rows below the tile: four columns at once, so that v, w, u and the product are loaded once.
+  // Rows below the tile. Four columns are worked on at once, so that v, w, u and the product are
+  // loaded once for all four.
   static FASTCOV_INLINE void sweep_rows(int from, int order, int lanes, Real* const (&a)[4],
                                         const Real* v, const Real* w, const Real* u,
                                         const Real (&v_j)[4], const Real (&w_j)[4],
@@ -113,13 +115,14 @@ struct ColumnTriangle {
   }
 };
 
-// Row i in registers of lane i, Order of them at most: no entry is shared, and the vectors of a
-// step are read as broadcasts. Only constant indices keep `entry` in registers.
+// Row i in the registers of lane i, for an order of at most Order. No entry is shared, and all
+// lanes read the same entry of a step's vectors at the same time. Indices of `entry` must be
+// constants, or the compiler would move it to memory.
 template <class Real, int Order, class Team>
 struct RegisterRows {
-  static constexpr bool may_rest = false;  // a sweep brings the next pivot column
+  static constexpr bool may_rest = false;  // a sweep also finds the next pivot column
   Real entry[Order];
-  Real* pivot_column;  // [Order], shared: the column to be reduced next
+  Real* pivot_column;  // shared by the team: the column that is reduced next
 
   FASTCOV_INLINE Real pivot(int i, int) const { return pivot_column[i]; }
 
@@ -147,18 +150,19 @@ struct RegisterRows {
   }
 };
 
-// Whole rows, dealt to the members in turn: member m holds rows m, m + members, ... The last ones,
-// which the reduction needs longest, lie in memory of its own, the others in `far`. A step
-// publishes products and the next pivot row, and waits for the other members once.
+// Whole rows, dealt to the members in turn: member m holds rows m, m + members, and so on. Its last
+// rows, which the reduction needs longest, lie in shared memory (`near`), the others in global
+// memory (`far`). In each step members publish their products and the next pivot row, and wait for
+// each other once.
 template <class Real, class Team>
 struct MemberRows {
-  static constexpr bool may_rest = false;  // a sweep brings the next pivot row
+  static constexpr bool may_rest = false;  // a sweep also finds the next pivot row
   Real* far;
   Real* near;
   int far_rows;
-  Real* published[2];  // by turns, so that one exchange a step is enough: [2][stride]
+  Real* published[2];  // [2][stride] each, used in turn so that one exchange a step is enough
   int stride;
-  Real* pivot_row;  // this member's copy
+  Real* pivot_row;  // copy of this member
 
   static FASTCOV_INLINE int rows_before(int i, int member, int members) {
     return i <= member ? 0 : (i - member + members - 1) / members;
@@ -207,10 +211,11 @@ struct MemberRows {
     gather(team, k, n, product);
   }
 
-  // An entry of row 0, before the first gather, which is that of a step -1.
+  // Publishes an entry of row 0 for the gather before the first step, which counts as that of step
+  // -1.
   FASTCOV_INLINE void publish_first(int j, Real entry) const { published[1][stride + j] = entry; }
 
-  // Waits for all members and copies what they have published.
+  // Waits for all members, and copies the values that they have published.
   FASTCOV_INLINE void gather(Team& team, int k, int n, Real* product) {
     const Real* const product_in = k % 2 ? published[1] : published[0];
     const Real* const pivot_in = product_in + stride;

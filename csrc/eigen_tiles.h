@@ -1,4 +1,4 @@
-// Square tiles of a matrix, each in memory of its own by columns, and their product.
+// Square tiles of a matrix and their products. A tile lies in memory of its own, by columns.
 #pragma once
 
 #include <cstdint>
@@ -35,20 +35,20 @@ FASTCOV_INLINE T sum_lanes(Pack<T, kTileLanes<T>> value) {
   return value[0];
 }
 
-// out(i, j) += sum of left(i, k) right(k, j), with right(k, j) at right[k * StepK + j * StepJ].
-// `next` is fetched meanwhile: the tile that is read from memory next. A tile's sum is formed
-// before it is added: the chain of roundings over a whole column of equal entries would pass the
-// bound.
+// Adds left times right to out, where entry (k, j) of right is right[k * StepK + j * StepJ].
+// Meanwhile it fetches `next`, the tile that will be read from memory next. The sum over a tile is
+// formed before it is added: rounding in a single chain over a whole column of equal entries would
+// exceed the bound.
 template <int StepK, int StepJ, class T>
 void add_product(T* out, const T* left, const T* right, const T* next) {
   using V = Pack<T, kTileLanes<T>>;
   constexpr int lanes = kTileLanes<T>;
   constexpr int parts = 2;
-  // 16 of 32 registers, or 8 of 16, hold sums: enough to hide the latency of the products.
+  // 16 of 32 registers hold sums, or 8 of 16: enough to hide the latency of the products.
   constexpr int columns = kVectorBytes == 64 ? 8 : 4;
   constexpr int line = 64 / static_cast<int>(sizeof(T));
   constexpr int passes = kTile / columns * (kTile / (parts * lanes));
-  constexpr int fetched = kTileElements / passes;  // elements a pass
+  constexpr int fetched = kTileElements / passes;  // elements fetched in each pass
   for (int j = 0; j < kTile; j += columns) {
     for (int i = 0; i < kTile; i += parts * lanes) {
       for (int e = 0; e < fetched; e += line) __builtin_prefetch(next + e);
@@ -77,12 +77,12 @@ void add_product(T* out, const T* left, const T* right, const T* next) {
   }
 }
 
-// out += left right, tiles all.
+// Adds left times right to out.
 template <class T>
 FASTCOV_INLINE void multiply(T* out, const T* left, const T* right, const T* next) {
   add_product<1, kTile>(out, left, right, next);
 }
-// out += left right^T.
+// Adds left times the transpose of right to out.
 template <class T>
 FASTCOV_INLINE void multiply_transposed(T* out, const T* left, const T* right, const T* next) {
   add_product<kTile, 1>(out, left, right, next);

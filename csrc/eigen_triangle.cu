@@ -7,9 +7,10 @@ namespace {
 constexpr int kWarps = 8;
 using Team = BlockTeam<kWarps>;
 
-// Shared memory: the triangle, then vectors, then counts.
+// Vectors in shared memory, after the triangle and before the counts.
 template <class Real>
-constexpr int kVectors = 3 + kWarps + 2;  // reflectors, update; products; diagonals
+constexpr int kVectors =
+    3 + kWarps + 2;  // reflectors and update, a product for each warp, diagonals
 
 template <class Real>
 __host__ __device__ constexpr int64_t shared_bytes(int n) {
@@ -35,8 +36,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   ColumnTriangle<Real, Team> triangle{vectors + kVectors<Real> * stride, n, stride};
   int* const counts = reinterpret_cast<int*>(triangle.data + triangle.elements(stride));
 
-  // Column j of the reversed matrix is row n - 1 - j of the lower triangle, read from its end: side
-  // by side where the matrix is row-major. Eigenvalues are the same.
+  // The triangle is loaded with both indices reversed, which leaves the eigenvalues as they are.
+  // Its column j is then row n - 1 - j of the matrix, read from the end: neighbouring lanes read
+  // neighbouring entries of a row-major matrix.
   Bits largest = 0;
   for (int j = team.squad(); j < n; j += Team::squads()) {
     Real* const column = triangle.column(j);

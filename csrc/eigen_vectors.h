@@ -1,8 +1,8 @@
 // Eigenvectors of one small symmetric matrix on the host: Householder reduction, then the implicit
 // QL iteration (Bowdler, Martin, Reinsch and Wilkinson 1968), all in double.
 //
-// Rows of a basis are rotated in vectors; the chain of scalars that finds the angles takes the rest
-// of the time, in double as long as in float.
+// Rotations of the basis run in vectors. The rest of the time goes to the chain of scalars that
+// finds the angles, which would take as long in float.
 #pragma once
 
 #include "eigen_lanes.h"
@@ -11,19 +11,19 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// Scratch of a matrix of order n: rows of `stride` doubles, of which those beyond n are zero.
+// Scratch memory for a matrix of order n. Rows have `stride` doubles, and those beyond n are zero.
 struct VectorSpace {
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(double));
   using Doubles = Pack<double, lanes>;
 
   int n;
   int stride;
-  double* matrix;  // [n][stride], symmetric; reduced, row k holds the reflector of step k
-  double* basis;   // [n][stride]: row k becomes eigenvector k
+  double* matrix;  // [n][stride], symmetric; once reduced, row k holds the reflector of step k
+  double* basis;   // [n][stride]; row k becomes eigenvector k
   double* diagonal;
   double* off_diagonal;
-  double* sine;    // of a sweep's rotations; also the product of a reduction's step
-  double* cosine;  // and its update
+  double* sine;    // sines of a sweep's rotations; in the reduction, the product of a step
+  double* cosine;  // cosines of a sweep's rotations; in the reduction, the update of a step
   double* inverse_half;
 
   static constexpr int stride_of(int n) { return (n + lanes - 1) / lanes * lanes; }
@@ -54,7 +54,8 @@ FASTCOV_INLINE double row_dot(double* a, double* b, int from, int stride) {
   return sum;
 }
 
-// Reduces the matrix to tridiagonal form, and leaves the rows of the basis in which it is so.
+// Reduces the matrix to tridiagonal form, and fills the basis with the rows that it is tridiagonal
+// in.
 FASTCOV_INLINE void reduce_with_basis(const VectorSpace& space) {
   using Doubles = VectorSpace::Doubles;
   constexpr int lanes = VectorSpace::lanes;
@@ -63,7 +64,7 @@ FASTCOV_INLINE void reduce_with_basis(const VectorSpace& space) {
   double* const product = space.sine;
   double* const update = space.cosine;
   for (int k = 0; k < n - 1; ++k) {
-    double* const u = space.matrix + int64_t{k} * stride;  // the row is the column
+    double* const u = space.matrix + int64_t{k} * stride;  // row k is column k, by symmetry
     space.diagonal[k] = u[k];
     for (int i = 0; i <= k; ++i) u[i] = 0;
     const int from = (k + 1) / lanes * lanes;
@@ -119,8 +120,9 @@ FASTCOV_INLINE void reduce_with_basis(const VectorSpace& space) {
   }
 }
 
-// Turns the diagonal into eigenvalues, in no order, and the basis into their vectors. tolerance:
-// off-diagonals that count as zero. Returns false when it has not converged within `limit` sweeps.
+// Turns the diagonal into eigenvalues, in no order, and the rows of the basis into their
+// eigenvectors. Off-diagonals of at most `tolerance` count as zero. Returns false if it has not
+// converged after `limit` sweeps.
 FASTCOV_INLINE bool implicit_ql(const VectorSpace& space, double tolerance, int limit) {
   using Doubles = VectorSpace::Doubles;
   const int n = space.n;
@@ -144,7 +146,7 @@ FASTCOV_INLINE bool implicit_ql(const VectorSpace& space, double tolerance, int 
         const double b = cosine * e[i];
         const double square = f * f + g * g;
         double root = Numeric<double>::square_root(square);
-        if (square < 1e-280) {  // has lost digits, which f and g have still
+        if (square < 1e-280) {  // the square has lost digits that f and g still have
           const double f_up = f * 0x1p500;
           const double g_up = g * 0x1p500;
           root = Numeric<double>::square_root(f_up * f_up + g_up * g_up) * 0x1p-500;

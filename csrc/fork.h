@@ -1,4 +1,4 @@
-// Work on a few streams beside the current one, which waits for all of it.
+// Work on a few streams beside the current one, which waits for all of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,29 +20,29 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Streams that only this library uses. One of torch's pool may be what a user trains on: work of a
-// side stream that lands there would make the training wait for it.
-// They have the lowest priority, a stream's default: blocks of a training that asks for a higher
-// one go first.
+// Streams that this library alone uses. A stream of torch's pool may be the one that a user trains
+// on, and training would then wait for the work of this library. They have the lowest priority,
+// which is also the default, so that blocks of a training with a higher priority go first.
 class BranchStreams {
  public:
-  // GPUs have eight hardware queues by default: with more streams a training's launches would wait
-  // behind these in one of them.
+  // GPUs have eight hardware queues by default. With more streams a training's launches could wait
+  // in a queue behind launches of this library.
   static constexpr size_t kMost = 4;
 
-  // Captures have streams of their own: a stream that has joined a capture stays in it until the
-  // capture ends, and takes no other work.
+  // Returns the stream to be used next. Captures have streams of their own: a stream that has
+  // joined a capture stays in it until the capture ends, and takes no other work.
   static cudaStream_t next(int device, bool is_capturing) {
     static std::mutex mutex;
     static std::map<std::pair<int, bool>, BranchStreams> of_device;
     const std::lock_guard<std::mutex> lock(mutex);
     BranchStreams& own = of_device[{device, is_capturing}];
-    // Captures of several threads must not meet in one stream; queues count when a graph is
-    // replayed.
+    // Captures of several threads must not meet in one stream, so they take turns in all of these.
+    // Hardware queues matter only when a graph is replayed.
     const size_t used = is_capturing ? own.streams_.size() : kMost;
     cudaStream_t& stream = own.streams_[own.next_++ % used];
     if (!stream) {
-      // Making a stream is no work of the capture that may be going on.
+      // Making a stream is not work of a capture that may be going on. In relaxed mode the capture
+      // does not forbid it.
       cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
       STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
       const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
@@ -57,9 +57,9 @@ class BranchStreams {
   unsigned next_ = 0;
 };
 
-// Branches start after what the current stream holds; what comes next there waits for them. From
-// the fifth on they take turns in the streams of the second to the fourth: the first one has the
-// longest work.
+// Branches start after the work that the current stream holds, and later work of the current stream
+// waits for them. The fifth branch and those after it take turns in the streams of the second to
+// the fourth, because the first branch has the longest work.
 class Fork {
  public:
   Fork(int device, size_t branches) : device_(device), current_(current_stream(device)) {
@@ -72,7 +72,7 @@ class Fork {
   }
   Fork(const Fork&) = delete;
   Fork& operator=(const Fork&) = delete;
-  // After an error too: memory of the call goes back to the current stream.
+  // Joins after an error too, because memory of the call goes back to the current stream.
   ~Fork() {
     join();
     if (event_) cudaEventDestroy(event_);
@@ -88,14 +88,14 @@ class Fork {
     streams_.push_back(stream);
     return stream;
   }
-  // A branch waits for what the current stream holds by now too: memory that torch has just filled
-  // there, as it does in its deterministic mode.
+  // Lets a branch also wait for what the current stream holds by now, such as memory that torch has
+  // just filled there in its deterministic mode.
   void follow(cudaStream_t branch) {
     if (!event_) return;
     STD_CUDA_CHECK(cudaEventRecord(event_, current_));
     STD_CUDA_CHECK(cudaStreamWaitEvent(branch, event_, 0));
   }
-  // The first error, if any.
+  // Makes the current stream wait for all branches. Returns the first error, if any.
   cudaError_t join() noexcept {
     cudaError_t first = cudaSuccess;
     for (const cudaStream_t stream : streams_) {
@@ -113,7 +113,7 @@ class Fork {
   cudaEvent_t event_ = nullptr;
   bool is_capturing_ = false;
   std::vector<cudaStream_t> streams_;
-  size_t shared_ = 0;  // branches in a stream that has one already
+  size_t shared_ = 0;  // branches that share a stream with an earlier one
 };
 
 }  // namespace fastcov

@@ -1,5 +1,5 @@
-// gather_ and gather_counted_ on a GPU: sampled rows into a buffer on the current stream, whatever
-// the activation's strides. No synchronisation, no allocation.
+// Operators gather_ and gather_counted_ on a GPU. They copy sampled rows of an activation of any
+// strides into a buffer, on the current stream, without synchronisation or allocation.
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -13,14 +13,14 @@ namespace fastcov {
 namespace {
 
 constexpr int kTile = 32;
-constexpr int kTileThreads = 8;  // a block has 32 x 8 threads
+constexpr int kTileThreads = 8;  // rows of threads; a block has 32 x 8 of them
 
 __device__ __forceinline__ int64_t locate(const RowsView& view, const Sampling& sampling,
                                           int64_t sample) {
   return row_offset(view, sampled_row(sampling, sample));
 }
 
-// Rows that lie in one piece, copied in items as wide as alignment allows.
+// Copies rows whose channels lie side by side, in items as wide as the alignment allows.
 template <typename Item>
 __global__ void __launch_bounds__(kTile* kTileThreads)
     gather_contiguous_kernel(Item* buffer, const RowsView view, const Sampling sampling,
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kTile* kTileThreads)
   for (int64_t item = threadIdx.x; item < items; item += kTile) destination[item] = source[item];
 }
 
-// Rows whose channels lie apart (NCHW): neighbouring samples of a run are read together, and a
-// tile in shared memory turns them, so that reads and writes both come in whole sectors.
+// Copies rows whose channels lie apart (NCHW). Neighbouring samples of a run are read together and
+// transposed in a tile of shared memory, so that reads and writes both cover whole sectors.
 template <typename Item>
 __global__ void __launch_bounds__(kTile* kTileThreads)
     gather_strided_kernel(Item* buffer, const RowsView view, const Sampling sampling,
@@ -84,7 +84,7 @@ void launch_strided(void* buffer, const RowsView& view, const Sampling& sampling
       static_cast<Item*>(buffer), view, sampling, samples);
 }
 
-// Widest access, in bytes, that every row of both tensors is aligned to.
+// Width in bytes of the widest access for which every row of both tensors is aligned.
 int64_t common_alignment(const RowsView& view, const void* buffer) {
   uint64_t bits = reinterpret_cast<uint64_t>(view.data) | reinterpret_cast<uint64_t>(buffer) |
                   static_cast<uint64_t>(view.channels * view.item_bytes) | 16;
@@ -130,20 +130,21 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
-  (void)cudaGetLastError();  // of an earlier call, which has reported it
+  (void)cudaGetLastError();  // clears an error of an earlier call, which that call has reported
   launch(first, view, sampling, samples, static_cast<cudaStream_t>(current));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// The stream of the calling thread on a device that is current.
+// Stream of the calling thread on the current device.
 cudaStream_t current_stream(int32_t device) {
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   return static_cast<cudaStream_t>(current);
 }
 
-// Copies the rows that are due, counted on the device; 0, and nothing is done, where rows are not
-// laid out as was prepared for. It reads no counter: whether a row was due only the device knows.
+// Copies the rows that are due by the counters on the device. Returns 0, with nothing done, if
+// `rows` does not have the prepared layout. It reads no counter, so only the device knows whether a
+// row was due.
 int64_t gather_counted_(Tensor prepared, Tensor rows) {
   const CountedGather* const at = counted_gather(prepared, rows);
   if (at == nullptr) return 0;

@@ -1,4 +1,4 @@
-// Arguments of the gather operators: checked, and as the code of host and device takes them.
+// Arguments of the gather operators: their checks, and the structs that host and device code take.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ inline void check_gather(const Tensor& buffer, const Tensor& rows, const RowsVie
                   "the samples do not fit the buffer");
 }
 
-// Prepared by fastcov/ops/counted.py; null where rows are not laid out as it says.
+// Gather that fastcov/ops/counted.py has prepared; null if `rows` does not have its layout.
 inline const CountedGather* counted_gather(const Tensor& prepared, const Tensor& rows) {
   constexpr int64_t kFields = sizeof(CountedGather) / sizeof(int64_t);
   STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Long && prepared.is_cpu() &&

@@ -1,4 +1,4 @@
-// The GPU's side of gather_counted.h: one launch, no synchronisation, no allocation.
+// The GPU's side of gather_counted.h: one launch, without synchronisation or allocation.
 #include "gather_counted.h"
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 32 * kGatherRows;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Moved by one access: a value of two bytes, or whole words.
+// Type that one access moves: a value of two bytes, or whole words.
 template <int Words>
 struct alignas(4 * Words) Item {
   uint32_t word[Words];
@@ -37,8 +37,8 @@ __device__ __forceinline__ void mark_row(const CountedGather& at, int64_t buffer
   reinterpret_cast<int32_t*>(at.row_step)[buffer_row] = broken ? -1 : static_cast<int32_t>(step);
 }
 
-// The last block knows that all have read the counters, and moves them on. The order of arrival
-// changes nothing that is stored.
+// Moves the counters on. The last block to arrive does so, because all blocks have read them by
+// then. The order of arrival changes nothing that is stored.
 __device__ __forceinline__ void finish(DeviceCursor* cursor, const DueRows& due) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void finish(DeviceCursor* cursor, const DueRows& due)
   }
 }
 
-// Rows that lie in one piece: a warp copies one.
+// Copies rows whose channels lie side by side, a warp for each.
 template <int Words>
 __global__ void __launch_bounds__(kThreads)
     gather_counted_contiguous_kernel(const __grid_constant__ CountedGather at, const char* rows) {
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads)
   finish(cursor, due);
 }
 
-// Rows whose channels lie apart (NCHW): neighbouring samples of a run are read together, and a tile
-// in shared memory turns them, so that reads and writes both come in whole sectors.
+// Copies rows whose channels lie apart (NCHW). Neighbouring samples of a run are read together and
+// transposed in a tile of shared memory, so that reads and writes both cover whole sectors.
 template <int Words>
 __global__ void __launch_bounds__(kThreads)
     gather_counted_strided_kernel(const __grid_constant__ CountedGather at, const char* rows) {
@@ -127,7 +127,7 @@ Kernel kernel_of(const CountedGather& at, const void* rows) {
   if (at.stride_channel != 1) {
     return at.item_bytes == 2 ? gather_counted_strided_kernel<0> : gather_counted_strided_kernel<1>;
   }
-  // Widest access, in bytes, that every row of both tensors is aligned to.
+  // Width of the widest access for which every row of both tensors is aligned.
   const uint64_t bits = reinterpret_cast<uint64_t>(rows) | static_cast<uint64_t>(at.alignment);
   switch (bits & (~bits + 1)) {
     case 16:

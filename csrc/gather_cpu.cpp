@@ -1,5 +1,5 @@
-// gather_, gather_again_ and gather_counted_ for the CPU: sampled rows into a buffer, whatever
-// their strides.
+// Operators gather_, gather_again_ and gather_counted_ on a CPU. They copy sampled rows of any
+// strides into a buffer.
 #include "gather.h"
 
 #include <cstring>
@@ -11,9 +11,10 @@
 namespace fastcov {
 namespace {
 
-// Bytes below which a second thread costs more than it brings.
+// Below this number of bytes a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 1 << 18;
-// For each channel; more are added at once (BUFFER_ROWS_PER_CHANNEL in fastcov/rows/sequence.py).
+// Rows of a buffer for each channel. More rows than that are added to the state at once, without a
+// buffer (BUFFER_ROWS_PER_CHANNEL in fastcov/rows/sequence.py).
 constexpr int64_t kBufferRows = 2;
 
 template <typename Item>
@@ -25,7 +26,7 @@ void copy_row(const char* source, char* destination, int64_t channels, int64_t c
   }
 }
 
-// Copies `samples` rows, the first of them to row `buffer_row` of the buffer.
+// Copies `samples` rows into the buffer, from its row `buffer_row` on.
 void copy_samples(const Tensor& buffer, const RowsView& view, const Sampling& sampling,
                   int64_t buffer_row, int64_t samples) {
   const int64_t row_bytes = view.channels * view.item_bytes;
@@ -63,8 +64,9 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
   copy_samples(buffer, view, sampling, buffer_row, samples);
 }
 
-// Counts a call and copies the rows that are due; returns how many, or -1, with nothing counted,
-// where it is not like the last one, where rows do not fit the buffer, and where too many are due.
+// Counts a call and copies the rows that are due. Returns their number; or -1, with nothing
+// counted, if the call does not have the layout of the last one, if the rows do not fit the buffer,
+// or if too many are due.
 int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   Cursor& at = Cursor::of(cursor);
   if (!at.fits(rows)) return -1;
@@ -87,7 +89,8 @@ int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   return due;
 }
 
-// gather_counted_ where the host stands for a GPU: in tests, and where the time of hooks is taken.
+// gather_counted_ on a host that stands for a GPU: in tests, and where the time of hooks is
+// measured.
 int64_t gather_counted_(Tensor prepared, Tensor rows) {
   const CountedGather* const at = counted_gather(prepared, rows);
   if (at == nullptr) return 0;

@@ -1,4 +1,4 @@
-// Functions that host and device compile from one source.
+// Attributes of functions that host and device compile from one source.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// A view of rows: leading dimensions of any strides, channels last. Nothing is copied.
+// View of rows: leading dimensions of any strides, channels last. Nothing is copied.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ constexpr int kMaxLeading = 7;
 struct RowsView {
   const char* data;
   int64_t item_bytes;
-  // Leading dimensions, those that lie side by side merged, filled up in front with size 1: the
-  // last one is the run of evenly strided rows. Strides in elements.
+  // Leading dimensions, with strides in elements. Those that lie one after the other in memory are
+  // merged, and sizes of 1 fill up the front. The last one is the run of evenly spaced rows.
   int64_t size[kMaxLeading];
   int64_t stride[kMaxLeading];
   int64_t rows;
@@ -25,7 +25,8 @@ struct RowsView {
   int64_t run_stride() const { return stride[kMaxLeading - 1]; }
 };
 
-// channel_dim: where the channels are, -1 or behind dimension 0; rows run over the others in order.
+// channel_dim is the dimension of the channels, -1 or any but 0. Rows run over the other dimensions
+// in order.
 inline RowsView view_rows(const Tensor& rows, int64_t channel_dim) {
   const int64_t dims = rows.dim();
   STD_TORCH_CHECK(dims >= 1 && dims <= kMaxLeading + 1, "rows must have 1 to 8 dimensions");
@@ -57,11 +58,11 @@ inline RowsView view_rows(const Tensor& rows, int64_t channel_dim) {
   return view;
 }
 
-// Offset in elements of a row, counted row-major over the leading dimensions.
+// Offset of a row in elements. Rows are counted row-major over the leading dimensions.
 FASTCOV_HOST_DEVICE int64_t row_offset(const RowsView& view, int64_t row) {
   int64_t offset = 0;
 #if defined(__CUDA_ARCH__)
-#pragma unroll  // no run-time index: the view stays in constant memory
+#pragma unroll  // without a run-time index the view stays in constant memory
 #endif
   for (int dim = kMaxLeading - 1; dim >= 0; --dim) {
     if (view.size[dim] == 1) continue;
@@ -72,7 +73,7 @@ FASTCOV_HOST_DEVICE int64_t row_offset(const RowsView& view, int64_t row) {
   return offset;
 }
 
-// Calls visit(first row, rows, element offset) for each run of evenly strided rows in [begin, end).
+// Calls visit(first row, rows, element offset) for each run of evenly spaced rows in [begin, end).
 template <typename Visit>
 void for_each_run(const RowsView& view, int64_t begin, int64_t end, const Visit& visit) {
   for (int64_t row = begin; row < end;) {

@@ -1,5 +1,5 @@
-// Rows that a sampled step reads: one definition for host and device.
-// The sequence is defined in fastcov/ops/reference.py (sample_index_reference).
+// Rows that a sampled step reads, for host and device. The sequence is defined in
+// fastcov/ops/reference.py (sample_index_reference).
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ FASTCOV_HOST_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) {
 #endif
 }
 
-// Row number, row-major over (image, position), of the sample first_sample + index.
+// Number of the row that sample first_sample + index reads, row-major over (image, position).
 FASTCOV_HOST_DEVICE int64_t sampled_row(const Sampling& sampling, int64_t index) {
   constexpr uint64_t kGoldenRatio = 0x9E3779B97F4A7C15ull;
   const int64_t sample = sampling.first_sample + index;

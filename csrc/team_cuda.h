@@ -1,4 +1,4 @@
-// Teams of a GPU: a part of a warp, a block, and several blocks for one matrix.
+// Teams of a GPU for one matrix: a part of a warp, a block, or several blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,8 @@
 namespace fastcov {
 inline namespace FASTCOV_LEVEL {
 
-// Reductions over Width neighbouring lanes of a warp. A butterfly gives all lanes the same bits.
+// Reductions over Width neighbouring lanes of a warp. Lanes exchange in a butterfly, which gives
+// all of them the same bits.
 template <int Width>
 struct WarpLanes {
   unsigned mask;
@@ -38,8 +39,8 @@ struct WarpLanes {
     }
     return value;
   }
-  // Four sums in six exchanges instead of twenty: each step halves what a lane still carries. The
-  // sum of sums[c] ends in lanes c * 8 to c * 8 + 7.
+  // Four sums take six exchanges instead of twenty: each exchange halves the values that a lane
+  // still carries. The sum of sums[c] ends in lanes c * 8 to c * 8 + 7.
   template <class Value>
   FASTCOV_DEVICE Value sum_four(const Value (&sums)[4]) const {
     static_assert(Width == 32);
@@ -56,7 +57,7 @@ struct WarpLanes {
   }
 };
 
-// Width lanes of a warp for one matrix: 32 / Width matrices share a warp.
+// Width lanes of a warp, so that 32 / Width matrices share a warp.
 template <int Width>
 struct WarpTeam : SingleMember {
   WarpLanes<Width> warp;
@@ -81,8 +82,8 @@ struct WarpTeam : SingleMember {
   }
 };
 
-// A block for one matrix; its squads are warps, which all compute the short vectors of a step so
-// that a step needs two barriers.
+// A block, whose squads are its warps. All of them compute the short vectors of a step, so that a
+// step needs two barriers.
 template <int Warps>
 struct BlockTeam : SingleMember {
   WarpLanes<32> warp;
@@ -112,10 +113,10 @@ struct BlockTeam : SingleMember {
   }
 };
 
-// How the blocks of one matrix wait for each other.
+// Barrier of the blocks of one matrix that form a cluster.
 struct ClusterBarrier {
   FASTCOV_DEVICE void wait() {
-    // No other compiler has these; a host compiler means the emulation of the tests.
+    // Only these compilers have the instructions; a host compiler stands for the tests' emulation.
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDACC__)
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
@@ -123,8 +124,8 @@ struct ClusterBarrier {
   }
 };
 
-// A counter in global memory, zero at launch; the launch must be cooperative, so that every block
-// that is waited for is running.
+// Barrier by a counter in global memory, zero at launch. The launch must be cooperative, so that
+// every block that is waited for is running.
 struct CounterBarrier {
   unsigned* counter;
   unsigned members;
@@ -135,7 +136,7 @@ struct CounterBarrier {
     __syncthreads();
     if (threadIdx.x == 0) {
       __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
-      // The difference is signed: a counter that wraps still compares right.
+      // The difference is signed, so that a counter that wraps still compares right.
       while (static_cast<int>(
                  __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE) -
                  expected) < 0) {
@@ -145,8 +146,8 @@ struct CounterBarrier {
   }
 };
 
-// One of several blocks for one matrix. The whole block reduces together: vectors are long here,
-// and each block keeps its own copy of them.
+// One of several blocks for one matrix. The whole block reduces together, because vectors are long
+// here, and each block keeps a copy of them.
 template <int Threads, class Barrier>
 struct MemberTeam {
   static constexpr int kWarps = Threads / 32;
@@ -176,7 +177,7 @@ struct MemberTeam {
       __syncthreads();
     }
   }
-  // Warps of the block work on rows of their own.
+  // In work on rows each warp of the block has rows of its own.
   FASTCOV_DEVICE int row_lane() const { return warp.lane(); }
   static constexpr FASTCOV_DEVICE int row_lanes() { return 32; }
   FASTCOV_DEVICE int row_squad() const { return threadIdx.x / 32; }

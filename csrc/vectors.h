@@ -1,6 +1,6 @@
-// Vectors of one instruction set, through the compiler's own vector types: loads that widen 16-bit
-// rows, magnitudes that order NaN last, square transposes. Included where a file is compiled once
-// for each set; everything has internal linkage.
+// Vectors of one instruction set, by the compiler's own vector types: loads that widen 16-bit rows,
+// magnitudes that order NaN last, transposes of squares. Included where a file is compiled once for
+// each set, so everything has internal linkage.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ using Vector = typename Vec<T>::type;
 template <typename T>
 using BitVector = typename Vec<typename BitsOf<T>::type>::type;
 
-// Loads widen to the working type.
+// Loads, which widen values to the working type.
 
 template <typename V, typename S>
 inline V load_unaligned(const S* source) {
@@ -68,7 +68,8 @@ inline float widen(BFloat16 value) {
   return result;
 }
 inline float widen(Float16 value) {
-  // Exponent and mantissa move to their places; one product rebiases, subnormals included.
+  // Exponent and mantissa move to their places in a float32. One product then corrects the
+  // exponent's bias, for subnormal numbers too.
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   float scaled;
@@ -157,7 +158,7 @@ struct Interleave<V, V, 16> {
   }
 };
 
-// log2(L) perfect shuffles of L vectors transpose an L x L square.
+// Transposes an L x L square in log2(L) perfect shuffles of its L vectors.
 template <typename T>
 inline void transpose(Vector<T> (&square)[kLanes<T>]) {
   constexpr int L = kLanes<T>;

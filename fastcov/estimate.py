@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
@@ -13,21 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastcov.arguments import check_model, check_reading
+from fastcov.arguments import check_model, check_of, check_reading
 from fastcov.ops.backend import service_of
+from fastcov.rows.layout import view_rows
 from fastcov.rows.policy import LayerLoad, Rows, policy_of
-from fastcov.rows.view import plain_tensor, row_order, row_view
-from fastcov.stats.buffering import (
-    SKETCH_ROWS,
-    buffer_rows,
-    device_buffer_rows,
-    direct_rows,
-    projection_bytes,
-    state_bytes,
-)
+from fastcov.rows.view import plain_tensor
+from fastcov.stats.buffering import device_buffer_rows, projection_bytes, state_bytes
+from fastcov.stats.placement import Placement
 from fastcov.stats.workspace import update_workspace_bytes
 from fastcov.watch.budget import sketch_of
-from fastcov.watch.select import Selector, Tap, find_taps, first_tensor
+from fastcov.watch.masking import Mask, MaskSource
+from fastcov.watch.pairs import check_pairs, pair_name
+from fastcov.watch.select import Of, Selector, Tap, find_taps, first_tensor
 from fastcov.watch.sharing import SharedInputs
 
 _COMPARED_FILLS = 32  # numbers of waiting rows, evenly spaced, whose workspaces are compared
@@ -139,10 +136,13 @@ def estimate(
     include: Selector | None = None,
     exclude: Selector | None = None,
     where: Literal["output", "input", "both"] = "output",
+    of: Of = "activation",
     rows: Rows = "auto",
+    mask: Mask | None = None,
     weighting: Literal["position", "image"] = "position",
     memory: int | str | None = None,
     max_channels: int = 4096,
+    pairs: Iterable[Sequence[str]] = (),
     training: bool = False,
 ) -> Estimate:
     """Memory and flops that :func:`fastcov.track` would add, before it allocates anything.
@@ -175,10 +175,13 @@ def estimate(
         include: See :func:`fastcov.track`.
         exclude: See :func:`fastcov.track`.
         where: See :func:`fastcov.track`.
+        of: See :func:`fastcov.track`. Gradients are counted as if every watched tensor had one.
         rows: See :func:`fastcov.track`.
+        mask: See :func:`fastcov.track`; the mask is that of the example.
         weighting: See :func:`fastcov.track`.
         memory: See :func:`fastcov.track`.
         max_channels: See :func:`fastcov.track`.
+        pairs: See :func:`fastcov.track`. Pairs with a tensor that no module gives are not counted.
         training: True runs the forward in training mode, for models with other shapes there, as
             detectors, whose example then holds targets. Batch norm stays in evaluation mode. A
             tracker of this model counts the forward as a step, unless the tracker is paused.
@@ -201,10 +204,13 @@ def estimate(
 
     check_model(model)
     policy = policy_of(rows)
+    check_of(of)
+    pair_names = check_pairs(pairs)
     check_reading(where, weighting, max_channels)
-    taps = find_taps(model, include, exclude, where)
-    sketch = sketch_of(model, taps, memory)
-    survey = _Survey(taps, max_channels if memory is None else sys.maxsize)
+    taps = find_taps(model, include, exclude, where, of)
+    sketch = sketch_of(model, taps, memory, pair_names)
+    source = None if mask is None else MaskSource(mask, model)
+    survey = _Survey(taps, max_channels if memory is None else sys.maxsize, source)
     devices = {weight.device for weight in model.parameters() if weight.is_cuda}
     with (
         survey.watching(model, training),
@@ -213,11 +219,15 @@ def estimate(
         FlopCounterMode(display=False) as counter,
     ):
         _call(model, example)
-    loads = survey.loads(sketch)
-    fractions = policy.fractions(loads, loads)
+    tap_loads, loads = survey.loads(sketch)
+    joint_loads = survey.pair_loads(pair_names)
+    joint = {
+        name: LayerLoad(each.channels, each.rows_read, 0) for name, each in joint_loads.items()
+    }
+    fractions = {**policy.fractions(loads, loads), **policy.fractions(joint, joint)}
     layers = [
-        _layer_estimate(survey.tap_loads[name], name, fractions[name], weighting == "image", load)
-        for name, load in loads.items()
+        _layer_estimate(name, each, fractions[name], weighting == "image", (loads | joint)[name])
+        for name, each in (*tap_loads.items(), *joint_loads.items())
     ]
     signs = 0
     if sketch is not None:
@@ -235,6 +245,12 @@ class _TapLoad:
         device: Device of the rows.
         calls: Number of rows of each call.
         views: Row view of each call, on the meta device; empty for a CPU.
+        left_out: Rows that the mask gives the weight 0.
+        is_copied: True if rows that are due are copied before they are placed: those with weights
+            of their own, and those of pairs.
+        has_weights: True if each row has a weight.
+        is_forward: True if the rows come in the forward: others never have a buffer with counters
+            on a GPU.
     """
 
     channels: int
@@ -242,49 +258,57 @@ class _TapLoad:
     device: torch.device
     calls: list[int] = field(default_factory=list)
     views: list[Tensor] = field(default_factory=list)
+    left_out: int = 0
+    is_copied: bool = False
+    has_weights: bool = False
+    is_forward: bool = True
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of a step that the mask does not leave out."""
+        return sum(self.calls) - self.left_out
 
 
 def _layer_estimate(
-    tap_load: _TapLoad, name: str, fraction: float, is_by_image: bool, load: LayerLoad
+    name: str, load: _TapLoad, fraction: float, is_by_image: bool, planned: LayerLoad
 ) -> LayerEstimate:
-    size, offered, sketch = load.channels, load.rows, load.sketch
+    size, offered, sketch = load.channels, sum(load.calls), planned.sketch
     is_sketched = sketch is not None and size > sketch
     order = sketch + 1 if sketch is not None and is_sketched else size
     layer_state = state_bytes(order)
-    due = [fraction * count for count in tap_load.calls]
-    # As in fastcov.stats.layer: calls of many rows are added at once, the others wait in a buffer.
-    service = service_of(tap_load.dtype, tap_load.device)
-    threshold = SKETCH_ROWS if is_sketched else buffer_rows(size, service.is_host)
-    direct = SKETCH_ROWS if is_sketched else direct_rows(size, service.is_host)
-    buffered = [count <= threshold if fraction < 1 else count < direct for count in due]
-    capacity = threshold if any(buffered) else 0
+    due = [fraction * count for count in load.calls]
+    service = service_of(load.dtype, load.device)
+    placement = Placement(size, service.is_host, is_sketched=is_sketched, is_by_image=is_by_image)
+    is_whole = fraction == 1 or load.is_copied
+    buffered = [placement.waits(count, is_whole) for count in due]
+    capacity = placement.capacity if any(buffered) else 0
     if is_by_image and len(due) > 1:
         # Rows are weighed after the step's last call. Until then they wait in the buffer, or their
         # sums in a second state.
-        capacity = max(
-            capacity, ceil(sum(d for d, waits in zip(due, buffered, strict=True) if waits))
-        )
+        waiting = sum(count for count, waits in zip(due, buffered, strict=True) if waits)
+        capacity = max(capacity, ceil(waiting))
         layer_state *= 1 if all(buffered) else 2
     most_waiting, has_device_buffer = capacity, False
-    row_bytes = size * tap_load.dtype.itemsize
-    is_on_gpu = tap_load.device.type == "meta" or service.counts_on_device
-    if is_on_gpu and not is_sketched and not is_by_image and (fraction < 1 or any(buffered)):
-        waiting = fraction * offered if fraction < 1 else min(offered, len(due) * (direct - 1))
-        if sizes := device_buffer_rows(size, waiting, len(due)):
+    row_bytes = size * load.dtype.itemsize + 8 * load.has_weights
+    is_counted_there = load.device.type == "meta" or service.counts_on_device
+    if is_counted_there and load.is_forward and (fraction < 1 or any(buffered)):
+        rows = placement.rows_on_device(offered, len(due), fraction)
+        if rows is not None and (sizes := device_buffer_rows(size, rows, len(due))):
             capacity, row_bytes = sum(sizes), row_bytes + 4  # 4 for the step of each row
             has_device_buffer = True
+    is_weighted = is_by_image or load.has_weights
     return LayerEstimate(
         name=name,
         channels=size,
         rows_offered=offered,
-        rows_read=fraction * offered,
+        rows_read=fraction * load.rows_read,
         state_bytes=layer_state,
         buffer_bytes=capacity * row_bytes,
-        flops=2 * fraction * offered * load.row_macs,
+        flops=2 * fraction * load.rows_read * planned.row_macs,
         workspace_bytes=0
         if is_sketched
         else _workspace_bytes(
-            tap_load, fraction, buffered, most_waiting, is_by_image, has_device_buffer
+            load, fraction, buffered, most_waiting, is_weighted, has_device_buffer
         ),
         sketch=order - 1 if is_sketched else 0,
     )
@@ -295,7 +319,7 @@ def _workspace_bytes(
     fraction: float,
     buffered: list[bool],
     most_waiting: int,
-    is_by_image: bool,
+    is_weighted: bool,
     has_device_buffer: bool,
 ) -> int:
     """Workspace of the largest update, be it of a call's rows or of rows that have waited.
@@ -320,18 +344,22 @@ def _workspace_bytes(
     # Not only of the most rows: fewer may be divided among more programs, and take more.
     for part in range(1, _COMPARED_FILLS + 1):
         waiting = rows(ceil(most_waiting * part / _COMPARED_FILLS))
-        sizes.append(update_workspace_bytes(waiting, tap_load.device, is_weighted=is_by_image))
+        sizes.append(update_workspace_bytes(waiting, tap_load.device, is_weighted=is_weighted))
     return max(sizes)
 
 
 class _Survey:
     """Collector of the sizes of all tapped tensors in one forward."""
 
-    def __init__(self, taps: list[tuple[Tap, nn.Module]], max_channels: int) -> None:
+    def __init__(
+        self, taps: list[tuple[Tap, nn.Module]], max_channels: int, source: MaskSource | None
+    ) -> None:
         self.taps = taps
         self.max_channels = max_channels
-        self.tap_loads: dict[str, _TapLoad] = {}
         self.skipped: dict[str, int] = {}
+        self._source = source
+        self._mask: Tensor | None = None
+        self._tap_loads: dict[str, _TapLoad] = {}
         self._shared = SharedInputs()
         self._macs = [0] * len(taps)
 
@@ -344,6 +372,8 @@ class _Survey:
             else module.register_forward_pre_hook(self._input_hook(number), with_kwargs=True)
             for number, (tap, module) in enumerate(self.taps)
         ]
+        if self._source is not None:
+            handles.append(model.register_forward_pre_hook(self._find_mask, with_kwargs=True))
         modes = [(module, module.training) for module in model.modules()]
         model.train(training)
         for module in model.modules():
@@ -357,24 +387,47 @@ class _Survey:
             for module, mode in modes:
                 module.training = mode
 
-    def loads(self, sketch: int | None) -> dict[str, LayerLoad]:
-        """Loads of the layers that would be made, by name.
+    def _find_mask(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._source is not None and self._mask is None:
+            self._mask = self._source.find(args, kwargs)
+
+    def loads(self, sketch: int | None) -> tuple[dict[str, _TapLoad], dict[str, LayerLoad]]:
+        """Sizes and loads of the layers that would be made, by name.
 
         Args:
             sketch: Channels to which wider rows are projected; None keeps all.
         """
         self._shared.diverged()
-        macs = dict.fromkeys(self.tap_loads, 0)
+        macs = dict.fromkeys(self._tap_loads, 0)
+        own = dict(self._tap_loads)
         for number, (tap, _) in enumerate(self.taps):
             owner = self.taps[self._shared.owner.get(number, number)][0].name
-            if owner in self.tap_loads:
+            if owner in macs:
                 macs[owner] += self._macs[number]
             if owner != tap.name:
-                self.tap_loads.pop(tap.name, None)
-        return {
-            name: LayerLoad(tap_load.channels, sum(tap_load.calls), macs[name], sketch)
-            for name, tap_load in self.tap_loads.items()
+                own.pop(tap.name, None)
+        return own, {
+            name: LayerLoad(each.channels, each.rows_read, macs[name], sketch)
+            for name, each in own.items()
         }
+
+    def pair_loads(self, pairs: list[tuple[str, str]]) -> dict[str, _TapLoad]:
+        """Sizes of the rows of pairs, side by side, by name."""
+        found = {}
+        for names in pairs:
+            first, second = (self._tap_loads.get(name) for name in names)
+            if first is not None and second is not None:
+                found[pair_name(names)] = _TapLoad(
+                    first.channels + second.channels,
+                    torch.promote_types(first.dtype, second.dtype),
+                    first.device,
+                    first.calls,
+                    left_out=first.left_out,
+                    is_copied=True,
+                    has_weights=first.has_weights,
+                    is_forward=False,
+                )
+        return found
 
     def _output_hook(self, number: int) -> Any:
         return lambda _module, _args, output: self._note(number, output)
@@ -388,23 +441,31 @@ class _Survey:
         plain = None if activation is None else _sized(activation)
         if activation is None or plain is None:
             return
-        rows = row_view(plain, tap.layout, tap.batched_rank)
-        channels = rows.shape[-1]
-        if rows.numel() == 0:
+        viewed = view_rows(plain, tap.layout, tap.batched_rank)
+        if viewed is None:
             return
-        if channels > self.max_channels:
-            self.skipped[tap.name] = channels
+        _, layout, sizes = viewed
+        if layout.channels > self.max_channels:
+            self.skipped[tap.name] = layout.channels
             return
-        count = rows.numel() // channels
-        self._macs[number] += count * tap.macs_per_row
-        if tap.position == "input":
-            order = row_order(plain.dim(), tap.layout, tap.batched_rank)
-            self._shared.see(number, activation, order, tap.name in self.tap_loads)
-        tap_load = self.tap_loads.setdefault(tap.name, _TapLoad(channels, rows.dtype, rows.device))
-        tap_load.calls.append(count)
-        if tap_load.device.type != "cpu":
-            layout = torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device="meta")
-            tap_load.views.append(layout)
+        self._macs[number] += layout.rows * tap.macs_per_row
+        if tap.position == "input" and not tap.is_gradient:
+            self._shared.see(number, activation, layout.order, tap.name in self._tap_loads)
+        load = self._tap_loads.setdefault(
+            tap.name,
+            _TapLoad(layout.channels, layout.dtype, layout.device, is_forward=not tap.is_gradient),
+        )
+        load.calls.append(layout.rows)
+        mask = self._mask
+        if mask is not None and sizes[: mask.dim()] == mask.shape:
+            load.has_weights = load.is_copied = True
+            load.is_forward = False
+            if not mask.is_meta:
+                load.left_out += int((mask == 0).sum()) * layout.rows // mask.numel()
+        if load.device.type != "cpu":
+            rows = layout.view(plain) if layout.key is not None else viewed.tensor
+            size, stride = rows.shape, rows.stride()
+            load.views.append(torch.empty_strided(size, stride, dtype=rows.dtype, device="meta"))
 
 
 def _sized(activation: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Shared by all tests: groups for workers, a browser, and one line about tests without a GPU."""
+"""Shared by all tests: order of files, a browser, and one line about tests without a GPU."""
 
 from __future__ import annotations
 
@@ -17,18 +17,10 @@ def _find_browser() -> str | None:
     return next(filter(None, map(shutil.which, _BROWSERS)), None)
 
 
-def _group(item: pytest.Item) -> str:
-    """Tests that stay on one worker, because they share compiled or trained things: a file's."""
-    named = item.get_closest_marker("xdist_group")
-    return str(named.args[0]) if named else str(item.path)
-
-
 def _is_long(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in ("slow", "wheel", "dist"))
 
 
-# Before pytest-xdist, which reads the groups of `--dist loadgroup`.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     has_gpu, has_browser = torch.cuda.is_available(), _find_browser() is not None
     left_out = {"gpu": 0, "browser": 0}
@@ -40,12 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out["browser"] += 1
         else:
             kept.append(item)
-    # Groups with long tests begin first, so that workers end together.
-    long_groups = {_group(item) for item in kept if _is_long(item)}
-    kept.sort(key=lambda item: _group(item) not in long_groups)
-    for item in kept:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    # Files with long tests begin first, so that workers end together. A file stays on one worker
+    # (`--dist loadfile`), because its tests share compiled or trained things.
+    long_files = {item.path for item in kept if _is_long(item)}
+    kept.sort(key=lambda item: item.path not in long_files)
     items[:] = kept
     config.stash[_LEFT_OUT] = left_out
 

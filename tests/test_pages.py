@@ -96,12 +96,61 @@ def test_pictures_are_made_by_their_command(tmp_path: Path) -> None:
         assert (DOCS / name).stat().st_size < 100_000
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a warning."""
+    folder = tmp_path_factory.mktemp("site")
+    options = ("-m", "sphinx", "-W", "-q", "-b", "html", "-d", str(folder / "trees"))
+    run(*options, str(DOCS), str(folder / "html"), folder=ROOT)
+    return folder / "html"
+
+
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_the_site_builds_without_a_warning(site: Path) -> None:
     """Links inside lead somewhere: conf.py refuses those to missing files, Sphinx the others."""
-    options = ("-m", "sphinx", "-W", "-q", "-b", "html", "-d", str(tmp_path / "trees"))
-    run(*options, str(DOCS), str(tmp_path / "site"), folder=ROOT)
-    reference = (tmp_path / "site" / "reference" / "api.html").read_text()
+    reference = (site / "reference" / "api.html").read_text()
     for name in fastcov.__all__:
         assert f'id="fastcov.{name}"' in reference or f'id="module-fastcov.{name}"' in reference
-    assert (tmp_path / "site" / "recipes" / "pca.html").is_file()
+    assert (site / "recipes" / "pca.html").is_file()
+
+
+MEASURE = """
+<body></body><script>
+async function measure(page) {
+  const frame = document.createElement("iframe");
+  Object.assign(frame.style, {width: "420px", height: "900px", border: 0});
+  frame.src = page;
+  document.body.append(frame);
+  await new Promise(done => frame.onload = done);
+  const parts = frame.contentDocument.querySelectorAll("html, .content");
+  const width = 420 + Math.max(...[...parts].map(part => part.scrollWidth - part.clientWidth));
+  frame.remove();
+  return page + " " + width;
+}
+(async () => {
+  const lines = [];
+  for (const page of PAGES) lines.push(await measure(page));
+  document.body.innerText = "measured\\n" + lines.join("\\n") + "\\nend";
+})();
+</script>
+"""
+
+
+@pytest.mark.slow
+def test_no_page_is_wider_than_a_telephone(site: Path, browser: str, tmp_path: Path) -> None:
+    """Tables, code, formulas and pictures scroll or shrink at 420 px."""
+    (site / "wide.html").write_text("<div style='width: 500px; height: 9px'></div>")
+    pages = [str(page.relative_to(site)) for page in site.rglob("*.html")]
+    (site / "measure.html").write_text(MEASURE.replace("PAGES", json.dumps(pages)))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    flags += ["--allow-file-access-from-files", "--virtual-time-budget=600000", "--dump-dom"]
+    dump = subprocess.run(
+        [browser, *flags, (site / "measure.html").as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    widths = dict(re.findall(r"([\w/-]+\.html) (\d+)", dump))
+    assert set(widths) == set(pages)
+    assert {page for page, width in widths.items() if int(width) > 420} == {"wide.html"}

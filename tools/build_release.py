@@ -24,6 +24,34 @@ def run(*command: str, **environment: str) -> str:
     ).stdout
 
 
+def too_new(shown: str, allowed: dict[str, list[str]]) -> list[str]:
+    """Versions of symbols that a wheel needs and a platform has not.
+
+    Args:
+        shown: What auditwheel says of the wheel, on one line.
+        allowed: Versions by library of symbols, from the platform's policy.
+
+    Returns:
+        Each as ``libc.so.6: GLIBC_2.34``, sorted.
+    """
+    found = []
+    for library, versions in re.findall(r"([\w.+-]+\.so\S*) with versions \{([^}]*)\}", shown):
+        for symbol in re.findall(r"'(\w+?_[\w.]+)'", versions):
+            kind, _, version = symbol.partition("_")
+            if version not in allowed.get(kind, []):
+                found.append(f"{library}: {symbol}")
+    return sorted(found)
+
+
+def policy(name: str) -> dict[str, list[str]]:
+    """Versions of symbols that auditwheel allows a platform on x86-64."""
+    import auditwheel
+
+    path = Path(auditwheel.__file__).parent / "policy" / "manylinux-policy.json"
+    policies = json.loads(path.read_text(encoding="utf-8"))
+    return next(p["symbol_versions"]["x86_64"] for p in policies if p["name"] == name)
+
+
 def main() -> None:
     """Writes the wheel into the folder given as argument and says what it is."""
     destination = Path(sys.argv[1])
@@ -55,8 +83,9 @@ def main() -> None:
     for wheel in destination.glob("*.whl"):
         print(f"{wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
     print(f"platform {platform}; CUDA {record['cuda']} for {record['cuda_archs']}")
-    if platform != "manylinux_2_28_x86_64":
-        print("manylinux_2_28 needs that image to build in: this machine's libraries are newer")
+    if newer := too_new(shown, policy("manylinux_2_28")):
+        print(f"not manylinux_2_28, which lacks {', '.join(newer)}: these come from this machine's")
+        print("compiler and libraries; tools/build_in_manylinux.sh builds in that platform's image")
 
 
 if __name__ == "__main__":

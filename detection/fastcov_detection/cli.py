@@ -21,15 +21,29 @@ from typing import Any, Literal, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from fastcov_detection.config import (
-    ConfigError,
+    DataConfig,
     SearchConfig,
     TrainConfig,
-    closest,
+    as_text,
+    leaves,
     load_config,
+    naming_values,
     preset,
 )
-from fastcov_detection.settings import as_text, leaves, naming_values
+from fastcov_detection.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LossError,
+    RunError,
+    WidthsError,
+    closest,
+)
 
+_EXPECTED = (
+    *(ConfigError, DataError, WidthsError, CheckpointError, LossError, RunError),
+    *(OSError, ArgumentError),
+)
 ARMS_OF_DEMO = ("baseline", "searched", "uniform")
 _SHORT = {"data": "data.name", "model": "model.name", "init": "model.init"}
 """Options that stand for a setting."""
@@ -61,7 +75,7 @@ def train(
         quiet: No progress bars.
     """
     from fastcov_detection.detector.build import load_widths
-    from fastcov_detection.studies.scoring import print_scores
+    from fastcov_detection.studies.detectors import print_scores
     from fastcov_detection.train.loop import train as train_detector
 
     result = train_detector(
@@ -110,12 +124,12 @@ def evaluate(
         device: Device of the detector: auto, cpu, cuda or cuda:N.
         quiet: No progress bars.
     """
-    from fastcov_detection.studies.scoring import evaluate_detector, print_scores, with_data
+    from fastcov_detection.studies.detectors import evaluate_detector, print_scores
 
     found = evaluate_detector(
         model,
         out,
-        data=with_data(data, workers),
+        data=None if data is None else DataConfig(name=data, workers=workers),
         weights=weights,
         best=best,
         batch_size=batch,
@@ -136,8 +150,8 @@ def check(settings: TrainConfig, quiet: bool = False) -> None:
         settings: Of a run; those of the data count.
         quiet: No progress bars.
     """
+    from fastcov_detection.data.checks import refuse_faults, tell_notes
     from fastcov_detection.data.dataset import check_data
-    from fastcov_detection.data.findings import refuse_faults, tell_notes
 
     findings = check_data(
         settings.data, with_masks="mask" in settings.model.name, progress=not quiet
@@ -221,7 +235,7 @@ def search(
         raise ConfigError("--address and --gpus-per-run are of --engine ray; give that too")
     cluster = None
     if engine == "ray":
-        from fastcov_detection.search.cluster import RayEngine
+        from fastcov_detection.search.engines import RayEngine
 
         cluster = RayEngine(address, gpus_per_run, settings.train.threads or 1)
     try:
@@ -301,20 +315,18 @@ def _run_search(
     print(f"report: {page}; widths: {Path(out) / 'widths.json'}")
 
 
-def compare(a: str, b: str, out: str | None = None) -> None:
+def compare(a: str, b: str | None = None, out: str | None = None) -> None:
     """Compare the spectra of two runs over their training.
 
     Args:
-        a: Run folder.
+        a: Run folder, or a folder that a comparison was written to, whose figures are drawn again.
         b: Run folder.
         out: Folder for figures and numbers; null: compare-A-B.
     """
-    from fastcov_detection.studies.ceilings import layer_ceilings
-    from fastcov_detection.studies.compare import compare_runs, print_comparison
+    from fastcov_detection.studies.compare import compare_runs, print_comparison, redraw
 
-    ceilings = layer_ceilings(Path(a)), layer_ceilings(Path(b))
-    folder = out or f"compare-{Path(a).name}-{Path(b).name}"
-    print_comparison(compare_runs(a, b, folder), ceilings=ceilings)
+    folder = a if b is None else out or f"compare-{Path(a).name}-{Path(b).name}"
+    print_comparison(redraw(a) if b is None else compare_runs(a, b, folder))
     print(f"figures and numbers: {folder}")
 
 
@@ -326,7 +338,7 @@ def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> N
         b: Run folders.
         out: Folder to write.
     """
-    from fastcov_detection.studies.families import compare_families, sentences
+    from fastcov_detection.studies.compare import compare_families, sentences
 
     for sentence in sentences(compare_families(a, b, out)):
         print(sentence)
@@ -368,7 +380,7 @@ def export(run: str, out: str, arm: str = "searched") -> None:
         out: Folder to write.
         arm: Arm of a search.
     """
-    from fastcov_detection.studies.export import export_run
+    from fastcov_detection.studies.detectors import export_run
 
     folder = export_run(run, out, arm=arm)
     print(f"{folder}: model.pt, widths.json, model.json, rebuild.py")
@@ -393,8 +405,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, ArgumentError) as error:
-        # One line for the person who typed the command; a defect of ours keeps its traceback.
-        if not _is_expected(error):
+        # One line for the person who typed the command; a defect of ours keeps its traceback. A
+        # plain ValueError is fastcov's own check of a setting that the person chose.
+        if not isinstance(error, _EXPECTED) and type(error) is not ValueError:
             raise
         print(f"fastcov-detection: error: {error}", file=sys.stderr)
         return 2
@@ -550,19 +563,6 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _is_expected(error: Exception) -> bool:
-    if isinstance(error, ConfigError | OSError):
-        return True
-    from fastcov_detection.detector.build import WidthsError
-    from fastcov_detection.errors import CheckpointError, DataError
-    from fastcov_detection.search.engines import RunError
-    from fastcov_detection.train.logbook import LossError
-
-    ours = (DataError, WidthsError, CheckpointError, LossError, RunError)
-    # A plain ValueError is fastcov's own check of a setting that the person chose.
-    return isinstance(error, ours) or type(error) is ValueError
 
 
 if __name__ == "__main__":

@@ -1,38 +1,42 @@
-"""What a run is made of, and presets that were tried."""
+"""What a run is made of, presets that were tried, and settings to and from files and text.
+
+jsonargparse reads values and checks their types; the docstring under a field is its help.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from fastcov_detection.settings import (
-    ConfigError,
-    closest,
-    from_dict,
-    load_config,
-    override,
-    save_config,
-    to_dict,
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from fastcov_detection.errors import ConfigError as ConfigError
+from fastcov_detection.errors import closest
+from fastcov_detection.files import write_text
+
+Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
+
+DATA_PLACES = (
+    "data.name",
+    "data.root",
+    "data.train_images",
+    "data.train_annotations",
+    "data.val_images",
+    "data.val_annotations",
 )
-
-__all__ = [
-    "ConfigError",
-    "DataConfig",
-    "MiniConfig",
-    "ModelConfig",
-    "SearchConfig",
-    "TrainConfig",
-    "closest",
-    "from_dict",
-    "load_config",
-    "override",
-    "preset",
-    "presets",
-    "read_saved",
-    "save_config",
-    "to_dict",
-]
+"""Settings that say where data lies: a run may go on elsewhere, where its content is compared."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class ModelConfig:
     """``fasterrcnn`` or ``maskrcnn``, then ``resnet18``, 34, 50, 101 or 152, then ``fpn``."""
     num_classes: int | None = None
     """Classes with the background; None: as many as the data has."""
-    norm: Literal["batch", "sync", "group", "frozen"] = "batch"
-    """Norm behind every convolution of the backbone."""
+    norm: Literal["auto", "batch", "sync", "group", "frozen"] = "batch"
+    """Norm behind every convolution of the backbone. ``auto``: as torchvision, ``frozen`` from
+    ImageNet weights and ``batch`` otherwise."""
     norm_groups: Literal["nearest", "common"] = "nearest"
     """Groups of GroupNorm. ``nearest``: the divisor of the width that is nearest to 32 and leaves
     two channels a group (25 for a width of 1000); ``common``: the largest common divisor with 32
@@ -131,7 +136,10 @@ class MiniConfig:
     sizes: tuple[int, int] = (12, 48)
     """Shortest and longest longer edge of an object before rotation, in pixels."""
     pictures: int = 0
-    """Classes of objects that are pictures, pieces of photographs; 0: objects are digits."""
+    """Classes of objects that are pictures; 0: objects are digits."""
+    cells: int = 0
+    """Pictures are mosaics of this many cells along each edge, in random colours; 0: pieces of
+    photographs."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +352,7 @@ def _small() -> TrainConfig:
 
 def _coco() -> TrainConfig:
     return TrainConfig(
-        model=ModelConfig(train_sizes=(640, 672, 704, 736, 768)),
+        model=ModelConfig(norm="auto", train_sizes=(640, 672, 704, 736, 768)),
         data=DataConfig(name="coco", workers=4),
         lr_batch=16,
         eval_batch_size=4,
@@ -429,7 +437,7 @@ def _late() -> TrainConfig:
     return replace(config, model=model, optimizer="adamw", lr=0.002, steps=1200)
 
 
-_PRESETS = {
+PRESETS = {
     "mini": _mini,
     "mini-harder": _mini_harder,
     "early": _early,
@@ -438,11 +446,6 @@ _PRESETS = {
     "coco": _coco,
     "coco-scratch": _coco_scratch,
 }
-
-
-def presets() -> tuple[str, ...]:
-    """Names that :func:`preset` knows."""
-    return tuple(_PRESETS)
 
 
 def preset(name: str, model: str | None = None) -> TrainConfig:
@@ -458,19 +461,137 @@ def preset(name: str, model: str | None = None) -> TrainConfig:
     Raises:
         ConfigError: If there is no such preset.
     """
-    if name not in _PRESETS:
-        raise ConfigError(f"unknown preset {name!r}{closest(name, _PRESETS)}")
-    config = _PRESETS[name]()
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}{closest(name, PRESETS)}")
+    config = PRESETS[name]()
     return config if model is None else replace(config, model=replace(config.model, name=model))
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON-able values."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Builds a configuration from JSON values; what is missing keeps its default.
+
+    Raises:
+        ConfigError: If a key is unknown (with the closest name) or a value has the wrong type.
+    """
+    hints = dict(leaves(cls))
+    for name, value in _given(values, cls):
+        if name not in hints:
+            raise ConfigError(f"unknown setting {name!r} of {cls.__name__}{closest(name, hints)}")
+        if value is None and type(None) not in get_args(hints[name]):
+            raise ConfigError(f"{name} is None; give a value, or leave it out")
+    with naming_values():
+        parser = _parser(cls)
+        return cls(**parser.instantiate(parser.parse_object(dict(values))).as_dict())
+
+
+def save_config(config: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a configuration as JSON; the file appears whole or not at all."""
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+    """Reads a configuration: JSON as :func:`save_config` wrote it, or YAML.
+
+    Raises:
+        ConfigError: If the file is missing, is neither, or does not describe a ``cls``.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}; check the path") from None
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path} is neither JSON nor YAML ({said}); save it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not settings by name")
+    return from_dict(cls, values)
+
+
 def read_saved(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a run as its folder holds it.
+    """The configuration of a run as its config.json or a checkpoint holds it.
 
     A setting that came later has the value that it had then.
-
-    Args:
-        values: Of config.json or of a checkpoint.
     """
     model = {"norm_groups": "common", **values.get("model", {})}
     return from_dict(TrainConfig, {**values, "model": model})
+
+
+def leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and types of all settings of a dataclass."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name; tuples as lists, as files hold them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def as_text(value: str, hint: Any) -> str:
+    """A value as jsonargparse reads it: ``a,b`` is a list where the type is a tuple."""
+    members = (hint, *get_args(hint))
+    if type(None) in members and value.lower() in ("none", "null"):
+        return "null"
+    is_tuple = any(get_origin(member) is tuple for member in members)
+    return f"[{value}]" if is_tuple and not value.startswith("[") else value
+
+
+@contextmanager
+def naming_values() -> Iterator[None]:
+    """Turns errors of jsonargparse into one line: setting, value, and what is expected."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
+
+
+_REFUSED = (
+    r'Parser key "([^"]*)":\s+Expected an? (.*)\. Got value: (.*)',
+    r'Parser key "([^"]*)":.*Subtypes: \[(.*?)\]\n.*Given value: (.*)',
+)
+
+
+def _one_line(message: str) -> str:
+    for pattern in _REFUSED:
+        found = re.search(pattern, message, re.DOTALL)
+        if found:
+            name, wanted, value = found.groups()
+            wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "none")
+            wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted)
+            return f"{name} is {value}; expected {wanted}"
+    return " ".join(message.split())
+
+
+def _given(values: Any, cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of nested JSON values by dotted name, unknown ones too."""
+    if not isinstance(values, Mapping):
+        place = prefix.rstrip(".") or cls.__name__
+        raise ConfigError(f"{place} is {values!r}; expected settings by name")
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints.get(name)):
+            yield from _given(value, hints[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@cache
+def _parser(cls: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    return parser

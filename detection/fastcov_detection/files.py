@@ -1,12 +1,20 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all.
+
+Which code and which torch made a result.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+import torch
+
+from fastcov_detection import __version__
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
@@ -37,3 +45,27 @@ def write_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text; see :func:`write_file`."""
     write_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def made_by() -> dict[str, str]:
+    """The commit of this code and the version of torch."""
+    return {"commit": commit(), "torch": torch.__version__}
+
+
+def commit() -> str:
+    """The commit of this code where it runs from a checkout, otherwise the installed version."""
+    here = Path(__file__).resolve()
+    # A package inside an environment inside someone's repository is not part of that repository.
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    found = _git(here.parent, "rev-parse", "HEAD") if tracked else None
+    return found or f"fastcov-detection {__version__}"
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        ran = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None

@@ -13,7 +13,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -44,36 +43,29 @@ class Display(Protocol):
 def display(enabled: bool = True) -> Iterator[Display]:
     """Bars on a terminal, plain lines otherwise, nothing when not enabled."""
     console = Console(file=sys.stderr)
-    if not enabled:
-        yield lambda label, total, done=0, note="": _silent
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=console) as bars:
-            yield lambda label, total, done=0, note="": _drawn(
-                bars, bars.add_task(label, total=total, completed=done, note=note)
-            )
-    else:
+    if enabled and not console.is_terminal:
         yield _lines
+        return
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = texts[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), texts[1]
+    with Progress(*columns, console=console, disable=not enabled) as bars:
+
+        def add(label: str, total: int, done: int = 0, note: str = "") -> Bar:
+            task = bars.add_task(label, total=total, completed=done, note=note)
+
+            def show(done: int, note: str = "", *, is_done: bool = False) -> None:
+                bars.update(task, completed=done, **({"note": note} if note else {}))
+
+            return show
+
+        yield add
 
 
 @contextmanager
 def progress_bar(
     label: str, total: int, *, done: int = 0, enabled: bool = True
 ) -> Iterator[Advance]:
-    """One bar; see :func:`display`.
-
-    Args:
-        label: What is going on.
-        total: Steps in all.
-        done: Steps that an earlier process did.
-        enabled: False: silent.
-    """
+    """One bar of so many steps, some done by an earlier process; see :func:`display`."""
     with display(enabled) as show:
         bar = show(label, total, done)
         reached = done
@@ -84,19 +76,6 @@ def progress_bar(
             bar(reached, note, is_done=reached >= total)
 
         yield advance
-
-
-def _silent(done: int, note: str = "", *, is_done: bool = False) -> None:
-    return
-
-
-def _drawn(bars: Progress, task: TaskID) -> Bar:
-    """A bar on the terminal."""
-
-    def show(done: int, note: str = "", *, is_done: bool = False) -> None:
-        bars.update(task, completed=done, **({"note": note} if note else {}))
-
-    return show
 
 
 def _lines(label: str, total: int, done: int = 0, note: str = "") -> Bar:

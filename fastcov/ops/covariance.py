@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fastcov.ops import aten, triangle
+from fastcov.ops.transforms import has_derivative, is_wrapped
 from fastcov.rows.dtypes import ROW_DTYPES, dtype_names
 
 Precision = Literal["split", "tf32", "ieee", "float64"]
 """Precision of products of rows: see :func:`accumulate_`."""
 _PRECISIONS = get_args(Precision)
 
+_MOST_DIMS = 8  # of the rows that compiled code takes
 _LARGEST_WEIGHT = 1e150  # the square of a weight is a float64
 
 
@@ -106,7 +108,8 @@ def accumulate_(
     Args:
         state: Tensors to add to: ``moment`` [tiles, 32, 32], ``sum`` [C], ``shift`` [C],
             ``weight`` [] in float64, ``count`` [2] in int64.
-        x: Rows in float32, bfloat16, float16 or float64, last dimension channels. [..., C]
+        x: Rows in float32, bfloat16, float16 or float64, last dimension channels. Gradients do not
+            pass. [..., C]
         row_weight: One weight a row, bool, float32 or float64, at most 1e150. Gradients do not
             pass. [N] or [...]
         row_scale: Factor on every row's weight, above 0.
@@ -142,6 +145,8 @@ def accumulate_(
     x = x.detach()
     if row_weight is not None:
         row_weight = _flat_weights(row_weight, x)
+    if x.dim() > _MOST_DIMS:
+        x = x.reshape(-1, channels)
     counted = None
     if row_weight is not None and x.is_cuda:
         # Triton's kernels count rows of weight 0 and add those of negative weight. So weights that
@@ -151,7 +156,8 @@ def accumulate_(
         row_weight = torch.where(is_read, row_weight, 0.0)
         counted = state.count + torch.stack([is_read.sum(), is_skipped.sum()])
     tensors = (state.moment, state.sum, state.shift, state.weight, state.count, x)
-    if decay != 1.0 and x.is_cuda and x.numel() and ROW_DTYPES[x.dtype].is_centred:
+    is_followed = decay != 1.0 and x.is_cuda and x.numel() > 0 and not is_wrapped(x)
+    if is_followed and ROW_DTYPES[x.dtype].is_centred:
         # Triton's kernels never move a shift; the CPU's kernels and plain torch do.
         aten.follow_mean_(*tensors[:5], _first_matrix(x))
     weights = {"row_weight": row_weight, "row_scale": row_scale, "decay": decay}
@@ -160,7 +166,7 @@ def accumulate_(
     else:
         torch.ops.fastcov.accumulate_at_precision_(*tensors, precision, **weights)
     if counted is not None:
-        state.count.copy_(counted)
+        torch.ops.fastcov.assign_(state.count, counted)
 
 
 def _first_matrix(x: Tensor) -> Tensor:
@@ -201,7 +207,7 @@ def _flat_weights(row_weight: Tensor, x: Tensor) -> Tensor:
     flat = row_weight.detach().reshape(-1).contiguous()
     if flat.dtype == torch.bool:
         return flat.float()
-    if flat.is_cpu and not (torch.compiler.is_compiling() or _is_wrapped(flat)):
+    if flat.is_cpu and not (torch.compiler.is_compiling() or is_wrapped(flat)):
         is_wrong = ~((flat >= 0) & (flat <= _LARGEST_WEIGHT))
         if is_wrong.any():
             index = int(is_wrong.nonzero()[0])
@@ -210,14 +216,6 @@ def _flat_weights(row_weight: Tensor, x: Tensor) -> Tensor:
                 f"{_LARGEST_WEIGHT:g}: give rows that are not to be read the weight 0"
             )
     return flat
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    # Under torch.func's transforms the values of a tensor cannot be read. torch.compile traces
-    # plain tensors alone.
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _check_factors(row_scale: float, decay: float) -> None:
@@ -235,7 +233,8 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
     .. math:: S = \frac{1}{N} \sum_r (x_r - c)(x_r - c)^T
 
     with c = 0, or the mean with ``centered=True`` (the divisor stays N). A GPU then reads a copy of
-    16-bit rows in float32.
+    16-bit rows in float32. Where a derivative is wanted, in reverse or forward mode, plain torch
+    computes both, in float64; call it under ``torch.no_grad()`` where none is.
 
     Args:
         x: Rows in float32, bfloat16, float16 or float64, last dimension channels. [..., C]
@@ -255,8 +254,11 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
                 [0., 0.]], dtype=torch.float64)
     """
     check_rows(x)
+    check_precision(precision)
+    if has_derivative(x):
+        return _derived_covariance(x, centered)
     moments = Moments(x.shape[-1], x.device)
-    if _is_wrapped(x):
+    if is_wrapped(x):
         # Tensors made from x hold one second moment for each example of torch.vmap.
         for name, tensor in vars(moments).items():
             setattr(moments, name, x.new_zeros(tensor.shape, dtype=tensor.dtype))
@@ -265,6 +267,16 @@ def covariance(x: Tensor, *, centered: bool = False, precision: Precision = "spl
         x = x.float()
     accumulate_(moments, x, precision=precision)
     return moments.covariance(centered)
+
+
+def _derived_covariance(x: Tensor, centered: bool) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).double()
+    is_read = rows.detach().isfinite().all(-1, keepdim=True)
+    rows = torch.where(is_read, rows, 0.0)
+    count = is_read.sum()
+    if centered:
+        rows = torch.where(is_read, rows - rows.sum(0) / count, 0.0)
+    return rows.mT @ rows / count
 
 
 class Moments:

@@ -19,11 +19,12 @@ from torch.autograd import forward_ad
 
 from fastcov.ops import aten_eigen, library, native
 from fastcov.ops.library import operators
+from fastcov.ops.transforms import has_derivative, is_transforming, is_wrapped
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
-# Largest order whose eigenvectors the compiled CPU library finds in less time than LAPACK: 1.1 to
-# 1.5 times as fast one by one, measured on a Xeon with AVX-512, also held to AVX2.
-_LARGEST_NATIVE = {"AVX512": 48, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+# Largest order whose eigenvectors the compiled CPU library finds in no more time than LAPACK: up to
+# 1.5 times as fast one by one. Measured on a Xeon with AVX-512, also held to AVX2.
+_LARGEST_NATIVE = {"AVX512": 56, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 if not native.status()["cpu"].active:
     _LARGEST_NATIVE = 0
 _LIN_ALG_ERROR: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
@@ -91,14 +92,14 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
             except (MemoryError, RuntimeError) as error:
                 _raise_explained(error, [A])
         _check_matrix(A, "A")
-        if _has_derivative(A):
-            return cast(Tensor, torch.linalg.eigvalsh(A))
+        if has_derivative(A):
+            return _derived_eigvalsh(A)
         if A.dim() <= 3:
             return _eigvalsh([A])[0]
         return _eigvalsh([A.flatten(0, -3)])[0].reshape(A.shape[:-1])
     matrices = _check_sequence(A)
-    if any(map(_has_derivative, matrices)):
-        return [torch.linalg.eigvalsh(matrix) for matrix in matrices]
+    if any(map(has_derivative, matrices)):
+        return [_derived_eigvalsh(matrix) for matrix in matrices]
     results = _eigvalsh([_one_batch(matrix) for matrix in matrices])
     return [
         result.reshape(matrix.shape[:-1]) for result, matrix in zip(results, matrices, strict=True)
@@ -116,7 +117,7 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
 
     Both equations hold within 1e-5 in float32 up to n = 128, entry by entry and relative to the
     largest eigenvalue; above, LAPACK was off by up to 6e-5 at n = 1024. On a CPU the compiled
-    library solves matrices of up to 48 rows (32 with AVX2), a few one by one and many side by
+    library solves matrices of up to 56 rows (32 with AVX2), a few one by one and many side by
     side; all else is one call of ``torch.linalg.eigh``. While
     ``torch.use_deterministic_algorithms(True)`` is in force, so is everything on a CPU, on one
     thread: the last bits then depend neither on the batch nor on the number of threads. On a GPU
@@ -149,7 +150,7 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
         if A.is_cpu:
             order = A.shape[-1]
             if order > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
-                return _eigh_by_torch(A)
+                return _eigh_of_numbers(A)
             if order == 1:  # no operator of ours is as fast; NaN where not finite
                 zero = A - A
                 return Eigensystem((A + zero).squeeze(-1), zero.exp_())
@@ -223,11 +224,24 @@ def count_above(
     return intervals[0] if isinstance(A, Tensor) else intervals
 
 
-def _has_derivative(matrix: Tensor) -> bool:
-    if matrix.requires_grad and torch.is_grad_enabled():
-        return True
-    # Traced code has no tangents of its own.
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(matrix).tangent is not None
+def _finite_part(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    # Batch with zeros for the matrices that LAPACK would refuse, and the mask of the others [...].
+    is_finite = matrix.detach().tril().isfinite().flatten(-2).all(-1)
+    return torch.where(is_finite[..., None, None], matrix, 0), is_finite
+
+
+def _derived_eigvalsh(matrix: Tensor) -> Tensor:
+    finite, is_finite = _finite_part(matrix)
+    return torch.where(is_finite[..., None], torch.linalg.eigvalsh(finite), math.nan)
+
+
+def _derived_eigh(matrix: Tensor) -> Eigensystem:
+    finite, is_finite = _finite_part(matrix)
+    values, vectors = torch.linalg.eigh(finite)
+    return Eigensystem(
+        torch.where(is_finite[..., None], values, math.nan),
+        torch.where(is_finite[..., None, None], vectors, math.nan),
+    )
 
 
 def _is_plain(matrix: Tensor) -> bool:
@@ -243,6 +257,7 @@ def _is_plain(matrix: Tensor) -> bool:
         # Tangents exist inside of a level alone, and traced code has none.
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
+        and not is_transforming()
     )
 
 
@@ -281,29 +296,36 @@ def _eigvalsh(matrices: list[Tensor]) -> list[Tensor]:
 
 def _is_for_torch(matrix: Tensor) -> bool:
     if not matrix.is_cpu:
-        return _has_derivative(matrix)
-    if matrix.shape[-1] > _LARGEST_NATIVE or _has_derivative(matrix):
+        return has_derivative(matrix)
+    if matrix.shape[-1] > _LARGEST_NATIVE or has_derivative(matrix):
         return True
     # Matrices of a batch share instructions, and may not where their bits may not depend on it.
     return torch.are_deterministic_algorithms_enabled()
 
 
 def _eigh_by_torch(matrix: Tensor) -> Eigensystem:
-    if _is_traced(matrix):
-        if _has_derivative(matrix):
-            return Eigensystem(*torch.linalg.eigh(matrix))
-    else:
-        try:
-            values, vectors = _eigh_of_lapack(matrix)
-            # A NaN in a matrix of order 2 may leave values that are finite.
-            if _is_finite(values) and (matrix.shape[-1] != 2 or _is_finite(vectors)):
-                return Eigensystem(values, vectors)
-        except RuntimeError as error:
-            if type(error) is not _LIN_ALG_ERROR:
-                raise
-    # What is not finite LAPACK refuses, or spreads. Such matrices go around it.
-    all_values, all_vectors = aten_eigen.eigh([matrix])
-    return Eigensystem(all_values[0], all_vectors[0])
+    if has_derivative(matrix):
+        return _derived_eigh(matrix)
+    return _eigh_by_parts(matrix) if _is_traced(matrix) else _eigh_of_numbers(matrix)
+
+
+def _eigh_of_numbers(matrix: Tensor) -> Eigensystem:
+    try:
+        values, vectors = _eigh_of_lapack(matrix)
+        # A NaN in a matrix of order 2 may leave values that are finite.
+        if _is_finite(values) and (matrix.shape[-1] != 2 or _is_finite(vectors)):
+            return Eigensystem(values, vectors)
+    except RuntimeError as error:
+        if type(error) is not _LIN_ALG_ERROR:
+            raise
+    # LAPACK refuses a batch with a matrix that is not finite, or spreads what is not.
+    return _eigh_by_parts(matrix)
+
+
+def _eigh_by_parts(matrix: Tensor) -> Eigensystem:
+    # LAPACK gets the finite matrices alone.
+    values, vectors = aten_eigen.eigh([matrix])
+    return Eigensystem(values[0], vectors[0])
 
 
 def _eigh_of_lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,7 +341,7 @@ def _eigh_of_lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_traced(tensor: Tensor) -> bool:
     # Its numbers are not to be looked at: inside torch.compile, or a transform of torch.func.
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch.compiler.is_compiling() or is_wrapped(tensor)
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -416,8 +438,10 @@ def _threshold(tau: Real) -> float:
 def _thresholds(tau: Any, matrix: Tensor) -> Tensor:
     # [..., T] with the batch dimension of _one_batch(matrix), in float64.
     if isinstance(tau, Tensor):
-        if tau.is_complex() or tau.dtype == torch.bool:
+        if tau.is_complex() or tau.dtype == torch.bool or tau.is_quantized:
             raise TypeError(f"tau is {tau.dtype}, expected real thresholds: convert it to float")
+        if tau.layout != torch.strided or tau.is_nested:
+            raise TypeError(f"tau has layout {tau.layout}, expected a dense tensor of thresholds")
         if tau.device != matrix.device:
             raise ValueError(
                 f"tau is on {tau.device}, the matrices on {matrix.device}: move tau with .to()"

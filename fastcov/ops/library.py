@@ -36,6 +36,10 @@ def _no_result(*_: Any) -> None:
     return None
 
 
+def _assign(to: Tensor, value: Tensor) -> None:
+    to.copy_(value)
+
+
 # Rows run over all dimensions but channel_dim, in order: hooks pass activations as they are,
 # because a detached and permuted view costs as much host time as the call itself. Arguments that
 # hooks leave out come last: every argument that is given takes 0.2 us.
@@ -73,6 +77,10 @@ _define(
     " int run_length, int phase, int channel_dim=-1) -> ()",
     _no_result,
 )
+# Tensor.copy_ of a tensor without a derivative: torch.func.grad and jvp refuse it where the target
+# comes from outside of them, as a state does.
+_define("assign_(Tensor(a!) to, Tensor value) -> ()", _no_result)
+_LIBRARY.impl("assign_", _assign, "CompositeExplicitAutograd")
 # All work of a call that has the layout of the last one (stats/cursor.py): counts the call, and
 # reads the rows that are due, or every row. Returns -1, with nothing done, where Python decides:
 # another layout, a full buffer. Host code, never traced.
@@ -425,6 +433,7 @@ operators = torch.ops.fastcov
 # call, 0.2 to 1.8 us, and the overload's __call__ only passes its arguments on to `_op`, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
 accumulate_at_precision_: Callable[..., None] = operators.accumulate_at_precision_.default._op
+assign_: Callable[..., None] = operators.assign_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op

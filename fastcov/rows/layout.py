@@ -159,9 +159,11 @@ def run_length(rows: Tensor) -> int:
 
 def key_of(value: Tensor) -> Key | None:
     """Key of the layout that a dense tensor has; None for sparse and nested ones."""
-    if value.layout is not _STRIDED or value.is_nested:
-        return None
-    return value.shape, value.stride(), value.dtype
+    return (
+        (value.shape, value.stride(), value.dtype)
+        if value.layout is _STRIDED and not value.is_nested
+        else None
+    )
 
 
 def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:

@@ -10,6 +10,7 @@ import torch
 
 from fastcov.ops.backend import service_of
 from fastcov.rows.layout import ActivationLayout
+from fastcov.stats.cursor import FRACTION
 from fastcov.stats.device_buffer import flush_full_, is_table_of, make_flush_table
 from fastcov.stats.layer import Layer
 
@@ -72,7 +73,7 @@ class DeviceCounters:
             return self
         if self.serve(layers):
             return DeviceCounters(layers, step)
-        return self if any(layer.device_buffer is not None for layer in layers) else None
+        return self if any(layer.on_device.buffer is not None for layer in layers) else None
 
     def _is_outdated(self, layers: Sequence[Layer]) -> bool:
         states = (layer.state for layer in layers if layer.state is not None)
@@ -141,21 +142,21 @@ def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
     Returns:
         The reason and a remedy; empty where replays read and count the right rows.
     """
-    state, buffer = layer.state, layer.device_buffer
+    state, buffer = layer.state, layer.on_device.buffer
     if layer.weighting == "image":
         return 'weighting="image" weighs rows on the host; take weighting="position"'
     if state is None or layer.fraction is None or state.moment.device != layout.device:
         return f"has not run on {layout.device} before; run a step eagerly, then capture"
     if buffer is None and layer.fraction == 1 and layer.decay is not None:
         return f'decay={layer.decay} with every row is applied by the host; take rows="auto"'
-    if buffer is None and layer.why_on_host:
-        return layer.why_on_host
+    if buffer is None and layer.on_device.why_on_host:
+        return layer.on_device.why_on_host
     if layer.adds_at_once(layout) and layout.dtype is layer.dtype:
         # Smaller calls of the same module, if any, wait in a buffer. With that buffer on the host,
         # replays would leave them out: then this call is left out as well.
         if buffer is not None or layer.buffer.storage is None:
             return ""
-    elif buffer is not None and layer.has_room(layout, layer.calls + 1):
+    elif layer.on_device.has_room(layout, layer.cursor.numbers[FRACTION], layer.calls + 1):
         return ""
     return (
         f"reads {layout.rows} rows of {layout.dtype}, other sizes or another dtype than in the "

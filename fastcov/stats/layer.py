@@ -12,7 +12,6 @@ Later calls of a known layout take a shorter way to the same result: a route of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, NamedTuple
 from weakref import WeakMethod
@@ -27,13 +26,6 @@ from fastcov.rows.dtypes import ROW_DTYPES
 from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.mask import weighted_parts
 from fastcov.rows.sequence import WHOLE, fixed_point, rows_due
-from fastcov.stats.buffering import (
-    SKETCH_ROWS,
-    buffer_rows,
-    device_buffer_limit,
-    device_buffer_rows,
-    direct_rows,
-)
 from fastcov.stats.cursor import (
     CALLS,
     CARRY,
@@ -46,35 +38,17 @@ from fastcov.stats.cursor import (
     Cursor,
 )
 from fastcov.stats.device_buffer import DeviceBuffer
+from fastcov.stats.device_sampling import DeviceSampling
+from fastcov.stats.early_rows import EarlyCall, EarlyRows
 from fastcov.stats.host_buffer import HostBuffer
+from fastcov.stats.image_weights import ImageWeights
+from fastcov.stats.placement import Placement
 from fastcov.stats.state import CovarianceState
 from fastcov.stats.weighted_buffer import WeightedBuffer
 
 RowSource = Callable[..., bool]
 """Function of a state, ``row_scale`` and ``decay`` that adds a call's rows in a cheaper way, or
 returns False where it cannot: see :meth:`fastcov.stats.affine.AffineMap.add_to`."""
-
-_KEPT_SHARE = 1 / 64  # of a call's rows, kept until the first step has shown the fraction to read
-# Moves of the counters to the device. Each waits for the device, so sizes or dtypes that alternate
-# from step to step must not cause one in every step.
-_MOST_MOVES = 4
-
-
-@dataclass
-class _EarlyRows:
-    """Rows of the first step, kept until the fraction to read is known.
-
-    Attributes:
-        rows: All rows of one call, or a sample of them.
-        offered: Rows that the call offered.
-        is_whole: True if ``rows`` are all of them.
-        weights: Weights of the rows, where they differ. [N]
-    """
-
-    rows: Tensor
-    offered: int
-    is_whole: bool
-    weights: Tensor | None = None
 
 
 class Draw(NamedTuple):
@@ -117,18 +91,18 @@ class Layer:
         cursor: Counters, in memory that Python and operators share.
         calls: Calls of the running step; after its end, of the last one.
         offered_rows: Rows that these calls offered.
-        left_out_rows: Rows of weight 0 among those, counted while the fraction is not known.
         earlier_calls: Calls of the steps before.
         phase: See the argument.
         fraction: Share of the rows to read, as given or planned.
         state: Sums of the rows read; None before the first.
         buffer: Rows that wait, with counters on the host.
-        device_buffer: Rows that wait, with counters on a GPU; None where the host counts.
+        on_device: Sampling with counters on a GPU.
+        early: Rows that wait until the fraction is known.
         dtype: Dtype of the rows read last.
         service: Implementation that serves rows of this dtype on the state's device.
         step: Number of the running step.
         state_step: Step up to which decay has been applied to the state.
-        why_on_host: Reason why the host counts for rows on a GPU; empty if none is known.
+        placement: Answers to which rows wait; None before the first rows.
     """
 
     calls = Counter(CALLS)
@@ -159,24 +133,19 @@ class Layer:
         self.cursor = Cursor()
         self.phase = phase
         self.state: CovarianceState | None = None
-        self.device_buffer: DeviceBuffer | None = None
         self.dtype: torch.dtype | None = None
         self.service: Service | None = None
         self.step = 0
         self.state_step = 0
         self.earlier_calls = 0
-        self.left_out_rows = 0
+        self.early = EarlyRows()
+        self.on_device = DeviceSampling()
+        self.placement: Placement | None = None
+        self._image = ImageWeights(precision) if weighting == "image" else None
         self._weighted = WeightedBuffer(decay)
         self.buffer = HostBuffer(self.cursor, weighting == "image" or decay is not None, first_fill)
         self._listeners: list[WeakMethod[Callable[[], None]]] = []
-        self._early_rows: list[_EarlyRows] = []
         self._device: torch.device | None = None  # of the state
-        # The rest is for weighting="image": the weight of a row is known when its step ends.
-        self._step_state: CovarianceState | None = None  # sums of the running step at weight 1
-        # True if some step had several calls; None before the first step has ended.
-        self._has_many_calls: bool | None = None
-        # True while `state` itself holds the first step's rows, still at weight 1.
-        self._is_unweighted = False
         self._forget_device()
         self.set_fraction(fraction)
 
@@ -212,9 +181,9 @@ class Layer:
         self.step = step
         self.earlier_calls += numbers[CALLS]
         numbers[CALLS] = numbers[OFFERED] = numbers[POSITIONS] = 0
-        self.left_out_rows = 0
-        if self.device_buffer is not None:
-            self.device_buffer.step_rows = 0
+        self.early.left_out = 0
+        if self.on_device.buffer is not None:
+            self.on_device.buffer.step_rows = 0
 
     def read(
         self, activation: Tensor, layout: ActivationLayout, source: RowSource | None = None
@@ -231,15 +200,20 @@ class Layer:
             return
         numbers = self.cursor.numbers
         self._count(layout)
-        buffer = self.device_buffer
+        device, buffer = self.on_device, self.on_device.buffer
         if buffer is not None and not self.adds_at_once(layout):
-            if self.has_room(layout, numbers[CALLS]) or self._make_room(layout, numbers[CALLS]):
+            fraction, calls = numbers[FRACTION], numbers[CALLS]
+            has_room = device.has_room(layout, fraction, calls)
+            if not has_room and device.make_room(layout, fraction, calls):
+                has_room = True
+                self.changed()
+            if has_room:
                 buffer.step_rows += offered
-                gather = buffer.prepare(activation, layout, numbers[FRACTION], numbers[PHASE])
-                gather.launch_(activation)
+                buffer.prepare(activation, layout, fraction, numbers[PHASE]).launch_(activation)
                 return
             # Another device or dtype, or more rows than one launch adds: the host counts again.
-            self._leave_full_buffer(buffer, layout)
+            device.check_not_captured(layout)
+            self.leave_device()
         self._expect(layout)
         fraction = numbers[FRACTION]
         if fraction == WHOLE:
@@ -258,10 +232,12 @@ class Layer:
         numbers[POSITIONS] += layout.positions
 
     def _expect(self, layout: ActivationLayout) -> None:
+        if layout.dtype is not self.dtype:
+            self._leave_dtype(layout.dtype)
+            if self._device == layout.device:
+                self._serve()
         if self._device != layout.device:
             self.prepare(layout.channels, layout.device)
-        if layout.dtype is not self.dtype:
-            self._match_dtype(layout.dtype)
 
     def read_weighted(self, activation: Tensor, layout: ActivationLayout, weights: Tensor) -> None:
         """Reads the rows of one call, or the sample that is due, each with a weight of its own.
@@ -277,7 +253,7 @@ class Layer:
         self._expect(layout)
         draw = self.draw(layout)
         if self.fraction is None:
-            self.left_out_rows += int((weights == 0).sum())  # waits for a GPU, in a first step
+            self.early.leave_out(weights)
         if draw.is_whole and self.fraction is not None:
             self._add_weighted(layout.view(activation), weights)
         elif draw.rows:
@@ -295,11 +271,9 @@ class Layer:
         """
         self._count(layout)
         self.leave_device()
-        self._moves_left = 0
+        self.on_device.stay_on_host()
         fraction, offered = self._fixed_fraction, layout.rows
         due = offered
-        if self.service is None:
-            self.service = service_of(layout.dtype, layout.device)
         if self.fraction is None:
             due = self._early_limit(layout)
         elif fraction < WHOLE:
@@ -338,7 +312,7 @@ class Layer:
         layout = ActivationLayout(rows)
         self._expect(layout)
         if self.fraction is None:
-            self._early_rows.append(_EarlyRows(rows, draw.offered, draw.is_whole, weights))
+            self.early.calls.append(EarlyCall(rows, draw.offered, draw.is_whole, weights))
         elif weights is None:
             self._add(rows, layout)
         else:
@@ -346,14 +320,13 @@ class Layer:
 
     def _add_weighted(self, rows: Tensor, weights: Tensor) -> None:
         flat = weights.reshape(-1)
-        assert self.state is not None
-        if len(flat) < self._direct_rows(self.state.channels):
-            if self.weighting == "position" and not self._weighted.has_room(len(flat)):
+        placement = self._placement()
+        if len(flat) < placement.direct:
+            if self._image is None and not self._weighted.has_room(len(flat)):
                 self._flush_weighted()
-            capacity = self._buffer_rows(self.state.channels)
-            self._weighted.add(rows.reshape(len(flat), -1), flat, self.step, capacity)
-        elif self.weighting == "image":
-            self._pool_weighted(rows, weights)
+            self._weighted.add(rows.reshape(len(flat), -1), flat, self.step, placement.capacity)
+        elif self._image is not None:
+            self._pool_weighted(self._image, rows, weights)
         else:
             self._accumulate_weighted(rows, weights, self.step)
 
@@ -370,77 +343,68 @@ class Layer:
                 precision=self.precision,
             )
 
-    def _pool_weighted(self, rows: Tensor, weights: Tensor) -> None:
+    def _pool_weighted(self, image: ImageWeights, rows: Tensor, weights: Tensor) -> None:
+        assert self.state is not None
         for part in weighted_parts(rows, weights):
-            self._pool(part.rows, part.weights, part.scale)
+            image.pool(self.state, part.rows, part.weights, part.scale)
 
     def _flush_weighted(self) -> None:
-        waiting = self._weighted
+        waiting, image = self._weighted, self._image
         if self.decay is not None:
             self._flush_full()  # moves the state to the last step of these rows
-        if self.weighting == "image" and (held := waiting.take_unsettled()) is not None:
-            self._pool_weighted(*held)
+        if image is not None and (held := waiting.take_unsettled()) is not None:
+            self._pool_weighted(image, *held)
         waiting.move_to(self.state_step)
         if (taken := waiting.take()) is not None:
             self._accumulate_weighted(*taken, waiting.step)
 
     def end_step(self) -> None:
         """Settles the weights of the step's rows, whose number is known now."""
-        if self.calls == 0:
+        image = self._image
+        if image is None or self.calls == 0 or self.fraction is None:
             return
-        # For good: a first call that is taken for the only one weighs too much in a step of two.
-        self._has_many_calls = self._has_many_calls is True or self.calls > 1
-        if self.weighting == "position":
-            return
-        self.buffer.weigh(self.step, self._row_weight())
-        self._weighted.settle(self._row_weight())
-        state = self.state
-        if state is not None and self._weighted.fill >= self._buffer_rows(state.channels):
-            self._flush_weighted()
-        if self._is_unweighted and self.state is not None:
-            self.state.scale_(self._row_weight())
-            self._is_unweighted = False
-        if self._step_state is not None and self.state is not None:
-            self.state.scale_(self._decay_until(self.step))
-            self.state.merge(self._step_state, scale=self._row_weight())
-            if self._has_many_calls:
-                self._step_state.reset()
-            else:
-                self._step_state = None
+        image.count_calls(self.calls)
+        row_weight = self._row_weight()
+        self.buffer.weigh(self.step, row_weight)
+        self._weighted.settle(row_weight)
+        if self.state is not None:
+            if self._weighted.fill >= self._placement().capacity:
+                self._flush_weighted()
+            decay = 1.0 if image.sums is None else self._decay_until(self.step)
+            image.end_step(self.state, row_weight, decay)
 
     def plan(self, fraction: float) -> None:
         """Sets the share of the rows to read, and reads this share of the first step's rows."""
         self.set_fraction(fraction)
-        early, self._early_rows = self._early_rows, []
-        for part in early:
-            rows = part.rows
-            layout = ActivationLayout(rows)
-            weights = part.weights
-            if layout.dtype is not self.dtype:
-                self._match_dtype(layout.dtype)
-            if self._fixed_fraction < WHOLE:
-                due, self._carry = rows_due(part.offered, self._fixed_fraction, self._carry)
-                if part.is_whole and 0 < due < part.offered and weights is not None:
-                    draw = Draw(due, part.offered, self._sampled)
-                    self._sampled += due
-                    self._add_weighted(
-                        self.drawn(draw, rows, layout),
-                        self.drawn(draw, weights[:, None], ActivationLayout(weights[:, None])),
-                    )
-                    continue
-                if part.is_whole and due and weights is None:
+        for call in self.early.take():
+            self._read_early(call)
+
+    def _read_early(self, call: EarlyCall) -> None:
+        rows, weights, due = call.rows, call.weights, call.offered
+        layout = ActivationLayout(rows)
+        self._expect(layout)
+        is_whole = self._fixed_fraction == WHOLE
+        if not is_whole:
+            due, self._carry = rows_due(call.offered, self._fixed_fraction, self._carry)
+            if due == 0:
+                return
+            if call.is_whole and due < call.offered:
+                if weights is None:
                     self._sample(rows, layout, due)
-                    continue
-                rows = rows[:due]
-                layout = ActivationLayout(rows)
-                weights = None if weights is None else weights[:due]
-            if weights is not None:
-                if len(rows):
-                    self._add_weighted(rows, weights)
-                continue
-            # Later calls of this size will be added at once: a buffer made for this one would stay.
-            is_large = part.offered >= self._direct_rows(layout.channels)
-            self._add(rows, layout, at_once=self._fixed_fraction == WHOLE and is_large)
+                    return
+                draw = Draw(due, call.offered, self._sampled)
+                self._sampled += due
+                sizes = ActivationLayout(weights[:, None])
+                rows = self.drawn(draw, rows, layout)
+                weights = self.drawn(draw, weights[:, None], sizes)[:, 0]
+            elif not call.is_whole:
+                rows, weights = rows[:due], None if weights is None else weights[:due]
+        if weights is not None:
+            self._add_weighted(rows, weights)
+        else:
+            # Later calls of this size will be added at once: a buffer for this one would stay.
+            is_large = call.offered >= self._placement().direct
+            self._add(rows, ActivationLayout(rows), at_once=is_whole and is_large)
 
     def prepare(self, channels: int, device: torch.device) -> CovarianceState:
         """State of the layer, made or moved to a device where needed."""
@@ -452,18 +416,15 @@ class Layer:
             self.leave_device()
             self.flush()
             self.state.to(device)
-            if self._step_state is not None:
-                self._step_state.to(device)
-            for part in self._early_rows:  # left by a first step that an exception has ended
-                part.rows = part.rows.to(device)
-                part.weights = None if part.weights is None else part.weights.to(device)
+            if self._image is not None:
+                self._image.to(device)
+            self.early.to(device)
             self.buffer.release()
             self._weighted.release()
             self._forget_device()
         if self._device != device:
             self._device = device
-            self.service = service_of(self.dtype or torch.float32, device)
-            self.changed()
+            self._serve()
         return self.state
 
     # how rows are added
@@ -474,27 +435,33 @@ class Layer:
         is_sketched = self.state is not None and self.state.sketch is not None
         return self.precision == "split" and not is_sketched
 
-    def _buffer_rows(self, channels: int) -> int:
-        if self.state is not None and self.state.sketch is not None:
-            return SKETCH_ROWS
-        assert self.service is not None
-        return buffer_rows(channels, self.service.is_host)
+    def _serve(self) -> None:
+        # Another dtype or device, hence another implementation, and other sizes of buffers.
+        assert self.state is not None
+        device = self.state.moment.device
+        self.service = service_of(self.dtype or torch.float32, device)
+        self.placement = Placement(
+            self.state.channels,
+            self.service.is_host,
+            is_sketched=self.state.sketch is not None,
+            is_by_image=self._image is not None,
+            decays=self.decay is not None,
+        )
+        self.changed()
 
-    def _direct_rows(self, channels: int) -> int:
-        assert self.service is not None
-        if self.state is not None and self.state.sketch is not None:
-            return SKETCH_ROWS
-        return direct_rows(channels, self.service.is_host)
+    def _placement(self) -> Placement:
+        assert self.placement is not None
+        return self.placement
 
     def adds_at_once(self, layout: ActivationLayout) -> bool:
         """True if the kernels add calls of a layout whole and at once, each row at weight 1."""
         return (
             self.cursor.numbers[FRACTION] == WHOLE
-            and self.weighting == "position"
+            and self._image is None
             and self.decay is None
             and self._is_for_kernels
-            and self.service is not None
-            and layout.rows >= self._direct_rows(layout.channels)
+            and self.placement is not None
+            and layout.rows >= self.placement.direct
         )
 
     def _add(
@@ -506,16 +473,16 @@ class Layer:
     ) -> None:
         # All rows of the call: at once where these are many, else through the buffer.
         count = layout.rows
-        if at_once or count >= self._direct_rows(layout.channels):
+        if at_once or count >= self._placement().direct:
             last = None if self.decay is None else self.buffer.last_step
             if last is not None and last < self.step:
                 # Decay brings the state to this step: rows of earlier steps must be in it before.
                 self._flush_full()
-            if self.weighting == "position":
+            if self._image is None:
                 rows = layout.source(activation)
                 self._accumulate(rows, self.step, None, 1.0, layout.channel_dim, source)
             else:
-                self._add_image_weighted(layout.view(activation), source)
+                self._add_image_weighted(self._image, layout.view(activation), source)
         elif count:
             buffer = self._room(layout, count)
             fill = self.buffer.fill
@@ -523,26 +490,17 @@ class Layer:
             buffer[fill : fill + count].view(rows.shape).copy_(rows)
             self.buffer.mark(count, self.step)
 
-    def _add_image_weighted(self, rows: Tensor, source: RowSource | None) -> None:
-        assert self.state is not None
-        # Only if no further call follows in this step is the weight of a row known now: taken to be
-        # so where the last step had one call.
-        if self._has_many_calls is False and self.calls == 1:
+    def _add_image_weighted(
+        self, image: ImageWeights, rows: Tensor, source: RowSource | None
+    ) -> None:
+        if image.knows_weight(self.calls):
             self._accumulate(rows, self.step, row_scale=self._row_weight(), source=source)
-        elif self._has_many_calls is None and self.earlier_calls == 0:
-            self._accumulate(rows, self.step)  # the state holds this step alone: scaled at its end
-            self._is_unweighted = True
+        elif image.is_first_step(self.earlier_calls):
+            self._accumulate(rows, self.step)
+            image.is_in_state = True
         else:
-            self._pool(rows)
-
-    def _pool(self, rows: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> None:
-        # Rows of the running step, whose weight its end will tell.
-        assert self.state is not None
-        if self._step_state is None:
-            self._step_state = CovarianceState(
-                self.state.channels, rows.device, sketch=self.state.sketch_width
-            )
-        self._step_state.update(rows, weights, row_scale=scale, precision=self.precision)
+            assert self.state is not None
+            image.pool(self.state, rows)
 
     def _accumulate(
         self,
@@ -579,7 +537,7 @@ class Layer:
     def _sample(self, activation: Tensor, layout: ActivationLayout, due: int) -> None:
         if due >= layout.rows:
             self._add(activation, layout)
-        elif due > self._buffer_rows(layout.channels):
+        elif not self._placement().waits(due, is_whole=False):
             sample = layout.new_rows(due)
             self._gather(sample, 0, activation, layout, due)
             self._add(sample, ActivationLayout(sample))
@@ -618,17 +576,14 @@ class Layer:
             # Every prefix of the sampling sequence is a fair sample: plan() reads the first rows.
             kept = layout.new_rows(limit)
             self._gather(kept, 0, activation, layout, limit)
-        self._early_rows.append(_EarlyRows(kept, offered, is_whole=offered <= limit))
+        self.early.calls.append(EarlyCall(kept, offered, is_whole=offered <= limit))
 
     def _early_limit(self, layout: ActivationLayout) -> int:
-        kept_before = sum(part.rows.numel() for part in self._early_rows) // layout.channels
-        return max(
-            self._buffer_rows(layout.channels) - kept_before, ceil(layout.rows * _KEPT_SHARE)
-        )
-
-    def forget_early(self) -> None:
-        """Drops the rows that were kept until the fraction is known: each has the weight 0."""
-        self._early_rows = []
+        placement = self.placement
+        if placement is None:  # one side of a pair, drawn before the state of both is made
+            service = service_of(layout.dtype, layout.device)
+            placement = Placement(layout.channels, service.is_host)
+        return self.early.limit(layout.rows, layout.channels, placement.capacity)
 
     def _decay_until(self, step: int) -> float:
         # Factor that brings the state to a step; the caller applies it.
@@ -640,8 +595,6 @@ class Layer:
 
     def _row_weight(self) -> float:
         # Horvitz-Thompson: a row read with probability `fraction` stands for 1 / fraction rows.
-        if self.weighting == "position":
-            return 1.0
         assert self.fraction is not None
         return 1.0 / (self._positions * min(self.fraction, 1.0))
 
@@ -652,15 +605,15 @@ class Layer:
             return storage
         if buffer.fill:
             # A step's weights are final at its end only: until then its rows may not leave.
-            is_held = self.weighting == "image" and buffer.last_step == self.step
+            is_held = self._image is not None and buffer.last_step == self.step
             if not is_held:
                 self._flush_full()
-        grown = buffer.room(layout, wanted, self._buffer_rows(layout.channels))
+        grown = buffer.room(layout, wanted, self._placement().capacity)
         if grown is not storage:
             self.changed()
         return grown
 
-    def _match_dtype(self, dtype: torch.dtype) -> None:
+    def _leave_dtype(self, dtype: torch.dtype) -> None:
         before = self.dtype
         if before is not None and self.state is not None:
             self.flush()
@@ -670,21 +623,20 @@ class Layer:
                 # The shift has more digits than rows of 16 bits can subtract exactly.
                 self.state.translate_(torch.zeros_like(self.state.shift))
         self.dtype = dtype
-        self.service = service_of(dtype, self._device or torch.device("cpu"))
-        self.changed()
 
     def flush(self) -> None:
         """Adds the rows that wait to the state."""
-        if self.device_buffer is not None:
-            self.device_buffer.flush(self.decay or 1.0)
+        if self.on_device.buffer is not None:
+            self.on_device.buffer.flush(self.decay or 1.0)
         self._flush_full()
         if self.state is not None:
             self._flush_weighted()
         self.buffer.stagger()
 
     def _flush_full(self) -> None:
-        if self.weighting == "image" and (held := self.buffer.take_unweighed()) is not None:
-            self._pool(held)
+        if self._image is not None and (held := self.buffer.take_unweighed()) is not None:
+            assert self.state is not None
+            self._image.pool(self.state, held)
         rows = self.buffer.rows
         if rows is None:
             return
@@ -696,26 +648,20 @@ class Layer:
     # counters on the device
 
     def _forget_device(self) -> None:
-        # Experience with one device says nothing about another.
-        self._moves_left = _MOST_MOVES
-        self._largest_capacity = 0  # rows a step; never shrinks
-        self.why_on_host = ""
-        if not self._is_for_kernels:
-            self._moves_left = 0
-            self.why_on_host = (
-                f'precision="{self.precision}" is the host\'s to add; take "split"'
-                if self.precision != "split"
-                else "is sketched by the host; give more memory, or watch fewer layers"
-            )
+        why_on_host = ""
+        if self.precision != "split":
+            why_on_host = f'precision="{self.precision}" is the host\'s to add; take "split"'
+        elif not self._is_for_kernels:
+            why_on_host = "is sketched by the host; give more memory, or watch fewer layers"
+        self.on_device.forget(why_on_host)
 
     @property
     def wants_device_buffer(self) -> bool:
         """True if the last step's rows waited on the host's counters, and might on the device's."""
         return (
-            self.device_buffer is None
+            self.on_device.may_move
             # Where all rows are read, only calls too small to be added at once use a buffer.
             and (self.buffer.storage is not None or self.cursor.numbers[FRACTION] < WHOLE)
-            and self._moves_left > 0
             and self.cursor.numbers[CALLS] > 0
             and self.fraction is not None
             and self.dtype is not None
@@ -733,116 +679,48 @@ class Layer:
         Returns:
             The buffer, or None where rows are added at once, or sampled by the host.
         """
-        if self.device_buffer is not None:
-            if self.device_buffer.step is not step:
-                self.device_buffer.step = step
-                self.changed()
-            return self.device_buffer
-        state, dtype = self.state, self.dtype
+        device, state, dtype = self.on_device, self.state, self.dtype
+        if device.use_step(step):
+            self.changed()
         if state is None or dtype is None or not self.wants_device_buffer:
-            return None
-        sizes = self._device_rows(state.channels)
+            return device.buffer
+        sizes, offered = None, self.offered_rows
+        rows = self._placement().rows_on_device(offered, self.calls, self.fraction or 0.0)
+        if rows is not None:
+            sizes = device.sizes(state.channels, rows, self.calls)
         if not service_of(dtype, state.moment.device).counts_on_device:
-            self.why_on_host = f"samples {dtype} on the host; cast to float32 or less"
-        if sizes is None or self.why_on_host:
-            self._moves_left = 0
+            device.why_on_host = f"samples {dtype} on the host; cast to float32 or less"
+        if sizes is None or device.why_on_host:
+            device.stay_on_host()
             return None
         threshold, most_rows = sizes
-        self._largest_capacity = max(self._largest_capacity, most_rows)
-        self._moves_left -= 1
         self.flush()
         self.buffer.release()
-        self.device_buffer = DeviceBuffer(
+        device.buffer = DeviceBuffer(
             state,
             dtype,
             step=step,
             threshold=threshold,
             first_threshold=ceil(threshold * self.buffer.first_fill),
-            most_rows=self._largest_capacity,
+            most_rows=device.most_rows(most_rows),
             sampled=self._sampled,
             carry=self._carry,
             state_step=self.state_step,
         )
         self.changed()
-        return self.device_buffer
-
-    def _device_rows(self, channels: int) -> tuple[int, int] | None:
-        if self.weighting != "position":
-            return None
-        rows: float = self.offered_rows
-        if self.fraction is not None and self._fixed_fraction < WHOLE:
-            rows *= self.fraction
-        else:
-            most_waiting = self.calls * (self._direct_rows(channels) - 1)
-            if self.decay is not None and rows > most_waiting:
-                return None  # some calls are added at once, with a decay that only the host knows
-            rows = min(rows, most_waiting)
-        sizes = device_buffer_rows(channels, rows, self.calls)
-        if sizes is None:
-            most = device_buffer_limit(channels)
-            self.why_on_host = (
-                f"samples {rows:.0f} rows a step on the host, the device {most} at most; set rows "
-                'lower, or "all"'
-            )
-        return sizes
-
-    def has_room(self, layout: ActivationLayout, calls: int) -> bool:
-        """True if the device's buffer takes the rows of a call.
-
-        Args:
-            layout: Layout of the call.
-            calls: Calls of the running step, this one among them: each may round up.
-        """
-        buffer = self.device_buffer
-        if buffer is None:
-            return False
-        due = (buffer.step_rows + layout.rows) * self.cursor.numbers[FRACTION] >> 32
-        return (
-            buffer.dtype is layout.dtype
-            and buffer.device == layout.device
-            and due + calls <= buffer.most_rows
-        )
-
-    def _make_room(self, layout: ActivationLayout, calls: int) -> bool:
-        """True if the device's buffer has grown for the rows of a call; waits for nothing."""
-        buffer = self.device_buffer
-        if (
-            buffer is None
-            or buffer.is_captured
-            or buffer.dtype is not layout.dtype
-            or buffer.device != layout.device
-        ):
-            return False
-        rows = (buffer.step_rows + layout.rows) * self.cursor.numbers[FRACTION] / WHOLE
-        sizes = device_buffer_rows(layout.channels, rows, calls)
-        if sizes is None:
-            return False
-        buffer.grow(*sizes)
-        self._largest_capacity = max(self._largest_capacity, buffer.most_rows)
-        self.changed()
-        return True
-
-    def _leave_full_buffer(self, buffer: DeviceBuffer, layout: ActivationLayout) -> None:
-        if buffer.is_captured:
-            raise RuntimeError(
-                f"{layout.rows} more rows of {layout.dtype} on {layout.device} do not fit the "
-                f"buffer of a captured CUDA graph: {buffer.most_rows} rows a step of "
-                f"{buffer.dtype} on {buffer.device}; run the largest step eagerly before the "
-                "capture"
-            )
-        self.leave_device()
+        return device.buffer
 
     def leave_device(self) -> None:
         """Moves the counters back to the host, waiting for the device."""
-        if self.device_buffer is not None:
+        if self.on_device.buffer is not None:
             self.flush()
-            self._sampled, self._carry, self.state_step = self.device_buffer.counters()
-            self.device_buffer = None
+            self._sampled, self._carry, self.state_step = self.on_device.buffer.counters()
+            self.on_device.buffer = None
             self.changed()
 
     def _counters(self) -> tuple[int, int, int]:
-        if self.device_buffer is not None:
-            return self.device_buffer.counters()
+        if self.on_device.buffer is not None:
+            return self.on_device.buffer.counters()
         return self._sampled, self._carry, self.state_step
 
     # merging and saving
@@ -877,7 +755,7 @@ class Layer:
             "sampled": sampled,
             "carry": carry,
             "total_calls": self.total_calls,
-            "is_pooled": self._has_many_calls,
+            "is_pooled": None if self._image is None else self._image.has_many_calls,
         }
 
     def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
@@ -893,13 +771,16 @@ class Layer:
         self.earlier_calls = saved["total_calls"]
         self._sampled = saved["sampled"]
         self._carry = saved["carry"]
-        self._has_many_calls = saved["is_pooled"]
+        if self._image is not None:
+            self._image.has_many_calls = saved["is_pooled"]
         if saved["state"] is not None:
             # As it was saved, whatever memory= says now: on every rank, with rows or without.
             sizes = saved["state"].get("sketch")
             self.sketch = None if sizes is None else int(sizes[1])
             if self.state is not None and self.state.sketch_width != self.sketch:
-                self.state = self._step_state = self._device = None
+                self.state = self._device = None
+                if self._image is not None:
+                    self._image.sums = None
                 self.buffer.release()
         if saved["state"] is not None and with_rows:
             device = torch.device("cpu") if self.state is None else self.state.moment.device
@@ -911,11 +792,11 @@ class Layer:
         self._forget_device()
         if self.state is not None:
             self.state.reset()
-        if self._step_state is not None:
-            self._step_state.reset()
+        if self._image is not None:
+            self._image.reset()
         self.buffer.clear()
         self._weighted.release()
-        self._early_rows = []
+        self.early = EarlyRows()
         self.earlier_calls = self.calls = self.offered_rows = 0
         self.state_step = 0
         self.changed()

@@ -29,7 +29,6 @@ from fastcov.ops import library
 from fastcov.rows.layout import ActivationLayout, Key, ViewedRows, key_of
 from fastcov.rows.sequence import WHOLE
 from fastcov.stats.affine import AffineMap
-from fastcov.stats.buffering import buffer_rows
 from fastcov.stats.cursor import CALLS, FRACTION, OFFERED, POSITIONS
 from fastcov.stats.device_buffer import DeviceBuffer
 from fastcov.stats.layer import Layer
@@ -63,14 +62,15 @@ class Route:
         layout: Layout of the calls.
 
     Attributes:
+        layer: Layer that reads the calls.
         layout: See the argument.
     """
 
-    __slots__ = ("_layer", "_routes", "layout")
+    __slots__ = ("_routes", "layer", "layout")
 
     def __init__(self, routes: Routes, layout: ActivationLayout) -> None:
         self._routes = routes
-        self._layer = routes.layer
+        self.layer = routes.layer
         self.layout = layout
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
@@ -86,7 +86,7 @@ class Route:
         """
         if not self.layout.fits(value):
             return False
-        self._layer.read(value, self.layout, self._routes.source(module, args, value))
+        self.layer.read(value, self.layout, self._routes.source(module, args, value))
         self._routes.settle(self.layout, value)
         return True
 
@@ -141,7 +141,7 @@ class SampleOnHost(Route):
         if due < 0:
             return super().take(value, module, args)
         if due > 0 and self._mark_step is not None:
-            self._mark_step(due, self._layer.step)
+            self._mark_step(due, self.layer.step)
         return True
 
 
@@ -154,7 +154,7 @@ class AddThroughInput(Route):
         """See :meth:`Route.take`."""
         if not self.layout.fits(value):
             return False
-        self._layer.read(value, self.layout, self._routes.source(module, args, value))
+        self.layer.read(value, self.layout, self._routes.source(module, args, value))
         return True
 
 
@@ -243,10 +243,10 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
         value: Tensor of that call; its values are not read.
     """
     layer = routes.layer
-    state, service, buffer = layer.state, layer.service, layer.device_buffer
+    state, service, buffer = layer.state, layer.service, layer.on_device.buffer
     fraction = layer.cursor.numbers[FRACTION]
     undecided = Route(routes, layout)  # asks the layer in each call, then choose() again
-    if state is None or service is None or not fraction:
+    if state is None or service is None or layer.placement is None or not fraction:
         return undecided
     if layer.dtype is not layout.dtype or state.moment.device != layout.device:
         return undecided
@@ -260,8 +260,7 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
         return undecided if add is None else LaunchAdd(routes, layout, add)
     if buffer is not None and buffer.dtype is layout.dtype and buffer.device == layout.device:
         return LaunchSample(routes, layout, buffer, value)
-    # The sampling operator takes calls of which fewer rows are due than a buffer holds, never all.
-    is_small = layout.rows * fraction < buffer_rows(layout.channels) * WHOLE
+    is_small = layer.placement.waits(-(-layout.rows * fraction // WHOLE), is_whole=False)
     if repeats and fraction < WHOLE and is_small and layer.buffer.storage is not None:
         return SampleOnHost(routes, layout)
     return undecided

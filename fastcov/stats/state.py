@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcov import ops
 from fastcov.ops import triangle
 from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
+from fastcov.ops.library import assign_
 from fastcov.rows.mask import spread
 from fastcov.spectra.sketched import squared_norm
 from fastcov.spectra.spectrum import Spectrum
@@ -433,7 +434,7 @@ class CovarianceState:
             weights = row_weight.detach().flatten().double() * row_scale
             is_read, _ = are_read(rows.detach(), weights)
             added = torch.where(is_read, weights, 0.0).square().sum()
-        self.excess.copy_(torch.stack([squares + added, self.count[0].double()]))
+        assign_(self.excess, torch.stack([squares + added, self.count[0].double()]))
 
     def translate_(self, shift: Tensor) -> None:
         """Replaces the shift [C], and the sums by those of the same rows about the new shift."""

@@ -183,10 +183,7 @@ class Gradients:
             if self._loss_scale is None:
                 self._loss_scale = float(self._unscale())  # waits for a GPU, once a step
             plain = plain.to(torch.promote_types(plain.dtype, torch.float32)) / self._loss_scale
-        viewed = taps.view(watched, plain, 0)
-        if viewed is not None and taps.is_as_wide(routes.layer, viewed.layout):
-            weights = taps.weights_of(watched, viewed.sizes, viewed.layout.device, mask)
-            routes.read(viewed, weights, is_kept=is_simple and plain is gradient)
+        taps.read_gradient(watched, plain, mask, is_kept=is_simple and plain is gradient)
 
 
 class GradientReader(RunningStep, Protocol):

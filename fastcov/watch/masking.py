@@ -112,5 +112,5 @@ class Masked(Route):
         weights = self._weights_of(self._sizes, self.layout.device)
         if weights is None:
             return self._route.take(value, module, args)
-        self._layer.read_weighted(value, self.layout, weights)
+        self.layer.read_weighted(value, self.layout, weights)
         return True

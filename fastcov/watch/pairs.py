@@ -79,7 +79,7 @@ class Pair:
                 sampled = weights[..., None]
                 drawn = self.layer.drawn(draw, sampled, ActivationLayout(sampled))[:, 0]
                 if self.layer.fraction is None:
-                    self.layer.left_out_rows += int((weights == 0).sum())
+                    self.layer.early.leave_out(weights)
             self._waiting.append(_Waiting(side, draw, rows, drawn, sizes))
             return
         first = self._waiting.popleft()

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.mask import RowMask
 from fastcov.stats.capture import is_capturing
 from fastcov.stats.layer import Layer
@@ -166,6 +167,9 @@ class RunningStep(Protocol):
     @property
     def step(self) -> int:
         """Number of the step; waits for the device where replays are counted there."""
+
+    def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
+        """True if the CUDA graph that is captured must not hold a call of a layer."""
 
     def end_layers(self, layers: list[Layer]) -> None:
         """Ends the step of layers."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastcov.rows.layout import ActivationLayout, ViewedRows, view_rows
 from fastcov.rows.mask import RowMask
+from fastcov.rows.view import plain_tensor
 from fastcov.stats.layer import Layer
 from fastcov.stats.route import Routes
 from fastcov.watch.coverage import module_note
@@ -109,10 +110,88 @@ class Taps:
         """Names of the watched tensors, in the model's order."""
         return [each.tap.name for each in self._watched]
 
-    # tensors and taps that are not read
+    # reading
 
-    def view(self, watched: WatchedTap, plain: Tensor, batch_dims: int) -> ViewedRows | None:
-        """Rows of a tap's tensor; None where there are none, or where the tap cannot read them."""
+    def read(
+        self,
+        watched: WatchedTap,
+        activation: Tensor,
+        batch_dims: int,
+        is_wrapped: bool,
+        module: nn.Module | None,
+        args: Any,
+        running: RunningStep,
+    ) -> None:
+        """Reads an activation the whole way, by no known layout.
+
+        Args:
+            watched: Tap of the activation.
+            activation: A tensor that the module returned or was given.
+            batch_dims: Dimensions in front that torch.vmap has hidden from the module.
+            is_wrapped: True if transforms of torch.func may have wrapped the activation.
+            module: The module, in eager mode; None in compiled code.
+            args: Arguments of the module's forward.
+            running: Step that is read.
+        """
+        if watched.is_given_up or not activation.is_floating_point():
+            return
+        found = plain_tensor(activation, is_wrapped)
+        if isinstance(found, str):
+            self.notes[watched.tap.name] = found
+            return
+        plain, hidden_dims = found
+        batch_dims += hidden_dims
+        viewed = self._view(watched, plain, batch_dims)
+        if viewed is None:
+            return
+        layout = viewed.layout
+        if watched.tap.position == "input":
+            # Compiled code (no module) reuses memory behind the same tensor object: never shared.
+            order = None if module is None or batch_dims else layout.order
+            if not self._reads_input(watched, activation, order, running):
+                return
+        if running.steps.is_captured and running.leaves_out(watched.routes.layer, layout):
+            return
+        is_plain = plain is activation and module is not None
+        self._read_rows(
+            watched,
+            viewed,
+            running.row_mask,
+            is_kept=is_plain and not running.steps.is_captured,
+            module=module if is_plain and layout.key is not None else None,
+            args=args,
+        )
+
+    def read_gradient(
+        self, watched: WatchedTap, plain: Tensor, mask: RowMask | None, is_kept: bool
+    ) -> None:
+        """Reads a gradient by no known layout.
+
+        Args:
+            watched: Tap of the gradient.
+            plain: The gradient, a dense tensor.
+            mask: Mask of the step; None reads every row.
+            is_kept: True if the layout is kept, for the gradients to come.
+        """
+        viewed = self._view(watched, plain, 0)
+        if viewed is not None:
+            self._read_rows(watched, viewed, mask, is_kept)
+
+    def _read_rows(
+        self,
+        watched: WatchedTap,
+        viewed: ViewedRows,
+        mask: RowMask | None,
+        is_kept: bool,
+        module: nn.Module | None = None,
+        args: Any = (),
+    ) -> None:
+        if self._is_as_wide(watched.routes.layer, viewed.layout):
+            weights = self.weights_of(watched, viewed.sizes, viewed.layout.device, mask)
+            watched.routes.read(viewed, weights, is_kept=is_kept, module=module, args=args)
+
+    def _view(self, watched: WatchedTap, plain: Tensor, batch_dims: int) -> ViewedRows | None:
+        # None where the tensor has no rows, or where the tap cannot read them.
         tap = watched.tap
         viewed = view_rows(plain, tap.layout, tap.batched_rank, batch_dims)
         if viewed is None:
@@ -128,6 +207,14 @@ class Taps:
             )
             return None
         return viewed
+
+    def _is_as_wide(self, layer: Layer, layout: ActivationLayout) -> bool:
+        # False where the channels differ from those of before: the layer is then given up.
+        if layer.state is None or layer.state.channels == layout.channels:
+            return True
+        reason = f"gave {layout.channels} channels after {layer.state.channels}"
+        self.give_up(layer, f"{reason}: not read since then")
+        return False
 
     def weights_of(
         self, watched: WatchedTap, sizes: torch.Size, device: torch.device, mask: RowMask | None
@@ -148,17 +235,11 @@ class Taps:
             self.notes.setdefault(watched.tap.name, reason)
         return weights
 
+    # taps that are not read
+
     def skip_wide(self, name: str, channels: int) -> None:
         """Notes that a tensor has too many channels."""
         self.notes[name] = f"skipped: {channels} channels > max_channels={self.max_channels}"
-
-    def is_as_wide(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """True if a layer has read rows of this width, or none; else the layer is given up."""
-        if layer.state is None or layer.state.channels == layout.channels:
-            return True
-        reason = f"gave {layout.channels} channels after {layer.state.channels}"
-        self.give_up(layer, f"{reason}: not read since then")
-        return False
 
     def fail(self, layer: Layer, error: Exception, step: int) -> None:
         """Stops reading a layer after an error, with a warning."""
@@ -191,17 +272,10 @@ class Taps:
 
     # layers that several taps share
 
-    def reads_input(
+    def _reads_input(
         self, watched: WatchedTap, tensor: Tensor, order: Order, running: RunningStep
     ) -> bool:
-        """True if a tap reads its input itself; False where another has read the same rows.
-
-        Args:
-            watched: The tap.
-            tensor: Input of the tap's module.
-            order: The tap's order of the tensor's dimensions; None shares with nobody.
-            running: Step that is read.
-        """
+        # False where another tap has read the same rows. No order: shares with nobody.
         number = watched.number
         role = self.inputs.see(number, tensor, order, watched.routes.layer.total_calls > 0)
         if role == "splits":

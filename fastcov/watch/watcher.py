@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastcov.arguments import check_observed
 from fastcov.ops.covariance import Precision
 from fastcov.ops.library import observers
+from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.mask import RowMask, as_mask
 from fastcov.rows.policy import LayerLoad, Policy
 from fastcov.rows.sequence import first_fill, sequence_phase
-from fastcov.rows.view import plain_tensor
 from fastcov.stats.affine import AffineMap, is_affine
 from fastcov.stats.capture import DeviceCounters, is_capturing, warn_left_out
 from fastcov.stats.layer import Layer
@@ -361,8 +361,8 @@ class Watcher:
             if layer.fraction is None and layer.calls and layer.state is not None
         }
         for layer in layers:
-            if layer.name in new and layer.offered_rows == layer.left_out_rows:
-                layer.forget_early()  # the mask left out every row: the next step shows the rows
+            if layer.name in new and layer.offered_rows == layer.early.left_out:
+                layer.early.take()  # the mask left out every row: the next step shows the rows
                 new.remove(layer.name)
         if not new:
             return {}
@@ -375,7 +375,7 @@ class Watcher:
         loads = {
             layer.name: LayerLoad(
                 layer.state.channels,
-                layer.offered_rows - layer.left_out_rows,
+                layer.offered_rows - layer.early.left_out,
                 macs[layer.name],
                 layer.state.sketch_width,
             )
@@ -439,7 +439,9 @@ class Watcher:
             elif module is None or batch_dims or not self._knows(tap, activation, module, args):
                 is_wrapped = is_transformed()
                 with isolated() if has_modes() else nullcontext():
-                    self._read(self.taps[tap], activation, batch_dims, is_wrapped, module, args)
+                    self.taps.read(
+                        self.taps[tap], activation, batch_dims, is_wrapped, module, args, self
+                    )
         except Exception as error:
             self.fail(tap, error)
 
@@ -482,45 +484,9 @@ class Watcher:
             return False
         return self.taps[tap].routes.take_known(activation, module, args)
 
-    def _read(
-        self,
-        watched: WatchedTap,
-        activation: Tensor,
-        batch_dims: int,
-        is_wrapped: bool,
-        module: nn.Module | None,
-        args: Any,
-    ) -> None:
-        if watched.is_given_up or not activation.is_floating_point():
-            return
-        taps, routes = self.taps, watched.routes
-        found = plain_tensor(activation, is_wrapped)
-        if isinstance(found, str):
-            taps.notes[watched.tap.name] = found
-            return
-        plain, hidden_dims = found
-        batch_dims += hidden_dims
-        viewed = taps.view(watched, plain, batch_dims)
-        if viewed is None:
-            return
-        layout = viewed.layout
-        if watched.tap.position == "input":
-            # Compiled code (no module) reuses memory behind the same tensor object: never shared.
-            order = None if module is None or batch_dims else layout.order
-            if not taps.reads_input(watched, activation, order, self):
-                return
-        counters, is_captured = self._counters, self.steps.is_captured
-        if is_captured and counters and counters.leaves_out(routes.layer, layout):
-            return
-        if taps.is_as_wide(routes.layer, layout):
-            is_plain = plain is activation and module is not None and layout.key is not None
-            routes.read(
-                viewed,
-                self._weights_of(watched, viewed.sizes, layout.device),
-                is_kept=is_plain and not is_captured,
-                module=module if is_plain else None,
-                args=args,
-            )
+    def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
+        """True if the CUDA graph that is captured must not hold a call of a layer."""
+        return self._counters is not None and self._counters.leaves_out(layer, layout)
 
     def observe_gradient(self, tap: int, gradient: Tensor) -> None:
         """Reads the gradient of a tensor of compiled code."""

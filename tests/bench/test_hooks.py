@@ -156,8 +156,8 @@ def test_every_row_of_repeated_calls_is_launched_and_counted(model: nn.Module) -
             gathers = calls.count("gather_counted_") + calls.count("cursor_gather_kernel")
             assert gathers == (levels == 2 and step > 0)
         if levels == 2:
-            assert reader.device_buffer is not None
-            assert reader.device_buffer.step_rows == 6  # of the running step alone
+            assert reader.on_device.buffer is not None
+            assert reader.on_device.buffer.step_rows == 6  # of the running step alone
 
 
 def test_python_that_prepares_a_launch_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

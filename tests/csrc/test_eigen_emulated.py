@@ -13,8 +13,6 @@ from fastcov.bench.eigen_families import cluster
 from fastcov.ops.reference import count_tolerance, eigenvalue_tolerance, eigvalsh_reference
 
 DTYPES = ["float32", "float64"]
-# One worker compiles the emulation that two files run.
-pytestmark = pytest.mark.xdist_group("emulated kernels")
 # Shared memory that a block may ask for.
 SHARED = {"sm_75": 65536, "sm_86": 101376, "sm_80": 166912, "sm_90": 232448}
 BROKEN = 2  # matrices at the end of a batch that are not finite

@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-# One worker compiles the emulation that two files run.
-pytestmark = pytest.mark.xdist_group("emulated kernels")
-
 SHARED = 232448
 # Kernel, order, matrices, shared memory, multiprocessors, clusters.
 CASES = {

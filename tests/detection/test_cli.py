@@ -97,6 +97,10 @@ def test_every_setting_is_an_option_by_its_dotted_name(parse):
     assert parse("--nesterov", "--clip-norm", "none").nesterov is True
     assert parse("--clip-norm", "none").clip_norm is None
     assert parse("--nesterov", "false").nesterov is False
+    words = ["--data.mini.train", "40", "--data.scale-jitter", "[0.5, 2]", "--clip-norm", "5"]
+    config = parse(*words, "--model.zero-init-last-norm", "false")
+    assert (config.data.mini.train, config.data.scale_jitter, config.clip_norm) == (40, (0.5, 2), 5)
+    assert config.model.zero_init_last_norm is False
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

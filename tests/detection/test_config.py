@@ -7,23 +7,22 @@ from pathlib import Path
 import pytest
 
 from fastcov_detection.config import (
-    ConfigError,
+    PRESETS,
     ModelConfig,
     SearchConfig,
     TrainConfig,
     from_dict,
     load_config,
-    override,
     preset,
-    presets,
     save_config,
     to_dict,
 )
 from fastcov_detection.detector.build import parse_name
-from fastcov_detection.train.schedule import learning_rate
+from fastcov_detection.errors import ConfigError
+from fastcov_detection.train.loop import learning_rate
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_json(name: str, tmp_path: Path) -> None:
     config = SearchConfig(train=preset(name, "maskrcnn_resnet101_fpn"))
     save_config(config, tmp_path / "config.json")
@@ -62,36 +61,6 @@ def test_unknown_key_names_the_closest() -> None:
 def test_wrong_values_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(TrainConfig, values)
-
-
-def test_override_reads_text_as_the_type_of_the_setting() -> None:
-    config = override(
-        TrainConfig(),
-        {
-            "model.norm": "group",
-            "model.anchor_sizes": "8,16,32,64,128",
-            "model.zero_init_last_norm": "true",
-            "data.mini.train": "40",
-            "data.scale_jitter": "[0.5, 2]",
-            "clip_norm": "5",
-            "device": "cpu",
-        },
-    )
-    assert config.model.norm == "group"
-    assert config.model.anchor_sizes == (8.0, 16.0, 32.0, 64.0, 128.0)
-    assert config.model.zero_init_last_norm is True
-    assert config.data.mini.train == 40
-    assert config.data.scale_jitter == (0.5, 2.0)
-    assert config.clip_norm == 5.0
-    assert override(config, {"clip_norm": "none"}).clip_norm is None
-    assert override(SearchConfig(), {"vary": "backbone,fpn"}).vary == ("backbone", "fpn")
-    assert override(SearchConfig(), {"vary": "fpn"}).vary == ("fpn",)
-
-
-@pytest.mark.parametrize("name", ["model.norm.kind", "steps.x", "model.depht"])
-def test_override_of_a_name_that_is_not_there(name: str) -> None:
-    with pytest.raises(ConfigError):
-        override(TrainConfig(), {name: "1"})
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])

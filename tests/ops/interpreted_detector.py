@@ -124,7 +124,7 @@ def test_other_numbers_of_rows_never_wait_for_the_device(
 ) -> None:
     tracker = run(len(ROIS), **options)
     assert not waits
-    buffers = [layer.device_buffer for layer in tracker.watcher.taps.unique_layers]
+    buffers = [layer.on_device.buffer for layer in tracker.watcher.taps.unique_layers]
     assert any(buffer is not None for buffer in buffers)
     tracker.count(tracker.names()[0])
     assert waits  # they would have been seen
@@ -181,10 +181,10 @@ def test_a_buffer_grows_within_a_step_and_loses_no_row(decay: float | None) -> N
 
     grown = track(is_on_device=True)
     (layer,) = grown.watcher.taps.unique_layers
-    assert layer.device_buffer is not None
-    assert layer.device_buffer.most_rows >= 66
+    assert layer.on_device.buffer is not None
+    assert layer.on_device.buffer.most_rows >= 66
     # Nothing was dropped: a captured graph could not tell.
-    assert int(layer.device_buffer._cursor[6]) == 0
+    assert int(layer.on_device.buffer._cursor[6]) == 0
     assert_same(grown, track(is_on_device=False))
 
 

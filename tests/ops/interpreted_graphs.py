@@ -299,12 +299,12 @@ def test_the_estimate_is_what_device_buffers_take(rows: Any, count: int) -> None
     with fastcov.track(model, rows=rows) as tracked:
         model(x)
     for name, reader in tracked.watcher.taps.layers.items():
-        buffer = reader.device_buffer
+        buffer = reader.on_device.buffer
         taken = 0 if buffer is None else buffer._buffer.nbytes + buffer._row_step.nbytes
         assert taken == layers[name].buffer_bytes, name
     # Nothing waits where every row is added at once.
     neck = tracked.watcher.taps.layers["neck"]
-    assert (neck.device_buffer is not None) == (neck.fraction != 1)
+    assert (neck.on_device.buffer is not None) == (neck.fraction != 1)
 
 
 @pytest.mark.parametrize("fraction", [0.3, 1.0])
@@ -320,7 +320,7 @@ def test_a_buffer_is_not_used_for_rows_of_another_device(fraction: float) -> Non
     reader.read(
         batch(2).to("meta"), ActivationLayout(batch(2).to("meta"))
     )  # its state goes there too: what a GPU's is to a CPU's
-    assert reader.device_buffer is None
+    assert reader.on_device.buffer is None
     assert reader.state is not None
     assert reader.state.moment.is_meta
     assert reader.calls == 1
@@ -333,7 +333,7 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
         model(x)
         model(x)
         assert all(
-            reader.device_buffer is not None for reader in tracked.watcher.taps.unique_layers
+            reader.on_device.buffer is not None for reader in tracked.watcher.taps.unique_layers
         )
         host = HOST._replace(kernels="native", repeats_calls=True)
         with mock.patch.object(backend, "active", Pretended(host)):
@@ -343,7 +343,7 @@ def test_counters_come_back_with_a_model_that_was_elsewhere() -> None:
         assert tracked.watcher._counters is None
         model(x)
         assert all(
-            reader.device_buffer is not None for reader in tracked.watcher.taps.unique_layers
+            reader.on_device.buffer is not None for reader in tracked.watcher.taps.unique_layers
         )
         assert tracked.watcher._counters is not None
         assert int(tracked.watcher._counters.step) == 3
@@ -378,7 +378,7 @@ def test_a_forward_that_fails_is_no_step_and_loses_no_row(decay: float | None) -
     with mock.patch.object(DeviceCounters, "serve", return_value=False):
         expected = run()
     tracked = run()
-    assert tracked.watcher.taps.layers["first"].device_buffer is not None
+    assert tracked.watcher.taps.layers["first"].on_device.buffer is not None
     assert tracked.watcher._counters is not None
     assert int(tracked.watcher._counters.step) == 3
     assert [tracked.count(name) for name in tracked.names()] == [7 * 30, 4 * 30]

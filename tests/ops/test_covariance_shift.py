@@ -152,6 +152,23 @@ def test_rows_near_the_largest_number_are_weighed(add: Add, weight: float) -> No
     assert error(moments.covariance(), exact) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float32, 3.3e38), (torch.float64, 1.7e308)], ids=str
+)
+@pytest.mark.parametrize("weight", [1.9, 1e-30, 3.99e100])
+def test_rows_at_the_largest_number_are_weighed(
+    add: Add, dtype: torch.dtype, largest: float, weight: float
+) -> None:
+    rows = torch.tensor([[largest, 1.0], [-largest, 3.0], [largest, 5.0]], dtype=dtype)
+    moments = Moments(2)
+    add(moments, rows, torch.full((3,), weight, dtype=torch.float64))
+    assert moments.count.tolist() == [3, 0]
+    assert float(moments.weight) == pytest.approx(3 * weight)
+    if dtype == torch.float32:
+        exact = rows.double().T @ rows.double() / 3
+        assert error(moments.covariance(), exact) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("offset", [1 / 3, 1e6 + 1 / 3, 1e100])
 def test_rows_of_another_dtype_on_a_state_of_float64(

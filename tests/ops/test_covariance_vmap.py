@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,73 @@ def test_a_state_for_each_example() -> None:
         accumulate_(expected, x[index], weights[index], row_scale=0.5, decay=0.9)
         for found, value in zip(states, vars(expected).values(), strict=True):
             assert torch.equal(found[index], value)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_derivatives_of_a_covariance_in_both_modes(centered: bool) -> None:
+    from torch.func import jacfwd, jacrev, vmap
+
+    x = torch.randn(5, 30, 4, dtype=torch.float64)
+
+    def find(rows: Tensor) -> Tensor:
+        return covariance(rows, centered=centered)
+
+    def reference(rows: Tensor) -> Tensor:
+        rows = rows - rows.mean(0) if centered else rows
+        return rows.T @ rows / len(rows)
+
+    for transform in (
+        lambda f: jacrev(vmap(f)),
+        lambda f: jacfwd(vmap(f)),
+        lambda f: vmap(jacrev(f)),
+        lambda f: vmap(jacfwd(f)),
+    ):
+        torch.testing.assert_close(transform(find)(x), transform(reference)(x))
+    leaf = x[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(find, (leaf,), check_forward_ad=True)
+    with torch.no_grad():
+        assert not find(leaf).requires_grad
+    broken = torch.cat([x[0], torch.full((1, 4), float("nan"))]).requires_grad_()
+    find(broken).sum().backward()
+    find(leaf).sum().backward()
+    torch.testing.assert_close(broken.grad[:-1], leaf.grad)
+    assert not broken.grad[-1].any()
+
+
+@pytest.mark.parametrize("sketch", [None, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decay": 0.5},
+        {"row_scale": 2.0},
+        {"row_weight": torch.linspace(0.1, 1, 30)},
+        {"row_weight": torch.linspace(0.1, 1, 30), "precision": "float64"},
+    ],
+    ids=["rows", "decay", "scale", "weights", "float64"],
+)
+def test_a_state_is_updated_inside_of_derivatives(
+    options: dict[str, Any], sketch: int | None
+) -> None:
+    from torch.func import grad, jvp
+
+    x = torch.randn(30, 4)
+    expected = CovarianceState(4, sketch=sketch)
+    expected.update(x, **options)
+    for transform in (
+        lambda f: grad(f)(x),
+        lambda f: jvp(f, (x,), (x,)),
+        lambda f: grad(lambda y: grad(f)(y).sum())(x),
+    ):
+        state = CovarianceState(4, sketch=sketch)
+
+        def loss(rows: Tensor, state: CovarianceState = state) -> Tensor:
+            state.update(rows, **options)
+            return rows.square().sum()
+
+        transform(loss)
+        for found, value in zip(state.tensors, expected.tensors, strict=True):
+            torch.testing.assert_close(found, value)
 
 
 def test_a_shared_state_is_refused_untouched() -> None:

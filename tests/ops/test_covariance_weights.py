@@ -28,6 +28,18 @@ def rows_of(count: int = 60, channels: int = 4) -> Tensor:
     return torch.randn(count, channels, generator=torch.Generator().manual_seed(1)) + 3
 
 
+def test_rows_of_ten_dimensions() -> None:
+    x = rows_of(2**9).reshape(4, *[2] * 9).permute(9, 3, 1, 5, 7, 2, 4, 6, 8, 0)
+    weights = torch.rand(x.shape[:-1])
+    for options in ({}, {"row_weight": weights}, {"precision": "float64"}):
+        found, expected = CovarianceState(4), CovarianceState(4)
+        found.update(x, **options)
+        if "row_weight" in options:
+            options = {"row_weight": weights.flatten()}
+        expected.update(x.reshape(-1, 4), **options)
+        assert all(torch.equal(a, b) for a, b in zip(found.tensors, expected.tensors, strict=True))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("channels", [4, 140])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -465,6 +465,9 @@ def test_thresholds_are_numbers_of_any_kind_and_size(tau: object) -> None:
         (np.array(0.5), TypeError, "ndarray"),
         (np.float32("nan"), ValueError, "NaN"),
         ("0.5", TypeError, "str"),
+        (torch.tensor([0.5]).to_sparse(), TypeError, "layout torch.sparse_coo"),
+        (torch.quantize_per_tensor(torch.tensor([0.5]), 0.1, 0, torch.qint8), TypeError, "qint8"),
+        (torch.tensor([True]), TypeError, "torch.bool"),
     ],
 )
 def test_bad_thresholds_are_named(tau: object, error: type[Exception], message: str) -> None:
@@ -537,6 +540,67 @@ def test_vmap_is_a_batch() -> None:
     assert torch.equal(torch.stack(both), torch.stack([each.low[:, 0], each.high[:, 0]]))
     low, _ = torch.vmap(lambda tau: tuple(count_above(batch[0], tau)))(taus)
     assert torch.equal(low, count_above(batch[0], taus).low)
+
+
+def _vectors(A: Tensor) -> Tensor:
+    return eigh(A).eigenvectors.square()
+
+
+def _vectors_of_torch(A: Tensor) -> Tensor:
+    return torch.linalg.eigh(A).eigenvectors.square()
+
+
+@pytest.mark.parametrize("n", [3, 20])
+@pytest.mark.parametrize(
+    ("solve", "reference"),
+    [
+        (eigvalsh, torch.linalg.eigvalsh),
+        (lambda A: eigvalsh([A, -A])[0], torch.linalg.eigvalsh),
+        (_vectors, _vectors_of_torch),
+    ],
+    ids=["eigvalsh", "eigvalsh of a list", "eigh"],
+)
+def test_derivatives_inside_and_outside_of_maps(n: int, solve, reference) -> None:
+    from torch.func import grad, jacfwd, jacrev, jvp, vmap
+
+    batch = torch.stack([random(n) * (k + 1) for k in range(3)])
+    for transform in (
+        lambda f: vmap(jacrev(f)),
+        lambda f: vmap(jacfwd(f)),
+        lambda f: jacrev(vmap(f)),
+        lambda f: jacfwd(vmap(f)),
+        lambda f: vmap(grad(lambda A: f(A)[0].sum())),
+        lambda f: lambda A: jvp(vmap(f), (A,), (A.mT @ A,))[1],
+        lambda f: lambda A: vmap(vmap(grad(lambda A: f(A)[-1].sum())))(A[None])[0],
+    ):
+        torch.testing.assert_close(transform(solve)(batch), transform(reference)(batch))
+    expected = jacrev(vmap(reference))(batch).sum(tuple(range(1 + reference(batch[0]).dim())))
+    leaf = batch.clone().requires_grad_()
+    vmap(solve)(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected)
+    tangent = jvp(vmap(reference), (batch,), (batch.mT @ batch,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(batch, batch.mT @ batch)
+        found = torch.autograd.forward_ad.unpack_dual(vmap(solve)(dual)).tangent
+        torch.testing.assert_close(found, tangent)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("n", [3, 20])
+def test_a_matrix_that_is_not_finite_spoils_no_derivative_but_its_own(n: int, bad: float) -> None:
+    batch = torch.stack([random(n) * (k + 1) for k in range(3)])
+    batch[1, n - 1, 0] = bad
+    whole = batch[[0, 2]].clone().requires_grad_()
+    torch.linalg.eigvalsh(whole)[:, -1].sum().backward()
+    for solve in (eigvalsh, lambda A: eigh(A).eigenvalues, lambda A: eigvalsh([A])[0]):
+        leaf = batch.clone().requires_grad_()
+        values = solve(leaf)
+        assert bool(values[1].isnan().all() & values[[0, 2]].isfinite().all())
+        values[[0, 2], -1].sum().backward()
+        torch.testing.assert_close(leaf.grad[[0, 2]], whole.grad)
+        assert bool(torch.vmap(solve)(leaf)[1].isnan().all())
+    vectors = eigh(batch.clone().requires_grad_()).eigenvectors
+    assert bool(vectors[1].isnan().all() & vectors[[0, 2]].isfinite().all())
 
 
 @without_lapack

@@ -111,7 +111,7 @@ def test_gather_with_a_cursor(given: tuple[Tensor, int]) -> None:
         carry=0,
         state_step=0,
     )
-    reader.device_buffer = buffer
+    reader.on_device.buffer = buffer
     with mock.patch("fastcov.kernels.launch.Launch.start", return_value=None) as start:
         reader.read(rows, ActivationLayout(rows))
     (call,) = start.call_args_list

@@ -36,8 +36,8 @@ def test_the_second_state_of_pooled_calls_moves_with_the_model() -> None:
     read(tap, torch.randn(2, 40, 8, device=META))
     read(tap, torch.randn(2, 20, 8, device=META))
     tap.end_step()
-    assert tap._step_state is not None
-    for state in (tap.state, tap._step_state):
+    assert tap._image is not None
+    for state in (tap.state, tap._image.sums):
         assert state is not None
         assert state.moment.is_meta
         assert state.excess.is_meta
@@ -49,7 +49,7 @@ def test_rows_of_a_first_step_that_failed_move_with_the_model() -> None:
     read(tap, torch.randn(30, 8))  # an exception ends this step: its rows stay
     tap.begin_step(0)
     read(tap, torch.randn(30, 8, device=META))
-    assert {part.rows.device for part in tap._early_rows} == {META}
+    assert {part.rows.device for part in tap.early.calls} == {META}
     tap.plan(0.5)
     tap.plan(1.0)
 

@@ -192,3 +192,56 @@ def test_an_update_takes_what_is_told(
     torch.cuda.synchronize()
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
     assert peak - before == pytest.approx(told, rel=0.02)
+
+
+class Masked(nn.Module):
+    """Two layers, whose forward is given a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(6, 40), nn.Linear(40, 5)
+
+    def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
+        del mask
+        return self.narrow(self.wide(rows))
+
+
+def held_bytes(layer: Any) -> int:
+    """Memory of a layer's state and of the rows that wait."""
+    state, buffer, weighted = layer.state, layer.buffer.storage, layer._weighted
+    tensors = [*state.state_dict().values()]
+    tensors += [each for each in (buffer, weighted._rows, weighted._weights) if each is not None]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("rows", ["all", 12, 0.5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"of": "both"},
+        {"of": "gradient", "where": "both"},
+        {"pairs": [("wide", "narrow")]},
+        {"mask": "mask"},
+        {"mask": "mask", "weighting": "image", "of": "both", "pairs": [("narrow", "wide")]},
+    ],
+    ids=str,
+)
+def test_gradients_masks_and_pairs_are_counted(options: dict[str, Any], rows: Any) -> None:
+    torch.manual_seed(0)
+    model = Masked()
+    mask = torch.rand(3, 9) < 0.6
+    example = {"rows": torch.randn(3, 9, 6, requires_grad=True), "mask": mask}
+    report = fastcov.estimate(model, example, rows=rows, **options)
+    with fastcov.track(model, rows=rows, **options) as tracker:
+        for _ in range(3):
+            model(**example).sum().backward()
+        tracker.watcher.settle()
+        held = {name: held_bytes(layer) for name, layer in tracker.watcher.taps.layers.items()}
+        for names, pair in tracker.watcher.pairs.items():
+            held[" x ".join(names)] = held_bytes(pair.layer)
+        told = {each.name: each.state_bytes + each.buffer_bytes for each in report.layers}
+        assert told == held
+        for each in report.layers:
+            if each.name in tracker.names():
+                count = tracker.count(each.name)
+                assert each.rows_read == pytest.approx(count / 3, rel=0.4), each.name

@@ -239,15 +239,27 @@ def test_a_function_that_fails_stops_the_reading_and_not_the_training() -> None:
     assert tracker.count("layer") == 0
 
 
-def test_a_first_step_without_a_valid_row() -> None:
+@pytest.mark.parametrize("weighting", ["position", "image"])
+def test_a_first_step_without_a_valid_row(weighting: Any) -> None:
     model = Labelled()
-    tracker = fastcov.track(model, include="layer", rows=4, mask="mask")
+    tracker = fastcov.track(model, include="layer", rows=4, mask="mask", weighting=weighting)
     model(torch.randn(2, 50, 3), mask=torch.zeros(2, 50, dtype=torch.bool))
     assert "the mask left out every row so far" in str(tracker.summary())
     mask = torch.arange(50) < torch.tensor([[40], [10]])
     for _ in range(100):
         model(torch.randn(2, 50, 3), mask=mask)
     assert tracker.count("layer") == pytest.approx(400, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_sample_of_a_first_step_leaves_rows_out(rows: int) -> None:
+    """Fewer rows are offered than a buffer holds: all are kept, then a sample of them is drawn."""
+    torch.manual_seed(0)
+    model = Labelled()
+    tracker = fastcov.track(model, include="layer", rows=rows, mask="mask")
+    model(torch.randn(1, 6, 3), mask=torch.arange(6)[None] % 2 == 0)
+    assert not tracker.watcher.taps.notes
+    assert 0 < tracker.count("layer") <= 3
 
 
 def test_inputs_share_and_a_resumed_run_goes_on() -> None:

@@ -167,5 +167,5 @@ def test_replays_of_a_graph_say_that_they_do_not_read_it() -> None:
     layer = Layer(
         "layer", phase=0, fraction=0.5, weighting="position", decay=None, precision="float64"
     )
-    assert "float64" in layer.why_on_host
+    assert "float64" in layer.on_device.why_on_host
     assert not layer.wants_device_buffer

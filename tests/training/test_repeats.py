@@ -14,7 +14,7 @@ import fastcov
 from fastcov.ops import library
 from fastcov.stats.layer import Layer
 from fastcov.watch.sharing import SharedInputs
-from fastcov.watch.watcher import Watcher
+from fastcov.watch.taps import Taps
 
 
 class Branches(nn.Module):
@@ -53,7 +53,7 @@ def test_nothing_is_decided_twice(
     with fastcov.track(model, where=where, rows=rows) as tracker:
         for _ in range(2):
             model(images())
-        monkeypatch.setattr(Watcher, "_read", None)
+        monkeypatch.setattr(Taps, "read", None)
         for _ in range(2):
             model(images())
         assert not tracker.watcher.taps.notes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastcov
 from fastcov.bench.stubs import KernelStubs
 from fastcov.stats.route import MOST_LAYOUTS, Routes
-from fastcov.watch.taps import WatchedTap
+from fastcov.watch.taps import Taps, WatchedTap
 from fastcov.watch.watcher import Watcher
 
 SIZES = (40, 24, 9, 24, 40)
@@ -40,13 +40,13 @@ def levels(step: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Calls of each tap whose layout was decided about."""
     found: Counter[int] = Counter()
-    read = Watcher._read
+    read = Taps.read
 
-    def spy(watcher: Watcher, watched: WatchedTap, *arguments: Any) -> None:
+    def spy(taps: Taps, watched: WatchedTap, *arguments: Any) -> None:
         found[watched.number] += 1
-        read(watcher, watched, *arguments)
+        read(taps, watched, *arguments)
 
-    monkeypatch.setattr(Watcher, "_read", spy)
+    monkeypatch.setattr(Taps, "read", spy)
     return found
 
 

@@ -19,8 +19,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
-from fastcov_detection.config import ConfigError, DataConfig
+from fastcov_detection.config import DataConfig
 from fastcov_detection.data.coco import to_rle
+from fastcov_detection.errors import ConfigError
 
 # The mean colour of ImageNet, around images that were made smaller.
 _FILL = (124, 116, 104)

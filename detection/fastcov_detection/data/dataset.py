@@ -1,9 +1,11 @@
-"""Images and targets for training and evaluation, from any data set in COCO format."""
+"""Images and targets from any data set in COCO format, and which of them make up which step."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,38 +14,33 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from fastcov_detection.config import DataConfig
 from fastcov_detection.data.augment import Augmentation, large_enough, whole
-from fastcov_detection.data.checking import (
+from fastcov_detection.data.checks import (
     Checked,
+    Finding,
+    Split,
     check_entries,
     check_pair,
     check_split,
     list_images,
+    refuse_faults,
     synthetic_roots,
+    tell_notes,
 )
-from fastcov_detection.data.checks import Split
-from fastcov_detection.data.coco import CocoFile, ImageRecord, Records, build_file, read_sheet
-from fastcov_detection.data.findings import Finding, Problem, refuse_faults, tell_notes
+from fastcov_detection.data.coco import CocoFile, ImageRecord, build_file, read_sheet
 from fastcov_detection.data.layouts import find_annotations, find_images, nearby
 from fastcov_detection.data.mini import make_mini
 from fastcov_detection.data.pixels import read_pixels
-from fastcov_detection.distributed import rank
+from fastcov_detection.distributed import barrier, rank
 from fastcov_detection.errors import DataError
 
 Target = dict[str, Any]
 Batch = TypeVar("Batch")
 
-__all__ = [
-    "CocoDataset",
-    "DataError",
-    "LoadedData",
-    "Target",
-    "check_data",
-    "load_data",
-]
+_MASK_63 = (1 << 63) - 1
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -75,7 +72,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             annotation_file = _read_alone(self.images_dir, Path(annotation_file), with_masks)
         self.file: CocoFile = annotation_file
         self.with_masks, self.turn = with_masks, turn
-        self.records: Records = self.file.images
+        self.records = self.file.images
         self.class_names: tuple[str, ...] = tuple(self.file.categories.values())
         self.label_of = {category: label for label, category in enumerate(self.file.categories, 1)}
         self.category_of = {label: category for category, label in self.label_of.items()}
@@ -113,26 +110,21 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         pixels = self._decode(record) if pixels is None else pixels
         objects = [a for a in record.annotations if not a.is_crowd]
         boxes = torch.tensor([record.clipped_box(a) for a in objects], dtype=torch.float32)
-        boxes = boxes.reshape(-1, 4)
-        frame = None
+        boxes, frame = boxes.reshape(-1, 4), whole(record.width, record.height)
         if augmentation is not None and draws is not None:
-            frame = augmentation.frame(record.width, record.height, draws)
-            if augmentation.photometric > 0 or frame != whole(record.width, record.height):
+            unchanged, frame = frame, augmentation.frame(record.width, record.height, draws)
+            if augmentation.photometric > 0 or frame != unchanged:
                 changed = augmentation.colours(frame.pixels(Image.fromarray(pixels)), draws)
                 pixels = np.array(changed)
             boxes = frame.boxes(boxes)
             if augmentation.zoom is not None:
                 kept = large_enough(boxes)
                 boxes = boxes[kept]
-                objects = [
-                    one for one, is_kept in zip(objects, kept.tolist(), strict=True) if is_kept
-                ]
-        frame = frame or whole(record.width, record.height)
+                objects = [one for one, is_kept in zip(objects, kept, strict=True) if is_kept]
+        labels = [self.label_of[a.category_id] for a in objects]
         target: Target = {
             "boxes": boxes,
-            "labels": torch.tensor(
-                [self.label_of[a.category_id] for a in objects], dtype=torch.int64
-            ),
+            "labels": torch.tensor(labels, dtype=torch.int64),
             "image_id": record.image_id,
         }
         if self.with_masks:
@@ -142,11 +134,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return torch.from_numpy(pixels).permute(2, 0, 1), target
 
     def decode(self, index: int) -> NDArray[np.uint8]:
-        """The pixels of one image. [H, W, 3]
-
-        Raises:
-            DataError: If the image cannot be decoded or has another size than annotated.
-        """
+        """The pixels of one image; errors as of :meth:`read`. [H, W, 3]"""
         return self._decode(self.records[index])
 
     def _decode(self, record: ImageRecord) -> NDArray[np.uint8]:
@@ -165,17 +153,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         ratios: list[float] = (sizes[:, 0] / sizes[:, 1]).tolist()
         return ratios
 
-    def image_ids(self) -> list[int | str]:
-        """Ids of the images, as annotated."""
-        return self.records.image_ids()
-
     def has_objects(self) -> bool:
         """True if an image has an object that is not a crowd."""
         return bool((self.records.counts() > 0).any())
 
     def drop_empty(self) -> None:
         """Leaves out images without a single object to learn from."""
-        self.records = self.records.with_objects()
+        self.records.drop_empty()
         if not len(self.records):
             raise DataError(f"{self.file.path} has no object that is not a crowd; nothing to learn")
 
@@ -210,9 +194,8 @@ def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = 
     for name, split in splits.items():
         file = build_file(split.sheet, roots, with_masks=with_masks)
         file.images.set_paths(checked[name].paths)
-        halves[name] = CocoDataset(
-            split.images_dir, file, with_masks=with_masks, turn=config.exif == "turn"
-        )
+        turn = config.exif == "turn"
+        halves[name] = CocoDataset(split.images_dir, file, with_masks=with_masks, turn=turn)
     train, val = halves["train"], halves["val"]
     if not config.keep_empty:
         train.drop_empty()
@@ -221,6 +204,15 @@ def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = 
         content = {f"{name}_annotations": split.sheet.digest for name, split in splits.items()}
         content |= {f"{name}_images": one.images_digest for name, one in checked.items()}
     return LoadedData(train, val, train.class_names, content)
+
+
+def load_on_ranks(config: DataConfig, *, with_masks: bool, progress: bool) -> LoadedData:
+    """:func:`load_data` in every process; one of them builds and checks, the others wait for it."""
+    loaded = None
+    if rank() == 0:
+        loaded = load_data(config, with_masks=with_masks, progress=progress)
+    barrier()
+    return loaded or load_data(config, with_masks=with_masks, progress=False)
 
 
 def check_data(
@@ -282,12 +274,8 @@ def _find_and_check(
     checked = {name: check_split(split, progress=progress) for name, split in splits.items()}
     findings = [finding for one in checked.values() for finding in one.findings]
     findings += check_pair(*splits.values())
-    sheets = [split.sheet for split in splits.values()]
-    for root in sorted(synthetic_roots(sheets)):
-        text = "is every other category's supercategory and has no object"
-        problem = Problem(text, "it is no class of its own", is_fault=False)
-        findings.append(Finding(str(sheets[0].path), f"category {root}", problem, "root"))
-    if sheets[0].path == sheets[1].path:  # one file for both: each finding once
+    findings += synthetic_roots([split.sheet for split in splits.values()]).values()
+    if splits["train"].sheet.path == splits["val"].sheet.path:  # each finding once
         findings = list(dict.fromkeys(findings))
     return findings, splits, checked
 
@@ -310,3 +298,132 @@ def _find_split(config: DataConfig, name: str, with_masks: bool, progress: bool)
     if not Path(images).is_dir():
         raise DataError(f"image folder {images} is missing; check the path{nearby(Path(images))}")
     return Split(name, sheet, Path(images), with_masks=with_masks, turn=config.exif == "turn")
+
+
+class Draw(NamedTuple):
+    """One image of one epoch, with the seed of its random changes."""
+
+    image: int
+    seed: int
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed out of several integers (splitmix64), the same on every machine."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & _MASK_63
+
+
+def aspect_buckets(aspect_ratios: Sequence[float]) -> list[int]:
+    """Buckets of shapes, a third of an octave apart at most; one shape in a batch saves padding."""
+    return [max(-4, min(4, round(3 * math.log2(ratio)))) for ratio in aspect_ratios]
+
+
+class BatchPlan(Sampler[list[Draw]]):
+    """Batches of images of similar shape: a pure function of the seed, so a run starts at any step.
+
+    Every epoch shuffles all images; an image waits until its bucket of aspect ratios has a whole
+    batch, across epochs where need be, so none is dropped.
+
+    Args:
+        aspect_ratios: Width by height of every image.
+        batch_size: Images of one step over all ranks.
+        seed: Of the run.
+        steps: Where the plan ends.
+        first_step: Where it starts; earlier batches are skipped.
+        rank: This process; it gets every ``world_size``-th image of a batch.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If the batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        aspect_ratios: Sequence[float],
+        batch_size: int,
+        *,
+        seed: int,
+        steps: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"batch_size is {batch_size}, the images of a step over all processes; "
+                f"choose a multiple of {world_size}"
+            )
+        self.buckets = aspect_buckets(aspect_ratios)
+        self.batch_size, self.seed = batch_size, seed
+        self.steps, self.first_step = steps, first_step
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.first_step)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        waiting: dict[int, list[Draw]] = defaultdict(list)
+        step, epoch = 0, 0
+        while step < self.steps:
+            for index in self._order(epoch):
+                bucket = waiting[self.buckets[index]]
+                bucket.append(Draw(index, mix_seed(self.seed, 1, epoch, index)))
+                if len(bucket) < self.batch_size:
+                    continue
+                if step >= self.first_step:
+                    yield bucket[self.rank :: self.world_size]
+                bucket.clear()
+                step += 1
+                if step == self.steps:
+                    return
+            epoch += 1
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, 0, epoch))
+        order: list[int] = torch.randperm(len(self.buckets), generator=generator).tolist()
+        return order
+
+
+class AugmentedView(Dataset[tuple[Tensor, Target]]):
+    """A data set whose random changes depend on the draw alone, whatever process makes them.
+
+    Args:
+        dataset: Images and targets by index.
+        augmentation: The random changes.
+        cache: Keep decoded images in memory.
+    """
+
+    def __init__(
+        self, dataset: CocoDataset, augmentation: Augmentation, *, cache: bool = False
+    ) -> None:
+        self.dataset, self.augmentation = dataset, augmentation
+        self._kept: dict[int, NDArray[np.uint8]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Target]:
+        draws, pixels = torch.Generator().manual_seed(draw.seed), None
+        if self._kept is not None:
+            if draw.image not in self._kept:
+                self._kept[draw.image] = self.dataset.decode(draw.image)
+            pixels = self._kept[draw.image]
+        return self.dataset.read(draw.image, self.augmentation, draws, pixels)
+
+
+def to_float(image: Tensor) -> Tensor:
+    """An image with values in [0, 1]; eight-bit pixels, as loaders ship them, are scaled."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
+def to_device(target: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A target with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in target.items()
+    }

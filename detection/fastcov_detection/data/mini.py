@@ -5,7 +5,8 @@ nothing is downloaded. Training and validation share neither a digit nor a photo
 
 With ``pictures``, objects are pictures in place of digits: square pieces of the photographs, each a
 class of its own, pasted at random size, angle, brightness and colour. Training and validation then
-share the pictures, and neither the backgrounds nor the looks.
+share the pictures, and neither the backgrounds nor the looks. With ``cells`` they are mosaics:
+squares of random colours, which have no detail that a small part would tell.
 """
 
 from __future__ import annotations
@@ -115,6 +116,11 @@ def _check(config: MiniConfig) -> None:
         )
     if config.pictures < 0:
         raise DataError(f"pictures is {config.pictures}; choose 0 (digits) or a number of classes")
+    if not 0 <= config.cells <= _PICTURE_EDGE or (config.cells and not config.pictures):
+        raise DataError(
+            f"cells is {config.cells} with pictures={config.pictures}; choose 0, or 1 to "
+            f"{_PICTURE_EDGE} cells an edge and a number of pictures"
+        )
     fewest, most = config.digits
     if not 0 <= fewest <= most or most == 0:
         raise DataError(f"digits is {config.digits}; expected fewest and most, for example 1,5")
@@ -146,7 +152,7 @@ def _replace_folder(partial: Path, target: Path, config: MiniConfig) -> None:
 
 
 def _build(root: Path, config: MiniConfig, progress: bool) -> None:
-    train, val = _split_sources(config.seed, config.pictures)
+    train, val = _split_sources(config.seed, config.pictures, config.cells)
     (root / "annotations").mkdir()
     with progress_bar("building mini", config.train + config.val, enabled=progress) as advance:
         for code, (split, count, sources) in enumerate(
@@ -273,6 +279,13 @@ def _cut_pictures(
     return pictures
 
 
+def _make_mosaics(cells: int, count: int, draw: np.random.Generator) -> list[Image.Image]:
+    """Squares of cells in random colours."""
+    edges = (_PICTURE_EDGE, _PICTURE_EDGE)
+    colours = draw.integers(0, 256, size=(count, cells, cells, 3), dtype=np.uint8)
+    return [Image.fromarray(one).resize(edges, Image.Resampling.NEAREST) for one in colours]
+
+
 def _ink(glyph: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ink of one digit in [0, 255], without the empty rows and columns around it."""
     rows, columns = np.flatnonzero(glyph.any(axis=1)), np.flatnonzero(glyph.any(axis=0))
@@ -312,7 +325,7 @@ def _place(
     return None
 
 
-def _split_sources(seed: int, count: int = 0) -> tuple[_Sources, _Sources]:
+def _split_sources(seed: int, count: int = 0, cells: int = 0) -> tuple[_Sources, _Sources]:
     """Digits and photographs for training and for validation, and pictures for both."""
     from sklearn.datasets import load_digits
 
@@ -321,7 +334,11 @@ def _split_sources(seed: int, count: int = 0) -> tuple[_Sources, _Sources]:
     draw = np.random.default_rng([seed, 2])
     digit_order = draw.permutation(len(digits.images))
     photograph_order = draw.permutation(len(photographs))
-    pictures = _cut_pictures(photographs, count, np.random.default_rng([seed, 3]))
+    picture_draw = np.random.default_rng([seed, 3])
+    if cells:
+        pictures = _make_mosaics(cells, count, picture_draw)
+    else:
+        pictures = _cut_pictures(photographs, count, picture_draw)
     digit_cut, photograph_cut = (int(len(o) * _VAL_SHARE) for o in (digit_order, photograph_order))
     val, train = (
         _Sources(

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from fastcov_detection.data.findings import Problem
 from fastcov_detection.errors import DataError
 
 _TURNS = {
@@ -67,27 +66,23 @@ class Header(NamedTuple):
         return (self.height, self.width) if swaps else (self.width, self.height)
 
 
-def read_header(path: Path) -> Header | Problem:
+def read_header(path: Path) -> Header:
     """The header of an image, and a look at the end of the file.
 
     Files without an end mark are decoded to see whether they are whole, and so are images of
     16 bits, whose range is needed, and those that may be transparent.
 
-    Returns:
-        The header; the problem if the file is no image, is cut short, or has pixels whose range is
-        unknown.
+    Raises:
+        UnreadableError: If the file is no image, is cut short, or has pixels of unknown range.
     """
-    try:
-        with _open(path) as (image, file):
-            is_16_bit = _check_mode(image)
-            # Pillow turns TIFF images itself when it decodes them.
-            if is_16_bit or image.format == "TIFF" or not _has_end(file, image.format):
-                image.load()
-            brightest = int(np.asarray(image).max()) if is_16_bit else None
-            is_transparent = image.has_transparency_data and _is_transparent(image)
-            return Header(*image.size, _orientation(image), image.mode, brightest, is_transparent)
-    except _UnreadableError as error:
-        return error.problem
+    with _open(path) as (image, file):
+        is_16_bit = _check_mode(image)
+        # Pillow turns TIFF images itself when it decodes them.
+        if is_16_bit or image.format == "TIFF" or not _has_end(file, image.format):
+            image.load()
+        brightest = int(np.asarray(image).max()) if is_16_bit else None
+        is_transparent = image.has_transparency_data and _is_transparent(image)
+        return Header(*image.size, _orientation(image), image.mode, brightest, is_transparent)
 
 
 def read_pixels(path: Path, *, turn: bool = True) -> NDArray[np.uint8]:
@@ -106,45 +101,38 @@ def read_pixels(path: Path, *, turn: bool = True) -> NDArray[np.uint8]:
     try:
         with _open(path) as (image, file):
             is_16_bit = _check_mode(image)
+            transpose = _TURNS.get(_orientation(image)) if turn else None
             if image.format == "JPEG" and image.mode == "RGB" and _has_end(file, "JPEG"):
-                return _decode_jpeg(image, file, turn=turn)
+                pixels = _decode_jpeg(file)
+                if transpose is None:
+                    return pixels
+                return np.array(Image.fromarray(pixels).transpose(transpose))
             image.load()
+            # Pillow turns TIFF images itself while it decodes them.
             transpose = _TURNS.get(_orientation(image)) if turn else None
             if is_16_bit:
                 wide = np.asarray(image).astype(np.uint32)
                 image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
             image = image.convert("RGB")
-            if transpose is not None:
-                image = image.transpose(transpose)
-            return np.array(image)
-    except _UnreadableError as error:
-        text, remedy, _ = error.problem
-        raise DataError(f"image {path} {text}; {remedy}") from None
+            return np.array(image if transpose is None else image.transpose(transpose))
+    except UnreadableError as error:
+        raise DataError(f"image {path} {error.text}; {error.remedy}") from None
 
 
-def _decode_jpeg(image: Image.Image, file: IO[bytes], *, turn: bool) -> NDArray[np.uint8]:
-    """The pixels of a whole JPEG in RGB, by torchvision: the bits of Pillow in half the time.
-
-    Args:
-        image: The file as Pillow opened it.
-        file: From which everything is read again.
-        turn: Turn the image as its EXIF orientation asks.
-    """
+def _decode_jpeg(file: IO[bytes]) -> NDArray[np.uint8]:
+    """The pixels of a whole JPEG in RGB, by torchvision: the bits of Pillow in half the time."""
     file.seek(0)
     coded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     pixels: NDArray[np.uint8] = decode_jpeg(coded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    transpose = _TURNS.get(_orientation(image)) if turn else None
-    if transpose is not None:
-        return np.array(Image.fromarray(np.ascontiguousarray(pixels)).transpose(transpose))
     return np.ascontiguousarray(pixels)
 
 
-class _UnreadableError(Exception):
-    """Any failure of a decoder."""
+class UnreadableError(Exception):
+    """Any failure of a decoder: what is wrong with the image, and the remedy."""
 
     def __init__(self, text: str, remedy: str) -> None:
         super().__init__(text)
-        self.problem = Problem(text, remedy)
+        self.text, self.remedy = text, remedy
 
 
 @contextmanager
@@ -153,13 +141,13 @@ def _open(path: Path) -> Iterator[tuple[Image.Image, IO[bytes]]]:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             yield image, file
-    except (_UnreadableError, MemoryError):
+    except (UnreadableError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise _UnreadableError(f"is too large ({error})", "cut it into tiles") from None
+        raise UnreadableError(f"is too large ({error})", "cut it into tiles") from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _UnreadableError(
+        raise UnreadableError(
             f"cannot be read ({reason})", "replace it, or take it out of the annotations"
         ) from None
 
@@ -180,7 +168,7 @@ def _check_mode(image: Image.Image) -> bool:
     # Older versions of Pillow call 16-bit PNG "I", which is 32 bits elsewhere.
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
         return True
-    raise _UnreadableError(
+    raise UnreadableError(
         f"has pixels of mode {image.mode!r}, whose range is unknown",
         "save it with 8 or 16 bits a channel",
     )

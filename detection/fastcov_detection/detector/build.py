@@ -1,46 +1,50 @@
-"""Faster and Mask R-CNN on ResNet-FPN backbones of any widths, from torchvision's own modules."""
+"""Faster and Mask R-CNN on ResNet-FPN backbones of any widths, from torchvision's own modules.
+
+Parameters and MACs of a detector, counted on the built model by torch's flop counter.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from fastcov_detection.config import ConfigError, ModelConfig, closest
-from fastcov_detection.detector.backbone import (
+from fastcov_detection.config import ModelConfig
+from fastcov_detection.detector.modules import (
+    NORMS,
     STAGE_BLOCKS,
+    BatchTransform,
+    Float32Anchors,
+    Float32BoxPredictor,
+    Float32RPNHead,
     NormLayer,
+    RowRoIAlign,
     build_resnet,
     norm_layer,
     stock_widths,
 )
-from fastcov_detection.detector.boxes import (
-    Float32Anchors,
-    Float32BoxPredictor,
-    Float32RPNHead,
-)
-from fastcov_detection.detector.roi_align import RowRoIAlign
-from fastcov_detection.detector.transform import BatchTransform
 from fastcov_detection.detector.weights import initialise_backbone
+from fastcov_detection.errors import ConfigError, WidthsError, closest
 from fastcov_detection.files import write_text
 
 PYRAMID_LEVELS = ["0", "1", "2", "3"]
-
-
-class WidthsError(ValueError):
-    """Widths that do not fit the detector they are meant for."""
 
 
 def parse_name(name: str) -> tuple[bool, int]:
@@ -89,6 +93,13 @@ def check_widths(config: ModelConfig, widths: Mapping[str, int] | None) -> dict[
     return complete
 
 
+def settle_norm(config: ModelConfig) -> ModelConfig:
+    """The configuration with the norm that ``auto`` stands for."""
+    if config.norm != "auto":
+        return config
+    return replace(config, norm="frozen" if config.init == "imagenet" else "batch")
+
+
 def build_model(
     config: ModelConfig,
     widths: Mapping[str, int] | None = None,
@@ -112,6 +123,7 @@ def build_model(
         ConfigError: If the name or the number of classes is missing or unknown.
         WidthsError: If the widths are for another detector.
     """
+    config = settle_norm(config)
     predicts_masks, depth = parse_name(config.name)
     num_classes = num_classes or config.num_classes
     if num_classes is None or num_classes < 2:
@@ -159,15 +171,9 @@ def build_model(
     model.transform = BatchTransform(
         stock.min_size, stock.max_size, stock.image_mean, stock.image_std
     )
-    model.config = (
-        config if config.num_classes == num_classes else _with_classes(config, num_classes)
-    )
+    model.config = replace(config, num_classes=num_classes)
     model.widths = complete
     return model
-
-
-def _with_classes(config: ModelConfig, num_classes: int) -> ModelConfig:
-    return replace(config, num_classes=num_classes)
 
 
 def _build_backbone(config: ModelConfig, depth: int, widths: Mapping[str, int]) -> BackboneWithFPN:
@@ -247,3 +253,111 @@ def load_widths(path: str | os.PathLike[str]) -> dict[str, int]:
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, trained or frozen."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+BOX_REGIONS = 1000
+MASK_REGIONS = 100
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a detector weighs and computes for one image."""
+
+    params: int
+    backbone_params: int
+    """Of the ResNet alone, without the feature pyramid."""
+    macs: int
+
+
+def count_cost(model: GeneralizedRCNN, image_size: int | tuple[int, int]) -> Cost:
+    """Counts parameters and multiply-accumulates.
+
+    The backbone, the feature pyramid and the RPN head run on one image of a fixed size, the heads
+    on a fixed number of regions: 1000 boxes and 100 masks, or as many as the configuration lets
+    through. The layers run on the meta device, so nothing is computed.
+
+    Args:
+        model: On any device; left as it was.
+        image_size: Edge of a square input, or (height, width), rounded up to a multiple of 32 as
+            the detector pads it.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    image = _meta(1, 3, -(-height // 32) * 32, -(-width // 32) * 32)
+    heads = model.roi_heads
+    with _counting(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        boxes = min(BOX_REGIONS, model.rpn.post_nms_top_n())
+        masks = min(MASK_REGIONS, heads.detections_per_img)
+        features = _run(model.backbone, image)
+        _run(model.rpn.head, list(features.values()))
+        channels = next(iter(features.values())).shape[1]
+        boxes_in = _meta(boxes, channels, *heads.box_roi_pool.output_size)
+        _run(heads.box_predictor, _run(heads.box_head, boxes_in))
+        if heads.has_mask():
+            masks_in = _meta(masks, channels, *heads.mask_roi_pool.output_size)
+            _run(heads.mask_predictor, _run(heads.mask_head, masks_in))
+    return Cost(
+        params=count_parameters(model),
+        backbone_params=count_parameters(model.backbone.body),
+        macs=counter.get_total_flops() // 2,
+    )
+
+
+class Costs:
+    """Costs of detectors of any widths, each counted once, on the meta device.
+
+    Args:
+        model: Everything but the widths, with the number of classes.
+        image_size: As for :func:`count_cost`.
+    """
+
+    def __init__(self, model: ModelConfig, image_size: int | tuple[int, int]) -> None:
+        self.model, self.image_size = replace(model, init="random"), image_size
+        self._known: dict[tuple[tuple[str, int], ...], Cost] = {}
+
+    def __call__(self, widths: Mapping[str, int] | None) -> Cost:
+        """The cost of a detector with these widths; None: the configuration's own."""
+        key = tuple(sorted((widths or {}).items()))
+        if key not in self._known:
+            with torch.device("meta"):
+                self._known[key] = count_cost(build_model(self.model, widths), self.image_size)
+        return self._known[key]
+
+    def macs(self, widths: Mapping[str, int]) -> int:
+        """Multiply-accumulates of one image."""
+        return self(widths).macs
+
+    def params(self, widths: Mapping[str, int]) -> int:
+        """Parameters of the whole detector."""
+        return self(widths).params
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _run(module: nn.Module, inputs: Any) -> Any:
+    if all(parameter.is_meta for parameter in module.parameters()):
+        return module(inputs)
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    return functional_call(module, state, (inputs,))
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[None]:
+    """Puts every module into eval(), takes the norms out, and undoes both."""
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if isinstance(module, NORMS)]
+    model.eval()
+    # A norm multiplies no matrices, but on the meta device it would take most of the time.
+    for norm in norms:
+        norm.forward = nn.Identity().forward
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+        for module, is_training in modes.items():
+            module.training = is_training

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from fastcov_detection.config import ConfigError, ModelConfig
+from fastcov_detection.config import ModelConfig
+from fastcov_detection.errors import ConfigError
 
 log = logging.getLogger("fastcov_detection")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,16 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastcov import Spectrum, WidthGroup
+from fastcov_detection.report.page import FONT
 from fastcov_detection.search.arms import BASELINE, SEARCHED, Baseline, Searched, find_arm
 
 _FURTHER = ("#a3416b", "#2f8f8f", "#70563f", "#6b6b6b")
 _GRID = "#e4e4e4"
-DPI = 130
-"""Dots an inch of the figures, which are shown dot by dot."""
-FONT = 15 * 72 / DPI
-"""Points of every text: 15 pixels, as on the page."""
 _LEAST_AP, _LEAST_SHARE = 0.1, 0.2
 _LEAST_RELATIVE = 1e-7
+_TRAINED, _BEFORE = "#1f78b4", "#e07b39"
+_PANELS = 3
+
+Curves = tuple[str, Sequence[int], Sequence[Sequence[float]]]
+"""Name of one side, its steps, and the values of each of its runs."""
 
 
 def colour_of(name: str, names: Sequence[str]) -> str:
@@ -187,7 +189,7 @@ def draw_demand(
     ax.barh(lines, shares, color=Searched.colour, height=0.75, label="trained baseline")
     if untrained is not None:
         before = [untrained[group.name] / group.width for group in groups]
-        ax.plot(before, lines, "|", color="#e07b39", markeredgewidth=2, label="before training")
+        ax.plot(before, lines, "|", color=_BEFORE, markeredgewidth=2, label="before training")
     _name_lines(ax, [group.name for group in groups])
     _annotate(ax, [f"{trained[group.name]:.1f} of {group.width}" for group in groups])
     ax.set_xlim(0, 1)
@@ -210,7 +212,7 @@ def draw_stage_spectra(
     for ax, group in zip(cells, stages, strict=True):
         for spectra, style in (
             (trained, {"color": Searched.colour, "label": "trained"}),
-            (untrained, {"color": "#e07b39", "label": "before training"}),
+            (untrained, {"color": _BEFORE, "label": "before training"}),
         ):
             if spectra is not None:
                 _draw_spectrum(ax, spectra[group.members[0]], style)
@@ -223,6 +225,49 @@ def draw_stage_spectra(
     cells[0].set_ylabel("eigenvalue / largest", fontsize=FONT)
     cells[0].legend(fontsize=FONT, frameon=False, loc="lower left")
     return figure
+
+
+def draw_dims(
+    layers: Mapping[str, Sequence[Curves]], ceilings: Mapping[str, int], titles: Mapping[str, str]
+) -> Figure:
+    """Dimensions of every layer over two trainings; grey: the most that the layer can have.
+
+    Args:
+        layers: By name, the curves of both sides. Of several runs: their mean, and from the lowest
+            to the highest.
+        ceilings: Largest dimension by layer.
+        titles: Of the panels.
+    """
+    lines = -(-len(layers) // _PANELS)
+    figure = Figure(figsize=(8.2, 1.3 * lines + 0.6), layout="constrained")
+    cells = figure.subplots(lines, _PANELS, squeeze=False).flatten()
+    for ax, (name, sides) in zip(cells, layers.items(), strict=False):
+        for (label, steps, runs), colour in zip(sides, (_TRAINED, _BEFORE), strict=True):
+            low, high = (pick(zip(*runs, strict=True)) for pick in (_lowest, _highest))
+            mean = [sum(values) / len(runs) for values in zip(*runs, strict=True)]
+            ax.plot(steps, mean, color=colour, linewidth=1.3, label=label)
+            ax.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+        ax.axhline(ceilings[name], color="0.6", linewidth=0.8)
+        ax.set_ylim(0, None)
+        ax.set_title(titles[name], fontsize=FONT)
+        ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        _calm(ax)
+    for ax in cells[len(layers) :]:
+        ax.set_visible(False)
+    handles, labels = cells[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=FONT, frameon=False)
+    figure.supxlabel("training step", fontsize=FONT)
+    figure.supylabel("dimension", fontsize=FONT)
+    return figure
+
+
+def _lowest(values: Iterable[Sequence[float]]) -> list[float]:
+    return [min(one) for one in values]
+
+
+def _highest(values: Iterable[Sequence[float]]) -> list[float]:
+    return [max(one) for one in values]
 
 
 def _draw_spectrum(ax: Axes, spectrum: Spectrum, style: Mapping[str, Any]) -> None:

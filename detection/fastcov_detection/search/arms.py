@@ -1,26 +1,34 @@
 """Arms of a search: each kind is one class here, and nothing else knows an arm by its name.
 
-A new control is one more class, entered in :data:`KINDS`: its name, the plan of widths for every
-seed, the weights that a run starts from, what is asked of it, and its colour in figures. A rule of
-:data:`fastcov.widths.RULES` brings its own arms (``searched-RULE`` and the controls of that search)
-without a line here.
+A new control is one more class, entered in :data:`KINDS`: its name, the plan of widths that it
+proposes, the weights that a run starts from, what is asked of it, and its colour in figures. A rule
+of :data:`fastcov.widths.RULES` brings its own arms (``searched-RULE`` and the controls of that
+search) without a line here.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from fastcov import Spectrum
-from fastcov.widths import RULES, WidthPlan
-from fastcov_detection.config import ConfigError, SearchConfig, TrainConfig, closest
-from fastcov_detection.search.folder import plan_path, run_dir, start_path
-from fastcov_detection.search.proposals import Proposer, has_settled, load_plan
+from fastcov import Spectrum, WidthGroup
+from fastcov.widths import (
+    RULES,
+    WidthPlan,
+    power_widths,
+    random_widths,
+    suggest_widths,
+    uniform_widths,
+)
+from fastcov_detection.config import SearchConfig, TrainConfig
+from fastcov_detection.detector.build import Costs
+from fastcov_detection.errors import ConfigError, closest
+from fastcov_detection.search.folder import load_plan, plan_path, run_dir, start_path
 from fastcov_detection.search.pruning import WIDER, check_peer
 from fastcov_detection.search.verdicts import Question
 
@@ -45,7 +53,10 @@ class Search(Protocol):
 
     config: SearchConfig
     folder: Path
-    proposer: Proposer
+    groups: Sequence[WidthGroup]
+    costs: Costs
+    budget: float
+    """Multiply-accumulates of the searched detector."""
     seeds: Sequence[int]
 
     def plan(self, name: str, propose: Callable[[], WidthPlan]) -> WidthPlan:
@@ -54,7 +65,7 @@ class Search(Protocol):
     def prepared(self, arm: Arm) -> Prepared:
         """An arm that was prepared before this one."""
 
-    def spectra(self, name: str, prepared: Prepared, rule: str) -> Mapping[str, Spectrum]:
+    def spectra(self, prepared: Prepared, rule: str) -> Mapping[str, Spectrum]:
         """Spectra that a rule reads of an arm's first run, which is trained if need be."""
 
     def untrained_spectra(self, rule: str) -> Mapping[str, Spectrum]:
@@ -65,6 +76,16 @@ class Search(Protocol):
 
     def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
         """Trains a wider detector, and leaves plan and weights of what pruning makes of it."""
+
+
+def given_plan(
+    search: Search, widths: Mapping[str, int], rule: str = "given", alpha: float = 1.0
+) -> WidthPlan:
+    """A plan of widths that no spectrum asked for."""
+    cost = search.costs(widths)
+    demand = {name: float(width) for name, width in widths.items()}
+    params = float(cost.params)
+    return WidthPlan(dict(widths), demand, cost.macs, search.budget, alpha, rule, params=params)
 
 
 @dataclass(frozen=True)
@@ -116,9 +137,17 @@ class Arm(ABC):
         """Refuses a search in which this arm is impossible, before anything is trained."""
         return  # most arms are possible in every search
 
-    @abstractmethod
+    def propose(self, search: Search) -> WidthPlan:
+        """The plan of every seed, after the trainings that it follows from."""
+        raise NotImplementedError(f"{self.name} has neither a plan for all seeds nor one for each")
+
     def prepare(self, search: Search) -> Prepared:
-        """Plans of widths for every seed, after the trainings that they follow from."""
+        """Plans of widths for every seed; one for all, unless a kind says otherwise."""
+        return self._one_plan(search, self.name, partial(self.propose, search))
+
+    def _one_plan(self, search: Search, folder: str, propose: Callable[[], WidthPlan]) -> Prepared:
+        plan = search.plan(folder, propose)
+        return Prepared(self, folder, dict.fromkeys(search.seeds, (folder, plan)))
 
     def start(self, folder: Path, plan: str) -> Path | None:
         """File of the weights that a run of a plan starts from; None: random ones."""
@@ -137,24 +166,15 @@ class Arm(ABC):
         return self.name
 
 
-def _one_plan(
-    arm: Arm, search: Search, propose: Callable[[], WidthPlan], folder: str | None = None
-) -> Prepared:
-    """An arm whose plan is the same at every seed."""
-    folder = folder or arm.name
-    plan = search.plan(folder, propose)
-    return Prepared(arm, folder, dict.fromkeys(search.seeds, (folder, plan)))
-
-
 class Baseline(Arm):
     """The configuration's own widths."""
 
     stem = "baseline"
     colour = "#2b2f33"
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan, the groups' own widths."""
-        return _one_plan(self, search, search.proposer.baseline)
+    def propose(self, search: Search) -> WidthPlan:
+        """The groups' own widths."""
+        return given_plan(search, {group.name: group.width for group in search.groups})
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,23 @@ class Ruled(Arm):
         """One arm for the main rule, and one for every rule that fastcov knows."""
         return (cls(), *(cls(rule) for rule in RULES))
 
+    def rule_in(self, search: Search) -> str:
+        """The rule's name."""
+        return self.rule or search.config.rule
+
+    def from_spectra(self, search: Search, spectra: Mapping[str, Spectrum]) -> WidthPlan:
+        """Widths that follow spectra at no more MACs than the budget."""
+        return suggest_widths(
+            spectra,
+            search.groups,
+            search.costs.macs,
+            search.budget,
+            rule=self.rule_in(search),
+            power=search.config.power,
+            max_params=search.config.max_params,
+            param_fn=search.costs.params,
+        )
+
 
 class Searched(Ruled):
     """Widths that follow from the spectra of the trained baseline."""
@@ -190,24 +227,21 @@ class Searched(Ruled):
 
     def prepare(self, search: Search) -> Prepared:
         """One round of a further rule; of the main one, rounds until widths stand still."""
-        baseline = search.prepared(Baseline())
-        rule = self.rule or search.config.rule
-        spectra = search.spectra(baseline.folder, baseline, rule)
+        before = search.prepared(Baseline())
         if self.rule is not None:
-            return _one_plan(self, search, partial(search.proposer.from_spectra, spectra, rule))
-        found = self._round(1, search, spectra)
+            return self._round(search, before, self.name)
+        found = self._round(search, before, f"{self.name}-round1")
         for number in range(2, search.config.rounds + 1):
             search.train([found], search.seeds[:1])
-            spectra = search.spectra(found.folder, found, rule)
-            following = self._round(number, search, spectra)
-            if has_settled(search.proposer.groups, found.first_plan, following.first_plan):
+            following = self._round(search, found, f"{self.name}-round{number}")
+            if has_settled(search.groups, found.first_plan, following.first_plan):
                 break
             found = following
         return found
 
-    def _round(self, number: int, search: Search, spectra: Mapping[str, Spectrum]) -> Prepared:
-        propose = partial(search.proposer.from_spectra, spectra)
-        return _one_plan(self, search, propose, f"{self.name}-round{number}")
+    def _round(self, search: Search, before: Prepared, name: str) -> Prepared:
+        spectra = search.spectra(before, self.rule_in(search))
+        return self._one_plan(search, name, partial(self.from_spectra, search, spectra))
 
     def question(self, versus: Arm) -> Question | None:
         """No loss against the baseline, a gain over its controls."""
@@ -248,10 +282,12 @@ class Uniform(_Matched):
     stem = "uniform"
     colour = "#c8501e"
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan, at the parameters of the searched one."""
-        searched = search.prepared(self.needs).first_plan
-        return _one_plan(self, search, partial(search.proposer.uniform, searched))
+    def propose(self, search: Search) -> WidthPlan:
+        """One scale for every width."""
+        target = search.prepared(self.needs).first_plan.params
+        plan = uniform_widths(search.groups, search.costs.params, target)
+        cost = search.costs(plan.widths)
+        return replace(plan, macs=cost.macs, budget=search.budget, params=cost.params)
 
 
 class Random(Arm):
@@ -265,8 +301,13 @@ class Random(Arm):
         plans = {}
         for seed in search.seeds:
             name = f"{self.name}-seed{seed}"
-            plans[seed] = name, search.plan(name, partial(search.proposer.random, seed))
+            plans[seed] = name, search.plan(name, partial(self.draw, search, seed))
         return Prepared(self, self.name, plans)
+
+    def draw(self, search: Search, seed: int) -> WidthPlan:
+        """The plan of a seed."""
+        plan = random_widths(search.groups, search.costs.macs, search.budget, seed)
+        return replace(plan, params=search.costs.params(plan.widths))
 
 
 class Untrained(Ruled):
@@ -276,11 +317,9 @@ class Untrained(Ruled):
     colour = "#3f8f4f"
     reads_spectra = True
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan, from the network that the first seed's baseline starts from."""
-        rule = self.rule or search.config.rule
-        spectra = search.untrained_spectra(rule)
-        return _one_plan(self, search, partial(search.proposer.from_spectra, spectra, rule))
+    def propose(self, search: Search) -> WidthPlan:
+        """From the network that the first seed's baseline starts from."""
+        return self.from_spectra(search, search.untrained_spectra(self.rule_in(search)))
 
 
 class Power(_Matched):
@@ -289,10 +328,11 @@ class Power(_Matched):
     stem = "power"
     colour = "#b08d1f"
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan, at the parameters of the searched one."""
-        searched = search.prepared(self.needs).first_plan
-        return _one_plan(self, search, partial(search.proposer.power, searched))
+    def propose(self, search: Search) -> WidthPlan:
+        """The power is found."""
+        params, costs = search.prepared(self.needs).first_plan.params, search.costs
+        budget = costs.macs, search.budget
+        return power_widths(search.groups, *budget, params=params, param_fn=costs.params)
 
 
 class Quarter(Arm):
@@ -301,9 +341,12 @@ class Quarter(Arm):
     stem = "quarter"
     turn = 2
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan without any spectrum."""
-        return _one_plan(self, search, search.proposer.quarter)
+    def propose(self, search: Search) -> WidthPlan:
+        """One scale for every width."""
+        costs = search.costs
+        target = costs(None).backbone_params / 4
+        plan = uniform_widths(search.groups, lambda w: costs(w).backbone_params, target)
+        return given_plan(search, plan.widths, "uniform", plan.alpha)
 
 
 class Pruned(Arm):
@@ -328,25 +371,24 @@ class Pruned(Arm):
 
     def prepare(self, search: Search) -> Prepared:
         """A plan for each of the first ``peer_seeds`` seeds, with its pruned weights."""
-        seeds = search.seeds[: search.config.peer_seeds]
-        names = {seed: self.plan_name(seed) for seed in seeds}
-        # A run whose result was kept needs neither the wider detector nor its pruned weights.
-        missing = {
-            seed: name
-            for seed, name in names.items()
-            if not (run_dir(search.folder, self.name, seed) / "run.json").exists()
-            and not start_path(search.folder, name).exists()
-        }
+        names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds(search)}
+        missing = {seed: name for seed, name in names.items() if self.is_missing(search, seed)}
         if missing:
             search.prune(Wider().prepare(search), missing)
         plans = {seed: (n, load_plan(plan_path(search.folder, n))) for seed, n in names.items()}
         return Prepared(self, self.name, plans)
 
-    def plan_name(self, seed: int) -> str:
-        """Name of the plan that pruning left at a seed."""
-        return f"{self.name}-seed{seed}"
+    def seeds(self, search: Search) -> Sequence[int]:
+        """Seeds at which a wider detector is trained and pruned."""
+        return search.seeds[: search.config.peer_seeds]
 
-    def start(self, folder: Path, plan: str) -> Path:
+    def is_missing(self, search: Search, seed: int) -> bool:
+        """True where neither the run's result nor its pruned weights are there."""
+        result = run_dir(search.folder, self.name, seed) / "run.json"
+        weights = start_path(search.folder, f"{self.name}-seed{seed}")
+        return not result.exists() and not weights.exists()
+
+    def start(self, folder: Path, plan: str) -> Path | None:
         """The weights that pruning left."""
         return start_path(folder, plan)
 
@@ -365,12 +407,11 @@ class PrunedFromScratch(Arm):
 
     def prepare(self, search: Search) -> Prepared:
         """One plan, that of the pruning at the first seed."""
-        first = search.seeds[0]
-        name = Pruned().plan_name(first)
-        if not plan_path(search.folder, name).exists():
-            search.prune(Wider().prepare(search), {first: name})
-        plan = load_plan(plan_path(search.folder, name))
-        return Prepared(self, self.name, dict.fromkeys(search.seeds, (name, plan)))
+        name = f"{Pruned.stem}-seed{search.seeds[0]}"
+        path = plan_path(search.folder, name)
+        if not path.exists():
+            search.prune(Wider().prepare(search), {search.seeds[0]: name})
+        return Prepared(self, self.name, dict.fromkeys(search.seeds, (name, load_plan(path))))
 
 
 class Wider(Arm):
@@ -384,9 +425,10 @@ class Wider(Arm):
         """The first of the pruned arm's two trainings."""
         return Pruned.train_config(config)
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan beyond the budget."""
-        return _one_plan(self, search, partial(search.proposer.wider, WIDER))
+    def propose(self, search: Search) -> WidthPlan:
+        """The baseline's widths times a factor, beyond the budget."""
+        widths = {g.name: round(WIDER * g.width / g.multiple) * g.multiple for g in search.groups}
+        return given_plan(search, widths, f"baseline x {WIDER:g}", WIDER)
 
 
 @dataclass(frozen=True)
@@ -428,9 +470,10 @@ class Exponent(Arm):
             )
         return arm
 
-    def prepare(self, search: Search) -> Prepared:
-        """One plan without any spectrum."""
-        return _one_plan(self, search, partial(search.proposer.exponent, self.power))
+    def propose(self, search: Search) -> WidthPlan:
+        """At the budget, without any spectrum."""
+        budget = search.costs.macs, search.budget, self.power
+        return power_widths(search.groups, *budget, param_fn=search.costs.params)
 
 
 KINDS: tuple[type[Arm], ...] = (
@@ -448,11 +491,6 @@ KINDS: tuple[type[Arm], ...] = (
 """Every kind of arm, in the order in which a seed's runs are started."""
 
 
-def arm_names() -> list[str]:
-    """Names of all arms that have a fixed one."""
-    return [arm.name for kind in KINDS for arm in kind.every()]
-
-
 def find_arm(name: str) -> Arm:
     """The arm that a name chooses.
 
@@ -463,7 +501,8 @@ def find_arm(name: str) -> Arm:
         arm = kind.find(name)
         if arm is not None:
             return arm
-    raise ConfigError(f"unknown arm {name!r}{closest(name, arm_names())}")
+    known = [arm.name for kind in KINDS for arm in kind.every()]
+    raise ConfigError(f"unknown arm {name!r}{closest(name, known)}")
 
 
 def check_arms(names: Sequence[str]) -> tuple[Arm, ...]:
@@ -480,6 +519,12 @@ def check_arms(names: Sequence[str]) -> tuple[Arm, ...]:
                 f"add {arm.needs.name!r} to the arms"
             )
     return tuple(sorted(arms, key=lambda arm: (arm.turn, KINDS.index(type(arm)), arm.name)))
+
+
+def has_settled(groups: Sequence[WidthGroup], before: WidthPlan, after: WidthPlan) -> bool:
+    """Whether every width moved by less than its rounding."""
+    moves = ((g.multiple, after.widths[g.name] - before.widths[g.name]) for g in groups)
+    return all(abs(move) < multiple for multiple, move in moves)
 
 
 BASELINE, SEARCHED, UNTRAINED = Baseline.stem, Searched.stem, Untrained.stem

@@ -1,10 +1,44 @@
-"""Where a search keeps what: shared by the search, its report and the export."""
+"""A search's folder: where its files lie, whether they are of this search, what is kept elsewhere.
+
+A folder of kept files (``search --results``) has the same layout without weights, checkpoints and
+logs, so that a search goes on from a fresh clone without repeating a finished run. Latency and
+pictures need runs that were trained in the folder itself.
+"""
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from fastcov.widths import find_rule
+import numpy as np
+import torch
+
+from fastcov import Spectrum
+from fastcov.widths import WidthPlan, find_rule
+from fastcov_detection.config import DATA_PLACES, SearchConfig, flatten, load_config, to_dict
+from fastcov_detection.errors import ConfigError, DataError
+from fastcov_detection.files import write_file, write_text
+
+_KEPT = (
+    "config.json",
+    "data.json",
+    "widths/*.json",
+    "spectra/*.npz",
+    "arms/*/seed*/run.json",
+    "widths.json",
+    "result.json",
+)
+_PLANS = "widths/*.json"
+# What a search may change when it goes on in a folder: everything else would mix two experiments.
+_MAY_GROW = ("arms", "seeds", "peer_seeds", "jobs", "latency_runs")
+_DATA = "data.json"
+_SCALARS = "/count,total"
+_LARGEST_BYTES = 256 * 2**20
 
 
 def run_dir(folder: Path, arm_folder: str, seed: int) -> Path:
@@ -17,16 +51,153 @@ def plan_path(folder: Path, name: str) -> Path:
     return folder / "widths" / f"{name}.json"
 
 
-def spectra_path(folder: Path, name: str) -> Path:
-    """File of one measuring pass."""
-    return folder / "spectra" / f"{name}.npz"
-
-
 def measured_path(folder: Path, name: str, rule: str) -> Path:
     """File of the measuring pass of a network that a rule reads: of features, or of gradients."""
-    return spectra_path(folder, name if find_rule(rule).reads == "features" else f"{name}-{rule}")
+    name = name if find_rule(rule).reads == "features" else f"{name}-{rule}"
+    return folder / "spectra" / f"{name}.npz"
 
 
 def start_path(folder: Path, name: str) -> Path:
     """File of the weights that a run starts from, where they are not random."""
     return folder / "starts" / f"{name}.pt"
+
+
+def save_plan(plan: WidthPlan, path: Path) -> None:
+    """Writes a plan as JSON; ``--widths`` reads the file."""
+    write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def load_plan(path: Path) -> WidthPlan:
+    """Reads a plan that :func:`save_plan` wrote.
+
+    Raises:
+        ConfigError: If the file does not hold a plan.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return WidthPlan(**{**values, "notes": tuple(values["notes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} does not hold a plan of widths ({error}); delete it, the search makes it anew"
+        ) from None
+
+
+def save_spectra(spectra: Mapping[str, Spectrum], path: Path) -> None:
+    """Writes eigenvalues by name as .npz, and beside each the rows read and the trace."""
+    arrays = {name: one.eigenvalues.numpy() for name, one in spectra.items()}
+    arrays |= {f"{name}{_SCALARS}": np.array([s.count, s.total]) for name, s in spectra.items()}
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    write_file(path, lambda file: file.write(packed.getvalue()))
+
+
+def load_spectra(path: Path) -> dict[str, Spectrum]:
+    """Reads spectra that :func:`save_spectra` wrote, without pickle.
+
+    Raises:
+        DataError: If the file is missing, damaged or larger than spectra can be.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > _LARGEST_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes, more than {_LARGEST_BYTES:,}")
+        spectra = {}
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                if not name.endswith(_SCALARS):
+                    count, total = arrays[f"{name}{_SCALARS}"].tolist()
+                    values = torch.from_numpy(arrays[name])
+                    spectra[name] = Spectrum(values, int(count), total, name)
+        return spectra
+    except FileNotFoundError:
+        raise DataError(f"no spectra at {path}; the search measures them") from None
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} does not hold spectra ({error}); delete it, the search measures them again"
+        ) from None
+
+
+def check_same_search(folder: Path, config: SearchConfig) -> None:
+    """Refuses a folder that holds another search.
+
+    Raises:
+        ConfigError: Naming the first setting that differs.
+    """
+    if not (folder / "config.json").exists():
+        return
+    # A setting that came later had its default then.
+    before = flatten(to_dict(load_config(SearchConfig, folder / "config.json")))
+    now = flatten(to_dict(config))
+    free = {f"train.{place}" for place in DATA_PLACES} if (folder / _DATA).exists() else set()
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old != new and name not in free and name.split(".")[0] not in _MAY_GROW:
+            raise ConfigError(
+                f"{folder} holds a search with {name} = {old!r}, not {new!r}; "
+                "choose another folder, or the same settings to go on with it"
+            )
+
+
+def check_same_data(folder: Path, content: Mapping[str, str]) -> None:
+    """Comparison of a search's data with what its folder remembers; a new folder remembers it.
+
+    Args:
+        folder: Of the search.
+        content: Digests of the data set, as
+            :func:`fastcov_detection.data.dataset.load_data` gives them.
+
+    Raises:
+        ConfigError: Naming what has changed.
+    """
+    path = folder / _DATA
+    if not path.exists():
+        write_text(path, json.dumps(dict(content), indent=2) + "\n")
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in {**known, **content} if known.get(key) != content.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a search on other data: {', '.join(sorted(changed))} changed since; "
+            "choose another folder"
+        )
+
+
+def restore(kept: Path, folder: Path) -> list[Path]:
+    """Copies what an earlier search kept, and this folder lacks.
+
+    Returns:
+        What was copied, relative to the folder.
+
+    Raises:
+        ConfigError: If both hold a plan of widths and the two differ: later runs follow from it.
+    """
+    restored = []
+    for path in _files(kept):
+        target = folder / path
+        if not target.exists():
+            _copy(kept / path, target)
+            restored.append(path)
+        elif path.match(_PLANS) and target.read_bytes() != (kept / path).read_bytes():
+            raise ConfigError(
+                f"{target} and {kept / path} are different widths of the same arm; "
+                "choose another folder for --out or for --results"
+            )
+    return restored
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """Copies what is new or has changed since the last call; each file appears whole."""
+    for path in _files(folder):
+        target = kept / path
+        if not target.exists() or target.read_bytes() != (folder / path).read_bytes():
+            _copy(folder / path, target)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for kind in _KEPT for path in sorted(folder.glob(kind))]
+
+
+def _copy(source: Path, target: Path) -> None:
+    content: Any = source.read_bytes()
+    write_file(target, lambda file: file.write(content))

@@ -1,9 +1,9 @@
-r"""The measuring pass: spectra of a network that stands still, from which widths are set.
+r"""What is measured of a network that stands still: spectra, from which widths follow, and latency.
 
-:func:`measure_spectra` reads what feature maps hold, :func:`measure_gradient_spectra` what of that
-the loss feels. Taking direction :math:`u` out of a map whose rows are :math:`f` changes the loss,
-to first order, by :math:`\sum_{xy} (g \cdot u)(f \cdot u)`, :math:`g` being the loss's gradient
-with respect to the row. Where positions and gradients are independent, its mean square is
+Rules read the spectrum of what feature maps hold, or of what of that the loss feels. Taking
+direction :math:`u` out of a map whose rows are :math:`f` changes the loss, to first order, by
+:math:`\sum_{xy} (g \cdot u)(f \cdot u)`, :math:`g` being the loss's gradient with respect to the
+row. Where positions and gradients are independent, its mean square is
 :math:`(u^T G u)(u^T S u)` with
 
 .. math:: S = \overline{f f^T} \text{ (mean over images and positions)}, \qquad
@@ -16,19 +16,23 @@ as much as the reader's weights do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import fastcov
-from fastcov_detection.data.batches import mix_seed, to_device, to_float
-from fastcov_detection.detector.backbone import NORMS
+from fastcov_detection.data.dataset import mix_seed, to_device, to_float
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.detector.modules import NORMS
 from fastcov_detection.progress import progress_bar
+
+_WARM_UP = 3
 
 
 class Images(Protocol):
@@ -46,6 +50,7 @@ def measure_spectra(
     seed: int = 0,
     *,
     vary: Sequence[str] = ("backbone",),
+    reads: Literal["features", "sensitivity"] = "features",
     progress: bool = False,
 ) -> dict[str, fastcov.Spectrum]:
     """Spectra of every feature map that a width group stands for.
@@ -60,93 +65,43 @@ def measure_spectra(
         images: How many are read, drawn by ``seed``; all where there are fewer.
         seed: Of the choice of images and of the sampling of regions.
         vary: Parts to measure: ``backbone``, ``fpn``, ``heads``.
+        reads: ``sensitivity``: spectra of :math:`S^{1/2} G S^{1/2}`, in the unit of the loss
+            squared; the loss is the sum of the detector's losses. No parameter gets a gradient.
         progress: Show a bar.
 
     Returns:
         Spectra by member of :func:`fastcov_detection.detector.groups.width_groups`.
     """
-    members = _members(model, vary)
-    tracker = _tracker(model, members)
-    with tracker, _measuring(model), torch.no_grad():
-        for image, target in _passes(model, dataset, images, seed, progress):
-            model([image], [target])
-        spectra = tracker.spectra()
-        return {member: spectra[member] for member in members}
-
-
-def measure_gradient_spectra(
-    model: GeneralizedRCNN,
-    dataset: Images,
-    images: int = 512,
-    seed: int = 0,
-    *,
-    vary: Sequence[str] = ("backbone",),
-    progress: bool = False,
-) -> dict[str, fastcov.Spectrum]:
-    """Spectra of how much the loss feels each direction of the feature maps; see the module's page.
-
-    Images, modes and arguments are those of :func:`measure_spectra`; the loss is the sum of the
-    detector's losses. No parameter's gradient is touched.
-
-    Returns:
-        Spectra by member, in the unit of the loss squared, for the rule ``"gradient"``.
-    """
-    members = _members(model, vary)
-    tracker = _tracker(model, members)
-    gradients: dict[str, Tensor] = {}
-    with tracker, _measuring(model), _reading_gradients(model, members, gradients):
-        for image, target in _passes(model, dataset, images, seed, progress):
-            # Through the image, every feature map has a gradient, frozen layers or not.
-            image.requires_grad_(True)
-            loss = torch.stack(list(model([image], [target]).values())).sum()
-            torch.autograd.grad(loss, image)
-        return {
-            member: weighted_spectrum(
-                tracker.covariance(member),
-                gradients[member] / min(images, len(dataset)),
-                tracker.count(member),
-                member,
-            )
-            for member in members
-        }
-
-
-def weighted_spectrum(
-    covariance: Tensor, weight: Tensor, count: int, name: str = ""
-) -> fastcov.Spectrum:
-    """Spectrum of S^(1/2) G S^(1/2) for two positive semidefinite matrices.
-
-    Args:
-        covariance: S. [C, C]
-        weight: G. [C, C]
-        count: Rows that S was made of.
-        name: Of the feature map.
-    """
-    values, vectors = torch.linalg.eigh(covariance.double().cpu())
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    product = root @ weight.double().cpu() @ root
-    # Rounding may leave zeros a little below zero.
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).flip(0).clamp_min(0)
-    return fastcov.Spectrum(eigenvalues, count, float(eigenvalues.sum()), name)
-
-
-def _members(model: GeneralizedRCNN, vary: Sequence[str]) -> list[str]:
-    return [member for group in width_groups(model, vary=vary) for member in group.members]
-
-
-def _tracker(model: GeneralizedRCNN, members: Sequence[str]) -> fastcov.Tracker:
-    return fastcov.track(
+    members = [member for group in width_groups(model, vary=vary) for member in group.members]
+    feels = reads == "sensitivity"
+    tracker = fastcov.track(
         model,
-        include=[_layer(member) for member in members],
+        include=[member.removesuffix(":in") for member in members],
         where="input",
+        of="both" if feels else "activation",
         rows="all",
         weighting="image",
         train_only=False,
     )
+    with tracker, _measuring(model), torch.set_grad_enabled(feels):
+        for image, target in _passes(model, dataset, images, seed, progress):
+            # Through the image, every feature map has a gradient, frozen layers or not.
+            losses = model([image.requires_grad_(feels)], [target])
+            if feels:
+                torch.autograd.grad(torch.stack(list(losses.values())).sum(), image)
+        if not feels:
+            spectra = tracker.spectra()
+            return {member: spectra[member] for member in members}
+        count = min(images, len(dataset))
+        return {one: _summed_over_positions(tracker, one, count) for one in members}
 
 
-def _layer(member: str) -> str:
-    return member.removesuffix(":in")
+def _summed_over_positions(tracker: fastcov.Tracker, member: str, images: int) -> fastcov.Spectrum:
+    """Sensitivity with the sum over positions in place of the tracker's mean over them."""
+    found = tracker.sensitivity(member)
+    positions = tracker.count(member) / images
+    values = found.eigenvalues * positions
+    return fastcov.Spectrum(values, found.count, found.total * positions, member)
 
 
 def _passes(
@@ -167,35 +122,6 @@ def _passes(
 
 
 @contextmanager
-def _reading_gradients(
-    model: GeneralizedRCNN, members: Sequence[str], sums: dict[str, Tensor]
-) -> Iterator[None]:
-    """Adds g g^T of every row of every map's gradient to the map's sum, in float64."""
-
-    def watch(member: str) -> Any:
-        def add(gradient: Tensor) -> None:
-            # Channels are the second axis of maps and the last of vectors: for both, axis 1.
-            rows = gradient.detach().transpose(0, 1).flatten(1).double()
-            product = rows @ rows.T
-            sums[member] = sums[member] + product if member in sums else product
-
-        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            inputs[0].register_hook(add)
-
-        return hook
-
-    handles = [
-        model.get_submodule(_layer(member)).register_forward_pre_hook(watch(member))
-        for member in members
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _measuring(model: GeneralizedRCNN) -> Iterator[None]:
     """Detector in train(), norms in eval(), images at the size of evaluation, random state kept."""
     device = next(model.parameters()).device
@@ -213,3 +139,49 @@ def _measuring(model: GeneralizedRCNN) -> Iterator[None]:
         model.transform.min_size = sizes
         for module, is_training in modes.items():
             module.training = is_training
+
+
+def measure_latency(
+    models: Mapping[str, GeneralizedRCNN],
+    image: Tensor,
+    runs: int = 20,
+    device: str | torch.device = "cpu",
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Median milliseconds of a forward pass in eval mode, for the same image.
+
+    The models take turns, so that whatever slows the machine down for a while slows all of them.
+
+    Args:
+        models: By name; moved to the device and back to the CPU.
+        image: Values in [0, 1], or pixels in eight bits. [3, H, W]
+        runs: Timed passes of each model, after three that are not.
+        device: Where the passes run.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: If ``runs`` is below 1.
+    """
+    if runs < 1:
+        raise ValueError(f"latency_runs is {runs}; at least one pass must be timed")
+    place = torch.device(device)
+    finish = torch.cuda.synchronize if place.type == "cuda" else nullcontext
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    images = [to_float(image.to(place))]
+    for model in models.values():
+        model.to(place).eval()
+    bar = progress_bar("measuring latency", _WARM_UP + runs, enabled=progress)
+    with torch.inference_mode(), bar as advance:
+        for turn in range(_WARM_UP + runs):
+            for name, model in models.items():
+                finish()
+                start = time.perf_counter()
+                model(images)
+                finish()
+                if turn >= _WARM_UP:
+                    seconds[name].append(time.perf_counter() - start)
+            advance(1)
+    for model in models.values():
+        model.to("cpu")
+    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}

@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from fastcov import WidthGroup
-from fastcov_detection.config import ConfigError
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.errors import ConfigError
 
 WIDER = 1.25
 _SHARES = tuple(step / 20 for step in range(20))

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastcov_detection.config import ConfigError, ModelConfig, closest
-from fastcov_detection.detector.build import parse_name
-from fastcov_detection.detector.cost import BOX_REGIONS, MASK_REGIONS
-from fastcov_detection.files import write_text
-from fastcov_detection.provenance import commit
+from fastcov_detection.config import ModelConfig
+from fastcov_detection.detector.build import BOX_REGIONS, MASK_REGIONS, parse_name
+from fastcov_detection.errors import ConfigError, closest
+from fastcov_detection.files import commit, write_text
 from fastcov_detection.search.arms import BASELINE, find_arm
 from fastcov_detection.search.folder import run_dir
 from fastcov_detection.search.verdicts import Comparison, compare_paired

@@ -18,38 +18,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from fastcov import Spectrum
-from fastcov.widths import RULES, WidthPlan
+from fastcov.widths import RULES, WidthPlan, find_rule
 from fastcov_detection.config import SearchConfig, save_config
-from fastcov_detection.data.dataset import LoadedData, load_data
-from fastcov_detection.detector.build import build_model, parse_name, save_widths
+from fastcov_detection.data.dataset import load_data
+from fastcov_detection.detector.build import Costs, build_model, parse_name, save_widths
 from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.distributed import pick_device
+from fastcov_detection.errors import ConfigError, closest
 from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
-from fastcov_detection.search.arms import KINDS, Arm, Baseline, Prepared, Searched, find_arm
+from fastcov_detection.search.arms import (
+    KINDS,
+    Arm,
+    Baseline,
+    Prepared,
+    Searched,
+    Untrained,
+    check_arms,
+    find_arm,
+    given_plan,
+)
 from fastcov_detection.search.engines import (
     Engine,
     Job,
     LocalEngine,
     locked,
     run_jobs,
+    threads_per_run,
 )
-from fastcov_detection.search.folder import plan_path, run_dir, start_path
-from fastcov_detection.search.keeping import keep, restore
-from fastcov_detection.search.latency import measure_latency
-from fastcov_detection.search.measurements import Measurements
-from fastcov_detection.search.opening import (
+from fastcov_detection.search.folder import (
     check_same_data,
     check_same_search,
-    checked,
-    recorded_latency,
+    keep,
+    load_plan,
+    load_spectra,
+    measured_path,
+    plan_path,
+    restore,
+    run_dir,
+    save_plan,
+    save_spectra,
+    start_path,
 )
-from fastcov_detection.search.proposals import Costs, Proposer, load_plan, save_plan
+from fastcov_detection.search.measure import measure_latency, measure_spectra
 from fastcov_detection.search.pruning import peer_version, prune_to_budget
-from fastcov_detection.search.results import ArmRecord, compare_arms, macs_input, write_result
+from fastcov_detection.search.results import (
+    ArmRecord,
+    compare_arms,
+    macs_input,
+    read_result,
+    write_result,
+)
 from fastcov_detection.train.folder import RunResult, has_weights, load_run, read_run_result
+from fastcov_detection.train.loop import initial_model
 
 # Below 8 input channels, the gradient of a strided 1x1 convolution in channels_last writes outside
 # its memory on some CPUs (torch 2.11 with oneDNN); one channel more or less matters little there.
@@ -83,7 +107,7 @@ def run_search(
         RunError: If a training run fails or the folder is in use.
     """
     folder, kept = Path(folder), None if results is None else Path(results)
-    config = checked(config)
+    config = _checked(config)
     with locked(folder) as lock:
         for known in (folder, kept):
             if known is not None:
@@ -95,6 +119,24 @@ def run_search(
             save_config(kind.train_config(config), folder / kind.settings)
         engine = engine or LocalEngine(config.jobs, lock)
         return _Search(config, folder, engine, kept, progress).run()
+
+
+def _checked(config: SearchConfig) -> SearchConfig:
+    """The configuration with its arms in order; impossible settings are refused."""
+    for name in ("seeds", "rounds", "jobs", "measure_images", "latency_runs", "peer_seeds"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; give at least 1")
+    if config.train.model.init != "random":
+        raise ConfigError(
+            f"model.init is {config.train.model.init!r}: pretrained weights fit one set of widths, "
+            "and a search trains every set; use random"
+        )
+    if config.rule not in RULES:
+        raise ConfigError(f"rule is {config.rule!r}{closest(config.rule, RULES)}")
+    arms = check_arms(config.arms)
+    for arm in arms:
+        arm.check(config)
+    return replace(config, arms=tuple(arm.name for arm in arms))
 
 
 class _Search:
@@ -111,27 +153,25 @@ class _Search:
         self.config, self.folder, self.engine, self.progress = config, folder, engine, progress
         self.kept = kept
         predicts_masks, _ = parse_name(config.train.model.name)
-        self.data: LoadedData = load_data(
-            config.train.data, with_masks=predicts_masks, progress=progress
-        )
+        self.data = load_data(config.train.data, with_masks=predicts_masks, progress=progress)
         check_same_data(folder, self.data.content)
         classes = len(self.data.class_names) + 1
-        self.model_config = replace(config.train.model, num_classes=classes)
-        self.image_size = config.image_size or self.model_config.min_size
+        self.model = replace(config.train.model, num_classes=classes)
+        self.costs = Costs(self.model, config.image_size or self.model.min_size)
+        self.budget = float(self.costs(None).macs if config.budget is None else config.budget)
         with torch.device("meta"):
-            baseline = build_model(replace(self.model_config, init="random"))
+            baseline = build_model(self.model)
         self.groups = [
             replace(group, floor=max(group.floor, min(_LEAST_WIDTH, group.width)))
             for group in width_groups(baseline, vary=config.vary)
         ]
-        self.proposer = Proposer(config, self.groups, Costs(self.model_config, self.image_size))
         self.seeds = [config.first_seed + index for index in range(config.seeds)]
         self.device = pick_device(config.train.device)
-        self.measurements = Measurements(
-            config, folder, self.model_config, self.data.train, self.device, progress=progress
-        )
         self.arms: dict[Arm, Prepared] = {}
-        self.latency = recorded_latency(folder)
+        self.latency: dict[str, float] = {}
+        if (folder / "result.json").exists():  # what an earlier process measured
+            recorded = read_result(folder)["arms"]
+            self.latency = {n: a["latency_ms"] for n, a in recorded.items() if a["latency_ms"]}
 
     def run(self) -> dict[str, Any]:
         """Every step of the search; what an earlier process finished is read, not repeated."""
@@ -144,7 +184,7 @@ class _Search:
             # The report shows spectra of features whatever the rule reads.
             features = next(name for name, rule in RULES.items() if rule.reads == "features")
             for rule in dict.fromkeys((features, self.config.rule)):
-                self.spectra(baseline.folder, baseline, rule)
+                self.spectra(baseline, rule)
                 self.untrained_spectra(rule)
         for arm in arms:
             if arm not in self.arms:
@@ -154,7 +194,7 @@ class _Search:
         # What is known already, from here or kept elsewhere, is recorded before anything is added.
         self._record()
         self.train(list(self.arms.values()), self.seeds)
-        self.latency = self._latency() or self.latency
+        self.latency = self._measure_latency() or self.latency
         return self._record()
 
     def prepared(self, arm: Arm) -> Prepared:
@@ -170,19 +210,48 @@ class _Search:
                 advance(1)
         return load_plan(path)
 
-    def spectra(self, name: str, prepared: Prepared, rule: str) -> Mapping[str, Spectrum]:
+    def spectra(self, prepared: Prepared, rule: str) -> Mapping[str, Spectrum]:
         """Spectra that a rule reads of an arm's first run."""
 
-        def find() -> Path:
+        def make() -> GeneralizedRCNN:
             # Weights may be missing where an earlier process ended before it measured spectra.
             self._train_for_weights(prepared, self.seeds[:1])
-            return self._run_dir(prepared, self.seeds[0])
+            return load_run(self._run_dir(prepared, self.seeds[0]))[0]
 
-        return self.measurements.trained(name, rule, find)
+        return self._measured(prepared.folder, rule, make)
 
     def untrained_spectra(self, rule: str) -> Mapping[str, Spectrum]:
         """Spectra that a rule reads of the baseline before it is trained."""
-        return self.measurements.untrained(rule, self.seeds[0])
+
+        def make() -> GeneralizedRCNN:
+            with torch.random.fork_rng(devices=[]):
+                return initial_model(self.model, None, self.seeds[0])
+
+        return self._measured(Untrained.stem, rule, make)
+
+    def _measured(
+        self, name: str, rule: str, make: Callable[[], GeneralizedRCNN]
+    ) -> Mapping[str, Spectrum]:
+        """A measuring pass, made once and read from its file afterwards."""
+        path = measured_path(self.folder, name, rule)
+        if not path.exists():
+            model = make().to(self.device)
+            threads = torch.get_num_threads()
+            # One small image at a time gains little from more threads, and waiting ones spin.
+            torch.set_num_threads(min(threads, threads_per_run(self.config.jobs)))
+            try:
+                spectra = measure_spectra(
+                    model,
+                    self.data.train,
+                    self.config.measure_images,
+                    vary=self.config.vary,
+                    reads=find_rule(rule).reads,
+                    progress=self.progress,
+                )
+            finally:
+                torch.set_num_threads(threads)
+            save_spectra(spectra, path)
+        return load_spectra(path)
 
     def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
         """Trains the wider detector at some seeds, and leaves what pruning makes of each.
@@ -192,38 +261,17 @@ class _Search:
         self.train(list(self.arms.values()), self.seeds)
         self._train_for_weights(wider, list(names))
         for seed, name in names.items():
-            self._prune(self._run_dir(wider, seed), name)
-
-    def _prune(self, wider: Path, name: str) -> None:
-        model, _, _ = load_run(wider)
-        label = f"pruning for {name}"
-        with progress_bar(label, 1, enabled=self.progress) as advance:
-            costs = self.proposer.costs
-            pruned = prune_to_budget(model, self.groups, costs.macs, self.proposer.budget)
-            advance(1)
-        plan = self.proposer.pruned(pruned.widths, peer_version(), pruned.ratio)
-        save_plan(plan, plan_path(self.folder, name))
-        weights = start_path(self.folder, name)
-        write_file(weights, lambda file: torch.save(pruned.state, file))
-
-    def _all_widths(self, prepared: Prepared) -> dict[str, int]:
-        """The arm's widths, those of the groups that do not vary included."""
-        with torch.device("meta"):
-            model = build_model(
-                replace(self.model_config, init="random"), prepared.first_plan.widths
-            )
-        return dict(model.widths)
-
-    def _run_dir(self, prepared: Prepared, seed: int) -> Path:
-        return run_dir(self.folder, prepared.folder, seed)
-
-    def _train_for_weights(self, prepared: Prepared, seeds: Sequence[int]) -> None:
-        """Trains runs whose weights are needed: results alone, kept elsewhere, do not do."""
-        for seed in seeds:
-            run = self._run_dir(prepared, seed)
-            if not has_weights(run):
-                (run / "run.json").unlink(missing_ok=True)
-        self.train([prepared], seeds)
+            model, _, _ = load_run(self._run_dir(wider, seed))
+            with progress_bar(f"pruning for {name}", 1, enabled=self.progress) as advance:
+                pruned = prune_to_budget(model, self.groups, self.costs.macs, self.budget)
+                advance(1)
+            peer = peer_version()
+            asked = f"{100 * pruned.ratio:.1f} % of the channels asked for"
+            plan = given_plan(self, pruned.widths, peer)
+            plan = replace(plan, notes=(f"{peer} by group magnitude, {asked}",))
+            save_plan(plan, plan_path(self.folder, name))
+            state = pruned.state
+            write_file(start_path(self.folder, name), lambda file, s=state: torch.save(s, file))
 
     def train(self, arms: Sequence[Prepared], seeds: Sequence[int]) -> None:
         """Trains what is not finished of these arms, seed by seed."""
@@ -234,6 +282,17 @@ class _Search:
             on_finish=self._record,
             progress=self.progress,
         )
+
+    def _train_for_weights(self, prepared: Prepared, seeds: Sequence[int]) -> None:
+        """Trains runs whose weights are needed: results alone, kept elsewhere, do not do."""
+        for seed in seeds:
+            run = self._run_dir(prepared, seed)
+            if not has_weights(run):
+                (run / "run.json").unlink(missing_ok=True)
+        self.train([prepared], seeds)
+
+    def _run_dir(self, prepared: Prepared, seed: int) -> Path:
+        return run_dir(self.folder, prepared.folder, seed)
 
     def _job(self, prepared: Prepared, seed: int) -> Job:
         arm, (plan_name, _) = prepared.arm, prepared.plans[seed]
@@ -247,6 +306,11 @@ class _Search:
             start_file=arm.start(self.folder, plan_name),
         )
 
+    def _all_widths(self, prepared: Prepared) -> dict[str, int]:
+        """The arm's widths, those of the groups that do not vary included."""
+        with torch.device("meta"):
+            return dict(build_model(self.model, prepared.first_plan.widths).widths)
+
     def _record(self) -> dict[str, Any]:
         """Writes result.json from the runs that are finished."""
         records = []
@@ -256,7 +320,7 @@ class _Search:
             record.made_with = prepared.first_plan.rule if arm.names_its_maker else None
             record.latency_ms = self.latency.get(arm.name)
             records.append(record)
-        counted_on = macs_input(self.model_config, self.image_size)
+        counted_on = macs_input(self.model, self.costs.image_size)
         comparisons = compare_arms(records)
         result = write_result(self.folder / "result.json", records, comparisons, counted_on)
         if self.kept is not None:
@@ -267,16 +331,10 @@ class _Search:
         result = read_run_result(self._run_dir(prepared, seed))
         if result is None:
             return None
-        _, plan = prepared.plans[seed]
-        cost = self.proposer.costs(plan.widths)
-        return replace(
-            result,
-            params=cost.params,
-            backbone_params=cost.backbone_params,
-            macs=cost.macs,
-        )
+        cost = self.costs(prepared.plans[seed][1].widths)
+        return replace(result, **vars(cost))
 
-    def _latency(self) -> dict[str, float]:
+    def _measure_latency(self) -> dict[str, float]:
         """Latency of every arm, or of none: times of different machines do not compare."""
         runs = {
             arm.name: self._run_dir(prepared, next(iter(prepared.plans)))
@@ -284,8 +342,10 @@ class _Search:
         }
         if not all(has_weights(run) for run in runs.values()):
             return {}
-        models = {name: load_run(run)[0] for name, run in runs.items()}
-        image, _ = self.data.val[0]
         return measure_latency(
-            models, image, self.config.latency_runs, self.device, progress=self.progress
+            {name: load_run(run)[0] for name, run in runs.items()},
+            self.data.val[0][0],
+            self.config.latency_runs,
+            self.device,
+            progress=self.progress,
         )

@@ -10,12 +10,14 @@ cancels. Its mean has the standard error :math:`s / \sqrt n`, and its one-sided 
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from scipy.stats import sem
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
@@ -85,22 +87,19 @@ def compare_paired(
                 f"{metric} of seed {seed}: {arm} has {values[seed]}, {versus} has {others[seed]}; "
                 "run that seed again"
             )
+    n = len(shared)
     mean, se = mean_and_error(differences)
-    lower = None if se is None else mean - t_quantile(CONFIDENCE, len(shared) - 1) * se
-    needed = seeds_to_show(mean, se, len(shared), question)
-    verdict = _verdict(mean, lower, len(shared), question, needed)
-    return Comparison(arm, versus, metric, mean, se, len(shared), lower, question, verdict, needed)
+    lower = None if se is None else mean - t_quantile(CONFIDENCE, n - 1) * se
+    needed = seeds_to_show(mean, se, n, question)
+    verdict = _verdict(mean, lower, question, needed)
+    return Comparison(arm, versus, metric, mean, se, n, lower, question, verdict, needed)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and its standard error; None for a single value, which has no spread."""
     if not values:
         raise ValueError("no values given; a mean needs at least one")
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    return math.fsum(values) / len(values), float(sem(values)) if len(values) > 1 else None
 
 
 def seeds_to_show(mean: float, se: float | None, n: int, question: Question) -> int | None:
@@ -116,32 +115,22 @@ def seeds_to_show(mean: float, se: float | None, n: int, question: Question) -> 
     def is_shown(count: int) -> bool:
         return margin > t_quantile(CONFIDENCE, count - 1) * deviation / math.sqrt(count)
 
-    if is_shown(n):
-        return n
-    low, high = n, n
-    while not is_shown(high):
-        low, high = high, 2 * high
-        if high > _MOST_SEEDS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_shown(middle) else (middle, high)
-    return high
+    counts = range(n, _MOST_SEEDS + 1)
+    place = bisect.bisect_left(counts, True, key=is_shown)
+    return counts[place] if place < len(counts) else None
 
 
 def _least(question: Question) -> float:
     return LARGEST_LOSS if question == "no loss" else 0.0
 
 
-def _verdict(
-    mean: float, lower: float | None, n: int, question: Question, needed: int | None
-) -> str:
-    if lower is not None and lower > 0:
-        return "better"
-    if lower is not None and lower > LARGEST_LOSS and question == "no loss":
-        return "no loss"
+def _verdict(mean: float, lower: float | None, question: Question, needed: int | None) -> str:
     if lower is None:
         return "not shown: one seed says nothing about the spread"
+    if lower > 0:
+        return "better"
+    if lower > LARGEST_LOSS and question == "no loss":
+        return "no loss"
     if mean <= _least(question):
         wanted = "a loss below 0.01" if question == "no loss" else "a gain"
         return f"not shown: the mean itself is not {wanted}"
@@ -154,10 +143,6 @@ def _verdict(
 @cache
 def t_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t distribution.
-
-    Args:
-        probability: In (0, 1).
-        freedom: Degrees of freedom, at least 1.
 
     Raises:
         ValueError: If an argument is out of range.

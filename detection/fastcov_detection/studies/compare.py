@@ -1,201 +1,286 @@
-"""Two trainings side by side: the dimensions of every layer over training, and how far they part.
+r"""Trainings side by side: the dimensions of every layer over training, and how far they part.
 
 The question of Shinya, Simo-Serra and Suzuki (arXiv 1909.04021): do a detector from scratch and one
 from pretrained weights converge to similar models? What is compared is what :func:`fastcov.track`
-saw while each trained.
+saw while each trained: of two runs, or of two families of runs with several seeds a side, where the
+question is whether the families differ by more than seeds do. Of every layer, the final spectra of
+all runs are then compared pair by pair. What separates the families is
+
+.. math:: s = \overline{d}_{\text{between}} - \overline{d}_{\text{within}}
+
+Where the families do not differ, any other division of the runs into two groups of these sizes
+would separate as much: the p value is the share of divisions whose separation is at least as large,
+for each layer and for the mean over layers (one division for all layers at once).
+
+A layer whose dimension is as large as its weights allow in every run cannot tell anything by its
+dimension; it is marked and counted apart.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from fastcov import History, load_history
-from fastcov.show.figures import comparison_grid, free_axes, png
-from fastcov.show.page import write_comparison
-from fastcov.show.plot import plot_comparison
-from fastcov.show.tables import comparison_legend, comparison_rows
-from fastcov.spectra.compare import Comparison, compare_histories
+from fastcov import History, Spectrum, load_history
+from fastcov.show.figures import comparison_grid, png
+from fastcov.spectra.compare import compare_histories
+from fastcov.spectra.spectrum import spectral_distance
+from fastcov_detection import __version__
+from fastcov_detection.config import read_saved
+from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
-from fastcov_detection.studies.ceilings import layer_ceilings
+from fastcov_detection.report.page import Block, Section, to_png, write_page
+from fastcov_detection.report.pictures import Curves, draw_dims
+from fastcov_detection.search.verdicts import mean_and_error
+from fastcov_detection.train.folder import read_run_result
 
+FAMILIES = "families.json"
+"""What a comparison of families leaves in its folder, beside its figure."""
+_MOST_DIVISIONS = 20_000
+_THRESHOLD = 1e-3
 _COLOURS = 64
+_RECORD = "comparison.json"
+
+Numbers = dict[str, Any]
+"""Content of comparison.json: everything that figures and page show, by layer."""
+
+
+def layer_ceilings(run: Path) -> dict[str, int]:
+    """Largest rank of the output of every convolution and linear layer of a run.
+
+    A layer is linear, so its output has no more directions than it has outputs or inputs of a
+    position (channels times kernel), and one more with a bias, which shifts every row alike.
+
+    Args:
+        run: Its folder; only its settings and widths are read, from ``run.json`` where it is kept
+            without the rest.
+
+    Returns:
+        By the names under which the run was tracked; empty where the folder is no run.
+    """
+    if (run / "config.json").exists():
+        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        widths = load_widths(run / "widths.json")
+    elif (run / "run.json").exists():
+        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        values, widths = content["config"], content["widths"]
+    else:
+        return {}
+    config = read_saved(values)
+    with torch.device("meta"):
+        classes = config.model.num_classes or 2
+        model = build_model(replace(config.model, init="random"), widths, num_classes=classes)
+    root = model if config.track == "model" else model.backbone
+    return {
+        name: min(len(module.weight), module.weight[0].numel() + (module.bias is not None))
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
 
 
 def compare_runs(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    threshold: float = 1e-3,
-) -> Comparison:
+    a: str | os.PathLike[str], b: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> Numbers:
     """Compares two runs and writes figures and numbers.
 
     Args:
         a: Folder of the first run; a folder of snapshots does as well.
         b: Folder of the second run.
-        out: Gets ``comparison.json``, ``comparison.html``, ``dims.png``, ``spectra.png`` and
-            ``distance.png``.
-        threshold: Of a dimension, relative to the largest eigenvalue.
+        out: Gets ``comparison.json``, ``comparison.html``, ``dims.png`` and ``spectra.png``.
 
     Returns:
-        The comparison, layer by layer.
+        What comparison.json holds.
 
     Raises:
         DataError: If a run has no snapshots, or the runs share no layer.
     """
-    histories = _history(Path(a)), _history(Path(b))
-    labels = _labels(Path(a), Path(b))
+    places = Path(a), Path(b)
+    histories = [_history(place) for place in places]
+    labels = _labels(*places)
     try:
-        comparison = compare_histories(
-            *histories, threshold=threshold, label_a=labels[0], label_b=labels[1]
+        found = compare_histories(
+            *histories, threshold=_THRESHOLD, label_a=labels[0], label_b=labels[1]
         )
     except ValueError as error:
         raise DataError(f"cannot compare {a} with {b}: {error}") from None
-    folder = Path(out)
-    ceilings = layer_ceilings(Path(a)), layer_ceilings(Path(b))
-    content = numbers(comparison, *ceilings)
-    write_text(folder / "comparison.json", json.dumps(content, indent=2) + "\n")
-    for name in ("dims", "spectra"):
-        figure = comparison_grid(comparison, name)
-        if name == "dims":
-            _draw_ceilings(figure, comparison, *ceilings)
-        _write_png(folder / f"{name}.png", png(figure))
-    distances = plot_comparison(comparison, free_axes(len(comparison.layers)))
-    _write_png(folder / "distance.png", png(distances))
-    write_comparison(
-        folder / "comparison.html", comparison, f"{labels[0]} (a) against {labels[1]} (b)"
-    )
-    return comparison
-
-
-def at_ceiling(
-    comparison: Comparison, ceilings_a: Mapping[str, int], ceilings_b: Mapping[str, int]
-) -> set[str]:
-    """Layers that end at their structural ceiling in both runs: their dimension tells nothing."""
-    return {
-        layer.name
-        for layer in comparison.layers
-        if layer.dims_a[-1] >= ceilings_a.get(layer.name, layer.end_a.channels)
-        and layer.dims_b[-1] >= ceilings_b.get(layer.name, layer.end_b.channels)
-    }
-
-
-def count_dims(
-    comparison: Comparison, ceilings_a: Mapping[str, int], ceilings_b: Mapping[str, int]
-) -> str:
-    """Count of layers that end with the same dimension, those at their ceiling apart."""
-    full = at_ceiling(comparison, ceilings_a, ceilings_b)
-    told = [layer for layer in comparison.layers if layer.name not in full]
-    same = sum(layer.dims_a[-1] == layer.dims_b[-1] for layer in told)
-    return (
-        f"{len(full)} of {len(comparison.layers)} layers (marked *) end at their structural "
-        "ceiling in both runs, the smaller of a layer's inputs and outputs, which tells nothing "
-        f"about training; of the other {len(told)}, {same} end with the same dimension."
-    )
-
-
-def numbers(
-    comparison: Comparison,
-    ceilings_a: Mapping[str, int] | None = None,
-    ceilings_b: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """Everything that the figures show, for programs.
-
-    Args:
-        comparison: Of two runs.
-        ceilings_a: Of the first run, see :func:`layer_ceilings`.
-        ceilings_b: Of the second run.
-    """
-    ceilings = ceilings_a or {}, ceilings_b or {}
-    layers = {
-        layer.name: {
-            "steps_a": layer.steps_a,
-            "dims_a": layer.dims_a,
-            "width_a": layer.end_a.channels,
-            "ceiling_a": ceilings[0].get(layer.name, layer.end_a.channels),
-            "dof_a": layer.end_a.dof(),
-            "steps_b": layer.steps_b,
-            "dims_b": layer.dims_b,
-            "width_b": layer.end_b.channels,
-            "ceiling_b": ceilings[1].get(layer.name, layer.end_b.channels),
-            "dof_b": layer.end_b.dof(),
-            "distance": layer.distance,
-            "common_steps": layer.common_steps,
-            "distances": layer.distances,
+    layers: dict[str, dict[str, Any]] = {
+        one.name: {
+            "steps_a": one.steps_a,
+            "dims_a": one.dims_a,
+            "width_a": one.end_a.channels,
+            "dof_a": one.end_a.dof(),
+            "steps_b": one.steps_b,
+            "dims_b": one.dims_b,
+            "width_b": one.end_b.channels,
+            "dof_b": one.end_b.dof(),
+            "distance": one.distance,
+            "common_steps": one.common_steps,
+            "distances": one.distances,
         }
-        for layer in comparison.layers
+        for one in found.layers
     }
-    return {
-        "a": comparison.label_a,
-        "b": comparison.label_b,
-        "threshold": comparison.threshold,
+    numbers: Numbers = {
+        "a": labels[0],
+        "b": labels[1],
+        "threshold": found.threshold,
         "layers": layers,
-        "at_ceiling": sorted(at_ceiling(comparison, *ceilings)),
-        "only_a": list(comparison.only_a),
-        "only_b": list(comparison.only_b),
+        "only_a": list(found.only_a),
+        "only_b": list(found.only_b),
     }
+    _write(numbers, places, Path(out), png(comparison_grid(found, "spectra")))
+    return numbers
 
 
-def print_comparison(
-    comparison: Comparison,
-    console: Console | None = None,
-    *,
-    ceilings: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {}),
-) -> None:
-    """Prints a line for each layer: dimensions and demands at the end, and the distance.
+def redraw(folder: str | os.PathLike[str]) -> Numbers:
+    """Writes figures and page of a comparison again, from ``comparison.json``.
 
-    Args:
-        comparison: Of two runs.
-        console: Where to; None: standard output.
-        ceilings: Of both runs, see :func:`layer_ceilings`; layers that end there are marked.
+    Ceilings follow from the settings of the runs, which lie in the folder under their labels.
+
+    Raises:
+        DataError: If the folder holds no comparison.
     """
-    full = at_ceiling(comparison, *ceilings)
-    console = console or Console(width=None if sys.stdout.isatty() else 110)
-    headings, lines = comparison_rows(comparison)
+    place = Path(folder)
+    try:
+        numbers: Numbers = json.loads((place / _RECORD).read_text(encoding="utf-8"))
+        runs = place / numbers["a"], place / numbers["b"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{place / _RECORD} is no comparison ({error}); give two run folders to make one"
+        ) from None
+    spectra = place / "spectra.png"
+    _write(numbers, runs, place, spectra.read_bytes() if spectra.exists() else b"")
+    return numbers
+
+
+def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: bytes) -> None:
+    """Adds ceilings to the numbers, and writes them, their figures and the page."""
+    layers = numbers["layers"]
+    for side, run in zip("ab", runs, strict=True):
+        ceilings = layer_ceilings(run)
+        for name, layer in layers.items():
+            known = layer.get(f"ceiling_{side}", layer[f"width_{side}"])
+            layer[f"ceiling_{side}"] = ceilings.get(name, known)
+    full = {name for name, layer in layers.items() if _is_full(layer)}
+    numbers["at_ceiling"] = sorted(full)
+    write_text(folder / _RECORD, json.dumps(numbers, indent=2) + "\n")
+    curves: dict[str, list[Curves]] = {
+        name: [
+            (f"{side}: {numbers[side]}", one[f"steps_{side}"], [one[f"dims_{side}"]])
+            for side in "ab"
+        ]
+        for name, one in layers.items()
+    }
+    tops = {name: max(one["ceiling_a"], one["ceiling_b"]) for name, one in layers.items()}
+    dims = to_png(draw_dims(curves, tops, {name: marked(numbers, name) for name in layers}))
+    _write_small(folder / "dims.png", dims)
+    if spectra:
+        _write_small(folder / "spectra.png", spectra)
+    headings, lines = comparison_rows(numbers)
+    caption = (
+        "Dimension of every layer over both trainings. Grey: its structural ceiling, the smaller "
+        "of its inputs and outputs; *: both runs end there."
+    )
+    lead, legend = said_of(numbers)
+    sections = [
+        Section("", [Block(lead, "lead"), Block(legend)]),
+        Section("Dimension over training", [Block(picture=dims, caption=caption)]),
+        Section("Layers", [Block(headings=headings, rows=lines)]),
+    ]
+    if spectra:
+        every = "Spectra of every layer at the end"
+        sections.append(Section("Spectra", [Block(picture=spectra, caption=every, fold=every)]))
+    title = f"{numbers['a']} (a) against {numbers['b']} (b)"
+    write_page(folder / "comparison.html", title, sections, f"fastcov-detection {__version__}")
+
+
+def _is_full(layer: Mapping[str, Any]) -> bool:
+    """True for a layer that ends at its ceiling in both runs: its dimension tells nothing."""
+    return all(layer[f"dims_{side}"][-1] >= layer[f"ceiling_{side}"] for side in "ab")
+
+
+def marked(numbers: Numbers, name: str) -> str:
+    """Name of a layer, with a star where both runs end at its ceiling."""
+    return f"{name} *" if name in numbers["at_ceiling"] else name
+
+
+def said_of(numbers: Numbers) -> tuple[str, str]:
+    """The comparison in words: how many layers end alike, and what the columns mean."""
+    layers, full = numbers["layers"], set(numbers["at_ceiling"])
+    told = [one for name, one in layers.items() if name not in full]
+    same = sum(one["dims_a"][-1] == one["dims_b"][-1] for one in told)
+    nearer = sum(one["distances"][-1] < one["distances"][0] for one in told if one["distances"])
+    return (
+        f"{len(full)} of {len(layers)} layers (marked *) end at their structural ceiling in both "
+        "runs, the smaller of a layer's inputs and outputs, which tells nothing about training; of "
+        f"the other {len(told)}, {same} end with the same dimension, and the spectra of {nearer} "
+        "end nearer to each other than they began. One run a side: no difference is shown to be "
+        "more than seeds make.",
+        "Distance: half the sum of |p - q| over the trace-normalised eigenvalues in descending "
+        "order, the share of the variance that would have to change rank (0 same shape, 1 at "
+        f"most). Dim: eigenvalues above {numbers['threshold']:g} of the largest.",
+    )
+
+
+def comparison_rows(numbers: Numbers) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and a line for each layer; layers that only one run has come last."""
+    sides = [(f"{what} {side}", f"{what}_{side}") for what in ("width", "ceiling") for side in "ab"]
+    headings = ("layer", *(heading for heading, _ in sides))
+    headings += ("dim a", "dim b", "dof a", "dof b", "distance")
+    lines = [
+        (
+            marked(numbers, name),
+            *(str(one[key]) for _, key in sides),
+            *(str(one[f"dims_{side}"][-1]) for side in "ab"),
+            *(f"{one[f'dof_{side}']:.1f}" for side in "ab"),
+            f"{one['distance']:.3f}",
+        )
+        for name, one in numbers["layers"].items()
+    ]
+    blanks = [""] * (len(headings) - 2)
+    for side in "ab":
+        lines += [(name, *blanks, f"only in {side}") for name in numbers[f"only_{side}"]]
+    return headings, lines
+
+
+def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
+    """Prints a line for each layer: dimensions and demands at the end, and the distance."""
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    headings, lines = comparison_rows(numbers)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(f"{line[0]} *" if line[0] in full else line[0], *line[1:])
-    console.print(f"a: {comparison.label_a}", f"b: {comparison.label_b}", sep="\n", markup=False)
+        table.add_row(*line)
+    console.print(f"a: {numbers['a']}", f"b: {numbers['b']}", sep="\n", markup=False)
     console.print(table)
-    console.print(comparison_legend(comparison), markup=False, highlight=False)
-    console.print(count_dims(comparison, *ceilings), markup=False, highlight=False)
-
-
-def _draw_ceilings(
-    figure: Figure,
-    comparison: Comparison,
-    ceilings_a: Mapping[str, int],
-    ceilings_b: Mapping[str, int],
-) -> None:
-    """A grey line at the ceiling of every layer, and a star behind those that end there."""
-    full = at_ceiling(comparison, ceilings_a, ceilings_b)
-    for axes, layer in zip(figure.axes, comparison.layers, strict=False):
-        for ceilings, end in ((ceilings_a, layer.end_a), (ceilings_b, layer.end_b)):
-            axes.axhline(ceilings.get(layer.name, end.channels), color="0.7", linewidth=0.6)
-        if layer.name in full:
-            axes.set_title(f"{axes.get_title()} *", fontsize=axes.title.get_fontsize())
+    for sentence in said_of(numbers):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def _history(run: Path) -> History:
     """The snapshots of a run, or of the folder that was given as ``out=`` to fastcov.track."""
     for folder in (run / "spectra", run):
-        if (folder / "history.jsonl").is_file():
-            return load_history(folder)
+        if (folder / "history.jsonl").is_file() and len(history := load_history(folder)):
+            return history
     raise DataError(
         f"no snapshots in {run} (looked for history.jsonl there and in spectra/); train with "
         "--set track=backbone and snapshot_every below the number of steps"
@@ -212,8 +297,197 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
     return f"{a} (a)", f"{b} (b)"
 
 
-def _write_png(path: Path, content: bytes) -> None:
+def _write_small(path: Path, content: bytes) -> None:
     """A line drawing needs no more than a palette: a third of the size, for version control."""
     with Image.open(io.BytesIO(content)) as picture:
         small = picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MEDIANCUT)
     write_file(path, lambda file: small.save(file, format="PNG", optimize=True))
+
+
+@dataclass(frozen=True)
+class LayerFamilies:
+    """One layer in both families.
+
+    ``dims_a`` and ``dims_b`` are the final dimensions by run, ``ceiling`` the largest one that the
+    layer's weights allow. ``between`` and ``within`` are mean distances of final spectra.
+    """
+
+    name: str
+    ceiling: int
+    dims_a: list[int]
+    dims_b: list[int]
+    between: float
+    within: float
+    p: float
+
+    @property
+    def is_at_ceiling(self) -> bool:
+        """True where every run's dimension is the largest possible one."""
+        return all(dim >= self.ceiling for dim in (*self.dims_a, *self.dims_b))
+
+
+@dataclass(frozen=True)
+class Families:
+    """Two families of runs compared; ``p`` is that of the mean over layers below their ceiling."""
+
+    label_a: str
+    label_b: str
+    ap_a: list[float]
+    ap_b: list[float]
+    layers: list[LayerFamilies]
+    separation: float
+    p: float
+    divisions: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        return asdict(self) | {"at_ceiling": sum(layer.is_at_ceiling for layer in self.layers)}
+
+
+def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Families:
+    """Compares two families of finished runs and writes ``families.json`` and ``families.png``.
+
+    Args:
+        a: Run folders of the first family, one for each seed.
+        b: Those of the second one.
+        out: Folder to write.
+
+    Raises:
+        DataError: If a family has fewer than two runs, or runs lack snapshots or share no layer.
+    """
+    for runs in (a, b):
+        if len(runs) < 2:
+            raise DataError(
+                f"a family needs at least two runs, got {', '.join(map(str, runs)) or 'none'}"
+            )
+    histories = [_history(run) for run in (*a, *b)]
+    finals = [history[-1].spectra for history in histories]
+    names = [name for name in finals[0] if all(name in spectra for spectra in finals)]
+    if not names:
+        raise DataError(f"{a[0]} and {b[0]} share no layer; track the same part of both")
+    ceilings = layer_ceilings(a[0])
+    found = divide(
+        {name: [spectra[name] for spectra in finals] for name in names},
+        len(a),
+        {name: ceilings.get(name, finals[0][name].channels) for name in names},
+    )
+    aps = [[_ap(run) for run in runs] for runs in (a, b)]
+    labels = a[0].parent.name, b[0].parent.name
+    families = replace(found, label_a=labels[0], label_b=labels[1], ap_a=aps[0], ap_b=aps[1])
+    write_text(out / FAMILIES, json.dumps(families.as_dict(), indent=2) + "\n")
+    figure = _draw_families(histories[: len(a)], histories[len(a) :], families)
+    _write_small(out / "families.png", to_png(figure))
+    return families
+
+
+def read_families(folder: Path) -> Families:
+    """A comparison that :func:`compare_families` left in a folder.
+
+    Raises:
+        DataError: If the folder holds none.
+    """
+    path = folder / FAMILIES
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["at_ceiling"]
+        layers = [LayerFamilies(**layer) for layer in values.pop("layers")]
+        return Families(layers=layers, **values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} holds no comparison of families ({error}); run the families command again"
+        ) from None
+
+
+def divide(
+    spectra: Mapping[str, Sequence[Spectrum]], size_a: int, ceilings: Mapping[str, int]
+) -> Families:
+    """The permutation test on final spectra.
+
+    Args:
+        spectra: Of every layer, those of all runs, the first family's first.
+        size_a: Runs of the first family.
+        ceilings: Largest dimension that each layer can have.
+    """
+    (runs,) = {len(of_layer) for of_layer in spectra.values()}
+    divisions = _divisions(runs, size_a)
+    first, second = np.triu_indices(runs, 1)
+    is_between = divisions[:, first] != divisions[:, second]
+    layers, separations = [], []
+    for name, of_layer in spectra.items():
+        pairs = zip(first, second, strict=True)
+        distances = np.array([spectral_distance(of_layer[i], of_layer[j]) for i, j in pairs])
+        between = (is_between * distances).sum(1) / is_between.sum(1)
+        within = (~is_between * distances).sum(1) / (~is_between).sum(1)
+        separations.append(between - within)
+        dims = [one.dim(_THRESHOLD) for one in of_layer]
+        means = float(between[0]), float(within[0]), _share(separations[-1])
+        layers.append(LayerFamilies(name, ceilings[name], dims[:size_a], dims[size_a:], *means))
+    told = [s for s, layer in zip(separations, layers, strict=True) if not layer.is_at_ceiling]
+    overall = np.mean(told, axis=0) if told else np.zeros(len(divisions))
+    return Families("a", "b", [], [], layers, float(overall[0]), _share(overall), len(divisions))
+
+
+def _divisions(runs: int, size_a: int) -> NDArray[np.bool_]:
+    """Membership of the first group in every division, the true one first. [divisions, runs]"""
+    if math.comb(runs, size_a) <= _MOST_DIVISIONS:
+        chosen = list(itertools.combinations(range(runs), size_a))
+    else:
+        draw = np.random.default_rng(0)
+        drawn = (draw.permutation(runs)[:size_a] for _ in range(_MOST_DIVISIONS - 1))
+        chosen = [tuple(range(size_a)), *map(tuple, drawn)]
+    members = np.zeros((len(chosen), runs), dtype=bool)
+    np.put_along_axis(members, np.array(chosen), True, axis=1)
+    return members
+
+
+def _share(separations: NDArray[np.float64]) -> float:
+    """Share of the divisions that separate at least as much as the first, itself included."""
+    # Sums of the same numbers in another order may differ in their last bits.
+    return float((separations >= separations[0] - 1e-12).mean())
+
+
+def _ap(run: Path) -> float:
+    result = read_run_result(run)
+    if result is None:
+        raise DataError(f"{run} has not ended; finish it first")
+    return result.ap
+
+
+def _draw_families(a: Sequence[History], b: Sequence[History], families: Families) -> Figure:
+    """Dimensions of every layer over both families' trainings."""
+    tables = [[history.dims(_THRESHOLD) for history in side] for side in (a, b)]
+    labels = families.label_a, families.label_b
+    curves: dict[str, list[Curves]] = {
+        layer.name: [
+            (
+                label,
+                side[0][1],
+                [dims[names.index(layer.name)].tolist() for names, _, dims in side],
+            )
+            for side, label in zip(tables, labels, strict=True)
+        ]
+        for layer in families.layers
+    }
+    ceilings = {layer.name: layer.ceiling for layer in families.layers}
+    stars = {layer.name: " *" if layer.is_at_ceiling else "" for layer in families.layers}
+    titles = {one.name: f"{one.name}{stars[one.name]}\np = {one.p:.2f}" for one in families.layers}
+    return draw_dims(curves, ceilings, titles)
+
+
+def sentences(families: Families) -> list[str]:
+    """The comparison in words."""
+    told = [layer for layer in families.layers if not layer.is_at_ceiling]
+    spreads = []
+    for label, aps in ((families.label_a, families.ap_a), (families.label_b, families.ap_b)):
+        mean, error = mean_and_error(aps)
+        spreads.append(f"{label}: AP {mean:.3f} ± {error or 0:.3f} ({len(aps)} seeds)")
+    alone = sum(layer.p <= 0.05 for layer in told)
+    verb = "differ" if families.p <= 0.05 else "are not shown to differ"
+    return [
+        "; ".join(spreads),
+        f"{len(families.layers) - len(told)} of {len(families.layers)} layers are at their ceiling "
+        "in every run and left out",
+        f"final spectra {verb} by more than seeds do: separation {families.separation:.4f}, "
+        f"p = {families.p:.4f} of {families.divisions} divisions",
+        f"{alone} of {len(told)} layers alone have p of at most 0.05",
+    ]

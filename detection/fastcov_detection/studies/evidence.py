@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcov_detection.config import ConfigError
+from fastcov_detection.errors import ConfigError
 from fastcov_detection.files import write_text
 from fastcov_detection.search.arms import BASELINE
 from fastcov_detection.search.results import read_result, verdict_of
 from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
+from fastcov_detection.studies.compare import FAMILIES, Families, read_families, sentences
 from fastcov_detection.studies.planned import TUNING, TWICE, criteria
 from fastcov_detection.studies.primary import (
     MAIN_RULE,
@@ -51,6 +52,8 @@ def evidence(results: Path) -> str:
         raise ConfigError(f"no NAME/result.json in {results}; give the folder of kept searches")
     found = {folder.name: read_result(folder) for folder in folders}
     sections = [_section(name, result, found) for name, result in found.items()]
+    compared = sorted(path.parent for path in results.glob(f"*/{FAMILIES}"))
+    sections += [_families(folder.name, read_families(folder)) for folder in compared]
     if all(name in found for name in PLAN.searches):
         sections.append(_question(found))
     return "\n".join(sections)
@@ -101,6 +104,20 @@ def _primary(result: Mapping[str, Any]) -> list[str]:
         f"comparisons of a rule. This search is {state}."
     )
     return [*lines, "", said, ""]
+
+
+def _families(name: str, compared: Families) -> str:
+    """Two families of runs: what separates them, and every layer that can tell."""
+    lines = [f"### {name}", "", *(f"- {sentence}" for sentence in sentences(compared)), ""]
+    headings = ["layer", "largest dimension", compared.label_a, compared.label_b]
+    headings += ["distance between", "within", "p"]
+    lines += [_row(headings), _row(["---"] * len(headings))]
+    for layer in compared.layers:
+        if not layer.is_at_ceiling:
+            dims = [", ".join(map(str, side)) for side in (layer.dims_a, layer.dims_b)]
+            distances = [f"{layer.between:.4f}", f"{layer.within:.4f}", f"{layer.p:.3f}"]
+            lines.append(_row([f"`{layer.name}`", str(layer.ceiling), *dims, *distances]))
+    return "\n".join([*lines, ""])
 
 
 def _criteria(task: str, once: Mapping[str, Any], twice: Mapping[str, Any] | None) -> list[str]:

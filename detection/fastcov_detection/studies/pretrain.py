@@ -7,36 +7,39 @@ scratch (Shinya, Simo-Serra and Suzuki, arXiv 1909.04021), with no download.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.v2 import functional
 
-from fastcov_detection.config import ConfigError, TrainConfig, save_config, to_dict
-from fastcov_detection.data.batches import BatchPlan, mix_seed
-from fastcov_detection.data.dataset import load_data, one_line
-from fastcov_detection.data.objects import ObjectCrops
-from fastcov_detection.detector.backbone import build_resnet, norm_layer
-from fastcov_detection.detector.build import check_widths, parse_name, save_widths
+from fastcov_detection.config import TrainConfig, save_config, to_dict
+from fastcov_detection.data.dataset import (
+    BatchPlan,
+    CocoDataset,
+    Draw,
+    load_data,
+    mix_seed,
+    one_line,
+)
+from fastcov_detection.detector.build import check_widths, parse_name, save_widths, settle_norm
+from fastcov_detection.detector.modules import build_resnet, norm_layer
 from fastcov_detection.detector.weights import initialise_backbone
 from fastcov_detection.distributed import pick_device
-from fastcov_detection.errors import CheckpointError
-from fastcov_detection.files import write_text
+from fastcov_detection.errors import CheckpointError, ConfigError, DataError
 from fastcov_detection.progress import progress_bar
-from fastcov_detection.provenance import made_by
-from fastcov_detection.train import checkpoint as checkpoints
-from fastcov_detection.train.loop import run_settings
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.folder import LAST, open_folder, write_result
+from fastcov_detection.train.loop import Loop, run_settings
 
 RESULT = "pretrain.json"
+# What torchvision's detectors normalise their images with.
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,73 @@ class PretrainResult:
     run_dir: str
 
 
+class ObjectCrops(Dataset[tuple[Tensor, int]]):
+    """Square crops around the objects of a data set, each with its class.
+
+    A crop reaches past its object by a factor drawn from ``context``, and the object lies anywhere
+    inside; the factor and the place follow from the draw's seed alone. Crowds are left out. What
+    lies outside the image is black.
+
+    Args:
+        dataset: Images with boxes.
+        edge: Of a crop, in pixels; the network sees every object at a similar size.
+        context: Smallest and largest edge of a crop by the longer edge of its object's box.
+        hflip: Chance of a mirrored crop.
+        varies: False: the object in the middle, the mean of ``context``, no mirror, whatever the
+            draw; for validation.
+
+    Raises:
+        ConfigError: If an edge or a factor is impossible.
+        DataError: If there is no object.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        edge: int,
+        context: tuple[float, float],
+        *,
+        hflip: float = 0.0,
+        varies: bool = True,
+    ) -> None:
+        low, high = context
+        if edge < 32 or not 1 <= low <= high:
+            raise ConfigError(
+                f"crops of {edge} pixels, {low} to {high} times their object; a ResNet needs "
+                "at least 32 pixels, and a crop no less than its object"
+            )
+        self.dataset, self.edge, self.context = dataset, edge, context
+        self.hflip, self.varies = hflip, varies
+        counts = dataset.records.counts().tolist()
+        self.places = [(index, number) for index, n in enumerate(counts) for number in range(n)]
+        if not self.places:
+            raise DataError(f"{dataset.file.path} has no object that is not a crowd")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int]:
+        """Normalised pixels [3, edge, edge] and the class, counted from 0."""
+        index, seed = (draw, 0) if isinstance(draw, int) else (draw.image, draw.seed)
+        image, number = self.places[index]
+        pixels, target = self.dataset.read(image)
+        chance = torch.full((4,), 0.5)
+        if self.varies:
+            chance = torch.rand(4, generator=torch.Generator().manual_seed(seed))
+        factor, right, down, mirrored = chance.tolist()
+        left, top, x_max, y_max = target["boxes"][number].tolist()
+        width, height = x_max - left, y_max - top
+        low, high = self.context
+        side = max(1, round(max(width, height) * (low + (high - low) * factor)))
+        top, left = round(top - (side - height) * down), round(left - (side - width) * right)
+        edges = [self.edge, self.edge]
+        crop = functional.resized_crop(pixels, top, left, side, side, edges, antialias=True)
+        if self.varies and mirrored < self.hflip:
+            crop = functional.horizontal_flip(crop)
+        normalised = functional.normalize(crop.float() / 255, _MEAN, _STD)
+        return normalised, int(target["labels"][number]) - 1
+
+
 def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: int) -> nn.Module:
     """A detector's ResNet with a pool and a linear layer behind it, named as torchvision's.
 
@@ -82,15 +152,12 @@ def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: in
     Raises:
         ConfigError: If the norm cannot be trained.
     """
-    if config.model.norm == "frozen":
+    model = settle_norm(replace(config.model, init="random"))
+    if model.norm == "frozen":
         raise ConfigError("model.norm is 'frozen': it holds what a training found; use batch")
-    _, depth = parse_name(config.model.name)
-    body = build_resnet(
-        depth,
-        widths,
-        norm_layer(config.model.norm, config.model.norm_groups),
-        config.model.zero_init_last_norm,
-    )
+    _, depth = parse_name(model.name)
+    norm = norm_layer(model.norm, model.norm_groups)
+    body = build_resnet(depth, widths, norm, model.zero_init_last_norm)
     initialise_backbone(body, config.model, depth)
     layers: OrderedDict[str, nn.Module] = OrderedDict(body.named_children())
     layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
@@ -110,9 +177,8 @@ def pretrain(
 ) -> PretrainResult:
     """Trains a backbone to tell the objects of the training images apart.
 
-    Validation objects are seen by the accuracy alone. The folder gets ``config.json``,
-    ``widths.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoint.pt``, and at the end ``model.pt``
-    (a ResNet's plain state_dict, for ``--init``) and ``pretrain.json``.
+    Validation objects are seen by the accuracy alone. At the end the folder has ``model.pt`` (a
+    ResNet's plain state_dict, for ``--init``) and ``pretrain.json``.
 
     Args:
         config: The run; the detector's own parts, its batch and its tracking are not used.
@@ -162,7 +228,9 @@ def pretrain(
             "pretrain": settings,
             "data": data.content,
         }
-        finished = _open_folder(folder, identity, resume)
+        if (folder / "classes.json").exists():
+            raise CheckpointError(f"{folder} holds a detector's training; choose another folder")
+        finished = open_folder(folder, identity, PretrainResult, resume=resume, name=RESULT)
         if finished is not None:
             return finished
         save_config(config, folder / "config.json")
@@ -222,10 +290,8 @@ class _Pretraining:
             cpu_s=loop.cpu_s,
             run_dir=str(loop.folder),
         )
-        loop.write_weights("model.pt")
-        kept = {key: v for key, v in dataclasses.asdict(result).items() if key != "run_dir"}
-        content = {**self.identity, "result": kept, "made_by": made_by()}
-        write_text(loop.folder / RESULT, json.dumps(content, indent=2) + "\n")
+        loop.write_weights(LAST)
+        write_result(loop.folder, result, self.identity, RESULT)
         return result
 
     def _losses(self, model: nn.Module, part: list[Any]) -> dict[str, torch.Tensor]:
@@ -258,37 +324,3 @@ class _Pretraining:
                 loss += float(self._loss(logits, classes)) * len(classes)
                 advance(len(classes))
         return {"accuracy": right / len(crops), "loss": loss / len(crops)}
-
-
-def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> PretrainResult | None:
-    """Prepares the folder; the result where the run has ended already."""
-    if (folder / "classes.json").exists():
-        raise CheckpointError(f"{folder} holds a detector's training; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.remove_leftovers(folder)
-    path = folder / RESULT
-    if not resume:
-        checkpoints.remove_checkpoints(folder)
-        for name in (RESULT, "model.pt"):
-            (folder / name).unlink(missing_ok=True)
-    if path.exists():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            before = {key: content.get(key) for key in identity}
-            result = PretrainResult(**{**content["result"], "run_dir": str(folder)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path} is not a pretraining's result ({error}); delete it to finish the run again"
-            ) from None
-        checkpoints.check_same_run(before, identity, folder, reached=result.steps, is_finished=True)
-        if result.steps >= identity["config"]["steps"]:
-            return result
-    saved = checkpoints.load_checkpoint(folder)
-    if saved is not None:
-        checkpoints.resume_from(saved, identity, folder)
-    elif path.exists():
-        raise CheckpointError(
-            f"{folder} has a result and no checkpoint to go on from; start over with --restart, "
-            "or choose another folder"
-        )
-    return None

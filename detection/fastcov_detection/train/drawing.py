@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from fastcov_detection.data.dataset import CocoDataset
-from fastcov_detection.files import write_file
 from fastcov_detection.train.evaluate import detect
 
 RIGHT, WRONG, MISSED = (0, 200, 140), (255, 90, 30), (255, 225, 60)
@@ -62,33 +59,6 @@ def draw_pictures(
         found = {name: tensor[kept] for name, tensor in outputs[0].items()}
         pictures.append(_draw(image, target, found, names))
     return pictures
-
-
-def draw_detections(
-    model: nn.Module,
-    dataset: CocoDataset,
-    path: str | os.PathLike[str],
-    *,
-    count: int = 4,
-    score: float = 0.5,
-    columns: int = 2,
-) -> Path:
-    """Writes the pictures of :func:`draw_pictures` side by side as a PNG.
-
-    Args:
-        model: A detector; its mode is as before afterwards.
-        dataset: With the truth.
-        path: PNG to write.
-        count: Number of images.
-        score: Detections below it are left out.
-        columns: Images side by side.
-
-    Returns:
-        ``path``.
-    """
-    grid = in_grid(draw_pictures(model, dataset, count=count, score=score), columns)
-    write_file(path, lambda file: Image.fromarray(grid).save(file, format="PNG"))
-    return Path(path)
 
 
 def in_grid(pictures: Sequence[Picture], columns: int) -> Picture:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import time
@@ -14,24 +16,32 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fastcov_detection.data.batches import aspect_buckets, to_float
-from fastcov_detection.data.dataset import CocoDataset, DataError, one_line
+from fastcov_detection.data.dataset import CocoDataset, aspect_buckets, one_line, to_float
 from fastcov_detection.distributed import from_first, gather_to_first, rank, world_size
+from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_text
 from fastcov_detection.progress import progress_bar
-from fastcov_detection.train.scoring import (
-    NUMBERS,
-    PREFIXES,
-    Detection,
-    class_names,
-    of_kind,
-    score,
-)
 
 log = logging.getLogger("fastcov_detection")
+
+_SIZES = ("_small", "_medium", "_large")
+NUMBERS = (
+    *("ap", "ap50", "ap75", *(f"ap{size}" for size in _SIZES)),
+    *("ar1", "ar10", "ar100", *(f"ar{size}" for size in _SIZES)),
+)
+"""Names of COCO's twelve numbers, in the order of ``COCOeval.stats``."""
+
+PREFIXES = {"bbox": "", "segm": "segm_"}
+"""What stands before the names of the numbers of boxes and of masks."""
+
+Detection = dict[str, Any]
+"""One entry of COCO's results format: image_id, category_id, bbox, score, perhaps segmentation."""
+
 
 _MOST_SCORED = 100
 
@@ -100,7 +110,7 @@ def evaluate(
             advance(len(indices))
     parts = gather_to_first(detections)
     everything = [] if parts is None else [found for part in parts for found in part]
-    scores = None if parts is None else _scores(dataset, everything, _has_masks(model))
+    scores = None if parts is None else _scores(dataset, everything, has_masks(model))
     numbers, classes = from_first(scores)
     seconds = time.monotonic() - start_s
     return Evaluation(numbers, classes, seconds, len(dataset), everything)
@@ -115,17 +125,18 @@ def write_predictions(evaluation: Evaluation, folder: Path) -> list[Path]:
     kinds = [kind for kind, prefix in PREFIXES.items() if f"{prefix}ap" in evaluation.classes]
     paths = [folder / f"predictions.{kind}.json" for kind in kinds]
     for path, kind in zip(paths, kinds, strict=True):
-        write_text(path, json.dumps(of_kind(evaluation.detections, kind)) + "\n")
+        write_text(path, json.dumps(_of_kind(evaluation.detections, kind)) + "\n")
     return paths
 
 
-def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
-    """Warnings about images with more objects than can be found in them.
+def has_masks(model: nn.Module) -> bool:
+    """True if a detector predicts masks."""
+    heads = getattr(model, "roi_heads", None)
+    return heads is not None and bool(heads.has_mask())
 
-    Args:
-        dataset: Of validation.
-        detections_per_image: What the detector returns at most.
-    """
+
+def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
+    """Warnings about validation images with more objects than the detector returns or AP counts."""
     counts: list[int] = dataset.records.counts().tolist()
     most = max(counts, default=0)
     if most > detections_per_image:
@@ -137,20 +148,19 @@ def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
             most,
             detections_per_image,
         )
-    classes = [
-        (Counter(a.category_id for a in record.annotations if not a.is_crowd), record.file_name)
-        for record in dataset.records
-    ]
+    # An image with few objects has no crowd of one class.
+    records = (dataset.records[at] for at, count in enumerate(counts) if count > _MOST_SCORED)
     crowded = [
-        (count, name) for found, name in classes for count in found.values() if count > _MOST_SCORED
+        (max(Counter(a.category_id for a in one.annotations if not a.is_crowd).values()), one)
+        for one in records
     ]
-    if crowded:
-        most, name = max(crowded)
+    most, worst = max(crowded, key=lambda pair: pair[0], default=(0, None))
+    if worst is not None and most > _MOST_SCORED:
         log.warning(
             "%s: image %s has %d objects of one class; AP as COCO defines it counts %d detections "
             "of a class and image",
             dataset.file.path,
-            name,
+            worst.file_name,
             most,
             _MOST_SCORED,
         )
@@ -165,16 +175,7 @@ def detect(
     workers: int,
     precision: torch.dtype = torch.float32,
 ) -> Iterator[tuple[list[int], list[dict[str, Tensor]]]]:
-    """Detections of the given images, batch by batch; masks as bits, on the CPU.
-
-    Args:
-        model: A detector; its mode is as before afterwards.
-        dataset: Images by index.
-        indices: Of the images.
-        batch_size: Images of one forward pass.
-        workers: Processes that read images.
-        precision: Autocast to this type.
-    """
+    """Detections of the given images, batch by batch, on the CPU; arguments of :func:`evaluate`."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -200,11 +201,6 @@ def _on_cpu(output: dict[str, Tensor]) -> dict[str, Tensor]:
         # A bit for each pixel: a quarter of what crosses from the device.
         found["masks"] = (output["masks"][:, 0] >= 0.5).cpu()
     return found
-
-
-def _has_masks(model: nn.Module) -> bool:
-    heads = getattr(model, "roi_heads", None)
-    return heads is not None and bool(heads.has_mask())
 
 
 def _to_coco(
@@ -239,7 +235,6 @@ def _scores(
 ) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]]]:
     """COCO's numbers and the AP of every class, for boxes and for masks."""
     names = class_names(dataset.file.categories)
-    image_ids = dataset.image_ids()
     numbers: dict[str, float | None] = {}
     classes: dict[str, dict[str, float | None]] = {}
     for kind, prefix in PREFIXES.items():
@@ -247,7 +242,44 @@ def _scores(
             numbers |= {f"{prefix}{name}": None for name in NUMBERS}
             continue
         truth = dataset.file.ground_truth(with_masks=kind == "segm")
-        found = score(truth, detections, kind, image_ids)
-        numbers |= {f"{prefix}{name}": value for name, value in found.numbers.items()}
-        classes[f"{prefix}ap"] = {names[key]: value for key, value in found.classes.items()}
+        results = COCO()  # pycocotools itself cannot load an empty list
+        results.dataset = {**truth.dataset, "annotations": []}
+        with contextlib.redirect_stdout(io.StringIO()):
+            if detections:
+                results = truth.loadRes(_of_kind(detections, kind))
+            else:
+                results.createIndex()
+            scoring = COCOeval(truth, results, kind)
+            scoring.params.imgIds = sorted(dataset.records.image_ids())
+            scoring.evaluate()
+            scoring.accumulate()
+            scoring.summarize()
+        # -1 stands where there is nothing to find.
+        stats = (None if value < 0 else float(value) for value in scoring.stats)
+        numbers |= {f"{prefix}{name}": one for name, one in zip(NUMBERS, stats, strict=True)}
+        # [thresholds, recalls, categories, areas, limits]: all areas, 100 detections an image.
+        precision = scoring.eval["precision"][:, :, :, 0, -1]
+        known = [precision[:, :, at][precision[:, :, at] > -1] for at in range(precision.shape[2])]
+        classes[f"{prefix}ap"] = {
+            names[int(key)]: float(one.mean()) if one.size else None
+            for key, one in zip(scoring.params.catIds, known, strict=True)
+        }
     return numbers, classes
+
+
+def _of_kind(detections: Sequence[Detection], kind: str) -> list[Detection]:
+    """The detections as a results file of boxes, or one of masks, holds them.
+
+    pycocotools takes a detection's area from its box where there is one, even when it compares
+    masks; so each file has one kind alone.
+    """
+    unused = "bbox" if kind == "segm" else "segmentation"
+    return [{key: one[key] for key in one if key != unused} for one in detections]
+
+
+def class_names(categories: Mapping[int, str]) -> dict[int, str]:
+    """A name of its own for every category: names that occur twice get their id."""
+    counts = Counter(categories.values())
+    return {
+        key: name if counts[name] == 1 else f"{name} ({key})" for key, name in categories.items()
+    }

@@ -1,11 +1,13 @@
-"""What a run tells while it goes: JSON lines for programs, TensorBoard for people."""
+"""What a run tells while it goes: JSON lines for programs, TensorBoard and a bar for people."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from fastcov_detection.config import flatten
 from fastcov_detection.distributed import average_over_ranks
+from fastcov_detection.errors import LossError
 from fastcov_detection.files import write_text
 
 LOG = "log.jsonl"
 
-
-class LossError(RuntimeError):
-    """Training has left the finite numbers."""
+Batch = TypeVar("Batch")
 
 
 class Logbook:
@@ -39,7 +41,8 @@ class Logbook:
         self.lines = None
         self.board = None
         if run_dir is not None:
-            _keep_until(run_dir / LOG, first_step)
+            kept = [entry for entry in read_log(run_dir) if entry["step"] <= first_step]
+            write_text(run_dir / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
             self.lines = (run_dir / LOG).open("a", encoding="utf-8")
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
 
@@ -56,7 +59,7 @@ class Logbook:
             step: That was done last.
             rate: Learning rate of the step.
             train_s: Seconds of training so far.
-            speed: See :meth:`fastcov_detection.train.speed.Speed.since`.
+            speed: See :meth:`Speed.since`.
 
         Raises:
             LossError: If a value is not finite; nothing later than the last checkpoint is lost.
@@ -68,7 +71,13 @@ class Logbook:
             [torch.stack([one[name].float() for name in names]) for one in self.window]
         )
         values = average_over_ranks(table.double()).cpu()
-        self._refuse_non_finite(names, values, step)
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise LossError(
+                f"{names[column]} is {values[row, column].item()} at step "
+                f"{step - len(values) + row + 1}; {self._advice()}"
+            )
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         self.window.clear()
         self.write("train", step, {**means, "lr": rate, "train_s": train_s, "speed": speed or {}})
@@ -80,9 +89,9 @@ class Logbook:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.lines.flush()
-        for name, value in _flat(values):
+        for name, value in flatten(values).items():
             if value is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                self.board.add_scalar(f"{kind}/{name.replace('.', '/')}", value, step)
 
     def picture(self, name: str, step: int, pixels: NDArray[np.uint8]) -> None:
         """Shows a picture in TensorBoard. [H, W, 3]"""
@@ -98,26 +107,12 @@ class Logbook:
     def refuse_weights(self, state: Mapping[str, Tensor], step: int) -> None:
         """Refusal of weights that no lower rate could mend, before a checkpoint is written.
 
-        Args:
-            state: A model's state_dict.
-            step: After which it is.
-
         Raises:
             LossError: If a tensor is not finite; the last checkpoint stays as it is.
         """
         for name, tensor in state.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise LossError(f"{name} is not finite after step {step}; {self._advice()}")
-
-    def _refuse_non_finite(self, names: list[str], values: Tensor, step: int) -> None:
-        bad = (~values.isfinite()).nonzero()
-        if len(bad) == 0:
-            return
-        row, column = bad[0].tolist()
-        raise LossError(
-            f"{names[column]} is {values[row, column].item()} at step "
-            f"{step - len(values) + row + 1}; {self._advice()}"
-        )
 
     def _advice(self) -> str:
         return (
@@ -128,27 +123,79 @@ class Logbook:
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's log; a last line that a kill cut short is left out."""
-    path = run_dir / LOG
-    if not path.exists():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
+    entries: list[dict[str, Any]] = []
+    if (run_dir / LOG).exists():
+        for line in (run_dir / LOG).read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
     return entries
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Curves by path: those of a mapping under its name."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", one) for inner, one in _flat(value))
-        else:
-            yield name, value
+class Speed:
+    """Clock of a training loop.
+
+    Args:
+        images: Of one step, over all processes.
+        device: Whose memory is told.
+    """
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self.steps, self.waited_s, self.start_s = 0, 0.0, time.monotonic()
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time until each comes counts as waiting for data."""
+        iterator = iter(batches)
+        while True:
+            asked_s = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited_s += time.monotonic() - asked_s
+            self.steps += 1
+            yield batch
+
+    def pause(self, seconds: float) -> None:
+        """Takes out time that was not training."""
+        self.start_s += seconds
+
+    def since(self, steps_left: int) -> dict[str, float]:
+        """Figures of the steps since the last call.
+
+        Args:
+            steps_left: To the end of the run.
+
+        Returns:
+            ``images_per_s``, ``data_share`` (of the time, spent waiting for images), ``eta_s``, and
+            on a GPU ``memory_gib`` (the most that was allocated).
+        """
+        seconds = max(time.monotonic() - self.start_s, 1e-9)
+        steps = max(self.steps, 1)
+        found = {
+            "images_per_s": self.images * steps / seconds,
+            "data_share": min(1.0, self.waited_s / seconds),
+            "eta_s": steps_left * seconds / steps,
+        }
+        if self.device.type == "cuda":
+            found["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.steps, self.waited_s, self.start_s = 0, 0.0, time.monotonic()
+        return found
 
 
-def _keep_until(path: Path, step: int) -> None:
-    kept = [entry for entry in read_log(path.parent) if entry["step"] <= step]
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+def told(losses: dict[str, float], rate: float, speed: dict[str, float]) -> str:
+    """Losses, rate and speed (of :meth:`Speed.since`) as they stand beside a bar."""
+    parts = [
+        f"{name.removeprefix('loss_')} {value:.2f}"
+        for name, value in losses.items()
+        if name not in ("loss", "grad_norm")
+    ]
+    words = [f"loss {losses['loss']:.3f} ({', '.join(parts)})", f"lr {rate:.2g}"]
+    words.append(f"{speed['images_per_s']:.1f} images/s")
+    words.append(f"data {100 * speed['data_share']:.0f} %")
+    if "memory_gib" in speed:
+        words.append(f"{speed['memory_gib']:.1f} GiB")
+    words.append(f"{timedelta(seconds=round(speed['eta_s']))} left")
+    return ", ".join(words)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from fastcov_detection.config import ConfigError, DataConfig
+from fastcov_detection.config import DataConfig
 from fastcov_detection.data.augment import Augmentation, training_transform, whole
+from fastcov_detection.errors import ConfigError
 
 WIDTH, HEIGHT = 64, 48
 POLYGONS = [[10.0, 8.0, 40.0, 8.0, 40.0, 30.0, 10.0, 30.0]]

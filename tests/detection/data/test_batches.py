@@ -8,8 +8,7 @@ import torch
 
 from fastcov_detection.config import DataConfig, TrainConfig
 from fastcov_detection.data.augment import training_transform
-from fastcov_detection.data.batches import AugmentedView, BatchPlan
-from fastcov_detection.data.dataset import load_data
+from fastcov_detection.data.dataset import AugmentedView, BatchPlan, load_data
 
 
 def test_kept_images_are_those_of_the_files_and_are_read_once(tiny_run: TrainConfig) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastcov_detection.cli import main
 from fastcov_detection.config import DataConfig, TrainConfig
-from fastcov_detection.data import checking
+from fastcov_detection.data import checks
 from fastcov_detection.data.dataset import LoadedData, load_data
 from fastcov_detection.errors import DataError
 from fastcov_detection.train.loop import train
@@ -460,14 +460,14 @@ def test_a_checked_data_set_is_not_checked_again(
     data.load()
     assert "annotation 77" in caplog.text
     caplog.clear()
-    read = checking.read_header
+    read = checks.read_header
     seen: list[str] = []
 
     def watched(path: Path) -> Any:
         seen.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(checking, "read_header", watched)
+    monkeypatch.setattr(checks, "read_header", watched)
     data.load()
     assert not seen
     assert "annotation 77" in caplog.text, "notes are told each time"

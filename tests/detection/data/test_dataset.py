@@ -17,8 +17,14 @@ from torch.utils.data import DataLoader
 
 from fastcov_detection.config import DataConfig
 from fastcov_detection.data.augment import training_transform
-from fastcov_detection.data.batches import AugmentedView, BatchPlan, mix_seed
-from fastcov_detection.data.dataset import CocoDataset, load_data, one_line
+from fastcov_detection.data.dataset import (
+    AugmentedView,
+    BatchPlan,
+    CocoDataset,
+    load_data,
+    mix_seed,
+    one_line,
+)
 from fastcov_detection.errors import DataError
 
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 10], "area": 80, "iscrowd": 0}

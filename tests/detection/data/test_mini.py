@@ -91,6 +91,16 @@ def test_a_picture_changes_its_light_and_keeps_its_class() -> None:
     assert first.values.mean(axis=(0, 1)) != pytest.approx(second.values.mean(axis=(0, 1)), rel=0.1)
 
 
+def test_a_mosaic_has_its_cells_and_nothing_within_them() -> None:
+    train, val = mini._split_sources(0, 5, 3)
+    assert [one.tobytes() for one in train.pictures] == [one.tobytes() for one in val.pictures]
+    values = np.asarray(train.pictures[0]).reshape(3, 16, 3, 16, 3)
+    colours = values[:, 0, :, 0]
+    assert (values == colours[:, None, :, None]).all()
+    assert len({tuple(colour) for colour in colours.reshape(9, 3).tolist()}) == 9
+    assert len({one.tobytes() for one in train.pictures}) == 5
+
+
 def test_same_seed_same_bytes_and_more_images_keep_the_first(tmp_path: Path) -> None:
     first = make_mini(tmp_path / "a", SMALL, progress=False)
     second = make_mini(tmp_path / "b", replace(SMALL, train=7), progress=False)
@@ -148,6 +158,8 @@ def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"train": 0}, "needs images"),
         ({"digits": (4, 2)}, "fewest and most"),
         ({"pictures": -1}, "pictures is -1"),
+        ({"pictures": 5, "cells": 49}, "cells is 49 with pictures=5"),
+        ({"cells": 3}, "cells is 3 with pictures=0"),
     ],
 )
 def test_impossible_parameters(tmp_path: Path, change: dict[str, object], message: str) -> None:

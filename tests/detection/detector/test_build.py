@@ -13,16 +13,16 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from fastcov_detection.config import ConfigError, ModelConfig
-from fastcov_detection.detector.backbone import build_resnet, norm_layer, stock_widths
+from fastcov_detection.config import ModelConfig
 from fastcov_detection.detector.build import (
-    WidthsError,
     build_model,
     check_widths,
     default_widths,
     load_widths,
     save_widths,
 )
+from fastcov_detection.detector.modules import build_resnet, norm_layer, stock_widths
+from fastcov_detection.errors import ConfigError, WidthsError
 
 
 def _randomise_norms(module: nn.Module) -> None:

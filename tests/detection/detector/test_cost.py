@@ -8,8 +8,7 @@ import torchvision
 from torch import nn
 
 from fastcov_detection.config import ModelConfig, preset
-from fastcov_detection.detector.build import build_model
-from fastcov_detection.detector.cost import Cost, cost_of, count_cost
+from fastcov_detection.detector.build import Cost, Costs, build_model, count_cost
 from fastcov_detection.detector.groups import width_groups
 
 
@@ -56,35 +55,35 @@ def test_the_cost_is_known_without_building(tiny_model: ModelConfig, norm: str) 
     config = replace(tiny_model, num_classes=4, norm=norm, init="imagenet")
     widths = {"layer3": 20}
     built = count_cost(build_model(replace(config, init="random"), widths), (64, 96))
-    assert cost_of(config, widths, (64, 96)) == built
+    assert Costs(config, (64, 96))(widths) == built
 
 
 def test_stock_figures() -> None:
     """ResNet-50 without classifier: 25 557 032 parameters less 2 049 000 of the classifier."""
     config = ModelConfig(num_classes=91)
-    cost = cost_of(config, None, 800)
+    cost = Costs(config, 800)(None)
     assert cost.backbone_params == 23_508_032
     stock = torchvision.models.detection.fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None
     )
     assert cost.params == sum(p.numel() for p in stock.parameters())
-    fewer = cost_of(replace(config, rpn_post_nms_test=100), None, 800)
+    fewer = Costs(replace(config, rpn_post_nms_test=100), 800)(None)
     head = (256 * 49 * 1024 + 1024 * 1024 + 1024 * 91 * 5) * 900
     assert cost.macs - fewer.macs == head
-    more = cost_of(replace(config, rpn_post_nms_test=2000), None, 800)
+    more = Costs(replace(config, rpn_post_nms_test=2000), 800)(None)
     assert more == cost
 
 
 def test_the_preset_is_the_network_that_was_measured() -> None:
-    cost = cost_of(replace(preset("mini").model, num_classes=11), None, 96)
+    cost = Costs(replace(preset("mini").model, num_classes=11), 96)(None)
     assert cost == Cost(params=2_153_105, backbone_params=1_480_976, macs=133_689_728)
 
 
 def test_wider_costs_more(tiny_model: ModelConfig) -> None:
     config = replace(tiny_model, num_classes=3)
-    base = cost_of(config, None, 64)
+    base = Costs(config, 64)(None)
     for group in width_groups(build_model(config), vary=("backbone", "fpn", "heads")):
-        wider = cost_of(config, {group.name: group.width + 8}, 64)
+        wider = Costs(config, 64)({group.name: group.width + 8})
         assert wider.macs > base.macs
         assert wider.params > base.params
 
@@ -102,4 +101,4 @@ def test_counting_leaves_the_model_as_it_was(tiny_model: ModelConfig) -> None:
 
 def test_images_are_padded_as_the_detector_pads_them(tiny_model: ModelConfig) -> None:
     config = replace(tiny_model, num_classes=3)
-    assert cost_of(config, None, (65, 96)) == cost_of(config, None, 96)
+    assert Costs(config, (65, 96))(None) == Costs(config, 96)(None)

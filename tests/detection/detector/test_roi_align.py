@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
-from fastcov_detection.detector.roi_align import RowRoIAlign
+from fastcov_detection.detector.modules import RowRoIAlign
 
 NAMES = ["0", "1", "2", "3"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from fastcov_detection.detector.transform import BatchTransform
+from fastcov_detection.detector.modules import BatchTransform
 
 SETTINGS = (64, 96, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

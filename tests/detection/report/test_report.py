@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from fastcov import Spectrum, WidthGroup
-from fastcov_detection.config import ConfigError
-from fastcov_detection.report import page, pictures
+from fastcov_detection.errors import ConfigError
+from fastcov_detection.report import pictures
+from fastcov_detection.report.page import Block, Section, write_page
 from fastcov_detection.report.report import write_report
 from fastcov_detection.report.tables import columns, print_summary, rows, sentences
 from fastcov_detection.search.verdicts import compare_paired
@@ -120,22 +122,37 @@ def test_summary_is_one_table_that_fits_a_terminal():
 
 
 def test_page_escapes_everything_and_forbids_scripts(tmp_path):
-    parts = [
-        page.paragraph(EVIL, 'x"><script>'),
-        page.table([EVIL], [[EVIL]], text=[EVIL]),
-        page.picture(b"png", EVIL),
-        page.section(EVIL, page.folded(EVIL, page.listing(EVIL))),
-    ]
-    text = page.write_page(tmp_path / "r.html", EVIL, parts, EVIL).read_text(encoding="utf-8")
+    block = Block(
+        text=EVIL,
+        style='x"><script>',
+        headings=[EVIL],
+        rows=[[EVIL]],
+        words=[EVIL],
+        picture=b"png",
+        caption=EVIL,
+        gallery=[b"png"],
+        listing=EVIL,
+        fold=EVIL,
+    )
+    path = write_page(tmp_path / "r.html", EVIL, [Section(EVIL, [block])], EVIL)
+    text = path.read_text(encoding="utf-8")
     assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 9
+    assert text.count("&lt;script&gt;") >= 12
     assert "default-src 'none'" in text
 
 
 def test_page_survives_names_that_are_not_unicode(tmp_path):
     broken = "layer\udcff"
-    page.write_page(tmp_path / "r.html", broken, [page.paragraph(broken)], "")
+    write_page(tmp_path / "r.html", broken, [Section("", [Block(broken)])], "")
     assert "layer?" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_what_is_not_given_is_not_shown(tmp_path):
+    sections = [Section("", [Block("words")]), Section("nothing", [])]
+    text = write_page(tmp_path / "r.html", "t", sections, "f").read_text(encoding="utf-8")
+    body = text[text.index("<body>") :]
+    assert "nothing" not in body
+    assert not [tag for tag in ("table", "figure", "pre", "details", "h2") if f"<{tag}" in body]
 
 
 GROUPS = [
@@ -206,14 +223,17 @@ def test_report_of_a_folder_without_a_search_says_so(tmp_path):
         write_report(tmp_path)
 
 
-def test_headings_stand_over_their_cells():
+def test_headings_stand_over_their_cells(tmp_path):
     """Words to the left with their heading, numbers to the right with theirs."""
-    text = page.table(["arm", "n", "verdict"], [["searched", "4", "better"]], text=["verdict"])
+    block = Block(headings=["arm", "n", "verdict"], rows=[["searched", "4", "better"]])
+    block = replace(block, words=["verdict"])
+    path = write_page(tmp_path / "r.html", "t", [Section("", [block])], "f")
+    text = path.read_text(encoding="utf-8")
     assert '<th class="text">verdict</th>' in text
     assert '<td class="text">better</td>' in text
     assert "<th>n</th>" in text
     assert "<td>4</td>" in text
-    assert "th.text,td.text{text-align:left}" in page._STYLE
+    assert "th.text,td.text{text-align:left}" in text
 
 
 @pytest.mark.parametrize(

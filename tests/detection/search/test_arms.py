@@ -12,7 +12,8 @@ from fastcov.widths import RULES, Rule
 from fastcov_detection.report.pictures import colour_of
 from fastcov_detection.search import arms
 from fastcov_detection.search.arms import Arm, Baseline, Searched, Uniform, find_arm
-from fastcov_detection.search.results import ArmRecord, RunResult, compare_arms
+from fastcov_detection.search.results import ArmRecord, compare_arms
+from fastcov_detection.train.folder import RunResult
 
 
 class Half(Arm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -13,9 +14,14 @@ from typing import Any
 import pytest
 
 from fastcov_detection import cli
-from fastcov_detection.config import ConfigError
-from fastcov_detection.search.cluster import RayEngine
-from fastcov_detection.search.engines import Job, RunError, run_jobs
+from fastcov_detection.config import TrainConfig, save_config
+from fastcov_detection.detector.build import save_widths
+from fastcov_detection.errors import ConfigError, RunError
+from fastcov_detection.search.engines import Job, RayEngine, run_jobs
+from fastcov_detection.search.guard import train_guarded
+from fastcov_detection.train.folder import read_run_result
+from fastcov_detection.train.logbook import read_log
+from fastcov_detection.train.loop import train
 
 pytest.importorskip("ray")
 
@@ -26,7 +32,7 @@ class _Script(Job):
 
     code: str = ""
 
-    def command(self) -> list[str]:
+    def command(self, processes: int = 1) -> list[str]:
         return [sys.executable, "-c", HEAD + self.code, str(self.run_dir)]
 
 
@@ -152,15 +158,35 @@ def test_a_failed_run_is_told_and_stops_the_others(cluster: Any, tmp_path: Path)
         RayEngine(cluster.address, gpus_per_run=2)
 
 
-def test_several_gpus_are_trained_on_by_torchrun(tmp_path: Path) -> None:
-    engine = object.__new__(RayEngine)
-    job = Job("a", tmp_path / "a", tmp_path / "c.json", tmp_path / "w.json", 3, 10)
-    engine.gpus = 1
-    assert engine._words(job) == job.command()[1:]
-    engine.gpus = 4
-    words = engine._words(job)
-    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    assert words[4:] == job.arguments()
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_of_several_gpus_is_one_training_of_several_processes(
+    tiny_run: TrainConfig, tmp_path: Path
+) -> None:
+    """The command that a worker of a cluster gets for two GPUs, here with two CPUs and gloo."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(tiny_run, tmp_path / "c.json")
+    save_widths({"layer3": 40}, tmp_path / "w.json")
+    job = Job("a", folder, tmp_path / "c.json", tmp_path / "w.json", 3, tiny_run.steps)
+    assert train_guarded(job.command(2)[1:], str(folder), 1) == 0, read_output(folder)
+    result = read_run_result(folder)
+    assert result is not None
+    assert (result.steps, result.seed) == (tiny_run.steps, 3)
+    # One process that sees the whole batch takes other statistics of it: near, not the same.
+    train(tiny_run, {"layer3": 40}, run_dir=tmp_path / "alone", seed=3, progress=False)
+    both, alone = (_losses(run) for run in (folder, tmp_path / "alone"))
+    assert both[0] == pytest.approx(alone[0], rel=0.5)
+    assert both != alone, "each process has half of the batch"
+    assert json.loads((folder / "widths.json").read_text())["layer3"] == 40
+
+
+def read_output(folder: Path) -> str:
+    return (folder / "output.txt").read_text()
+
+
+def _losses(run: Path) -> list[float]:
+    return [one["loss"] for one in read_log(run) if one["kind"] == "train"]
 
 
 def test_options_of_the_cluster_need_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

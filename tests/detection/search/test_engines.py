@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcov_detection.search.engines import (
-    Job,
-    LocalEngine,
-    RunError,
-    locked,
-    read_position,
-    run_jobs,
-)
-from fastcov_detection.search.latency import measure_latency
+from fastcov_detection.errors import RunError
+from fastcov_detection.search.engines import Job, LocalEngine, locked, read_position, run_jobs
+from fastcov_detection.search.measure import measure_latency
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from fastcov_detection.cli import main
-from fastcov_detection.config import ConfigError, SearchConfig, TrainConfig, load_config
+from fastcov_detection.config import SearchConfig, TrainConfig, load_config
 from fastcov_detection.detector.build import load_widths
-from fastcov_detection.errors import CheckpointError
-from fastcov_detection.search.keeping import keep, restore
+from fastcov_detection.errors import CheckpointError, ConfigError
+from fastcov_detection.search.folder import keep, restore
 from fastcov_detection.search.results import read_result
 from fastcov_detection.search.run import run_search
-from fastcov_detection.train.loop import load_run, train
+from fastcov_detection.train.folder import load_run
+from fastcov_detection.train.loop import train
 
 
 @pytest.fixture

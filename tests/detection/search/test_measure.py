@@ -11,11 +11,7 @@ from fastcov_detection.config import TrainConfig
 from fastcov_detection.data.dataset import CocoDataset, load_data
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.detector.groups import width_groups
-from fastcov_detection.search.measure import (
-    measure_gradient_spectra,
-    measure_spectra,
-    weighted_spectrum,
-)
+from fastcov_detection.search.measure import measure_spectra
 
 ALL = ("backbone", "fpn", "heads")
 
@@ -105,18 +101,6 @@ def test_seeds_choose_other_images_and_too_many_means_all(
         measure_spectra(model, images, images=0)
 
 
-def test_weighted_spectrum_is_that_of_the_product() -> None:
-    torch.manual_seed(0)
-    rows, gradients = torch.randn(50, 6, dtype=torch.float64), torch.randn(3, 6).double()
-    covariance, weight = rows.T @ rows / 50, gradients.T @ gradients
-    found = weighted_spectrum(covariance, weight, 50, "x")
-    # G S is similar to S^1/2 G S^1/2; three gradients leave three directions.
-    expected = torch.linalg.eigvals(weight @ covariance).real.sort(descending=True).values
-    torch.testing.assert_close(found.eigenvalues, expected.clamp_min(0), rtol=1e-9, atol=1e-12)
-    assert found.eigenvalues[3] < 1e-12 < found.eigenvalues[2]
-    assert (found.count, found.name) == (50, "x")
-
-
 def test_gradient_spectra_are_those_of_the_definition(
     model: nn.Module, images: CocoDataset
 ) -> None:
@@ -129,7 +113,7 @@ def test_gradient_spectra_are_those_of_the_definition(
         maps.append(inputs[0])
 
     hook = model.get_submodule(member.removesuffix(":in")).register_forward_pre_hook(retain)
-    found = measure_gradient_spectra(model, images, images=3, seed=2)[member]
+    found = measure_spectra(model, images, images=3, seed=2, reads="sensitivity")[member]
     hook.remove()
     assert len(maps) == 3
     covariance = weight = torch.zeros((), dtype=torch.float64)
@@ -139,7 +123,8 @@ def test_gradient_spectra_are_those_of_the_definition(
         gradients = feature.grad[0].flatten(1).double()
         weight = weight + gradients @ gradients.T / 3
     assert found.count == sum(feature[0, 0].numel() for feature in maps)
-    expected = weighted_spectrum(covariance, weight, found.count).eigenvalues
+    # G S is similar to S^1/2 G S^1/2.
+    expected = torch.linalg.eigvals(weight @ covariance).real.sort(descending=True).values
     assert expected[0] > 0
     torch.testing.assert_close(
         found.eigenvalues, expected, rtol=1e-4, atol=1e-6 * float(expected[0])
@@ -156,7 +141,7 @@ def test_a_branch_that_nothing_reads_has_full_features_and_no_demand(
         block.bn2.weight.fill_(1e-4)
         block.bn2.bias.zero_()
     features = measure_spectra(model, images, images=3)
-    felt = measure_gradient_spectra(model, images, images=3)
+    felt = measure_spectra(model, images, images=3, reads="sensitivity")
     groups = width_groups(model)
     branch = next(group.name for group in groups if group.members == (member,))
     by_features = fastcov.widths.demand(features, groups, "dof")
@@ -170,14 +155,14 @@ def test_a_branch_that_nothing_reads_has_full_features_and_no_demand(
 def test_gradients_pass_frozen_layers_and_touch_no_parameter(
     model: nn.Module, images: CocoDataset
 ) -> None:
-    expected = measure_gradient_spectra(model, images, images=2, vary=ALL)
+    expected = measure_spectra(model, images, images=2, vary=ALL, reads="sensitivity")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(11)
     drawn = torch.rand(2)
     torch.manual_seed(11)
-    found = measure_gradient_spectra(model, images, images=2, vary=ALL)
+    found = measure_spectra(model, images, images=2, vary=ALL, reads="sensitivity")
     assert torch.equal(torch.rand(2), drawn)
     assert list(found) == [member for g in width_groups(model, vary=ALL) for member in g.members]
     for name, spectrum in expected.items():
@@ -188,4 +173,4 @@ def test_gradients_pass_frozen_layers_and_touch_no_parameter(
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="images is 0"):
-        measure_gradient_spectra(model, images, images=0)
+        measure_spectra(model, images, images=0, reads="sensitivity")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fastcov_detection.config import ConfigError, SearchConfig, TrainConfig, save_config, to_dict
-from fastcov_detection.errors import CheckpointError
-from fastcov_detection.search.opening import check_same_search
-from fastcov_detection.train.checkpoint import check_same_run
+from fastcov_detection.config import SearchConfig, TrainConfig, save_config, to_dict
+from fastcov_detection.errors import CheckpointError, ConfigError
+from fastcov_detection.search.folder import check_same_search
+from fastcov_detection.train.folder import check_same_run
 
 
 def test_a_search_from_before_a_setting_existed_had_its_default(

@@ -7,60 +7,78 @@ import pytest
 import torch
 
 from fastcov import Spectrum
-from fastcov_detection.config import (
-    ConfigError,
-    ModelConfig,
-    SearchConfig,
-    TrainConfig,
-    load_config,
-)
-from fastcov_detection.detector.build import build_model
+from fastcov_detection.config import ModelConfig, SearchConfig, TrainConfig, load_config
+from fastcov_detection.detector.build import Costs, build_model
 from fastcov_detection.detector.groups import width_groups
-from fastcov_detection.errors import DataError
-from fastcov_detection.search.arms import check_arms
-from fastcov_detection.search.proposals import Costs, Proposer, has_settled, load_plan
-from fastcov_detection.search.results import ArmRecord, RunResult, compare_arms, read_result
-from fastcov_detection.search.spectra import load_spectra, save_spectra
+from fastcov_detection.errors import ConfigError, DataError
+from fastcov_detection.search.arms import (
+    Baseline,
+    Exponent,
+    Power,
+    Prepared,
+    Quarter,
+    Random,
+    Searched,
+    Uniform,
+    check_arms,
+    has_settled,
+)
+from fastcov_detection.search.folder import load_plan, load_spectra, save_spectra
+from fastcov_detection.search.results import ArmRecord, compare_arms, read_result
+from fastcov_detection.train.folder import RunResult
+
+
+class Searching:
+    """A search as its arms see it, with nothing trained."""
+
+    def __init__(self, model, config=None, size=96, groups=None):
+        self.config = config or SearchConfig(train=TrainConfig(model=model))
+        self.costs = Costs(model, size)
+        self.budget = float(self.costs(None).macs)
+        with torch.device("meta"):
+            self.groups = groups or width_groups(build_model(model))
+        self.plans = {}
+
+    def prepared(self, arm):
+        return Prepared(arm, arm.name, {0: (arm.name, self.plans[arm])})
 
 
 @pytest.fixture(scope="module")
-def proposer():
-    model = ModelConfig(
-        name="fasterrcnn_resnet18_fpn",
-        num_classes=4,
-        width_multiplier=0.5,
-        fpn_channels=32,
-        box_head_width=64,
-        rpn_post_nms_test=10,
+def search():
+    return Searching(
+        ModelConfig(
+            name="fasterrcnn_resnet18_fpn",
+            num_classes=4,
+            width_multiplier=0.5,
+            fpn_channels=32,
+            box_head_width=64,
+            rpn_post_nms_test=10,
+        )
     )
-    config = SearchConfig(train=TrainConfig(model=model))
-    with torch.device("meta"):
-        groups = width_groups(build_model(model))
-    return Proposer(config, groups, Costs(model, 96))
 
 
-def test_controls_meet_what_they_are_held_to(proposer):
-    baseline = proposer.baseline()
-    assert baseline.macs == proposer.budget
-    searched = replace(baseline, params=0.85 * baseline.params)
-    uniform = proposer.uniform(searched)
+def test_controls_meet_what_they_are_held_to(search):
+    baseline = Baseline().propose(search)
+    assert baseline.macs == search.budget
+    searched = search.plans[Searched()] = replace(baseline, params=0.85 * baseline.params)
+    uniform = Uniform().propose(search)
     assert 0.995 * searched.params <= uniform.params <= searched.params
-    assert uniform.macs == proposer.costs.macs(uniform.widths) < 0.95 * baseline.macs
-    matched = proposer.power(searched)
-    assert 0.995 * proposer.budget <= matched.macs <= proposer.budget
+    assert uniform.macs == search.costs.macs(uniform.widths) < 0.95 * baseline.macs
+    matched = Power().propose(search)
+    assert 0.995 * search.budget <= matched.macs <= search.budget
     # Twelve groups in four sizes: those of one size move together, so the match is coarse.
     assert abs(matched.params - searched.params) < 0.5 * (baseline.params - searched.params)
     assert matched.power < 1
-    drawn = proposer.random(3)
-    assert 0.99 * proposer.budget <= drawn.macs <= proposer.budget
-    assert drawn.widths != proposer.random(4).widths
+    drawn = Random().draw(search, 3)
+    assert 0.99 * search.budget <= drawn.macs <= search.budget
+    assert drawn.widths != Random().draw(search, 4).widths
 
 
-def test_widths_have_settled_when_none_moved_by_its_rounding(proposer):
-    plan = proposer.baseline()
-    assert has_settled(proposer.groups, plan, plan)
+def test_widths_have_settled_when_none_moved_by_its_rounding(search):
+    plan = Baseline().propose(search)
+    assert has_settled(search.groups, plan, plan)
     moved = plan.widths | {"layer3": plan.widths["layer3"] + 4}
-    assert not has_settled(proposer.groups, plan, replace(plan, widths=moved))
+    assert not has_settled(search.groups, plan, replace(plan, widths=moved))
 
 
 def _names(arms):
@@ -88,13 +106,13 @@ def test_arms_of_further_rules_and_exponents_are_checked():
             check_arms([wrong])
 
 
-def test_fixed_plans_meet_what_they_are_held_to(proposer):
-    baseline = proposer.baseline()
-    quarter = proposer.quarter()
-    share = proposer.costs(quarter.widths).backbone_params / proposer.costs(None).backbone_params
+def test_fixed_plans_meet_what_they_are_held_to(search):
+    baseline = Baseline().propose(search)
+    quarter = Quarter().propose(search)
+    share = search.costs(quarter.widths).backbone_params / search.costs(None).backbone_params
     assert 0.24 < share <= 0.25
-    forward = proposer.exponent(0.5)
-    assert 0.995 * proposer.budget <= forward.macs <= proposer.budget
+    forward = Exponent(0.5).propose(search)
+    assert 0.995 * search.budget <= forward.macs <= search.budget
     assert forward.widths["layer1"] > baseline.widths["layer1"]
     assert forward.widths["layer4"] < baseline.widths["layer4"]
 

@@ -3,15 +3,17 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastcov_detection.config import ConfigError, SearchConfig, TrainConfig, load_config
-from fastcov_detection.detector.build import build_model, load_widths
+from fastcov_detection.config import SearchConfig, TrainConfig, load_config
+from fastcov_detection.detector.build import Costs, build_model, load_widths
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.errors import ConfigError
 from fastcov_detection.search import run as search
-from fastcov_detection.search.proposals import Costs, Proposer
+from fastcov_detection.search.arms import Wider
 from fastcov_detection.search.pruning import WIDER, peer_version, prune_to_budget
 from fastcov_detection.train.loop import train
 
@@ -28,14 +30,16 @@ def test_as_little_is_pruned_as_meets_the_budget(tiny_model):
     pytest.importorskip("torch_pruning")
     model_config = replace(tiny_model, num_classes=11)
     groups = [replace(g, floor=4) for g in width_groups(build_model(model_config))]
-    proposer = Proposer(SearchConfig(), groups, Costs(model_config, 64))
-    wider = proposer.wider(WIDER)
-    assert wider.macs > proposer.budget
+    costs = Costs(model_config, 64)
+    search = SimpleNamespace(groups=groups, costs=costs, budget=float(costs(None).macs))
+    wider = Wider().propose(search)
+    assert wider.macs > search.budget
+    assert wider.alpha == WIDER
     torch.manual_seed(0)
     model = build_model(model_config, wider.widths)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruned = prune_to_budget(model, groups, proposer.costs.macs, proposer.budget)
-    assert 0.9 * proposer.budget < proposer.costs.macs(pruned.widths) <= proposer.budget
+    pruned = prune_to_budget(model, groups, costs.macs, search.budget)
+    assert 0.9 * search.budget < costs.macs(pruned.widths) <= search.budget
     assert set(pruned.widths) == set(wider.widths)
     assert all(4 <= width <= wider.widths[name] for name, width in pruned.widths.items())
     # Weights fit a detector built at these widths, are a part of the wider one's, and the wider

@@ -10,24 +10,17 @@ import torch
 
 from fastcov.widths import demand
 from fastcov_detection.cli import main
-from fastcov_detection.config import (
-    ConfigError,
-    SearchConfig,
-    TrainConfig,
-    load_config,
-)
-from fastcov_detection.data.dataset import load_data
-from fastcov_detection.detector.build import load_widths
-from fastcov_detection.detector.cost import cost_of
+from fastcov_detection.config import SearchConfig, TrainConfig, load_config
+from fastcov_detection.detector.build import Costs, load_widths
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.errors import ConfigError
 from fastcov_detection.report.report import write_report
 from fastcov_detection.search.engines import locked
-from fastcov_detection.search.measurements import Measurements
-from fastcov_detection.search.proposals import load_plan
+from fastcov_detection.search.folder import load_plan, load_spectra
 from fastcov_detection.search.results import finished_runs, read_result, write_result
 from fastcov_detection.search.run import run_search
-from fastcov_detection.search.spectra import load_spectra
-from fastcov_detection.train.loop import load_run, train
+from fastcov_detection.train.folder import load_run
+from fastcov_detection.train.loop import initial_model, train
 
 TINY = {
     "model.name": "fasterrcnn_resnet18_fpn",
@@ -116,7 +109,7 @@ def test_demo_costs_are_those_of_the_networks_that_were_trained(demo):
         assert sum(parameter.numel() for parameter in model.parameters()) == arm["params"]
         assert dict(model.widths) == arm["widths"]
         assert run.macs == arm["macs"]
-        cost = cost_of(config.model, arm["widths"], 64)
+        cost = Costs(config.model, 64)(arm["widths"])
         assert (cost.params, cost.macs) == (arm["params"], arm["macs"])
     assert arms["searched"]["macs"] <= arms["baseline"]["macs"]
     assert arms["uniform"]["params"] <= arms["searched"]["params"]
@@ -371,12 +364,8 @@ def test_untrained_spectra_are_those_of_the_network_that_training_starts_from(ti
     run = replace(tiny_run, steps=2, lr=1e-30, track="none")
     train(run, None, run_dir=tmp_path / "run", seed=3, progress=False)
     model, _, _ = load_run(tmp_path / "run")
-    images = load_data(run.data, with_masks=False).train
     own = replace(run.model, num_classes=11)
-    config = SearchConfig(train=run)
-    cpu = torch.device("cpu")
-    measurements = Measurements(config, tmp_path, own, images, cpu, progress=False)
-    before = dict(measurements._before_training(3).named_parameters())
+    before = dict(initial_model(own, None, 3).named_parameters())
     assert before.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=1e-20, msg=name)

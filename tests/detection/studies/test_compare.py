@@ -13,11 +13,9 @@ from fastcov.spectra.history import History, Snapshot
 from fastcov_detection.cli import main
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import DataError
-from fastcov_detection.studies.ceilings import layer_ceilings
 from fastcov_detection.studies.compare import (
-    at_ceiling,
     compare_runs,
-    numbers,
+    layer_ceilings,
     print_comparison,
 )
 from fastcov_detection.train.loop import train
@@ -56,9 +54,8 @@ def runs(tmp_path):
 
 
 def test_dims_over_training_of_both_runs(runs, tmp_path):
-    comparison = compare_runs(*runs, tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert found == json.loads(json.dumps(numbers(comparison)))
+    found = compare_runs(*runs, tmp_path / "out")
+    assert found == json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (found["a"], found["b"]) == ("one/scratch", "two/scratch")
     conv1 = found["layers"]["body.conv1"]
     assert conv1["steps_a"] == conv1["steps_b"] == conv1["common_steps"] == list(STEPS)
@@ -76,7 +73,7 @@ def test_dims_over_training_of_both_runs(runs, tmp_path):
 
 def test_figures_and_page_are_written(runs, tmp_path, capsys):
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    for name in ("dims", "spectra", "distance"):
+    for name in ("dims", "spectra"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert min(picture.size) > 100
             assert picture.mode == "P", "a palette, small enough for version control"
@@ -90,7 +87,7 @@ def test_figures_and_page_are_written(runs, tmp_path, capsys):
 
 def test_folder_of_snapshots_can_be_given_itself(runs, tmp_path):
     comparison = compare_runs(runs[0] / "spectra", runs[1], tmp_path / "out")
-    assert comparison.label_a == "spectra"
+    assert comparison["a"] == "spectra"
     assert len(load_history(runs[0] / "spectra")) == 3
 
 
@@ -114,18 +111,35 @@ def test_layers_at_their_ceiling_are_marked_and_counted_apart(
     config = replace(tiny_run, track_rows=512)
     for seed, run in enumerate(runs):
         train(config, run_dir=run, seed=seed, progress=False)
-    ceilings = [layer_ceilings(run) for run in runs]
-    assert ceilings[0]["body.layer2.0.downsample.0"] == 8
-    assert ceilings[0]["body.layer2.0.conv1"] == 16
+    ceilings = layer_ceilings(runs[0])
+    assert ceilings["body.layer2.0.downsample.0"] == 8
+    assert ceilings["body.layer2.0.conv1"] == 16
     assert layer_ceilings(tmp_path) == {}
-    comparison = compare_runs(*runs, tmp_path / "out")
-    full = at_ceiling(comparison, *ceilings)
+    out = tmp_path / "out"
+    numbers = compare_runs(*runs, out)
+    full, layers = numbers["at_ceiling"], numbers["layers"]
     assert "body.layer2.0.downsample.0" in full
-    assert len(full) < len(comparison.layers)
-    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert content["at_ceiling"] == sorted(full)
-    assert content["layers"]["body.layer2.0.downsample.0"]["ceiling_b"] == 8
-    print_comparison(comparison, ceilings=(ceilings[0], ceilings[1]))
+    assert len(full) < len(layers)
+    assert layers["body.layer2.0.downsample.0"]["ceiling_b"] == 8
+    print_comparison(numbers)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{len(full)} of {len(comparison.layers)} layers (marked *)" in said
+    assert f"{len(full)} of {len(layers)} layers (marked *)" in said
     assert "body.layer2.0.downsample.0 *" in said
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert page.index(f"{len(full)} of {len(layers)} layers (marked *)") < page.index("<table")
+    assert "body.layer2.0.downsample.0 *" in page
+    # What is kept of the runs is enough to draw the figures again.
+    for run in runs:
+        (out / run.name).mkdir()
+        (out / run.name / "run.json").write_bytes((run / "run.json").read_bytes())
+    before = {name: (out / name).read_bytes() for name in ("dims.png", "comparison.json")}
+    for layer in layers.values():
+        del layer["ceiling_a"], layer["ceiling_b"]
+    (out / "comparison.json").write_text(json.dumps(numbers))
+    (out / "dims.png").unlink()
+    assert main(["compare", str(out)]) == 0
+    assert json.loads(before["comparison.json"]) == json.loads(
+        (out / "comparison.json").read_text()
+    )
+    assert (out / "dims.png").read_bytes() == before["dims.png"]
+    assert main(["compare", str(runs[0])]) == 2

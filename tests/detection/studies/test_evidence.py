@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastcov import Spectrum
 from fastcov_detection.cli import main
-from fastcov_detection.config import ConfigError, preset
+from fastcov_detection.config import preset
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.errors import ConfigError, DataError
+from fastcov_detection.search.folder import load_spectra
 from fastcov_detection.search.results import SCHEMA_VERSION
-from fastcov_detection.search.spectra import load_spectra
 from fastcov_detection.search.verdicts import compare_paired
+from fastcov_detection.studies.compare import divide, read_families
 from fastcov_detection.studies.evidence import BEGIN, END, evidence, write_evidence
 from fastcov_detection.studies.primary import PLAN
 
@@ -65,6 +68,32 @@ def test_tables_hold_costs_spreads_and_verdicts(tmp_path):
     # Differences 0.01, 0.01, 0.02: see test_report.
     assert "| searched | baseline | AP | +0.013 ± 0.003 | 3 | better |" in text
     assert "Shown: 1 of 1." in text
+
+
+def test_families_stand_beside_searches_without_layers_at_their_ceiling(tmp_path):
+    _keep(tmp_path, {"baseline": [0.5], "searched": [0.6]})
+    shares = (0.5, 0.51, 0.7, 0.71)
+    spectra = [Spectrum(torch.tensor([a, 1 - a], dtype=torch.float64), 9, 1.0, "x") for a in shares]
+    found = divide({"full": spectra, "free": spectra}, 2, {"full": 2, "free": 3})
+    named = replace(found, label_a="scratch", label_b="pretrained", ap_a=[0.5, 0.6], ap_b=[0.5] * 2)
+    folder = tmp_path / "families"
+    folder.mkdir()
+    (folder / "families.json").write_text(json.dumps(named.as_dict()), encoding="utf-8")
+    assert read_families(folder) == named
+    text = evidence(tmp_path)
+    assert "### families" in text
+    assert "- scratch: AP 0.550 ± 0.050 (2 seeds); pretrained: AP 0.500 ± 0.000 (2 seeds)" in text
+    assert "- 1 of 2 layers are at their ceiling" in text
+    assert "| `free` | 3 | 2, 2 | 2, 2 | 0.2000 | 0.0100 | 0.333 |" in text
+    assert "`full`" not in text
+
+
+def test_a_damaged_comparison_of_families_is_named(tmp_path):
+    _keep(tmp_path, {"baseline": [0.5], "searched": [0.6]})
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families" / "families.json").write_text('{"layers": []}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"families.json holds no comparison .* run the families"):
+        evidence(tmp_path)
 
 
 def test_one_seed_claims_nothing_and_the_peer_has_its_version(tmp_path):

@@ -15,7 +15,7 @@ from fastcov import Spectrum
 from fastcov_detection.cli import main
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import DataError
-from fastcov_detection.studies.families import compare_families, divide, sentences
+from fastcov_detection.studies.compare import compare_families, divide, sentences
 from fastcov_detection.train.loop import train
 
 

@@ -13,17 +13,15 @@ import torchvision
 from torch import Tensor, nn
 
 from fastcov_detection import cli
-from fastcov_detection.config import ConfigError, TrainConfig, save_config
-from fastcov_detection.data.batches import Draw, mix_seed
-from fastcov_detection.data.dataset import CocoDataset
-from fastcov_detection.data.objects import ObjectCrops
+from fastcov_detection.config import TrainConfig, save_config
+from fastcov_detection.data.dataset import CocoDataset, Draw, mix_seed
 from fastcov_detection.detector.build import build_model, default_widths
 from fastcov_detection.detector.weights import read_state
-from fastcov_detection.errors import CheckpointError, DataError
+from fastcov_detection.errors import CheckpointError, ConfigError, DataError
 from fastcov_detection.studies import pretrain
-from fastcov_detection.studies.pretrain import PretrainConfig, build_classifier
+from fastcov_detection.studies.pretrain import ObjectCrops, PretrainConfig, build_classifier
 from fastcov_detection.train.logbook import read_log
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.loop import Loop
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])

@@ -12,10 +12,9 @@ import torch
 import fastcov
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import CheckpointError
-from fastcov_detection.train import checkpoint
+from fastcov_detection.train import folder as checkpoint
 from fastcov_detection.train.logbook import read_log
-from fastcov_detection.train.loop import train
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.loop import Loop, train
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastcov_detection.data.dataset import CocoDataset
@@ -16,8 +14,8 @@ from fastcov_detection.train.drawing import (
     RIGHT,
     WRONG,
     are_right,
-    draw_detections,
     draw_pictures,
+    in_grid,
 )
 
 
@@ -54,10 +52,9 @@ def val(tiny_root: Path) -> CocoDataset:
     [(0.9, 0, {RIGHT}), (0.9, 1, {WRONG, MISSED}), (0.4, 0, {MISSED})],
 )
 def test_each_kind_has_its_colour(
-    val: CocoDataset, tmp_path: Path, score: float, shift: int, expected: set[tuple[int, int, int]]
+    val: CocoDataset, score: float, shift: int, expected: set[tuple[int, int, int]]
 ) -> None:
-    path = draw_detections(_Truth(val, score, shift), val, tmp_path / "a" / "found.png", count=2)
-    picture = np.asarray(Image.open(path))
+    picture = in_grid(draw_pictures(_Truth(val, score, shift), val, count=2), 2)
     shown = {c for c in (RIGHT, WRONG, MISSED) if (picture == c).all(axis=2).sum() > 100}
     assert shown == expected
     assert picture.shape == (344, 688, 3)

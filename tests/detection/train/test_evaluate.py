@@ -18,11 +18,12 @@ from fastcov_detection.data.dataset import CocoDataset
 from fastcov_detection.detector.build import build_model
 from fastcov_detection.errors import DataError
 from fastcov_detection.train.evaluate import (
+    NUMBERS,
+    class_names,
     evaluate,
     tell_limits,
     write_predictions,
 )
-from fastcov_detection.train.scoring import NUMBERS, class_names
 
 _SEED = torch.Generator().manual_seed(0)
 

@@ -12,15 +12,14 @@ import pytest
 import torch
 
 import fastcov
-from fastcov_detection.config import ConfigError, TrainConfig, load_config, save_config
-from fastcov_detection.data.dataset import DataError, load_data
-from fastcov_detection.detector.build import WidthsError
-from fastcov_detection.errors import CheckpointError
-from fastcov_detection.train import checkpoint
+from fastcov_detection.config import TrainConfig, load_config, save_config
+from fastcov_detection.data.dataset import load_data
+from fastcov_detection.errors import CheckpointError, ConfigError, DataError, LossError, WidthsError
+from fastcov_detection.train import folder as checkpoint
 from fastcov_detection.train import loop as engine
-from fastcov_detection.train.logbook import LossError, read_log
-from fastcov_detection.train.loop import RunResult, load_run, train
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.train.folder import RunResult, load_run
+from fastcov_detection.train.logbook import read_log
+from fastcov_detection.train.loop import Loop, train
 
 _FILES = {
     "checkpoint.pt",
@@ -161,7 +160,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     killed = tmp_path / "killed"
     body = """
         import os, signal
-        from fastcov_detection.train.steps import Loop
+        from fastcov_detection.train.loop import Loop
         step = Loop._step
         def die(self, batch, rate):
             step(self, batch, rate)

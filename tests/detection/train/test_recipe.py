@@ -9,28 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from fastcov_detection.config import (
-    ConfigError,
-    ModelConfig,
-    TrainConfig,
-    preset,
-    read_saved,
-    to_dict,
-)
-from fastcov_detection.detector.backbone import norm_groups
-from fastcov_detection.detector.build import build_model
-from fastcov_detection.detector.cost import count_cost
+from fastcov_detection.config import ModelConfig, TrainConfig, preset, read_saved, to_dict
+from fastcov_detection.data.mini import make_mini
+from fastcov_detection.detector.build import build_model, count_cost, settle_norm
 from fastcov_detection.detector.groups import width_groups
+from fastcov_detection.detector.modules import norm_groups
 from fastcov_detection.detector.weights import load_start
-from fastcov_detection.studies.export import export_run
-from fastcov_detection.studies.scoring import evaluate_detector, open_detector, translate
-from fastcov_detection.train.average import Average
+from fastcov_detection.errors import ConfigError
+from fastcov_detection.studies.detectors import (
+    evaluate_detector,
+    export_run,
+    open_detector,
+    translate,
+)
 from fastcov_detection.train.folder import load_run
 from fastcov_detection.train.logbook import read_log
-from fastcov_detection.train.loop import train
-from fastcov_detection.train.schedule import evaluation_steps, learning_rate, tell_recipe
+from fastcov_detection.train.loop import (
+    Average,
+    evaluation_steps,
+    learning_rate,
+    tell_recipe,
+    train,
+)
 
 
 def test_the_scratch_preset_normalises_everything() -> None:
@@ -86,12 +89,16 @@ def test_evaluations_by_epochs() -> None:
     assert evaluation_steps(replace(config, evaluate_epochs=1.0, evaluate_every=5), 100) == 5
 
 
+COCO = replace(preset("coco"), model=settle_norm(preset("coco").model))
+
+
 @pytest.mark.parametrize(
     ("config", "processes", "said"),
     [
-        (preset("coco"), 8, ["BatchNorm sees 2 images of a process at a time"]),
-        (preset("coco"), 1, []),
-        (replace(preset("coco"), accumulate=8), 1, ["BatchNorm sees 2 images"]),
+        (COCO, 8, ["BatchNorm sees 2 images of a process at a time"]),
+        (COCO, 1, []),
+        (replace(COCO, accumulate=8), 1, ["BatchNorm sees 2 images"]),
+        (replace(COCO, model=replace(COCO.model, init="imagenet")), 1, ["torchvision freezes it"]),
         (replace(preset("coco"), batch_size=64), 8, ["lr 0.02 is meant for 16 images a step; wit"]),
         (preset("coco-scratch"), 8, []),
     ],
@@ -110,27 +117,50 @@ def test_unusual_groups_are_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "25 of 1000 channels" in caplog.text
 
 
-def test_imagenet_freezes_as_torchvision_does(
-    tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imagenet_freezes_as_torchvision_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which parameters of the detector are trained, norms included, from either start."""
     monkeypatch.setattr("fastcov_detection.detector.build.initialise_backbone", lambda *_: None)
-    for init, frozen in (("imagenet", {"conv1", "bn1", "layer1"}), ("random", set())):
-        body = build_model(replace(tiny_model, init=init), num_classes=3).backbone.body
-        found = {n.split(".")[0] for n, one in body.named_parameters() if not one.requires_grad}
-        assert found == frozen
+    monkeypatch.setattr("torchvision._internally_replaced_utils.load_state_dict_from_url", dict)
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", lambda *_, **__: _resnet50())
+    for init, weights in (("imagenet", ResNet50_Weights.DEFAULT), ("random", None)):
+        config = replace(preset("coco").model, init=init)
+        assert config.norm == "auto"
+        model = build_model(config, num_classes=3)
+        stock = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=weights, num_classes=3)
+        expected = {name for name, one in stock.named_parameters() if one.requires_grad}
+        assert {name for name, one in model.named_parameters() if one.requires_grad} == expected
+        assert model.state_dict().keys() == stock.state_dict().keys()
+    assert model.config.norm == "batch", "what auto stood for is kept"
 
 
-def test_parts_of_a_batch_add_up_to_its_gradient(tiny_run: TrainConfig, tmp_path: Path) -> None:
-    """GroupNorm: a part's statistics are those of its own images, as the whole batch's are."""
-    model = replace(tiny_run.model, norm="group")
-    losses = []
+def _resnet50() -> dict[str, torch.Tensor]:
+    return resnet50(weights=None).state_dict()
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(
+    tiny_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts with the same two images, all of whose regions count: the mean is the same."""
+    taken: list[list[torch.Tensor]] = []
+
+    def keep(optimizer: torch.optim.Optimizer) -> None:
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        taken.append([one.grad.clone() for one in parameters])
+
+    monkeypatch.setattr(torch.optim.SGD, "step", keep)
+    look = replace(tiny_run.data.mini, train=2, val=2)
+    root = make_mini(tmp_path / "two", look, progress=False)
+    data = replace(tiny_run.data, mini=look, root=str(root))
+    model = replace(tiny_run.model, norm="frozen", rpn_batch=10_000, roi_batch=10_000)
+    config = replace(tiny_run, model=model, data=data, steps=1, track="none", clip_norm=None)
     for accumulate in (1, 2):
-        config = replace(tiny_run, model=model, accumulate=accumulate, steps=3, track="none")
         folder = tmp_path / str(accumulate)
-        train(config, run_dir=folder, progress=False)
-        losses.append([one["loss"] for one in read_log(folder) if one["kind"] == "train"])
-    # Regions are sampled in another order, so that the losses are near, not the same.
-    assert losses[1] == pytest.approx(losses[0], rel=0.25)
+        train(replace(config, accumulate=accumulate), run_dir=folder, progress=False)
+    whole, parts = taken
+    largest = max(float(one.abs().max()) for one in whole)
+    assert largest > 0
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-6 * largest)
     with pytest.raises(ConfigError, match="batch_size is 4 and accumulate 3; choose a batch"):
         train(replace(tiny_run, accumulate=3), run_dir=tmp_path / "3", progress=False)
 

@@ -12,18 +12,12 @@ import pytest
 import torch
 
 from fastcov_detection.cli import main
-from fastcov_detection.config import (
-    ConfigError,
-    DataConfig,
-    SearchConfig,
-    TrainConfig,
-    save_config,
-)
-from fastcov_detection.errors import CheckpointError
-from fastcov_detection.search.opening import check_same_data, check_same_search
-from fastcov_detection.train.logbook import Logbook, LossError, read_log
-from fastcov_detection.train.loop import RunResult, load_run, train
-from fastcov_detection.train.steps import Loop
+from fastcov_detection.config import DataConfig, SearchConfig, TrainConfig, save_config
+from fastcov_detection.errors import CheckpointError, ConfigError, LossError
+from fastcov_detection.search.folder import check_same_data, check_same_search
+from fastcov_detection.train.folder import RunResult, load_run
+from fastcov_detection.train.logbook import Logbook, read_log
+from fastcov_detection.train.loop import Loop, train
 
 BOX = {"image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 10]}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov_detection.train import speed as module
-from fastcov_detection.train.speed import Speed, told
+from fastcov_detection.train import logbook as module
+from fastcov_detection.train.logbook import Speed, told
 
 
 def test_figures_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,16 @@
-"""COCO's numbers of any detector: a run's, an exported one, or one of torchvision's."""
+"""Detectors that leave this package and come to it: exports, and COCO's numbers of any detector."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,17 +18,123 @@ from torch import nn
 from torchvision.models import detection as torchvision_detection
 from torchvision.models import get_model, get_model_weights, list_models
 
-from fastcov_detection.config import ConfigError, DataConfig, closest
-from fastcov_detection.data.dataset import load_data
+from fastcov_detection.config import DataConfig, ModelConfig
+from fastcov_detection.data.dataset import load_on_ranks
+from fastcov_detection.detector.build import PYRAMID_LEVELS, parse_name, save_widths
+from fastcov_detection.detector.modules import unusual_groups
 from fastcov_detection.detector.weights import read_state
-from fastcov_detection.distributed import barrier, pick_device, process_group, rank
-from fastcov_detection.errors import DataError
-from fastcov_detection.files import write_text
+from fastcov_detection.distributed import pick_device, process_group, rank
+from fastcov_detection.errors import ConfigError, DataError, closest
+from fastcov_detection.files import write_file, write_text
+from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.studies.rebuild import rebuild
-from fastcov_detection.train.evaluate import Evaluation, evaluate, write_predictions
-from fastcov_detection.train.folder import load_run
-from fastcov_detection.train.scoring import NUMBERS, PREFIXES
-from fastcov_detection.train.steps import PRECISIONS
+from fastcov_detection.train.evaluate import (
+    NUMBERS,
+    Evaluation,
+    evaluate,
+    has_masks,
+    write_predictions,
+)
+from fastcov_detection.train.folder import category_ids, load_run
+from fastcov_detection.train.loop import PRECISIONS
+
+
+def export_run(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], *, arm: str = "searched"
+) -> Path:
+    """Writes a detector so that it can be used without this package.
+
+    Args:
+        source: Folder of a training run, or of a search.
+        out: Folder that gets ``model.pt`` (tensors by torchvision's names), ``widths.json``,
+            ``model.json`` (what else must be known to build it, class names and category ids
+            included) and ``rebuild.py``.
+        arm: Of a search: whose first seed is exported.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If there is no finished run.
+    """
+    run = _find_run(Path(source), arm)
+    model, _, _ = load_run(run)
+    folder = Path(out)
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    ids = category_ids(run)
+    write_file(folder / "model.pt", lambda file: torch.save(state, file))
+    save_widths(model.widths, folder / "widths.json")
+    described = describe(model.config, classes, ids) | {"groups": unusual_groups(model)}
+    write_text(folder / "model.json", json.dumps(described, indent=2) + "\n")
+    write_text(
+        folder / "rebuild.py", Path(__file__).with_name("rebuild.py").read_text(encoding="utf-8")
+    )
+    return folder
+
+
+def describe(
+    config: ModelConfig, classes: list[str], category_ids: list[int] | None = None
+) -> dict[str, Any]:
+    """Arguments of torchvision's constructors for this detector, as JSON.
+
+    Args:
+        config: Of the detector.
+        classes: Names of labels 1 to K.
+        category_ids: Ids of the same classes in the annotation files; None where a run of an
+            earlier version did not keep them.
+    """
+    predicts_masks, depth = parse_name(config.name)
+    norm = "batch" if config.norm == "sync" else config.norm
+    return {
+        "classes": ["background", *classes],
+        "category_ids": None if category_ids is None else [None, *category_ids],
+        "masks": predicts_masks,
+        "resnet": f"resnet{depth}",
+        "norm": norm,
+        "fpn_norm": config.fpn_norm,
+        "head_norm": config.head_norm,
+        "box_head": config.box_head,
+        "options": {
+            "num_classes": len(classes) + 1,
+            "min_size": config.min_size,
+            "max_size": config.max_size,
+            "rpn_pre_nms_top_n_train": config.rpn_pre_nms_train,
+            "rpn_pre_nms_top_n_test": config.rpn_pre_nms_test,
+            "rpn_post_nms_top_n_train": config.rpn_post_nms_train,
+            "rpn_post_nms_top_n_test": config.rpn_post_nms_test,
+            "rpn_batch_size_per_image": config.rpn_batch,
+            "box_score_thresh": config.score_threshold,
+            "box_detections_per_img": config.detections_per_image,
+            "box_batch_size_per_image": config.roi_batch,
+        },
+        "anchors": {
+            "sizes": [[size] for size in config.anchor_sizes],
+            "aspect_ratios": [list(config.anchor_ratios)] * len(config.anchor_sizes),
+        },
+        "roi_align": {
+            "featmap_names": list(PYRAMID_LEVELS),
+            "sampling_ratio": config.roi_sampling_ratio,
+            "canonical_scale": config.roi_canonical_scale,
+            "canonical_level": config.roi_canonical_level,
+        },
+        "pools": {"box_roi_pool": 7} | ({"mask_roi_pool": 14} if predicts_masks else {}),
+    }
+
+
+def _find_run(source: Path, arm: str) -> Path:
+    if (source / "result.json").exists():
+        runs = finished_runs(source, read_result(source), arm)
+        if not runs:
+            raise ConfigError(f"no run of arm {arm!r} in {source} is finished; search again first")
+        return runs[0]
+    if not (source / "run.json").exists():
+        raise ConfigError(
+            f"{source} is neither a finished run (run.json) nor a search (result.json); "
+            "give the folder that was --out"
+        )
+    return source
+
 
 log = logging.getLogger("fastcov_detection")
 
@@ -164,13 +270,8 @@ def evaluate_detector(
         data = data or detector.data
         if data is None:
             raise ConfigError(f"{source} does not say what data it is for; give --data FOLDER")
-        heads = getattr(detector.model, "roi_heads", None)
-        with_masks = heads is not None and bool(heads.has_mask())
-        loaded = None
-        if rank() == 0:
-            loaded = load_data(data, with_masks=with_masks, progress=progress)
-        barrier()
-        val = (loaded or load_data(data, with_masks=with_masks, progress=False)).val
+        masks = has_masks(detector.model)
+        val = load_on_ranks(data, with_masks=masks, progress=progress).val
         found = evaluate(
             detector.model.to(place),
             val,
@@ -182,23 +283,12 @@ def evaluate_detector(
         )
         if rank() == 0:
             folder = Path(out)
-            content = {
-                "source": source,
-                "best": best,
-                "data": str(val.file.path),
-                "images": found.images,
-                "seconds": found.seconds,
-                "numbers": found.numbers,
-                "classes": found.classes,
-            }
+            content = {"source": source, "best": best, "data": str(val.file.path)}
+            kept = ("images", "seconds", "numbers", "classes")
+            content |= {key: getattr(found, key) for key in kept}
             write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
             write_predictions(found, folder)
     return found
-
-
-def with_data(name: str | None, workers: int = 0) -> DataConfig | None:
-    """The data set of a command's option; None where none is given."""
-    return None if name is None else replace(DataConfig(), name=name, workers=workers)
 
 
 def print_scores(
@@ -207,32 +297,16 @@ def print_scores(
     console: Console | None = None,
 ) -> None:
     """Prints COCO's twelve numbers, and the AP of every class, of boxes and masks."""
-    if not numbers:  # of a run of an earlier version
-        return
-    console = console or Console()
-    kinds = {
-        kind: prefix for kind, prefix in PREFIXES.items() if numbers.get(f"{prefix}ap") is not None
-    }
-    named = {"bbox": "boxes", "segm": "masks"}
-    headings = [named[kind] for kind in kinds]
-    lines = [[name, *(_text(numbers[p + name]) for p in kinds.values())] for name in NUMBERS]
-    _print(console, ["", *headings], lines)
-    first = classes.get("ap", {})
-    lines = [
-        [name, *(_text(classes[f"{prefix}ap"][name]) for prefix in kinds.values())]
-        for name in first
-    ]
-    _print(console, ["AP of class", *headings], lines)
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _print(console: Console, headings: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    prefixes = {"boxes": "", "masks": "segm_"}
+    kinds = {name: one for name, one in prefixes.items() if numbers.get(f"{one}ap") is not None}
+    rows = {name: [numbers[p + name] for p in kinds.values()] for name in NUMBERS if kinds}
+    ranked = classes.get("ap", {}) if kinds else {}
+    aps = {name: [classes[f"{p}ap"][name] for p in kinds.values()] for name in ranked}
+    for heading, lines in (("", rows), ("AP of class", aps)):
+        table = Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for kind in kinds:
+            table.add_column(kind, justify="right")
+        for name, values in lines.items():
+            table.add_row(name, *("-" if one is None else f"{one:.3f}" for one in values))
+        if lines:
+            (console or Console()).print(table)
