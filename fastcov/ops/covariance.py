@@ -316,14 +316,12 @@ def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
         float64, symmetric; NaN where no row was read. [C, C]
     """
     # In tiles up to the end: the matrix itself is made once.
-    mean, shift = state.sum / state.weight, state.shift
+    mean = state.sum / state.weight
     tiles = state.moment / state.weight
     if centered:
         tiles = tiles - triangle.outer(mean, mean)
     else:
-        tiles = tiles + triangle.outer(mean, shift)
-        tiles = tiles + triangle.outer(shift, mean)
-        tiles = tiles + triangle.outer(shift, shift)
+        tiles = tiles + triangle.translation(state.shift, mean, 1.0)
     return triangle.unpack(tiles, len(mean))
 
 
