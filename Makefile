@@ -67,7 +67,7 @@ dev: | $(BIN)/python  ## compiled libraries into fastcov/lib, to work from the c
 	@$(BIN)/cmake --install build/dev --prefix $(CURDIR) > build/dev/install.log
 	@ls -l fastcov/lib
 
-demo: setup  ## the main job: data, search, retraining, table and report in runs/demo (15 minutes)
+demo: setup  ## the main job: data, search, retraining, table and report in runs/demo (5 minutes)
 	@$(INSTALLED) $(BIN)/fastcov-detection demo --out $(RUNS)/demo
 
 # Workers share the cores: threads that wait must not spin. Tests marked `alone` measure time.

@@ -245,7 +245,7 @@ def plot_ridges(
     ratios = (10**decades).numpy()
     counts = (10**decades >= threshold).numpy()
     for place, color in enumerate(color_row(len(drawn))):
-        order = {"zorder": 2 + place, "linewidth": 0}
+        order: dict[str, Any] = {"zorder": 2 + place, "linewidth": 0}
         top = (heights[place] - place).numpy()
         ax.fill_between(ratios, top, -place, color="#dfe3e5", **order)
         ax.fill_between(ratios, top, -place, where=counts, color=color, **order)
