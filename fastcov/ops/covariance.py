@@ -137,6 +137,12 @@ def accumulate_(
             f"x has {x.shape[-1]} channels (shape {tuple(x.shape)}), the state has {channels}: "
             "channels must be the last dimension; permute x, or make a state of its width"
         )
+    shape = triangle.shape_of(channels)
+    if state.moment.shape != shape:
+        raise ValueError(
+            f"moment has shape {tuple(state.moment.shape)}, expected {shape} for {channels} "
+            "channels: it is a triangle in tiles, which fastcov.ops.triangle.pack makes of a matrix"
+        )
     if x.device != state.moment.device:
         raise ValueError(
             f"x is on {x.device}, the state on {state.moment.device}: move one of them"

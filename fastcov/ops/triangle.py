@@ -34,6 +34,11 @@ def tiles_of(channels: int) -> int:
     return edges * (edges + 1) // 2
 
 
+def shape_of(channels: int) -> tuple[int, int, int]:
+    """Sizes of a triangle's tensor."""
+    return tiles_of(channels), TILE, TILE
+
+
 def values_of(channels: int) -> int:
     """Number of values that a triangle takes.
 
@@ -46,7 +51,7 @@ def values_of(channels: int) -> int:
 
 def zeros(channels: int, device: torch.device | str | None = None) -> Tensor:
     """Triangle of zeros, float64. [tiles, 32, 32]"""
-    return torch.zeros(tiles_of(channels), TILE, TILE, dtype=torch.float64, device=device)
+    return torch.zeros(shape_of(channels), dtype=torch.float64, device=device)
 
 
 def pack(matrix: Tensor) -> Tensor:
