@@ -166,7 +166,7 @@ def estimate(
     - Of a sketched layer, the projected rows of one call, and a copy of the rows that are due where
       they are more than 64.
     - With ``weighting="image"``, temporaries of a module called several times a step, whose states
-      are merged: up to four times the 4 C^2 bytes of a state.
+      are merged: up to twice the 4 C^2 bytes of a state.
 
     Args:
         model: Module whose forward is one step.

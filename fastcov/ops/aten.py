@@ -100,8 +100,7 @@ def follow_mean_(
     has_left = (mean - shift).square() > _MOST_SQUARED_DEVIATIONS * variance
     has_left &= (found > 0) & (count[0] > 0) & (weight > 0)
     step = torch.where(has_left, shift - _rounded_shift(mean, flat.dtype), 0.0)
-    moment.add_(triangle.outer(step, sum) + triangle.outer(sum, step))
-    moment.add_(weight * triangle.outer(step, step))
+    moment.add_(triangle.translation(step, sum, weight))
     triangle.clamp_diagonal_(moment, len(sum))
     sum.add_(weight * step)
     shift.sub_(step)

@@ -137,6 +137,12 @@ def accumulate_(
             f"x has {x.shape[-1]} channels (shape {tuple(x.shape)}), the state has {channels}: "
             "channels must be the last dimension; permute x, or make a state of its width"
         )
+    shape = triangle.shape_of(channels)
+    if state.moment.shape != shape:
+        raise ValueError(
+            f"moment has shape {tuple(state.moment.shape)}, expected {shape} for {channels} "
+            "channels: it is a triangle in tiles, which fastcov.ops.triangle.pack makes of a matrix"
+        )
     if x.device != state.moment.device:
         raise ValueError(
             f"x is on {x.device}, the state on {state.moment.device}: move one of them"
@@ -316,14 +322,12 @@ def covariance_of(state: MomentState, centered: bool = False) -> Tensor:
         float64, symmetric; NaN where no row was read. [C, C]
     """
     # In tiles up to the end: the matrix itself is made once.
-    mean, shift = state.sum / state.weight, state.shift
+    mean = state.sum / state.weight
     tiles = state.moment / state.weight
     if centered:
         tiles = tiles - triangle.outer(mean, mean)
     else:
-        tiles = tiles + triangle.outer(mean, shift)
-        tiles = tiles + triangle.outer(shift, mean)
-        tiles = tiles + triangle.outer(shift, shift)
+        tiles = tiles + triangle.translation(state.shift, mean, 1.0)
     return triangle.unpack(tiles, len(mean))
 
 

@@ -34,6 +34,11 @@ def tiles_of(channels: int) -> int:
     return edges * (edges + 1) // 2
 
 
+def shape_of(channels: int) -> tuple[int, int, int]:
+    """Sizes of a triangle's tensor."""
+    return tiles_of(channels), TILE, TILE
+
+
 def values_of(channels: int) -> int:
     """Number of values that a triangle takes.
 
@@ -46,7 +51,7 @@ def values_of(channels: int) -> int:
 
 def zeros(channels: int, device: torch.device | str | None = None) -> Tensor:
     """Triangle of zeros, float64. [tiles, 32, 32]"""
-    return torch.zeros(tiles_of(channels), TILE, TILE, dtype=torch.float64, device=device)
+    return torch.zeros(shape_of(channels), dtype=torch.float64, device=device)
 
 
 def pack(matrix: Tensor) -> Tensor:
@@ -94,14 +99,16 @@ def unpack(tiles: Tensor, channels: int) -> Tensor:
 
 def diagonal(tiles: Tensor, channels: int) -> Tensor:
     """Copy of a triangle's diagonal. [C]"""
-    return tiles.flatten()[_diagonal_index(channels, tiles.device)]
+    squares = tiles[_on_diagonal(channels, tiles.device)]
+    return squares.diagonal(dim1=1, dim2=2).reshape(-1)[:channels]
 
 
 def clamp_diagonal_(tiles: Tensor, channels: int) -> None:
     """Raises negative entries of the diagonal to 0: sums of squares, whatever rounding says."""
-    index = _diagonal_index(channels, tiles.device)
-    flat = tiles.view(-1)
-    flat[index] = flat[index].clamp(min=0)
+    number = _on_diagonal(channels, tiles.device)
+    squares = tiles[number]
+    squares.diagonal(dim1=1, dim2=2).clamp_(min=0)
+    tiles[number] = squares
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -114,11 +121,26 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         The tiles. [tiles, 32, 32]
     """
-    edges = _edges_of(len(left))
-    row, column = _numbers(edges, left.device)
-    missing = edges * TILE - len(left)
-    rows, columns = (functional.pad(v, (0, missing)).view(edges, TILE) for v in (left, right))
-    return rows[row][:, :, None] * columns[column][:, None, :]
+    rows, columns = _spread(torch.stack((left, right)))
+    return rows[0] * columns[1]
+
+
+def translation(step: Tensor, total: Tensor, weight: Tensor | float) -> Tensor:
+    r"""Triangle of what a second moment gains where every row grows by a vector.
+
+    .. math:: s t^T + t s^T + w s s^T
+
+    Args:
+        step: The vector, s: the shift before, less the one after. [C]
+        total: Sum of the rows before, t. [C]
+        weight: Sum of the rows' weights, w. []
+
+    Returns:
+        The tiles. [tiles, 32, 32]
+    """
+    rows, columns = _spread(torch.stack((step, total)))
+    crossed = rows[0] * columns[1] + rows[1] * columns[0]
+    return crossed + weight * (rows[0] * columns[0])
 
 
 def cleared(tiles: Tensor, channels: int) -> Tensor:
@@ -141,7 +163,17 @@ def _numbers(edges: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return row, column
 
 
-def _diagonal_index(channels: int, device: torch.device) -> Tensor:
-    channel = torch.arange(channels, device=device)
-    edge, inside = channel // TILE, channel % TILE
-    return (edge * (edge + 3) // 2 * TILE + inside) * TILE + inside
+def _on_diagonal(channels: int, device: torch.device) -> Tensor:
+    # Numbers of the tiles on the diagonal.
+    edge = torch.arange(_edges_of(channels), device=device)
+    return edge * (edge + 3) // 2
+
+
+def _spread(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    # Entries of vectors [K, C] by the rows of each tile [K, tiles, 32, 1], and by its columns
+    # [K, tiles, 1, 32].
+    edges = _edges_of(vectors.shape[1])
+    padded = functional.pad(vectors, (0, edges * TILE - vectors.shape[1]))
+    parts = padded.view(len(vectors), edges, TILE)
+    row, column = _numbers(edges, vectors.device)
+    return parts[:, row, :, None], parts[:, column, None, :]

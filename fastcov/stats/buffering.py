@@ -29,8 +29,8 @@ _HEADROOM = 1.25
 # time of its products, whatever the width (benchmarks/results/buffers.md). With so much memory for
 # all buffers of a model, rows in proportion to the channels cost the least in sum. In narrow layers
 # a call costs as much as the products of a few rows.
-_HOST_BUFFER_PER_CHANNEL = 3 / 16
-_LEAST_HOST_ROWS = 128
+_HOST_BUFFER_PER_CHANNEL = 1 / 6
+_LEAST_HOST_ROWS = 192
 
 # Rows of one call, per channel, from which on a CPU's caches hide the state traffic.
 _HOST_ROWS_PER_CHANNEL = 1 / 3
@@ -45,7 +45,7 @@ def buffer_rows(channels: int, is_host: bool = False) -> int:
 
     Example:
         >>> buffer_rows(64, is_host=True), buffer_rows(2048, is_host=True), buffer_rows(2048)
-        (128, 384, 4096)
+        (128, 342, 4096)
     """
     rows = BUFFER_ROWS_PER_CHANNEL * channels
     if not is_host:

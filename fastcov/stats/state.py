@@ -557,8 +557,7 @@ def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> Covariance
 def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
     # Second moment and sum of the same rows about another shift, as new tensors.
     step = tensors.shift - shift
-    crossed = triangle.outer(step, tensors.sum) + triangle.outer(tensors.sum, step)
-    moment = tensors.moment + crossed + tensors.weight * triangle.outer(step, step)
+    moment = tensors.moment + triangle.translation(step, tensors.sum, tensors.weight)
     triangle.clamp_diagonal_(moment, len(step))
     return moment, tensors.sum + tensors.weight * step
 

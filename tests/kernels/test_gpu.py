@@ -49,8 +49,7 @@ def about(state: list[Tensor], shift: Tensor) -> list[Tensor]:
     """The same rows about another shift."""
     moment, total, before, weight, count = state
     step = before - shift
-    crossed = triangle.outer(step, total) + triangle.outer(total, step)
-    moment = moment + crossed + weight * triangle.outer(step, step)
+    moment = moment + triangle.translation(step, total, weight)
     return [moment, total + weight * step, shift, weight, count]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcov.ops import accumulate_, aten, covariance
+from fastcov.ops import accumulate_, aten, covariance, triangle
 from fastcov.ops.covariance import Moments
 from fastcov.ops.reference import (
     accumulate_reference_,
@@ -214,6 +214,16 @@ def test_opcheck() -> None:
 def test_bad_rows_are_named(rows: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         accumulate_(Moments(3), rows)
+
+
+def test_a_square_moment_is_named() -> None:
+    state = Moments(33)
+    state.moment = torch.zeros(33, 33, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"\(33, 33\), expected \(3, 32, 32\) for 33 channels"):
+        accumulate_(state, torch.zeros(4, 33))
+    state.moment = triangle.pack(state.moment)
+    accumulate_(state, torch.ones(4, 33))
+    assert torch.equal(state.covariance(), torch.ones(33, 33, dtype=torch.float64))
 
 
 def test_bad_row_weights_are_named() -> None:

@@ -54,6 +54,9 @@ def test_products_of_vectors(channels: int) -> None:
     left, right = torch.randn(2, channels, dtype=torch.float64)
     found = triangle.unpack(triangle.outer(left, right), channels)
     assert torch.equal(found.tril(), torch.outer(left, right).tril())
+    crossed = torch.outer(left, right) + torch.outer(right, left)
+    moved = triangle.unpack(triangle.translation(left, right, 3.0), channels)
+    torch.testing.assert_close(moved, crossed + 3 * torch.outer(left, left))
 
 
 def test_a_negative_diagonal_is_raised_in_place() -> None:
