@@ -51,11 +51,7 @@ class Architecture:
 
     @staticmethod
     def of(properties: Any) -> Architecture:
-        """Architecture of a GPU.
-
-        Args:
-            properties: From ``torch.cuda.get_device_properties``.
-        """
+        """Architecture of a GPU, from ``torch.cuda.get_device_properties``."""
         families: dict[int, Family] = {9: "sm_90", 10: "sm_100", 12: "sm_120"}
         gpu = gpu_told(properties)
         return Architecture(families.get(properties.major, "sm_80"), gpu.multiprocessors, gpu.pace)

@@ -351,11 +351,7 @@ class CursorGather:
             self._starter = Starter(launch, rows.get_device())
 
     def launch_(self, rows: Tensor) -> None:
-        """Copies the rows that are due.
-
-        Args:
-            rows: The row view, or the activation that it is a view of: only its address counts.
-        """
+        """Copies the rows that are due from a row view, or from its activation."""
         starter = self._starter
         if starter is None:
             return

@@ -109,11 +109,7 @@ def gpu_named(name: str) -> Gpu | None:
 
 
 def gpu_told(properties: Any) -> Gpu:
-    """Rates that torch's device properties tell, completed from the table.
-
-    Args:
-        properties: From ``torch.cuda.get_device_properties``.
-    """
+    """Rates that ``torch.cuda.get_device_properties`` tells, completed from the table."""
     macs_by_major = {8: 256, 9: 2048, 10: 4096, 12: 256}
     known = gpu_named(properties.name)
     guess = known or GPUS["H100"]

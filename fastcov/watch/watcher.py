@@ -292,11 +292,7 @@ class Watcher:
             self.pairs.begin_step(steps.done)
 
     def take_mask(self, mask: object) -> None:
-        """Sets the mask of the step that has begun.
-
-        Args:
-            mask: Tensor that the source found; None where the forward was given none.
-        """
+        """Sets the mask of the step that has begun; None where the forward was given none."""
         if not self.is_reading or mask is None:
             return
         try:
@@ -448,14 +444,7 @@ class Watcher:
     def observe_named(
         self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
     ) -> None:
-        """Reads a tensor that the user's forward names.
-
-        Args:
-            name: See :meth:`fastcov.Tracker.observe`.
-            tensor: See :meth:`fastcov.Tracker.observe`.
-            channel_dim: See :meth:`fastcov.Tracker.observe`.
-            is_compiled: True if compiled code calls.
-        """
+        """Reads a tensor that the user's forward names: see :meth:`fastcov.Tracker.observe`."""
         check_observed(name, tensor, channel_dim)
         if is_recomputing():
             gradient = self._named.get(name, (None, None))[1]
