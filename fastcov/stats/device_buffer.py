@@ -162,7 +162,7 @@ def make_flush_table(buffers: Sequence[DeviceBuffer]) -> FlushTable:
 
 
 def is_table_of(table: FlushTable, buffers: Sequence[DeviceBuffer]) -> bool:
-    """True if a table holds the present addresses and sizes of buffers, which may have grown since."""
+    """True if a table holds the present addresses of buffers, which may have grown since."""
     return all(layer is buffer.layer for layer, buffer in zip(table.layers, buffers, strict=True))
 
 

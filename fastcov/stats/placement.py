@@ -38,7 +38,7 @@ class Placement:
         self._decays = decays
 
     def waits(self, due: float, is_whole: bool) -> bool:
-        """True if the rows of a call that are due wait in a buffer; ``is_whole`` if they are all."""
+        """True if the rows that are due of a call, all or some, wait in a buffer."""
         return due < self.direct or (not is_whole and due <= self.capacity)
 
     def rows_on_device(self, offered: int, calls: int, fraction: float) -> float | None:

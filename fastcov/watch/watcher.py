@@ -442,7 +442,7 @@ class Watcher:
             self.fail(tap, error)
 
     def observe_named(
-        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
+        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = True
     ) -> None:
         """Reads a tensor that the user's forward names: see :meth:`fastcov.Tracker.observe`."""
         check_observed(name, tensor, channel_dim)
