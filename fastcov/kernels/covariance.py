@@ -49,8 +49,8 @@ def launch_accumulate_(
         decay: Factor on the state before.
         channel_dim: Dimension of ``rows`` that holds the channels: a permuted view takes longer to
             make than all that is launched here to prepare.
-        precision: Of float32 rows: "split" in three bfloat16, "tf32", or "ieee" without tensor
-            cores. Others are multiplied exactly.
+        precision: Precision of float32 rows: "split" in three bfloat16, "tf32", or "ieee" without
+            tensor cores. Others are multiplied exactly.
         architecture: Kind of GPU in place of the device's own; for tests.
     """
     state = (moment, sum, shift, weight, count)

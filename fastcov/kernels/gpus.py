@@ -19,8 +19,8 @@ class Pace(NamedTuple):
 
     Attributes:
         macs: Products of bfloat16 with float32 sums.
-        load_bytes: Its share of what memory delivers.
-        cached_load_bytes: Its share of what the last-level cache delivers.
+        load_bytes: Share of one multiprocessor of what memory delivers.
+        cached_load_bytes: Share of one multiprocessor of what the last-level cache delivers.
         cache_bytes: Part of the whole cache that partial results may take.
     """
 
@@ -97,7 +97,7 @@ def gpu_named(name: str) -> Gpu | None:
     """Data sheet of a GPU; None where its name holds none of the table's.
 
     Args:
-        name: As its driver calls it.
+        name: Name that the driver gives the GPU.
 
     Example:
         >>> gpu_named("NVIDIA H100 PCIe").multiprocessors, gpu_named("Tesla T4")

@@ -73,7 +73,7 @@ def has_known_convention(run: Callable[..., Any]) -> bool:
 
 
 STARTS_DIRECTLY = has_known_convention(JITFunction.run)
-"""Whether compiled kernels are started without Triton's own call: decided at import."""
+"""True if compiled kernels are started without Triton's own call: decided at import."""
 
 
 def is_watched() -> bool:

@@ -227,8 +227,8 @@ class Measure(NamedTuple):
     Args:
         key: Last part of the summary's keys.
         read: Function of a spectrum.
-        heading: Of the column; empty where the table leaves it out.
-        meaning: Of the number, for the legend.
+        heading: Heading of the column; empty where the table leaves it out.
+        meaning: Meaning of the number, for the legend.
         digits: After the decimal point in the table.
     """
 

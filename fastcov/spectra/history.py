@@ -81,8 +81,8 @@ class History:
         """Intrinsic dimension of every layer at every snapshot.
 
         Args:
-            threshold: As in ``Spectrum.dim``.
-            relative: As in ``Spectrum.dim``.
+            threshold: See ``Spectrum.dim``.
+            relative: See ``Spectrum.dim``.
 
         Returns:
             Layer names, steps, and a float64 tensor that is NaN where a layer had no rows yet.
@@ -100,7 +100,7 @@ class History:
         """Addition of a snapshot at the end; with a folder, it is on disk when this returns.
 
         Args:
-            snapshot: Its step must not lie before the last one.
+            snapshot: Snapshot whose step must not lie before the last one.
 
         Raises:
             ValueError: If its step lies before the last one, or another process wrote here.

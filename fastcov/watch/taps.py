@@ -56,8 +56,8 @@ class Taps:
         layers: Layer of each tap, by name.
         notes: Remarks on single layers, by name.
         unique_layers: Layers in the model's order, shared ones once.
-        forward_layers: Those of activations.
-        gradient_layers: Those of gradients.
+        forward_layers: Layers of activations.
+        gradient_layers: Layers of gradients.
         inputs: Record of the inputs that taps have seen.
         max_channels: See the argument.
     """

@@ -72,7 +72,7 @@ class Watcher:
         sketch: See :class:`fastcov.stats.layer.Layer`.
         mask: Source of the mask of the rows; None reads every row.
         unscale: Function that gives the factor by which the loss is scaled; None is 1.
-        of: Whether activations, gradients or both are read of the tensors that the user names.
+        of: True if activations, gradients or both are read of the tensors that the user names.
         pairs: Names of pairs of tensors whose joint second moment is kept.
 
     Attributes:
