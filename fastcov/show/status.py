@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch as torch
-
 from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.tables import text_table
 from fastcov.spectra.spectrum import Spectrum
