@@ -170,7 +170,7 @@ class Tracker:
         """
         watcher = self.watcher
         if not torch.compiler.is_compiling():
-            watcher.observe_named(name, tensor, channel_dim)
+            watcher.observe_named(name, tensor, channel_dim, is_compiled=False)
         elif not is_exporting() and (not watcher.train_only or watcher.is_training()):
             torch.ops.fastcov.observe_named_(watcher.clock, name, tensor, channel_dim)
 

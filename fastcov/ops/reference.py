@@ -207,7 +207,7 @@ def gather_reference_(
     Args:
         buffer: Destination, the rows' dtype. [capacity, C]
         rows: Any strides; dim 0 holds the images. [B, ..., C]
-        buffer_row: Where the first sample goes.
+        buffer_row: Row of the buffer for the first sample.
         first_sample: See :func:`sample_index_reference`.
         samples: How many rows to copy.
         run_length: See :func:`sample_index_reference`.

@@ -25,7 +25,7 @@ def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Fi
 
     Args:
         spectra: Name to spectrum.
-        threshold: Of the dimension in each title, and of the dashed line.
+        threshold: Threshold of the dimension in each title, and of the dashed line.
 
     Returns:
         A figure that pyplot does not hold.
@@ -45,7 +45,7 @@ def comparison_grid(comparison: Comparison, view: str = "dims") -> Figure:
     """Small multiples: every common layer in both trainings.
 
     Args:
-        comparison: Of two histories.
+        comparison: Comparison of two histories.
         view: "dims" over steps, "spectra" at the end, or "distance" over the common steps.
 
     Returns:

@@ -292,8 +292,8 @@ class CovarianceState:
 
         Args:
             k: Number of directions; None for all.
-            centered: As of :meth:`covariance`: True for principal components.
-            correction: As of :meth:`covariance`.
+            centered: See :meth:`covariance`: True for principal components.
+            correction: See :meth:`covariance`.
 
         Returns:
             ``eigenvalues`` [k] and ``vectors`` [C, k], float64 on the state's device.
@@ -325,7 +325,7 @@ class CovarianceState:
 
         Args:
             damping: The number; a share of the mean diagonal entry is usual.
-            centered: As of :meth:`covariance`.
+            centered: See :meth:`covariance`.
 
         Returns:
             float64, symmetric. [C, C]

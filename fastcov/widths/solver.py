@@ -29,7 +29,7 @@ class WidthGroup:
     """Modules that must have one channel count.
 
     Args:
-        name: Of the group, as in a width file.
+        name: Name of the group, as in a width file.
         members: Names of the feature maps (as in the spectra) whose demand is averaged.
         width: Channel count in the network that was measured.
         multiple: Widths are rounded to multiples of this.
