@@ -150,7 +150,7 @@ def compare_runs(
     return numbers
 
 
-def redraw(folder: str | os.PathLike[str]) -> Numbers:
+def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
     """Writes figures and page of a comparison again, from ``comparison.json``.
 
     Ceilings follow from the settings of the runs, which lie in the folder under their labels.
