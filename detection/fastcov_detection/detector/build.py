@@ -26,7 +26,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from fastcov_detection.config import ModelConfig
+from fastcov_detection.config import ModelConfig, trained_parts
 from fastcov_detection.detector.modules import (
     NORMS,
     STAGE_BLOCKS,
@@ -214,7 +214,7 @@ def _roi_align(config: ModelConfig, output_size: int) -> nn.Module:
 def _freeze(body: IntermediateLayerGetter, config: ModelConfig) -> None:
     trainable_layers = config.trainable_layers
     if trainable_layers is None:
-        trainable_layers = 3 if config.init == "imagenet" else 5
+        trainable_layers = trained_parts(config.init)
     if not 0 <= trainable_layers <= 5:
         raise ConfigError(f"trainable_layers is {trainable_layers}; choose 0 to 5")
     trained = ["layer4", "layer3", "layer2", "layer1", "conv1"][:trainable_layers]
