@@ -87,7 +87,8 @@ def _widen(ax: Axes, result: Mapping[str, Any]) -> None:
     """Ranges of at least 0.1 AP and a fifth of the largest network, in which noise looks small."""
     low, high = ax.get_ylim()
     missing = max(0.0, _LEAST_AP - (high - low)) / 2
-    ax.set_ylim(low - missing, high + missing)
+    bottom = max(low - missing, -0.01)  # AP is never negative; a dot at 0 is whole
+    ax.set_ylim(bottom, max(high + missing, bottom + _LEAST_AP))
     left, right = ax.get_xlim()
     largest = max(arm["backbone_params"] for arm in result["arms"].values()) / 1e6
     missing = max(0.0, _LEAST_SHARE * largest - (right - left)) / 2
