@@ -45,6 +45,8 @@ from fastcov_detection.errors import ConfigError, WidthsError, closest
 from fastcov_detection.files import write_text
 
 PYRAMID_LEVELS = ["0", "1", "2", "3"]
+BOX_REGIONS, MASK_REGIONS = 1000, 100
+"""Regions on which the heads' multiply-accumulates are counted."""
 
 
 def parse_name(name: str) -> tuple[bool, int]:
@@ -253,10 +255,6 @@ def load_widths(path: str | os.PathLike[str]) -> dict[str, int]:
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, trained or frozen."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-BOX_REGIONS = 1000
-MASK_REGIONS = 100
 
 
 @dataclass(frozen=True)
