@@ -19,6 +19,7 @@ from fastcov.arguments import (
     check_decay,
     check_model,
     check_of,
+    check_out,
     check_reading,
     check_steps,
     loss_scale_of,
@@ -86,6 +87,8 @@ class Tracker:
     ) -> None:
         # Only rank 0 writes: the ranks' snapshots differ only in the rows that they sampled.
         rank, _ = rank_and_ranks()
+        if rank == 0:
+            check_out(out)
         self.snapshot_every = snapshot_every
         # States of all ranks together, shown until another step begins than those counted here.
         self._synced: dict[str, CovarianceState] = {}
@@ -794,6 +797,7 @@ def track(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range, or a pattern matches no module.
+        OSError: If the folder ``out`` cannot be made or written to.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

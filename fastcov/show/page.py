@@ -14,7 +14,7 @@ import torch
 
 from fastcov.files import replacing
 from fastcov.show.axes import free_axes, png
-from fastcov.show.figures import comparison_grid, spectra_grid
+from fastcov.show.figures import comparison_grid, most_changed, ridges_grid, spectra_grid
 from fastcov.show.plot import plot_comparison, plot_demand, plot_dims
 from fastcov.show.status import HEADINGS, MEASURES, LayerStatus, Summary
 from fastcov.show.tables import comparison_legend, comparison_rows, printable
@@ -141,6 +141,16 @@ def write_report(
     if spectra and history is not None and len(history) > 1:
         axes = plot_dims(history, free_axes(len(history.layers())))
         sections.append(Section("Dimension over training", picture=png(axes)))
+        if changed := most_changed(history):
+            sections.append(
+                Section(
+                    "Spectra over training",
+                    "Layers that changed most. Each ridge is the density of a snapshot's "
+                    "eigenvalues over the largest; in colour: above 1e-3; their number at the "
+                    "right.",
+                    png(ridges_grid(history, changed)),
+                )
+            )
     if spectra:
         sections.append(
             Section(

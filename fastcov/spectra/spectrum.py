@@ -272,9 +272,9 @@ def dim(eigenvalues: Tensor, threshold: float = 1e-3, relative: bool = True) -> 
         >>> dim(torch.tensor([10.0, 1.0, 0.005]), relative=False)
         tensor(3)
     """
-    if not (math.isfinite(threshold) and threshold >= 0):
+    if not (_is_number(threshold) and math.isfinite(threshold) and threshold >= 0):
         raise ValueError(
-            f"threshold must be finite and >= 0, got {threshold}; 1e-3 is the usual choice"
+            f"threshold must be finite and >= 0, got {threshold!r}; 1e-3 is the usual choice"
         )
     descending = _descending(eigenvalues)
     bound = descending[..., :1] * threshold if relative else threshold
@@ -300,8 +300,8 @@ def rank_at(eigenvalues: Tensor, share: float = 0.99) -> Tensor:
         >>> rank_at(torch.tensor([4.0, 1.0, 0.0]), share=0.9)
         tensor(2)
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}; 0.99 keeps 99 % of the variance")
+    if not (_is_number(share) and 0 < share <= 1):
+        raise ValueError(f"share must be in (0, 1], got {share!r}; 0.99 keeps 99 % of the variance")
     cumulative = _relative(eigenvalues).cumsum(-1)
     total = cumulative[..., -1:]
     rank = (cumulative < share * total).sum(-1) + 1
@@ -431,8 +431,8 @@ def log_determinant(eigenvalues: Tensor, ridge: float = 0.0) -> Tensor:
         >>> round(log_determinant(torch.tensor([math.e, 1.0])).item(), 6)
         1.0
     """
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge must be finite and >= 0, got {ridge}; 0 adds nothing")
+    if not (_is_number(ridge) and math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be finite and >= 0, got {ridge!r}; 0 adds nothing")
     return (_descending(eigenvalues) + ridge).log().sum(-1)
 
 
@@ -630,6 +630,10 @@ def spectral_distance(a: Spectrum, b: Spectrum) -> float:
     if not bool(has_variance.all()):
         return float(has_variance.any())
     return float((shares[0] - shares[1]).abs().sum() / 2)
+
+
+def _is_number(value: object) -> bool:
+    return hasattr(value, "__float__")
 
 
 def _descending(eigenvalues: Tensor) -> Tensor:

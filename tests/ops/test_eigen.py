@@ -145,6 +145,7 @@ def test_the_largest_orders(n: int, family: str) -> None:
         check(eigvalsh(rounded), rounded)
 
 
+@pytest.mark.slow
 @without_lapack
 @pytest.mark.parametrize(("n", "dtype"), [(600, torch.float32), (800, torch.float64)], ids=str)
 def test_large_matrices_have_the_same_bits_on_any_number_of_threads(
@@ -176,6 +177,7 @@ def test_large_matrices_are_read_like_small_ones(dtype: torch.dtype) -> None:
     check(whole, matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_keep_the_bounds(level: str) -> None:
     chosen = "every_order or random_spectra or native_vectors or in_one_batch or counts_fall"
@@ -603,6 +605,7 @@ def test_a_matrix_that_is_not_finite_spoils_no_derivative_but_its_own(n: int, ba
     assert bool(vectors[1].isnan().all() & vectors[[0, 2]].isfinite().all())
 
 
+@pytest.mark.slow
 @without_lapack
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_algorithms_give_each_matrix_its_own_bits(dtype: torch.dtype) -> None:
