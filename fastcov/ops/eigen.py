@@ -55,10 +55,12 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     r"""Eigenvalues of symmetric matrices, ascending.
 
     Accurate to 6e-6 of the largest magnitude in float32 up to n = 256 and 1e-5 up to 2048, to
-    1e-13 sqrt(n) in float64: measured on 35 families of matrices, of which the worst came to 4e-6
+    1e-13 sqrt(n) in float64. Of 35 families of matrices, measured on a CPU, the worst came to 4e-6
     and 1e-13 (benchmarks/README.md names the table). Without the compiled library LAPACK's float32
-    takes over, which was off by up to 9e-5. On a GPU with the compiled library: no host
-    synchronisation and capturable in a CUDA graph up to n = 2048; larger matrices, and every matrix
+    takes over, which was off by up to 9e-5.
+
+    On a GPU with the compiled library matrices up to n = 2048 are solved without host
+    synchronisation, so that a CUDA graph can capture the call. Larger matrices, and every matrix
     without the library, go to ``torch.linalg``, which synchronises.
 
     Matrices of a batch share instructions, so that the last bits of a result may depend on how many
