@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fastcov.ops import aten_eigen, library, native
 from fastcov.ops.library import operators
-from fastcov.ops.transforms import has_derivative, is_transforming, is_wrapped
+from fastcov.ops.transforms import has_derivative, is_wrapped
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
 # Largest order whose eigenvectors the compiled CPU library finds in no more time than LAPACK: up to
@@ -150,12 +150,8 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
             _check_matrix(A, "A")
             return _eigh_by_torch(A) if _is_for_torch(A) else _eigh([A])[0]
         if A.is_cpu:
-            order = A.shape[-1]
-            if order > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
+            if A.shape[-1] > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
                 return _eigh_of_numbers(A)
-            if order == 1:  # no operator of ours is as fast; NaN where not finite
-                zero = A - A
-                return Eigensystem((A + zero).squeeze(-1), zero.exp_())
         try:
             values, vectors = library.eigh([A])
         except (MemoryError, RuntimeError) as error:
@@ -259,7 +255,7 @@ def _is_plain(matrix: Tensor) -> bool:
         # Tangents exist inside of a level alone, and traced code has none.
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
-        and not is_transforming()
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
