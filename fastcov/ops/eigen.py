@@ -149,9 +149,10 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
         if not _is_plain(A):
             _check_matrix(A, "A")
             return _eigh_by_torch(A) if _is_for_torch(A) else _eigh([A])[0]
-        if A.is_cpu:
-            if A.shape[-1] > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
-                return _eigh_of_numbers(A)
+        if A.is_cpu and (
+            A.shape[-1] > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled()
+        ):
+            return _eigh_of_numbers(A)
         try:
             values, vectors = library.eigh([A])
         except (MemoryError, RuntimeError) as error:
