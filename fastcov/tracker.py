@@ -771,7 +771,9 @@ def track(
         every: Reads steps 0, every, 2 * every, ...
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
-        decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything.
+        decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything. Where
+            the mean moves far from the first rows, centred covariances on a GPU lose digits, and
+            the summary says so (docs/precision.md).
         precision: Precision of the rows' products, as of :func:`fastcov.ops.accumulate_`. "float64"
             keeps small eigenvalues right beside attention sinks, for about twice the time.
         memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do

@@ -398,7 +398,6 @@ operators = torch.ops.fastcov
 # call, 0.2 to 1.8 us, and the overload's __call__ only passes its arguments on to `_op`, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
 accumulate_at_precision_: Callable[..., None] = operators.accumulate_at_precision_.default._op
-assign_: Callable[..., None] = operators.assign_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op

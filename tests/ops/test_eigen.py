@@ -587,6 +587,37 @@ def test_derivatives_inside_and_outside_of_maps(n: int, solve, reference) -> Non
         torch.testing.assert_close(found, tangent)
 
 
+@pytest.mark.parametrize(
+    ("solve", "reference"),
+    [(eigvalsh, torch.linalg.eigvalsh), (_vectors, _vectors_of_torch)],
+    ids=["eigvalsh", "eigh"],
+)
+def test_derivatives_in_compiled_code(solve, reference) -> None:
+    from torch.func import jacrev, jvp, vmap
+
+    batch = torch.stack([random(4) * (k + 1) for k in range(3)])
+
+    def of_leaf(f, batch: Tensor) -> Tensor:
+        leaf = batch.clone().requires_grad_()
+        f(leaf).sum().backward()
+        return leaf.grad
+
+    def compiled(f):
+        return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+    def mapped(f):
+        return lambda A: vmap(f)(A)
+
+    def along(f):
+        return lambda A: jvp(f, (A,), (A @ A,))[1]
+
+    for transform in (jacrev, along):
+        found, expected = compiled(transform(solve)), transform(reference)
+        torch.testing.assert_close(found(batch[0]), expected(batch[0]))
+    found, expected = of_leaf(compiled(mapped(solve)), batch), of_leaf(mapped(reference), batch)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("n", [3, 20])
 def test_a_matrix_that_is_not_finite_spoils_no_derivative_but_its_own(n: int, bad: float) -> None:
