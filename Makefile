@@ -70,13 +70,14 @@ dev: | $(BIN)/python  ## compiled libraries into fastcov/lib, to work from the c
 demo: setup  ## the main job: data, search, retraining, table and report in runs/demo (5 minutes)
 	@$(INSTALLED) $(BIN)/fastcov-detection demo --out $(RUNS)/demo
 
-# Workers share the cores: threads that wait must not spin. Tests marked `alone` measure time.
+# Workers share the cores: threads that wait must not spin. Tests marked `alone` measure time; all lie in
+# tests/bench, so that the others need not be collected again.
 WORKERS ?= 2
 PARALLEL := $(INSTALLED) OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup  ## every test, against the installed wheel
 	@status=0; $(PARALLEL) -m "not alone" || status=$$?; \
-		$(INSTALLED) $(BIN)/pytest -m alone || status=$$?; exit $$status
+		$(INSTALLED) $(BIN)/pytest -m alone tests/bench || status=$$?; exit $$status
 
 test-quick: setup  ## a contributor's loop, below 3 minutes: what needs no compiler, training or process
 	@$(PARALLEL) -m "not alone and not slow and not dist and not wheel" \

@@ -1,21 +1,23 @@
-// accumulate_affine_ for the CPU: the second moment of y = W x + b from that of x, in float32.
+// Operator accumulate_affine_ on a CPU: the second moment of y = W x + b from that of x, in
+// float32.
 //
-// W and the product W Sigma are kept as panels of 16 outputs, one row for each input and a last one
-// for the mean: what a gram multiplies. So the product is written where it is read again, and its
-// triangle with W is a gram of two different sides.
+// W and the product W Sigma are kept as panels of 16 outputs, with one row for each input and a
+// last row for the mean. A gram multiplies such panels, so that the product is written in the form
+// in which it is read again, and its triangle with W is a gram of two different sides.
 #include "boxing.h"
 #include "covariance_gram.h"
 
 namespace fastcov {
 namespace {
 
-// Times that the largest variance may be larger, taken about the inputs' shift and were they not
-// correlated: rounding of float32 grows by as much, and where what cancels is one direction of many
-// inputs, by the root of their number besides. At these limits it stays below 2e-6 of the result.
+// Most times that the largest variance may grow when it is taken about the inputs' shift and as if
+// inputs were not correlated. Rounding of float32 grows by this factor, and also by the root of the
+// number of inputs where what cancels is one direction of many. At these limits the error stays
+// below 2e-6 of the result.
 constexpr double kCancellation = 4;
 constexpr double kFewInputs = 64;
-constexpr double kLeastCancellation = 1.5;  // inputs that are not correlated have 1
-// Squares that float32 sums without loss.
+constexpr double kLeastCancellation = 1.5;  // inputs that are not correlated have a factor of 1
+// Range of squares that float32 sums without loss.
 constexpr double kSmallest = 1e-20;
 constexpr double kLargest = 1e30;
 // Panels of W that stay in the second-level cache while Sigma passes by.
@@ -42,10 +44,10 @@ struct AffineUpdate {
   double decay;
 };
 
-// Largest squares of some outputs, in units of Sigma's.
+// Largest squares among some outputs, in units of Sigma.
 struct Extent {
   double variance = 0;
-  double uncorrelated = 0;  // variance about the shift, were the inputs uncorrelated
+  double uncorrelated = 0;  // variance about the shift if inputs were not correlated
   double mean = 0;
   bool is_finite = true;
 
@@ -59,7 +61,8 @@ struct Extent {
     is_finite = is_finite && other.is_finite;
     add(other.variance, other.uncorrelated, other.mean);
   }
-  // Outputs whose squares add up to less than float32 holds cannot have overflowed.
+  // True if the result is exact enough. Outputs whose squares add up to less than float32 holds
+  // cannot have overflowed.
   bool is_exact(double unit, int64_t inputs) const {
     const double many = std::max(1.0, static_cast<double>(inputs) / kFewInputs);
     const double limit = std::max(kLeastCancellation, kCancellation / std::sqrt(many));
@@ -82,7 +85,8 @@ class AffineAccumulator {
         tiles_(panels_ * (panels_ + 1) / 2),
         unit_(unit_of(update)) {}
 
-  // Whether the update was made: not where the rows themselves would be more exact.
+  // Makes the update. Returns false, with nothing added, where reading the rows themselves would be
+  // more exact.
   bool run() {
     const int64_t threads = useful_threads(columns_ * tiles_ * W * W);
     const int64_t side = panels_ * columns_ * W;
@@ -124,7 +128,7 @@ class AffineAccumulator {
     return update_.input_moment[triangle_entry(i, j)] - product / static_cast<double>(update_.rows);
   }
 
-  // A power of two above all of Sigma, and above the moment that it is taken from.
+  // A power of two above all entries of Sigma, and of the moment that Sigma is taken from.
   static double unit_of(const AffineUpdate& update) {
     double largest = 0;
     for (int64_t i = 0; i < update.inputs; ++i) {
@@ -133,7 +137,7 @@ class AffineAccumulator {
     return std::isfinite(largest) && largest > 0 ? std::ldexp(1.0, std::ilogb(largest) + 1) : 1.0;
   }
 
-  // Rows begin to end of Sigma's lower triangle, and their mirror image.
+  // Fills rows `begin` to `end` of Sigma's lower triangle, and their mirror images.
   void fill_scatter(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = 0; j <= i; ++j) {
@@ -148,7 +152,7 @@ class AffineAccumulator {
     return scatter_ + column / W * inputs_ * W + row * W + column % W;
   }
 
-  // Panels begin to end of W, W Sigma and the means.
+  // Fills panels `begin` to `end` of W, of W Sigma and of the means.
   Extent map(int64_t begin, int64_t end) {
     Extent extent;
     if (begin == end) return extent;
@@ -164,7 +168,7 @@ class AffineAccumulator {
   }
 
   void pack(int64_t begin, int64_t end) const {
-    PackRun<float> run;  // what it calls rows are inputs here
+    PackRun<float> run;  // its rows are inputs here
     run.source = update_.matrix + begin * W * update_.matrix_stride;
     run.dtype = Dtype::kFloat32;
     run.rows = inputs_;
@@ -187,7 +191,7 @@ class AffineAccumulator {
     for (int64_t at = 0; at < rows * W; ++at) to[at] = static_cast<float>(block[at]);
   }
 
-  // The last row of a panel, and how large what it stands for is.
+  // Fills the last row of a panel, the mean's, and notes the size of its outputs.
   void take_mean(int64_t panel, Extent& extent) const {
     float* matrix = matrix_ + panel * columns_ * W;
     float* product = product_ + panel * columns_ * W;
@@ -196,7 +200,8 @@ class AffineAccumulator {
     float uncorrelated[W] = {};
     for (int64_t input = 0; input < inputs_; ++input) {
       const float* weight = matrix + input * W;
-      const float own = static_cast<float>(update_.input_moment[triangle_entry(input, input)] / unit_);
+      const float own =
+          static_cast<float>(update_.input_moment[triangle_entry(input, input)] / unit_);
       for (int64_t c = 0; c < W; ++c) {
         mean[c] += static_cast<double>(weight[c]) * input_mean_[input];
         variance[c] += weight[c] * product[input * W + c];
@@ -250,7 +255,7 @@ class AffineAccumulator {
   float* zeros_ = nullptr;        // [panels][W]
   float* scatter_ = nullptr;      // [input panels][I][W]
   float* matrix_ = nullptr;       // [panels][I + 1][W]
-  float* product_ = nullptr;      // likewise
+  float* product_ = nullptr;      // [panels][I + 1][W]
   double* mean_ = nullptr;        // [panels][W]
   double* input_mean_ = nullptr;  // [I]
 };
@@ -269,7 +274,8 @@ Tensor accumulate_affine_(Tensor moment, Tensor sum, Tensor shift, Tensor weight
   update.shift = state_pointer<double>(shift, ScalarType::Double, channels);
   update.weight = state_pointer<double>(weight, ScalarType::Double, 1);
   update.count = state_pointer<int64_t>(count, ScalarType::Long, 2);
-  update.input_moment = state_pointer<double>(input_moment, ScalarType::Double, triangle_values(inputs));
+  update.input_moment =
+      state_pointer<double>(input_moment, ScalarType::Double, triangle_values(inputs));
   update.input_sum = state_pointer<double>(input_sum, ScalarType::Double, inputs);
   update.input_shift = state_pointer<double>(input_shift, ScalarType::Double, inputs);
   update.rows = rows;

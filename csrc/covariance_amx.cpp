@@ -1,7 +1,7 @@
-// Gram tiles on AMX: rows in bfloat16 parts, products added up in float32 tiles.
+// Tiles of the gram on AMX: rows in parts of bfloat16, products summed in tiles of float32.
 //
-// Compiled with AVX-512 and AMX and called only where processor and system have both; like the
-// other kernels it uses no inline function of the standard library.
+// Compiled with AVX-512 and AMX, and called only where the processor and the system have both. As
+// in the other kernels, no inline function of the standard library may be used.
 #include <immintrin.h>
 
 #include "covariance.h"
@@ -11,12 +11,12 @@ namespace fastcov {
 namespace {
 
 constexpr int64_t kTile = kMatrixTileValues;
-constexpr int64_t kTileBytes = 64;  // of a row of a tile
+constexpr int64_t kTileBytes = 64;  // bytes of a row of a tile
 
 typedef Vec<double, 64>::type Doubles;
 typedef Vec<float, 32>::type EightFloats;
 
-// Palette 1: eight tiles of 16 rows, 64 bytes each.
+// Setup of palette 1: eight tiles of 16 rows, 64 bytes each.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -24,16 +24,18 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-// Never on the stack: the compiler's header declares eight of its bytes as read, no more.
+// It must not lie on the stack: the compiler's header declares that only eight of its bytes are
+// read, so that stores to the others could be dropped.
 const TileConfig kConfig;
 
 void configure() { _tile_loadconfig(&kConfig); }
 
 void release() { _tile_release(); }
 
-// value = part + part + ..., the first two rounded to bfloat16, ties away from zero, which leaves a
-// last part of at most seven bits: exact for three parts of float32, two of float16, one of
-// bfloat16. Here the parts of two rows, a pair in 32 bits, then its transpose.
+// Splits values into parts that add up to them. All parts but the last are rounded to bfloat16,
+// ties away from zero, which leaves at most seven bits for the last one. So three parts of float32
+// are exact, two of float16 and one of bfloat16. `right` gets the parts of two rows, a pair in 32
+// bits, and `left` its transpose.
 template <int Parts>
 void split(const float* panel, int64_t steps, int64_t part_values, uint16_t* left,
            uint16_t* right) {
@@ -98,13 +100,13 @@ void split_parts(int parts, const float* panel, int64_t steps, int64_t part_valu
     _tile_dpbf16ps(3, 5, 7);                \
   } while (0)
 
-// A large state lies in memory: fetched while sums are formed,
-// a few rows with every step, as many as there are buffers for.
+// Fetches a large state from memory while sums are formed: a few rows in every step, because only a
+// few fetches can be under way.
 struct Prefetch {
   const double* next;
   int64_t stride;
   int64_t left;
-  int64_t rows;  // in a step
+  int64_t rows;  // rows that are fetched in a step
   int64_t columns;
 
   inline void step() {
@@ -117,8 +119,8 @@ struct Prefetch {
   }
 };
 
-// Two panels by two. Parts follow each other so that two loads serve four products: a load from the
-// second-level cache takes longer than a product (7.6 against 5.7 ns on a Xeon of 2024).
+// Multiplies two panels by two. The order of the parts lets two loads serve four products: a load
+// from the second-level cache takes longer than a product (7.6 against 5.7 ns on a Xeon of 2024).
 template <int Parts, bool Diagonal>
 inline void multiply(const MatrixSide& side, int64_t first, int64_t last, Prefetch state) {
   const int64_t stride = side.part_values;
@@ -183,7 +185,7 @@ void product(const MatrixSide& side, int64_t steps, double scale, double keep, d
     _tile_stored(2, sums + 16 * 32, 128);
     _tile_stored(3, sums + 16 * 32 + 16, 128);
     for (int64_t row = 0; row < rows; ++row) {
-      // A tile above the diagonal is not formed.
+      // The tile above the diagonal has not been formed.
       const int64_t end = Diagonal && row < 16 && columns > 16 ? 16 : columns;
       add_row(sums + row * 32, scale, keep, out + row * out_stride, end);
     }

@@ -1,4 +1,5 @@
-// accumulate_ for the CPU: picks the instruction set, checks the tensors, registers the operator.
+// Operator accumulate_ on a CPU: choice of the instruction set, checks of the tensors,
+// registration.
 #include <cstdlib>
 #include <cstring>
 
@@ -17,8 +18,9 @@ namespace fastcov {
 namespace {
 
 #ifdef FASTCOV_AMX
-// Linux gives a process the large tile registers only when it asks (since 5.16): not under an older
-// kernel, a hypervisor that hides them, or where a signal stack is too small for them.
+// Linux gives a process the large tile registers only when it asks for them (since 5.16). It
+// refuses under an older kernel, under a hypervisor that hides them, and where a signal stack is
+// too small for them.
 bool grants_amx() {
   constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
   constexpr long kRequestPermission = 0x1023;       // ARCH_REQ_XCOMP_PERM
@@ -31,7 +33,8 @@ bool grants_amx() {
 
 const Level& pick_level() {
 #ifdef FASTCOV_X86
-  // For tests and diagnosis: a lower set than the machine has, never a higher one.
+  // For tests and diagnosis, a lower set than the machine has can be asked for, but never a higher
+  // one.
   const char* wanted = std::getenv("FASTCOV_CPU_LEVEL");
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -94,14 +97,14 @@ void add_rows(const Update& update) {
   }
 }
 
-// See choose_shift. Vectors multiply shifted rows as fast as others, with the rounding of float32;
-// a matrix unit takes three to six products for one, and rounds less.
+// Argument of choose_shift. Vectors multiply shifted rows as fast as others, with the rounding of
+// float32. A matrix unit takes three to six products instead of one, and rounds less.
 double exact_near(const Update& update) {
   if (!is_half(update.dtype)) return 0;
   return is_multiplied_by_matrix(update) ? kNear : 1;
 }
 
-// The number that the rows' working type subtracts for a shift; the rest is left to float64.
+// Number near a shift that can be subtracted in the rows' working type. float64 corrects the rest.
 inline double usable_shift(double shift) {
   return std::abs(shift) < kLargestFloatShift ? static_cast<double>(static_cast<float>(shift)) : 0;
 }
@@ -115,8 +118,8 @@ bool is_usable(const Update& update) {
   return usable;
 }
 
-// Rows of another dtype have chosen the shift, and the working type does not hold it: sums about
-// the nearest number that it holds are formed apart, and translated.
+// Adds rows to a state whose shift was chosen by rows of another dtype, and is no number of the
+// working type. Sums about the nearest such number are formed apart, and translated to the shift.
 void add_rows_about_nearest(const Update& update) {
   const int64_t channels = update.rows.channels;
   const int64_t values = triangle_values(channels);
@@ -142,8 +145,8 @@ void add_rows_about_nearest(const Update& update) {
   *update.weight = *update.weight * update.decay + weight;
 }
 
-// Whether the number of rows grows past a power of two: how often, it costs nothing to look again
-// whether the shift is where the rows are.
+// True if the number of rows grows past a power of two. Looking so rarely whether the shift is
+// still where the rows are costs nothing.
 bool passes_power_of_two(int64_t before, int64_t added) {
   return (before ^ (before + added)) > before;
 }
@@ -184,8 +187,9 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
   }
 }
 
-// Counts a call, every row of which is read, and adds them; returns how many, or -1, with nothing
-// counted, where it is not like the last one and where not every row is read.
+// Counts a call of which every row is read, and adds its rows. Returns their number; or -1, with
+// nothing counted, if the call does not have the layout of the last one or if not every row is
+// read.
 int64_t accumulate_again_(Tensor cursor, Tensor moment, Tensor sum, Tensor shift, Tensor weight,
                           Tensor count, Tensor rows) {
   Cursor& at = Cursor::of(cursor);

@@ -1,27 +1,29 @@
-// The driver of accumulate_ on the CPU: blocks of rows are packed, then multiplied tile by tile.
+// Driver of accumulate_ on a CPU. Blocks of rows are packed, and then multiplied tile by tile.
 //
-// Narrow layers (few tiles) split the rows over threads, each with a triangle of its own, added in
-// thread order; wide ones split the tiles, and few threads pack a block each, many pack one
-// together. All are free of races and repeatable for a given number of threads.
+// Narrow layers have few tiles: threads divide the rows, and each has a triangle of its own, which
+// are added in the order of the threads. Wide layers divide the tiles: few threads pack a block
+// each, many pack one together. No way has a race, and each repeats its bits for a given number of
+// threads.
 #pragma once
 
 #include "covariance_gram.h"
 
 namespace fastcov {
 
-// Up to this width a triangle for each thread stays in its L2 cache beside the packed rows: always
-// worth it up to the first, up to the second where many rows would pass from thread to thread. Two
-// threads, 6272 rows of 192: 1.4 ms, split by tiles 1.5, and 2.6 while the threads share no cache.
+// Up to these widths a triangle for each thread stays in its second-level cache beside the packed
+// rows. That always pays up to the first, and up to the second where many rows would pass from
+// thread to thread. Two threads take 1.4 ms for 6272 rows of 192; divided by tiles 1.5, and 2.6
+// while the threads share no cache.
 constexpr int64_t kSplitRowsChannels = 128;
 constexpr int64_t kSplitManyRowsChannels = 256;
-constexpr int64_t kManyRows = 16;  // for each channel
-// Threads up to this many pack all rows for themselves if their blocks are no larger than that. A
-// line that another core has read takes 6 ns to be written again, 28 where cores share no cache,
-// less than 1 where no other has it: 784 rows of 512 are packed by two threads together in 70 to
-// 370 us.
+constexpr int64_t kManyRows = 16;  // rows for each channel
+// Up to this many threads pack all rows each for itself, if their blocks are no larger than this.
+// Writing a line again that another core has read takes 6 ns, or 28 where cores share no cache; a
+// line that no other core has takes less than 1. Two threads that pack 784 rows of 512 together
+// take 70 to 370 us for that reason.
 constexpr int64_t kApartThreads = 4;
 constexpr int64_t kApartBytes = 4 << 20;
-// Rows that threads pack together come in units of this many.
+// Rows that threads pack together are divided in units of this many.
 constexpr int64_t kPieceRows = 32;
 
 template <typename T, typename Gram>
@@ -130,7 +132,7 @@ class Accumulator {
            (channels_ <= kSplitManyRowsChannels && update_.rows.rows >= kManyRows * channels_);
   }
 
-  // Sums of the columns of one side.
+  // Adds the sums of the columns of one side.
   void add_sums(const Block<T>& block, int64_t i, int64_t rows, double scale, double* sum) const {
     const T* roots = update_.row_weight.data ? block.root_weight : nullptr;
     for (int64_t c = i * kSide; c < std::min(channels_, (i + 1) * kSide); c += W) {
@@ -288,8 +290,8 @@ class Accumulator {
     return tally;
   }
 
-  // Rare: some row holds a value that is not finite, or cannot be weighed. Such rows become zero
-  // and are counted, but for those of weight 0.
+  // Handles the rare rows that hold a value which is not finite, or that cannot be weighed. They
+  // become zero, and are counted as skipped unless their weight is 0.
   void mask(const Block<T>& block, int64_t offset, int64_t begin, int64_t end, Tally& tally) const {
     tally.peak = 0;
     tally.finite = 0;
@@ -310,11 +312,11 @@ class Accumulator {
         T* values = block.panels + (panel * block.capacity + row) * W;
         std::fill(values, values + W, T{0});
       }
-      block.root_weight[row] = T{-1};  // marks a skipped row; its panels are zero
+      block.root_weight[row] = T{-1};  // marks a skipped row, whose panels are zero
     }
   }
 
-  // A power of two that brings values whose squares would overflow or vanish to about one; else 1.
+  // Power of two that brings values to about one if their squares would overflow or vanish; else 1.
   static T rescale_factor(uint64_t peak) {
     const double largest = static_cast<double>(from_bits<T>(peak));
     const double high = sizeof(T) == 4 ? 1e15 : 1e145;

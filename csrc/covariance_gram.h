@@ -1,5 +1,5 @@
-// How packed rows become blocks of the gram: by vectors, or by a matrix unit that wants them split
-// into bfloat16 parts first. What walks over a triangle of blocks, on how many threads.
+// Products of packed rows: by vectors, or by a matrix unit, for which rows are first split into
+// parts of bfloat16. Also the walk over a triangle of blocks, and the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ inline const Kernels<double>& kernels<double>() {
   return level().float64;
 }
 
-// Below this many multiply-adds a second thread costs more than it brings.
+// Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 18;
 
 inline int64_t useful_threads(int64_t multiply_adds) {
@@ -31,7 +31,7 @@ inline int64_t useful_threads(int64_t multiply_adds) {
   return std::max<int64_t>(1, std::min(threads, multiply_adds / kSerialWork));
 }
 
-// Calls body(piece) for each piece, on as many threads.
+// Calls body(piece) for every piece, on as many threads.
 template <typename Body>
 void parallel(int64_t pieces, const Body& body) {
   if (pieces == 1) return body(0);
@@ -40,8 +40,9 @@ void parallel(int64_t pieces, const Body& body) {
   });
 }
 
-// Calls visit(i, j) for the blocks numbered begin to end of a lower triangle, in groups of columns:
-// their panels stay in L2 while the rows' panels pass by.
+// Calls visit(i, j) for the blocks numbered `begin` to `end` of a lower triangle. Blocks are
+// visited in groups of columns, whose panels stay in the second-level cache while the panels of the
+// rows pass by.
 template <typename Visit>
 void for_each_tile(int64_t sides, int64_t group_columns, int64_t begin, int64_t end,
                    const Visit& visit) {
@@ -66,13 +67,14 @@ struct Block {
   int64_t capacity;
   T* panels;        // [panels][capacity][W]
   T* root_weight;   // [capacity]; used where rows are weighted
-  uint16_t* parts;  // [panels][2][parts][capacity / 32][tile]; a matrix unit's
+  uint16_t* parts;  // [panels][2][parts][capacity / 32][tile], for a matrix unit
 };
 
-// out[r][c] = keep * out[r][c] + scale * sum_k left[k][r] right[k][c], r < rows, c < columns
+// A block of the gram: out[r][c] = keep * out[r][c] + scale * sum_k left[k][r] right[k][c], for r <
+// rows and c < columns.
 struct GramBlock {
-  int64_t i;  // block of kSide rows
-  int64_t j;  // block of kSide columns
+  int64_t i;  // number of the block's kSide rows
+  int64_t j;  // number of the block's kSide columns
   int64_t rows;
   int64_t columns;
   double scale;
@@ -85,14 +87,15 @@ template <typename T>
 class VectorGram {
  public:
   static constexpr int64_t kSide = kPanel<T>;
-  static constexpr int64_t kRowUnit = 1;       // rows that a block is filled up to
-  static constexpr bool kIsPackedOnly = true;  // nothing to prepare: cheap to do once a thread
+  static constexpr int64_t kRowUnit = 1;  // a block is filled up to a multiple of it
+  static constexpr bool kIsPackedOnly =
+      true;  // true: packed rows need no more work, so that each thread may pack them for itself
 
-  // Of a block that threads share. A wide state passes through memory once a block: 9.8 ms with 320
-  // rows, 8.9 with all 788 for 1536 channels. Panels of float64 outgrow the caches before: 27.3 ms
-  // with all of them, 24.4 with 256.
+  // Rows of a block that threads share. A wide state passes through memory once for each block:
+  // 1536 channels take 9.8 ms with blocks of 320 rows, 8.9 with all 788 in one. Panels of float64
+  // outgrow the caches earlier: 27.3 ms with all rows in one block, 24.4 with 256.
   static int64_t shared_rows(int64_t) { return sizeof(T) == 4 ? 1024 : 256; }
-  // Columns of blocks that stay in the second-level cache: 256 KiB in float32.
+  // Columns of blocks whose panels stay in the second-level cache: 256 KiB in float32.
   static int64_t group_columns(int64_t rows) {
     return std::clamp<int64_t>(4096 / std::max<int64_t>(rows, 1), 4, 16);
   }
@@ -111,13 +114,14 @@ class VectorGram {
   }
 };
 
-// For rows of 16 bits, wide enough that the products save more than the split costs.
+// For 16-bit rows, in layers wide enough that the products save more than the split costs.
 class MatrixGram {
  public:
-  // Not float32: its three parts take six products. A core's two hardware threads share the unit,
-  // and a product takes 6 ns alone, 15 beside a busy neighbour, as on most rented machines. Two
-  // threads of such a Xeon, medians of 100 s: 12.3 ms against 10.1 by vectors for 788 rows of 1536
-  // channels, 3.6 against 2.6 for 1568 of 512; left alone 5.9 against 7.5 and 2.0 against 1.8.
+  // Rows of float32 do not pay, because their three parts take six products. The two hardware
+  // threads of a core share the unit, and a product takes 6 ns alone but 15 beside a busy
+  // neighbour, which most rented machines have. Two threads of such a Xeon, as medians of 100 s:
+  // 12.3 ms against 10.1 by vectors for 788 rows of 1536 channels, 3.6 against 2.6 for 1568 of 512.
+  // Left alone: 5.9 against 7.5, and 2.0 against 1.8.
   static bool pays_for(Dtype dtype, int64_t channels) {
     return dtype != Dtype::kFloat32 && channels > 128;
   }
@@ -125,12 +129,12 @@ class MatrixGram {
   static constexpr int64_t kSide = 32;
   static constexpr int64_t kRowUnit = kMatrixRows;
   static constexpr bool kIsPackedOnly = false;
-  // Left parts come from the third level once a group: 3.3 ms with 12, 3.8 with 4 for 2048
-  // channels.
+  // The left parts are read from the third-level cache once for each group: 2048 channels take 3.3
+  // ms with groups of 12, 3.8 with groups of 4.
   static int64_t group_columns(int64_t) { return 12; }
 
-  // Up to 256 channels, where rows have 16 bits, the parts of 256 rows stay in the second-level
-  // cache; wider layers lose more by passing over their state again.
+  // Up to 256 channels the parts of 256 rows of 16 bits stay in the second-level cache. Wider
+  // layers would lose more by passing over their state more often.
   static int64_t shared_rows(int64_t channels) {
     return channels <= 256 ? 256 : std::clamp<int64_t>((1 << 19) / channels / 32 * 32, 128, 512);
   }
@@ -143,7 +147,7 @@ class MatrixGram {
   void start() const { kernels_.configure(); }
   void finish() const { kernels_.release(); }
 
-  // Rows from begin, a multiple of 32, to end; what is missing from a step is zero.
+  // Splits rows `begin`, a multiple of 32, to `end`. Rows that are missing from a step become zero.
   void prepare(const Block<float>& block, int64_t panels, int64_t begin, int64_t end) const {
     constexpr int64_t W = kPanel<float>;
     const int64_t filled = (end + kMatrixRows - 1) / kMatrixRows * kMatrixRows;
@@ -160,7 +164,7 @@ class MatrixGram {
                 const GramBlock& to) const {
     MatrixSide side;
     for (int64_t half = 0; half < 2; ++half) {
-      // A second panel that is not there: the first stands for it, and its sums are not stored.
+      // Where there is no second panel the first one stands for it, and its sums are not stored.
       side.left[half] = part(block, std::min(2 * to.i + half, panels - 1), 0);
       side.right[half] = part(block, std::min(2 * to.j + half, panels - 1), 1);
     }
@@ -171,8 +175,8 @@ class MatrixGram {
   }
 
  private:
-  // The parts that hold a value exactly, 8 bits each: bfloat16 less a shift of one part in two of
-  // them, but for rows that are 256 times smaller than the shift.
+  // Number of parts, of 8 bits each, that hold a value exactly. A shift of one part leaves bfloat16
+  // rows that two parts hold, unless they are 256 times smaller than the shift.
   static int parts_of(const Update& update) {
     if (update.row_weight.data) return 3;
     const bool is_bfloat16 = update.dtype == Dtype::kBFloat16;

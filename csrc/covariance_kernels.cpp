@@ -1,6 +1,6 @@
 // Inner loops of the streaming second moment, compiled once for each instruction set
-// (FASTCOV_LEVEL). No inline function of the standard library may appear here: the linker keeps one
-// copy of it for the whole library, possibly the one that needs AVX-512.
+// (FASTCOV_LEVEL). No inline function of the standard library may be used here: the linker keeps
+// one copy of it for the whole library, which may be the copy that needs AVX-512.
 #include "covariance.h"
 #include "vectors.h"
 
@@ -13,11 +13,11 @@ namespace fastcov {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 16;  // 16 accumulators of 32 registers; factors broadcast from memory
+constexpr int kTileRows = 16;  // 16 of 32 registers are accumulators; factors come from memory
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
+constexpr int kTileRows = 6;  // 12 of 16 registers are accumulators
 #else
-constexpr int kTileRows = 3;  // 12 accumulators of 16 registers
+constexpr int kTileRows = 3;  // 12 of 16 registers are accumulators
 #endif
 
 template <typename T>
@@ -26,7 +26,7 @@ inline T* element(const PackRun<T>& run, int64_t row, int64_t channel) {
   return run.panels + channel / W * run.panel_stride + row * W + channel % W;
 }
 
-// Any strides, and the edges that the vector loops leave.
+// Packs rows of any strides, and the edges that the vector loops leave.
 template <typename S, typename T>
 uint64_t pack_scalar(const PackRun<T>& run, int64_t row_begin, int64_t row_end,
                      int64_t channel_begin, int64_t channel_end) {
@@ -48,12 +48,13 @@ uint64_t pack_scalar(const PackRun<T>& run, int64_t row_begin, int64_t row_end,
   return peak;
 }
 
-// Channels side by side: channels_last maps, tokens, vectors.
+// Packs rows whose channels lie side by side: channels_last maps, tokens, vectors.
 template <typename S, typename T>
 uint64_t pack_contiguous(const PackRun<T>& run) {
   constexpr int64_t W = kPanel<T>;
   constexpr int64_t L = kLanes<T>;
-  // 32 panels at a time: more write streams than that miss the first-level TLB at every row.
+  // It takes 32 panels at a time: more streams of writes would miss the first-level TLB at every
+  // row.
   constexpr int64_t kSlab = 32 * W;
   const int64_t vector_end = run.channels / L * L;
   BitVector<T> peak = {};
@@ -86,7 +87,7 @@ uint64_t pack_contiguous(const PackRun<T>& run) {
   return edge > result ? edge : result;
 }
 
-// Positions side by side: NCHW maps, transposed while they are packed.
+// Packs rows that lie side by side, channel by channel (NCHW maps). They are transposed meanwhile.
 template <typename S, typename T>
 uint64_t pack_transposed(const PackRun<T>& run) {
   constexpr int64_t L = kLanes<T>;
@@ -147,7 +148,8 @@ uint64_t pack_float32(const PackRun<float>& run) {
 
 uint64_t pack_float64(const PackRun<double>& run) { return pack_layout<double, double>(run); }
 
-// sums[row][column] = or += sum_k left[k][row] right[k][column], from row `Begin` on.
+// Sets sums[row][column] to sum_k left[k][row] right[k][column], or adds it, for Rows rows from row
+// `Begin` on.
 template <typename T, int Begin, int Rows>
 inline void strip(const T* left, const T* right, int64_t chain, bool adds, T* sums) {
   constexpr int64_t W = kPanel<T>;
@@ -177,7 +179,8 @@ inline void strip(const T* left, const T* right, int64_t chain, bool adds, T* su
   }
 }
 
-// Splits the W rows of a tile into the fewest equal strips whose accumulators fit the registers.
+// Splits the W rows of a tile into the fewest equal strips whose accumulators fit into the
+// registers.
 template <typename T, int Begin>
 inline void strips(const T* left, const T* right, int64_t chain, int64_t rows, bool adds, T* sums) {
   constexpr int W = static_cast<int>(kPanel<T>);
@@ -190,13 +193,13 @@ inline void strips(const T* left, const T* right, int64_t chain, int64_t rows, b
   }
 }
 
-// Not inlined: the loop of a strip would lose registers to it.
+// Not inlined, because it would take registers from the loop of a strip.
 template <typename T>
 __attribute__((noinline)) void add_square(const T* sums, double scale, double keep, double* out,
                                           int64_t out_stride, int64_t rows, int64_t columns) {
   constexpr int64_t W = kPanel<T>;
   for (int64_t row = 0; row < rows; ++row, sums += W, out += out_stride) {
-    if (columns == W) {  // a constant trip count vectorises
+    if (columns == W) {  // the compiler vectorises a constant number of columns
       for (int64_t column = 0; column < W; ++column) {
         out[column] = out[column] * keep + static_cast<double>(sums[column]) * scale;
       }
@@ -216,7 +219,7 @@ void tile(const T* left, const T* right, int64_t block_rows, double scale, doubl
   const int64_t chains = (block_rows + kChainRows - 1) / kChainRows;
   for (int64_t chain = 0; chain < chains; ++chain) {
     if (chain == chains - 1) {
-      // A large state lies in memory: fetched meanwhile.
+      // A large state lies in memory, and is fetched while sums are formed.
       for (int64_t row = 0; row < rows; ++row) {
         __builtin_prefetch(out + row * out_stride, 1);
         __builtin_prefetch(out + row * out_stride + columns - 1, 1);
@@ -235,7 +238,7 @@ void panel_sum(const T* panel, const T* factor, int64_t block_rows, double scale
   constexpr int64_t W = kPanel<T>;
   constexpr int L = kLanes<T>;
   constexpr int kParts = static_cast<int>(W) / L;
-  constexpr int kChains = 4;  // shorter chains: less rounding, and no wait for the adder
+  constexpr int kChains = 4;  // short chains round less and do not wait for the adder
   Vector<T> sums[kChains][kParts] = {};
   int64_t k = 0;
   for (; k + kChains <= block_rows; k += kChains) {

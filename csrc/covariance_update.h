@@ -1,4 +1,5 @@
-// One call of accumulate_ on the CPU: its rows and weights, and the shift that rows are read about.
+// One call of accumulate_ on a CPU: its rows, their weights, and the shift that is subtracted from
+// them.
 #pragma once
 
 #include <algorithm>
@@ -45,18 +46,18 @@ T* state_pointer(const Tensor& tensor, ScalarType dtype, int64_t values) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Rows of weight 0 are left out; negative weights and those that are not finite count as broken
-// rows: fastcov/ops/covariance.py refuses them before.
+// Weights of rows. Rows of weight 0 are left out. A negative weight, or one that is not finite,
+// makes its row count as skipped; fastcov/ops/covariance.py refuses such weights before.
 struct RowWeights {
   const void* data = nullptr;
   bool is_double = false;
-  double unit = 1;  // a power of two, at least the largest: no row times a root overflows
+  double unit = 1;  // a power of two, at least the largest, so that no row times a root overflows
 
   double raw(int64_t row) const {
     return is_double ? static_cast<const double*>(data)[row]
                      : static_cast<double>(static_cast<const float*>(data)[row]);
   }
-  // In units of `unit`; NaN where it cannot weigh a row.
+  // Weight of a row in units of `unit`; NaN if it cannot weigh a row.
   double at(int64_t row) const {
     const double weight = raw(row);
     return weight >= 0 && std::isfinite(weight) ? weight / unit
@@ -88,11 +89,11 @@ struct Update {
   int64_t* count;  // [2]
 };
 
-// What one thread has read; added up in thread order.
+// Numbers of rows that one thread has read. They are added in the order of the threads.
 struct Tally {
   int64_t rows = 0;
   int64_t finite = 0;
-  double weight = 0;  // of finite rows, before row_scale
+  double weight = 0;  // of finite rows, without row_scale
   uint64_t peak = 0;
 
   void add(const Tally& other) {
@@ -111,7 +112,7 @@ void read_values(const RowsView& rows, int64_t offset, double* values) {
   }
 }
 
-// One row. [channels]
+// Reads one row. [channels]
 inline void read_row(const RowsView& rows, Dtype dtype, int64_t row, double* values) {
   const int64_t offset = row_offset(rows, row);
   switch (dtype) {
@@ -128,7 +129,8 @@ inline void read_row(const RowsView& rows, Dtype dtype, int64_t row, double* val
 
 inline bool is_half(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
 
-// To eight significant bits, ties to even: what is left of a 16-bit row near it is short as well.
+// Rounds to eight significant bits, ties to even, so that a 16-bit row less this number is short as
+// well.
 inline double rounded_to_bfloat16(double value) {
   const float single = static_cast<float>(value);
   uint32_t bits;
@@ -139,13 +141,13 @@ inline double rounded_to_bfloat16(double value) {
   return rounded;
 }
 
-// Half of the last bit of the largest number of a working type: below it, that number less a shift
-// does not overflow.
+// Half of the last bit of the largest number of a working type. A shift below it can be subtracted
+// from that number without overflow.
 constexpr double kLargestFloatShift = 0x1p103;
 constexpr double kLargestDoubleShift = 0x1p970;
 
-// Means and variances of the first finite rows that weigh something, of every row or of every
-// stride-th. [channels] each
+// Means and variances of the first finite rows that have a weight, of every row or of every
+// stride-th one. [channels] each
 struct FirstRows {
   std::vector<double> mean;
   std::vector<double> variance;
@@ -162,7 +164,7 @@ struct FirstRows {
       for (const double value : values) finite = finite && std::isfinite(value);
       if (!finite) continue;
       const double share = 1.0 / static_cast<double>(++rows);
-      // Welford's update: it neither overflows nor cancels.
+      // Welford's update neither overflows nor cancels.
       for (int64_t channel = 0; channel < channels; ++channel) {
         const double step = values[channel] - mean[channel];
         mean[channel] += step * share;
@@ -172,8 +174,8 @@ struct FirstRows {
     for (double& value : variance) value /= static_cast<double>(std::max<int64_t>(rows, 1));
   }
 
-  // Mean in as many digits as the rows' own dtype subtracts exactly; 0 where a row less the mean
-  // might overflow: sums about 0 are right too, only less exact.
+  // Mean, in as many digits as the rows' own dtype subtracts exactly. It is 0 where a row less the
+  // mean might overflow: sums about 0 are right too, only less exact.
   double shift(Dtype dtype, int64_t channel) const {
     double value = mean[channel];
     if (dtype == Dtype::kFloat32) value = static_cast<double>(static_cast<float>(value));
@@ -183,12 +185,12 @@ struct FirstRows {
   }
 };
 
-// Squares of standard deviations. A mean that is nearer to the shift costs centred sums no more
-// than 17 times the rounding of plain ones.
+// Squared distance of a mean from the shift, in variances, that is left as it is: centred sums then
+// round at most 17 times as much as plain ones.
 constexpr double kNear = 16;
 
-// Fixes the shift of a state without rows. Products of 16-bit rows that are not shifted are exact:
-// so they stay where the square of the mean is at most exact_near variances.
+// Chooses the shift of a state without rows. Products of 16-bit rows are exact without a shift, so
+// there is none where the square of the mean is at most exact_near variances.
 inline void choose_shift(const Update& update, double exact_near) {
   const FirstRows first(update, kShiftRows);
   for (int64_t channel = 0; channel < update.rows.channels; ++channel) {
@@ -198,7 +200,7 @@ inline void choose_shift(const Update& update, double exact_near) {
   }
 }
 
-// Expresses the sums of a state about another shift. Exact but for float64's rounding.
+// Turns the sums of a state into those about another shift, exactly but for float64's rounding.
 inline void translate(const Update& update, const std::vector<double>& shift) {
   const int64_t channels = update.rows.channels;
   const double weight = *update.weight;
@@ -216,7 +218,7 @@ inline void translate(const Update& update, const std::vector<double>& shift) {
       }
     }
     double& square = update.moment[triangle_entry(row, row)];
-    square = std::max(0.0, square);  // a sum of squares, whatever rounding says
+    square = std::max(0.0, square);  // a sum of squares, which rounding may have made negative
   }
   for (int64_t channel = 0; channel < channels; ++channel) {
     update.sum[channel] += weight * step[channel];
@@ -224,8 +226,9 @@ inline void translate(const Update& update, const std::vector<double>& shift) {
   }
 }
 
-// The shift moved to these rows' mean in each channel where the mean has left it, and back to 0
-// where exact products serve: the first rows may have been too few to tell. See choose_shift.
+// Shift of the state, moved to the mean of these rows in each channel whose mean has left it. Where
+// exact products would serve (see choose_shift) it becomes 0, because the first rows may have been
+// too few to tell.
 inline std::vector<double> followed_shift(const Update& update, const FirstRows& first,
                                           double exact_near) {
   std::vector<double> shift(update.shift, update.shift + update.rows.channels);
@@ -234,7 +237,7 @@ inline std::vector<double> followed_shift(const Update& update, const FirstRows&
   for (int64_t channel = 0; channel < channels; ++channel) {
     const double distance = first.mean[channel] - shift[channel];
     double variance = first.variance[channel];
-    if (*update.weight > 0) {  // that of the state: a single row has none
+    if (*update.weight > 0) {  // the state's variance too: a single row has none
       const double own = update.sum[channel] / *update.weight;
       const double square = update.moment[triangle_entry(channel, channel)] / *update.weight;
       variance += std::max(0.0, square - own * own);
@@ -250,8 +253,8 @@ inline std::vector<double> followed_shift(const Update& update, const FirstRows&
   return shift;
 }
 
-// Moves the shift where the rows of this call have left it: sums about a shift that is far from
-// the rows cancel. A few rows from all over the call tell whether to look closer.
+// Moves the shift where the rows of this call have left it, because sums about a shift far from the
+// rows cancel. A few rows from all over the call tell whether to look closer.
 inline void follow_mean(const Update& update, double exact_near) {
   const auto followed = [&](int64_t most_rows) {
     const int64_t stride = std::max<int64_t>(1, update.rows.rows / most_rows);

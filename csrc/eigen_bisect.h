@@ -58,7 +58,7 @@ struct PackBisection {
   template <int Chains>
   FASTCOV_INLINE void count_sections(int first) const {
     constexpr int wide = lanes * Chains;
-    V points[Chains];
+    V points[Chains] = {};
     Count below[Chains];
     for (int c = 0; c < Chains; ++c) {
       for (int lane = 0; lane < lanes; ++lane) {

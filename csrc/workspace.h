@@ -1,4 +1,5 @@
-// Scratch memory of the calling thread, kept between calls: no allocation in steady state.
+// Scratch memory of the calling thread. It is kept between calls, so that later calls allocate
+// nothing.
 #pragma once
 
 #include <cstdint>

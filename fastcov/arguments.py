@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -25,6 +27,34 @@ def check_of(of: object) -> None:
         ValueError: If ``of`` is not among its choices.
     """
     _check_choice("of", of, ("activation", "gradient", "both"))
+
+
+def check_out(out: object) -> None:
+    """Check that snapshots can be written to ``out``; its folder is made, before any step is lost.
+
+    Raises:
+        TypeError: If ``out`` is neither None nor a path.
+        OSError: If the folder cannot be made or written to.
+    """
+    if out is None:
+        return
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out is a {type(out).__name__}, expected the path of a folder")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out={str(folder)!r} is a file; give a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"out={str(folder)!r} cannot be made: {error.strerror}; give a folder that this "
+            "process may write to",
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"out={str(folder)!r} cannot be written to; give a folder that this process may write"
+        )
 
 
 def check_observed(name: object, tensor: object, channel_dim: object) -> None:

@@ -16,7 +16,7 @@ def replacing(
 
     Args:
         path: Final name; its folder is made as needed.
-        temporary: In the same folder; None takes a name that no other process uses.
+        temporary: Path in the same folder; None takes a name that no other process uses.
         durable: True for a file that must outlive a power cut once the block has ended.
 
     Yields:

@@ -19,6 +19,7 @@ from fastcov.arguments import (
     check_decay,
     check_model,
     check_of,
+    check_out,
     check_reading,
     check_steps,
     loss_scale_of,
@@ -86,6 +87,8 @@ class Tracker:
     ) -> None:
         # Only rank 0 writes: the ranks' snapshots differ only in the rows that they sampled.
         rank, _ = rank_and_ranks()
+        if rank == 0:
+            check_out(out)
         self.snapshot_every = snapshot_every
         # States of all ranks together, shown until another step begins than those counted here.
         self._synced: dict[str, CovarianceState] = {}
@@ -170,7 +173,7 @@ class Tracker:
         """
         watcher = self.watcher
         if not torch.compiler.is_compiling():
-            watcher.observe_named(name, tensor, channel_dim)
+            watcher.observe_named(name, tensor, channel_dim, is_compiled=False)
         elif not is_exporting() and (not watcher.train_only or watcher.is_training()):
             torch.ops.fastcov.observe_named_(watcher.clock, name, tensor, channel_dim)
 
@@ -768,7 +771,9 @@ def track(
         every: Reads steps 0, every, 2 * every, ...
         weighting: "position": each row weighs 1. "image": each index of dim 0 weighs 1 a step,
             shared by its positions.
-        decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything.
+        decay: Factor in (0, 1) on all rows read before, once a step; None keeps everything. Where
+            the mean moves far from the first rows, centred covariances on a GPU lose digits, and
+            the summary says so (docs/precision.md).
         precision: Precision of the rows' products, as of :func:`fastcov.ops.accumulate_`. "float64"
             keeps small eigenvalues right beside attention sinks, for about twice the time.
         memory: Bytes for all states and buffers, as an int or a text such as "2GiB". Layers that do
@@ -794,6 +799,7 @@ def track(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range, or a pattern matches no module.
+        OSError: If the folder ``out`` cannot be made or written to.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -34,3 +34,11 @@ def test_a_module_fixture_is_made_once(tmp_path: Path) -> None:
     made = [file.read_text().split() for file in sorted(tmp_path.glob("*.made"))]
     assert [len(workers) for workers in made] == [1, 1, 1]
     assert len({worker for workers in made for worker in workers}) == 2
+
+
+def test_what_runs_alone_lies_where_it_is_collected() -> None:
+    (folder,) = re.findall(r"pytest -m alone (\S+) ", MAKEFILE)
+    tests = Path(__file__).parent
+    marked = {path for path in tests.rglob("test_*.py") if f"mark.{'alone'}" in path.read_text()}
+    assert marked
+    assert all(tests.parent / folder in path.parents for path in marked)

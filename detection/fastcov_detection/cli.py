@@ -315,19 +315,30 @@ def _run_search(
     print(f"report: {page}; widths: {Path(out) / 'widths.json'}")
 
 
-def compare(a: str, b: str | None = None, out: str | None = None) -> None:
+def compare(a: str, b: str, out: str | None = None) -> None:
     """Compare the spectra of two runs over their training.
 
     Args:
-        a: Run folder, or a folder that a comparison was written to, whose figures are drawn again.
+        a: Run folder.
         b: Run folder.
         out: Folder for figures and numbers; null: compare-A-B.
     """
-    from fastcov_detection.studies.compare import compare_runs, print_comparison, redraw
+    from fastcov_detection.studies.compare import compare_runs, print_comparison
 
-    folder = a if b is None else out or f"compare-{Path(a).name}-{Path(b).name}"
-    print_comparison(redraw(a) if b is None else compare_runs(a, b, folder))
+    folder = out or f"compare-{Path(a).name}-{Path(b).name}"
+    print_comparison(compare_runs(a, b, folder))
     print(f"figures and numbers: {folder}")
+
+
+def redraw(dir: str) -> None:
+    """Draw a comparison's figures and page again.
+
+    Args:
+        dir: Folder that a comparison was written to.
+    """
+    from fastcov_detection.studies.compare import print_comparison, redraw_comparison
+
+    print_comparison(redraw_comparison(dir))
 
 
 def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> None:
@@ -390,7 +401,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
         *(train, evaluate, check, pretrain, search, planned, demo),
-        *(compare, families, report, evidence, export),
+        *(compare, redraw, families, report, evidence, export),
     )
 }
 

@@ -542,6 +542,21 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def compared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, as two runs are compared: one that is left open has its meaning."""
+    flat = flatten(values)
+    for name, value in flat.items():
+        if name.endswith("model.trainable_layers") and value is None:
+            init = flat.get(f"{name.removesuffix('trainable_layers')}init", "random")
+            flat[name] = trained_parts(init)
+    return flat
+
+
+def trained_parts(init: str) -> int:
+    """Parts of a backbone that are trained, from the last one on: as torchvision, all 5 or 3."""
+    return 3 if init == "imagenet" else 5
+
+
 def as_text(value: str, hint: Any) -> str:
     """A value as jsonargparse reads it: ``a,b`` is a list where the type is a tuple."""
     members = (hint, *get_args(hint))

@@ -91,7 +91,7 @@ class OperatorStubs(Stubs):
 class KernelStubs(Stubs):
     """Launches of kernels as far as the driver's call: of no program, it is left out.
 
-    On a CPU its tensors stand for those of an H100 (kernels/stand_in.py), and nothing reads them.
+    On a CPU its tensors stand for those of an H100 (bench/stand_in.py), and nothing reads them.
 
     Args:
         device: A GPU, or a CPU.
@@ -132,8 +132,6 @@ class KernelStubs(Stubs):
     @contextmanager
     def counted(self) -> Iterator[list[str]]:
         """Names of the kernels that hooks launch inside: takes time of its own."""
-        from fastcov.kernels.launch import noted_launches
-
         gather_ = library.gather_counted_
 
         def gather_counted_(*arguments: Any) -> int:
@@ -143,9 +141,27 @@ class KernelStubs(Stubs):
         with (
             self,
             Stubs((library, "gather_counted_", gather_counted_)),
-            noted_launches() as calls,
+            _noted_launches() as calls,
         ):
             yield calls
+
+
+@contextmanager
+def _noted_launches() -> Iterator[list[str]]:
+    # Names of the kernels that are launched inside, through Triton's hooks.
+    from triton import knobs
+
+    names: list[str] = []
+
+    def note(launch: Any) -> None:
+        names.append(launch.get()["name"])
+
+    hooks = knobs.runtime.launch_enter_hook
+    hooks.add(note)
+    try:
+        yield names
+    finally:
+        hooks.remove(note)
 
 
 def _forget_launches() -> None:
@@ -156,7 +172,7 @@ def _forget_launches() -> None:
 
 
 def _stand_in_gpu() -> list[tuple[Any, str, Any]]:
-    from fastcov.kernels.stand_in import stand_in_gpu
+    from fastcov.bench.stand_in import stand_in_gpu
 
     try:
         return stand_in_gpu()

@@ -167,10 +167,9 @@ _Waiting = deque[tuple[_Mark, "Future[_Result]"]]
 
 
 def _store(history: History, mark: _Mark, result: Future[_Result]) -> Summary | None:
-    """Waits for the spectra of a mark and stores the snapshot, if the mark is to be stored.
+    """Waits for the spectra of a mark, stores them if the mark says so, and returns the summary.
 
-    Returns:
-        Summary of the mark; None where computing the spectra failed.
+    None where computing the spectra failed.
     """
     try:
         spectra, summary = result.result()
@@ -352,10 +351,8 @@ class TrackedRun:
         self._step = step
 
     def after_batch(self, step: int) -> None:
-        """Takes the marks that are due, and delivers the finished ones.
-
-        Args:
-            step: Optimizer steps so far; the same after several batches where gradients accumulate.
+        """Takes the marks that are due after so many optimizer steps, and delivers the finished
+        ones.
         """
         if not self.is_open:
             return

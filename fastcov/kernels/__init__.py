@@ -13,7 +13,6 @@ config, gpus
 launch.py        starting kernels; the GPU that a tensor lies on
 launcher.py      the function in C that starts a kernel, behind Triton's Python
 panels, tiles    device code that the kernels share
-stand_in.py      a driver for where there is no GPU: benchmarks of the host's time
 ===============  ====================================================================
 """
 

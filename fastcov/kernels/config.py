@@ -46,16 +46,12 @@ class Architecture:
 
     @property
     def overlaps_launches(self) -> bool:
-        """Whether a launch may come while the one before it runs, and wait: from sm_90 on."""
+        """True if a launch may come while the one before it runs, and wait: from sm_90 on."""
         return self.family != "sm_80"
 
     @staticmethod
     def of(properties: Any) -> Architecture:
-        """Architecture of a GPU.
-
-        Args:
-            properties: From ``torch.cuda.get_device_properties``.
-        """
+        """Architecture of a GPU, from ``torch.cuda.get_device_properties``."""
         families: dict[int, Family] = {9: "sm_90", 10: "sm_100", 12: "sm_120"}
         gpu = gpu_told(properties)
         return Architecture(families.get(properties.major, "sm_80"), gpu.multiprocessors, gpu.pace)
@@ -104,12 +100,12 @@ class GramCase:
 
     @property
     def loads_twice(self) -> bool:
-        """Whether a panel is loaded as left and as right operand: sm_80 pipelines it only so."""
+        """True if a panel is loaded as left and as right operand: sm_80 pipelines it only so."""
         return self.family in ("sm_80", "sm_120") and self.mode == "direct"
 
     @property
     def adds_vectors(self) -> bool:
-        """Whether one instruction adds four neighbouring entries in memory: not before sm_90.
+        """True if one instruction adds four neighbouring entries in memory: not before sm_90.
 
         There a thread that holds four would add them one by one, and a warp touch four times the
         sectors that it needs.

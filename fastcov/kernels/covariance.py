@@ -49,8 +49,8 @@ def launch_accumulate_(
         decay: Factor on the state before.
         channel_dim: Dimension of ``rows`` that holds the channels: a permuted view takes longer to
             make than all that is launched here to prepare.
-        precision: Of float32 rows: "split" in three bfloat16, "tf32", or "ieee" without tensor
-            cores. Others are multiplied exactly.
+        precision: Precision of float32 rows: "split" in three bfloat16, "tf32", or "ieee" without
+            tensor cores. Others are multiplied exactly.
         architecture: Kind of GPU in place of the device's own; for tests.
     """
     state = (moment, sum, shift, weight, count)
@@ -191,19 +191,8 @@ class _Prepared:
 class Accumulation:
     """Repeated addition of rows to one state, decided at the first calls: layouts stay the same.
 
-    The tensors of the state must stay where they are: later calls know their addresses alone.
-
-    Args:
-        moment: Tensor of the state, as the next four: see :func:`launch_accumulate_`.
-        sum: See there.
-        shift: See there.
-        weight: See there.
-        count: See there.
-        channel_dim: See there, as for all that follow.
-        row_scale: See there.
-        decay: See there.
-        precision: See there.
-        architecture: See there.
+    Arguments are those of :func:`launch_accumulate_`. The tensors of the state must stay where they
+    are: later calls know their addresses alone.
     """
 
     __slots__ = ("_decided_by", "_factors", "_prepared", "_state")
@@ -236,11 +225,9 @@ class Accumulation:
         return prepared
 
     def add(self, rows: Tensor, row_weight: Tensor | None = None) -> None:
-        """Launches the kernels that add rows.
+        """Launches the kernels that add rows [..., C], laid out as in the calls before.
 
-        Args:
-            rows: At least one row, laid out as in the calls before.
-            row_weight: For each row its weight, given in all calls or in none.
+        Weights of the rows [N] are given in all calls or in none.
         """
         index = rows.get_device()
         if not is_current(index):

@@ -323,7 +323,7 @@ class FlushTable:
         """Launches that together flush all layers.
 
         Args:
-            has_decay: Whether rows of different steps weigh differently.
+            has_decay: True if rows of different steps weigh differently.
         """
         if (found := self._groups.get(has_decay)) is None:
             alike: dict[tuple[torch.dtype, int], list[BufferedLayer]] = {}
@@ -417,7 +417,7 @@ def launch_flush_(
         table: Layers.
         step: int64, number of the running step. []
         decay: Factor of one step, in (0, 1].
-        force: Whether buffers that are not full are flushed too.
+        force: True if buffers that are not full are flushed too.
     """
     numbers = (int(force), math.log(decay))
     groups = table.groups(decay != 1.0)

@@ -34,7 +34,7 @@ STATE_STEP = tl.constexpr(5)
 DROPPED = tl.constexpr(6)
 """Rows that were due and found no room in the buffer: 0 where buffers are sized right."""
 IS_APART = tl.constexpr(7)
-"""Whether the buffer has been emptied at a moment of its own, see BufferedLayer.first_threshold."""
+"""True if the buffer has been emptied at a moment of its own, see BufferedLayer.first_threshold."""
 
 _GOLDEN_RATIO_64 = tl.constexpr(0x9E3779B97F4A7C15)
 _ROWS = 16  # rows of one program
@@ -248,8 +248,8 @@ def launch_gather_(
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]
         rows: Any strides; dim 0 holds the images. [B, ..., C]
-        buffer_row: Where the first sample goes.
-        first_sample: Its number, counted over the whole training.
+        buffer_row: Row of the buffer for the first sample.
+        first_sample: Number of the first sample, counted over the whole training.
         samples: How many rows to copy.
         run_length: Neighbouring positions read together.
         phase: Start of the sequence, 64 bits as a signed integer.
@@ -351,11 +351,7 @@ class CursorGather:
             self._starter = Starter(launch, rows.get_device())
 
     def launch_(self, rows: Tensor) -> None:
-        """Copies the rows that are due.
-
-        Args:
-            rows: The row view, or the activation that it is a view of: only its address counts.
-        """
+        """Copies the rows that are due from a row view, or from its activation."""
         starter = self._starter
         if starter is None:
             return

@@ -19,8 +19,8 @@ class Pace(NamedTuple):
 
     Attributes:
         macs: Products of bfloat16 with float32 sums.
-        load_bytes: Its share of what memory delivers.
-        cached_load_bytes: Its share of what the last-level cache delivers.
+        load_bytes: Share of one multiprocessor of what memory delivers.
+        cached_load_bytes: Share of one multiprocessor of what the last-level cache delivers.
         cache_bytes: Part of the whole cache that partial results may take.
     """
 
@@ -97,7 +97,7 @@ def gpu_named(name: str) -> Gpu | None:
     """Data sheet of a GPU; None where its name holds none of the table's.
 
     Args:
-        name: As its driver calls it.
+        name: Name that the driver gives the GPU.
 
     Example:
         >>> gpu_named("NVIDIA H100 PCIe").multiprocessors, gpu_named("Tesla T4")
@@ -109,11 +109,7 @@ def gpu_named(name: str) -> Gpu | None:
 
 
 def gpu_told(properties: Any) -> Gpu:
-    """Rates that torch's device properties tell, completed from the table.
-
-    Args:
-        properties: From ``torch.cuda.get_device_properties``.
-    """
+    """Rates that ``torch.cuda.get_device_properties`` tells, completed from the table."""
     macs_by_major = {8: 256, 9: 2048, 10: 4096, 12: 256}
     known = gpu_named(properties.name)
     guess = known or GPUS["H100"]

@@ -50,8 +50,8 @@ class Job:
         plan: How the rows are cut into chunks.
         workspace_entries: float32 numbers: partial results, notes, a byte a row.
         matrix: Shape, strides and shape of a block, of a descriptor of the rows.
-        is_aligned: Whether the gram's loads rely on the alignment of the rows' address.
-        adds_vectors: Whether the gram's additions rely on that of the partial results' address.
+        is_aligned: True if the gram's loads rely on the alignment of the rows' address.
+        adds_vectors: True if the gram's additions rely on that of the partial results' address.
         shift: Shift of a new float32 state.
         gram: Second moments of aligned or unaligned rows.
         block: Repair of chunks that hold non-finite rows; all of the moments where gram is None.
@@ -99,10 +99,10 @@ def job_of(
 
     Args:
         rows: Up to four dimensions beside the channels, any strides.
-        is_weighted: Whether each row has a weight.
-        precision: Of float32 rows.
+        is_weighted: True if each row has a weight.
+        precision: Precision of float32 rows.
         architecture: None asks the device.
-        channel_dim: Where the channels are.
+        channel_dim: Dimension of the channels.
     """
     return cached_job(
         rows.shape,

@@ -12,8 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -48,7 +47,7 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def is_current(device: int) -> bool:
-    """Whether kernels are launched on a device without more ado: a CPU's number is -1.
+    """True if kernels are launched on a device without more ado: a CPU's number is -1.
 
     It nearly always is: to make it the current one and change back takes 0.8 us of every hook.
     """
@@ -56,12 +55,9 @@ def is_current(device: int) -> bool:
 
 
 def has_known_convention(run: Callable[..., Any]) -> bool:
-    """Whether Triton calls the launcher of a compiled kernel as :class:`Starter` does.
+    """True if Triton calls the launcher of a compiled kernel as :class:`Starter` does.
 
-    Read from the source of ``JITFunction.run``: it is the same in Triton 3.6.0, 3.7.1 and 3.8.0.
-
-    Args:
-        run: That function.
+    Read from the source of ``JITFunction.run``, which is the same in Triton 3.6.0, 3.7.1 and 3.8.0.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(run)))
@@ -77,27 +73,11 @@ def has_known_convention(run: Callable[..., Any]) -> bool:
 
 
 STARTS_DIRECTLY = has_known_convention(JITFunction.run)
-"""Whether compiled kernels are started without Triton's own call: decided at import."""
-
-
-@contextmanager
-def noted_launches() -> Iterator[list[str]]:
-    """Names of the kernels that are launched inside, through Triton's hooks: takes time."""
-    names: list[str] = []
-
-    def note(launch: Any) -> None:
-        names.append(launch.get()["name"])
-
-    hooks = knobs.runtime.launch_enter_hook
-    hooks.add(note)
-    try:
-        yield names
-    finally:
-        hooks.remove(note)
+"""True if compiled kernels are started without Triton's own call: decided at import."""
 
 
 def is_watched() -> bool:
-    """Whether a profiler wants to be called at each launch, as only Triton's own call does."""
+    """True if a profiler wants to be called at each launch, as only Triton's own call does."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -186,11 +166,7 @@ class Starter:
         self.directly: Callable[..., None] | None = None
 
     def through_triton(self, *tensors: Any) -> None:
-        """Launches with Triton's own call, and keeps the compiled kernel.
-
-        Args:
-            tensors: As for :meth:`Launch.start`.
-        """
+        """Launches with Triton's own call, and keeps the compiled kernel."""
         launch, before = self._launch, self._compiled
         compiled = self._compiled = launch.start(*tensors)
         # Many launches are made only once, by a layout of rows that never comes again.

@@ -82,13 +82,7 @@ class LauncherCall:
         self._without_descriptor(rest[-1] if self.is_nested else rest[first:], self._markers)
 
     def expand(self, descriptor: TensorDescriptor) -> tuple[Any, ...]:
-        """Arguments that take the place of a descriptor.
-
-        They hold the address of the descriptor's tensor, and do not keep the tensor.
-
-        Args:
-            descriptor: Descriptor of the same sizes and dtype as the kernel's.
-        """
+        """Arguments that take the place of a descriptor: its address; the tensor is not kept."""
         markers = [descriptor if isinstance(m, TensorDescriptor) else m for m in self._markers]
         given = self._given(None, markers)
         passed = given[-1] if self.is_nested else given[len(self.head) + 1 + len(self.middle) :]

@@ -71,7 +71,7 @@ class RowLayout:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a two-dimensional tensor descriptor can describe it."""
+        """True if a two-dimensional tensor descriptor can describe it."""
         return (
             self.kind == "rows"
             and self.is_aligned
@@ -81,7 +81,7 @@ class RowLayout:
 
 
 def is_address_aligned(rows: Tensor) -> bool:
-    """Whether the first element lies where vectors can begin."""
+    """True if the first element lies where vectors can begin."""
     return rows.data_ptr() % VECTOR_BYTES == 0
 
 
@@ -112,11 +112,11 @@ def row_layout_of(
     """Layout as of :func:`row_layout`, for a tensor that holds its channels anywhere.
 
     Args:
-        shape: Of the tensor.
-        strides: Of the tensor, in elements.
-        element_bytes: Of one.
+        shape: Shape of the tensor.
+        strides: Strides of the tensor, in elements.
+        element_bytes: Bytes of an element.
         is_address_aligned: See :func:`is_address_aligned`.
-        channel_dim: Where the channels are; rows run over the other dimensions, in order.
+        channel_dim: Dimension of the channels; rows run over the other dimensions, in order.
     """
     if channel_dim != -1:
         shape, strides = (

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether the kernels run in Triton's interpreter, on the CPU: decided where triton is imported."""
+"""True if the kernels run in Triton's interpreter, on the CPU: decided where triton is imported."""
 
 MODES = {"direct": 0, "split": 1, "tf32": 2, "ieee": 3}
 """Numbers of the modes below, for launchers."""
@@ -222,7 +222,7 @@ def note_broken(ends, count):
 
 @triton.jit
 def has_broken(ends):
-    """Whether the update may have met a row that is not finite: the notes then say how many.
+    """True if the update may have met a row that is not finite: the notes then say how many.
 
     True by chance where memory that nobody has written holds the token; false only where all rows
     are finite.

@@ -75,19 +75,10 @@ def follow_mean_(
     flat: Tensor,
     row_weight: Tensor | None = None,
 ) -> None:
-    """Moves the shift of a state to the mean of the rows to come, where the two are far apart.
+    """Moves the shift of a state to the mean of rows to come, where the two are far apart.
 
-    Sums about a shift that is far from the rows cancel. No host synchronisation.
-
-    Args:
-        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`.
-            [tiles, 32, 32]
-        sum: Tensor of the state. [C]
-        shift: Tensor of the state. [C]
-        weight: Tensor of the state. []
-        count: Tensor of the state. [2]
-        flat: Rows to come, at least one. [N, C]
-        row_weight: Weights of the rows; rows of weight 0 are passed over. [N]
+    Sums about a shift that is far from the rows cancel. At least one row comes [N, C]; those of
+    weight 0 are passed over. No host synchronisation.
     """
     stride = max(1, len(flat) // SHIFT_ROWS)  # rows from all over the call
     spread_weight = None if row_weight is None else row_weight[::stride]
@@ -178,21 +169,9 @@ def accumulate_in_float64_(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    """Adds rows of any dtype converted to float64, a few MiB at a time.
+    """Adds rows of any dtype converted to float64, a few MiB at a time, by a given operator.
 
-    Args:
-        accumulate_: Operator that adds the converted rows.
-        moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`.
-            [tiles, 32, 32]
-        sum: Tensor of the state. [C]
-        shift: Tensor of the state. [C]
-        weight: Tensor of the state. []
-        count: Tensor of the state. [2]
-        rows: Rows of any strides. [..., C] or, with ``channel_dim``, [B, C, ...]
-        channel_dim: Dimension of the channels.
-        row_weight: One weight a row. [N]
-        row_scale: Factor on every row's weight.
-        decay: Factor on the sums that the state holds.
+    Other arguments are those of the operator.
     """
     rows = rows.detach()
     state = (moment, sum, shift, weight, count)

@@ -19,12 +19,7 @@ _BLOCK_TILE = 32  # kGatherTile
 
 
 def blocks_of(most_rows: int, is_contiguous: bool) -> int:
-    """Blocks of a launch.
-
-    Args:
-        most_rows: Rows that one call copies at most.
-        is_contiguous: Whether each row lies in one piece.
-    """
+    """Blocks of a launch that copies so many rows at most, each of which may lie in one piece."""
     return -(-most_rows // (_BLOCK_ROWS if is_contiguous else _BLOCK_TILE))
 
 
@@ -98,10 +93,8 @@ class CountedGather:
             self.prepared = torch.frombuffer(numbers, dtype=torch.int64)
 
     def launch_(self, rows: Tensor) -> None:
-        """Copies the rows that are due.
+        """Copies the rows that are due from a row view, or from its activation.
 
-        Args:
-            rows: The row view, or the activation that it is a view of: only its address counts.
 
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fastcov.ops import aten_eigen, library, native
 from fastcov.ops.library import operators
-from fastcov.ops.transforms import has_derivative, is_transforming, is_wrapped
+from fastcov.ops.transforms import has_derivative, is_wrapped
 
 MATRIX_DTYPES = (torch.float32, torch.float64)
 # Largest order whose eigenvectors the compiled CPU library finds in no more time than LAPACK: up to
@@ -55,10 +55,12 @@ def eigvalsh(A: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     r"""Eigenvalues of symmetric matrices, ascending.
 
     Accurate to 6e-6 of the largest magnitude in float32 up to n = 256 and 1e-5 up to 2048, to
-    1e-13 sqrt(n) in float64: measured on 35 families of matrices, of which the worst came to 4e-6
+    1e-13 sqrt(n) in float64. Of 35 families of matrices, measured on a CPU, the worst came to 4e-6
     and 1e-13 (benchmarks/README.md names the table). Without the compiled library LAPACK's float32
-    takes over, which was off by up to 9e-5. On a GPU with the compiled library: no host
-    synchronisation and capturable in a CUDA graph up to n = 2048; larger matrices, and every matrix
+    takes over, which was off by up to 9e-5.
+
+    On a GPU with the compiled library matrices up to n = 2048 are solved without host
+    synchronisation, so that a CUDA graph can capture the call. Larger matrices, and every matrix
     without the library, go to ``torch.linalg``, which synchronises.
 
     Matrices of a batch share instructions, so that the last bits of a result may depend on how many
@@ -147,13 +149,10 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
         if not _is_plain(A):
             _check_matrix(A, "A")
             return _eigh_by_torch(A) if _is_for_torch(A) else _eigh([A])[0]
-        if A.is_cpu:
-            order = A.shape[-1]
-            if order > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled():
-                return _eigh_of_numbers(A)
-            if order == 1:  # no operator of ours is as fast; NaN where not finite
-                zero = A - A
-                return Eigensystem((A + zero).squeeze(-1), zero.exp_())
+        if A.is_cpu and (
+            A.shape[-1] > _LARGEST_NATIVE or torch.are_deterministic_algorithms_enabled()
+        ):
+            return _eigh_of_numbers(A)
         try:
             values, vectors = library.eigh([A])
         except (MemoryError, RuntimeError) as error:
@@ -257,7 +256,7 @@ def _is_plain(matrix: Tensor) -> bool:
         # Tangents exist inside of a level alone, and traced code has none.
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
-        and not is_transforming()
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 

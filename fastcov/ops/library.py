@@ -171,10 +171,8 @@ class Observer(Protocol):
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
         """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
 
-    def observe_named(
-        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
-    ) -> None:
-        """Reads a tensor that the user's forward names."""
+    def observe_named(self, name: str, tensor: Tensor, channel_dim: int) -> None:
+        """Reads a tensor that the user's forward names, in compiled code."""
 
     def observe_gradient(self, tap: int, gradient: Tensor) -> None:
         """Reads the gradient of one activation."""
@@ -216,39 +214,27 @@ observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
 """Open watchers by the number that their clock holds. Calls for a closed one do nothing."""
 
 
-def _begin_step(clock: Tensor) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.begin_step()
+def _passed_on(method: str, has_tap: bool) -> Callable[..., None]:
+    def call(clock: Tensor, *arguments: Any) -> None:
+        if (target := observers.get(int(clock))) is not None:
+            if has_tap:
+                arguments = (int(arguments[0]), *arguments[1:])
+            getattr(target, method)(*arguments)
+
+    return call
 
 
-def _take_mask(clock: Tensor, mask: Tensor) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.take_mask(mask)
-
-
-def _observe(clock: Tensor, tap: Tensor, activation: Tensor, batch_dims: int = 0) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.observe(int(tap), activation, batch_dims)
-
-
-def _observe_named(clock: Tensor, name: str, tensor: Tensor, channel_dim: int) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.observe_named(name, tensor, channel_dim, is_compiled=True)
-
-
-def _observe_gradient(clock: Tensor, tap: Tensor, gradient: Tensor) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.observe_gradient(int(tap), gradient)
-
-
-def _refuse(clock: Tensor, tap: Tensor, reason: str) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.refuse(int(tap), reason)
-
-
-def _end_step(clock: Tensor) -> None:
-    if (target := observers.get(int(clock))) is not None:
-        target.end_step()
+for _method, _has_tap in (
+    ("begin_step", False),
+    ("take_mask", False),
+    ("observe", True),
+    ("observe_named", False),
+    ("observe_gradient", True),
+    ("refuse", True),
+    ("end_step", False),
+):
+    _implementation = _passed_on(_method, _has_tap)
+    _LIBRARY.impl(f"{_method}_", _implementation, "CompositeExplicitAutograd")
 
 
 def _observe_vmapped(
@@ -265,13 +251,6 @@ def _observe_vmapped(
     return None, None
 
 
-_LIBRARY.impl("begin_step_", _begin_step, "CompositeExplicitAutograd")
-_LIBRARY.impl("take_mask_", _take_mask, "CompositeExplicitAutograd")
-_LIBRARY.impl("observe_", _observe, "CompositeExplicitAutograd")
-_LIBRARY.impl("observe_named_", _observe_named, "CompositeExplicitAutograd")
-_LIBRARY.impl("observe_gradient_", _observe_gradient, "CompositeExplicitAutograd")
-_LIBRARY.impl("refuse_", _refuse, "CompositeExplicitAutograd")
-_LIBRARY.impl("end_step_", _end_step, "CompositeExplicitAutograd")
 torch.library.register_vmap("fastcov::observe_", _observe_vmapped, lib=_LIBRARY)
 for _name, _rule in vmapped.RULES.items():
     torch.library.register_vmap(f"fastcov::{_name}", _rule, lib=_LIBRARY)
@@ -292,6 +271,7 @@ def _accumulate_cuda(
     row_weight: Tensor | None = None,
     row_scale: float = 1.0,
     decay: float = 1.0,
+    *,
     precision: Precision = "split",
 ) -> None:
     state = (moment, sum, shift, weight, count)
@@ -321,16 +301,9 @@ def accumulation_of(
 ) -> Callable[[Tensor], None] | None:
     """Function that adds rows on a GPU without torch's dispatcher, which takes 4 us of every hook.
 
-    To be called outside of all modes and transforms.
-
-    Args:
-        state: Tensors to add to; the function is valid while they stay the same.
-        rows: Tensor of the device and dtype of the rows to come.
-        channel_dim: Dimension of the rows to come that holds the channels.
-
-    Returns:
-        :meth:`fastcov.kernels.covariance.Accumulation.add`; None where Triton does not serve, and
-        the operator ``accumulate_`` must be called.
+    Valid while the state's tensors stay the same, for rows of the given one's device and dtype; to
+    be called outside of all modes and transforms. None where Triton does not serve, and the
+    operator ``accumulate_`` must be called.
     """
     if not _is_triton(rows):
         return None
@@ -348,13 +321,10 @@ def _accumulate_at_precision_cuda(
     count: Tensor,
     rows: Tensor,
     precision: Precision,
-    channel_dim: int = -1,
-    row_weight: Tensor | None = None,
-    row_scale: float = 1.0,
-    decay: float = 1.0,
+    *options: Any,
 ) -> None:
     state = (moment, sum, shift, weight, count)
-    _accumulate_cuda(*state, rows, channel_dim, row_weight, row_scale, decay, precision)
+    _accumulate_cuda(*state, rows, *options, precision=precision)
 
 
 def _accumulate_at_precision_cpu(
@@ -365,19 +335,14 @@ def _accumulate_at_precision_cpu(
     count: Tensor,
     rows: Tensor,
     precision: Precision,
-    channel_dim: int = -1,
-    row_weight: Tensor | None = None,
-    row_scale: float = 1.0,
-    decay: float = 1.0,
+    *options: Any,
 ) -> None:
     # The CPU ignores the precisions of float32: its products always have as much.
     state = (moment, sum, shift, weight, count)
     if precision == "float64":
-        aten.accumulate_in_float64_(
-            accumulate_, *state, rows, channel_dim, row_weight, row_scale, decay
-        )
+        aten.accumulate_in_float64_(accumulate_, *state, rows, *options)
     else:
-        accumulate_(*state, rows, channel_dim, row_weight, row_scale, decay)
+        accumulate_(*state, rows, *options)
 
 
 def _gather_cuda(
@@ -433,7 +398,6 @@ operators = torch.ops.fastcov
 # call, 0.2 to 1.8 us, and the overload's __call__ only passes its arguments on to `_op`, 0.3 us.
 accumulate_: Callable[..., None] = operators.accumulate_.default._op
 accumulate_at_precision_: Callable[..., None] = operators.accumulate_at_precision_.default._op
-assign_: Callable[..., None] = operators.assign_.default._op
 accumulate_affine_: Callable[..., Tensor] = operators.accumulate_affine_.default._op
 gather_: Callable[..., None] = operators.gather_.default._op
 gather_again_: Callable[..., int] = operators.gather_again_.default._op

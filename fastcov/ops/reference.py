@@ -207,7 +207,7 @@ def gather_reference_(
     Args:
         buffer: Destination, the rows' dtype. [capacity, C]
         rows: Any strides; dim 0 holds the images. [B, ..., C]
-        buffer_row: Where the first sample goes.
+        buffer_row: Row of the buffer for the first sample.
         first_sample: See :func:`sample_index_reference`.
         samples: How many rows to copy.
         run_length: See :func:`sample_index_reference`.
@@ -227,7 +227,7 @@ def eigenvalue_tolerance(order: int, dtype: torch.dtype) -> float:
     """Bound on the error of an eigenvalue, as a fraction of the largest magnitude among them.
 
     A measurement, not a theorem: the largest error over the families of
-    :mod:`fastcov.bench.eigen_accuracy` on every path, with room to spare.
+    :mod:`fastcov.bench.eigen_families` on every path of a CPU, with room to spare.
 
     Args:
         order: Size n of the n x n matrix.

@@ -24,10 +24,16 @@ def is_transforming() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+# What torch.compiler.assume_constant_result does, without importing the compiler: the answer at the
+# time of tracing. A compiled graph is guarded by the transforms that it was traced in.
+vars(is_transforming)["_dynamo_marked_constant"] = True
+
+
 def has_derivative(tensor: Tensor) -> bool:
     """True if a result of this tensor would be differentiated, in reverse or forward mode."""
-    if torch.compiler.is_compiling():  # traced code has no tangents of its own
-        return tensor.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        # Traced code has no tangents of its own. Which transform it is in cannot be traced.
+        return (tensor.requires_grad and torch.is_grad_enabled()) or is_transforming()
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_gradtrackingtensor(tensor):
             return True

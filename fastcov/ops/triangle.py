@@ -76,15 +76,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(tiles: Tensor, channels: int) -> Tensor:
-    """Symmetric matrix of a triangle.
-
-    Args:
-        tiles: From :func:`zeros` or :func:`pack`. [tiles, 32, 32]
-        channels: Order of the matrix, C.
-
-    Returns:
-        Both halves, from the lower one. [C, C]
-    """
+    """Symmetric matrix [C, C], both halves, of a triangle [tiles, 32, 32]."""
     edges = _edges_of(channels)
     row, column = _numbers(edges, tiles.device)
     matrix = tiles.new_empty(edges * TILE, edges * TILE)
@@ -112,14 +104,8 @@ def clamp_diagonal_(tiles: Tensor, channels: int) -> None:
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
-    """Triangle of the products of two vectors' entries, ``left[i] * right[j]``.
-
-    Args:
-        left: Factors of the rows. [C]
-        right: Factors of the columns. [C]
-
-    Returns:
-        The tiles. [tiles, 32, 32]
+    """Triangle [tiles, 32, 32] of the products ``left[i] * right[j]`` of two vectors' entries. [C]
+    each
     """
     rows, columns = _spread(torch.stack((left, right)))
     return rows[0] * columns[1]

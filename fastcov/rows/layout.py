@@ -169,14 +169,8 @@ def key_of(value: Tensor) -> Key | None:
 def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> array[int]:
     """Numbers by which compiled operators compare the layout of an activation.
 
-    Args:
-        activation: Tensor of at most 5 dimensions.
-        run_length: Neighbouring positions that are read together.
-        channel_dim: Dimension that holds the channels.
-
-    Returns:
-        Run length, channel dimension, code of the dtype, number of dimensions, sizes and strides:
-        the tail of the struct in csrc/cursor.h.
+    Run length, channel dimension, code of the dtype, number of dimensions, sizes and strides of at
+    most 5: the tail of the struct in csrc/cursor.h.
     """
     unused = (0,) * (MOST_DIMS - activation.dim())
     head = (run_length, channel_dim, ROW_DTYPES[activation.dtype].code, activation.dim())

@@ -156,7 +156,7 @@ def policy_of(rows: object) -> Policy:
     return Share(rows)
 
 
-def rows_per_channel(loads: Sequence[LayerLoad], budget: float = AUTO_BUDGET) -> float:
+def rows_per_channel(loads: Sequence[LayerLoad]) -> float:
     r"""Rows per channel and step for which second moments cost a share of the training flops.
 
     .. math:: \sum_l k_l \frac{C_l (C_l + 1)}{2} = \text{budget} \cdot 3 \sum_l \text{macs}_l,
@@ -168,7 +168,6 @@ def rows_per_channel(loads: Sequence[LayerLoad], budget: float = AUTO_BUDGET) ->
 
     Args:
         loads: Loads of all layers in one step.
-        budget: Share of the training flops.
 
     Returns:
         Rows per channel, rho; infinite where the budget pays for every row.
@@ -182,7 +181,7 @@ def rows_per_channel(loads: Sequence[LayerLoad], budget: float = AUTO_BUDGET) ->
     macs = sum(load.macs for load in offered) or sum(
         load.rows * load.channels**2 for load in offered
     )
-    macs_left = budget * _TRAINING_TO_FORWARD * macs
+    macs_left = AUTO_BUDGET * _TRAINING_TO_FORWARD * macs
     offered.sort(key=lambda load: load.rows / load.channels)
     for position, load in enumerate(offered):
         # Of one row per channel on this layer and all that offer more rows per channel.

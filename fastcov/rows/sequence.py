@@ -61,16 +61,7 @@ def first_fill(layer: int) -> float:
     return 1.0 - layer * _GOLDEN_RATIO % 1.0
 
 
-def sequence_phase(name: str, rank: int = 0, seed: int = 0) -> int:
-    """Start of a layer's sampling sequence, different for every layer, rank and seed.
-
-    Args:
-        name: Name of the layer.
-        rank: Rank of this process.
-        seed: Number that changes all sequences.
-
-    Returns:
-        64 bits as a signed integer.
-    """
-    digest = hashlib.blake2b(f"{seed}/{rank}/{name}".encode(), digest_size=8).digest()
+def sequence_phase(name: str, rank: int = 0) -> int:
+    """Start of a layer's sampling sequence, 64 bits; another for every layer and rank."""
+    digest = hashlib.blake2b(f"0/{rank}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

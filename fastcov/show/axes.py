@@ -40,26 +40,12 @@ def shown_axes(width: float, height: float) -> Axes:
 
 
 def free_axes(lines: int) -> Axes:
-    """Axes of a new figure that pyplot does not hold.
-
-    Args:
-        lines: Layers, one a line, for which the figure is high enough.
-
-    Returns:
-        The axes.
-    """
+    """Axes of a new figure that pyplot does not hold, high enough for some lines, one a layer."""
     return Figure(figsize=(7.2, line_height(lines)), layout="constrained").add_subplot()
 
 
 def png(drawing: Figure | Axes) -> bytes:
-    """Picture of a figure, at 144 dots an inch.
-
-    Args:
-        drawing: A figure, or the axes of one.
-
-    Returns:
-        A PNG file.
-    """
+    """PNG file of a figure, or of the figure of some axes, at 144 dots an inch."""
     picture = io.BytesIO()
     figure = drawing.get_figure() if isinstance(drawing, Axes) else drawing
     if not isinstance(figure, Figure):
@@ -96,13 +82,7 @@ def positive(descending: Tensor) -> tuple[Tensor, Tensor]:
 def draw_relative(ax: Axes, spectrum: Spectrum, **style: Any) -> float:
     """Curve of a spectrum over its largest eigenvalue, none where that is zero.
 
-    Args:
-        ax: Where to draw.
-        spectrum: Of any width.
-        **style: Of matplotlib's line.
-
-    Returns:
-        The smallest value drawn; infinity where none is.
+    Returns the smallest value drawn; infinity where none is.
     """
     if not bool(spectrum.eigenvalues[0] > 0):
         return math.inf
@@ -112,12 +92,8 @@ def draw_relative(ax: Axes, spectrum: Spectrum, **style: Any) -> float:
 
 
 def place_legend(ax: Axes, size: float, labels: Sequence[str] | None = None) -> None:
-    """Legend where the fewest points are, readable where it must cover some.
-
-    Args:
-        ax: Whose curves have labels.
-        size: Of the type, in points.
-        labels: Those to show; None shows all.
+    """Legend where the fewest points are, readable where it must cover some; of all labels or of
+    some.
     """
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     chosen = list(handles) if labels is None else labels

@@ -1,6 +1,6 @@
 """Figures of small multiples: every layer in a cell of its own, on common scales."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastcov.show.axes import (
     SECOND,
@@ -13,8 +13,9 @@ from fastcov.show.axes import (
 )
 from fastcov.show.axes import free_axes as free_axes
 from fastcov.show.axes import png as png
-from fastcov.show.plot import find_view
+from fastcov.show.plot import find_view, plot_ridges
 from fastcov.spectra.compare import Comparison
+from fastcov.spectra.history import History
 from fastcov.spectra.spectrum import Spectrum
 
 
@@ -25,7 +26,7 @@ def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Fi
 
     Args:
         spectra: Name to spectrum.
-        threshold: Of the dimension in each title, and of the dashed line.
+        threshold: Threshold of the dimension in each title, and of the dashed line.
 
     Returns:
         A figure that pyplot does not hold.
@@ -41,11 +42,50 @@ def spectra_grid(spectra: Mapping[str, Spectrum], threshold: float = 1e-3) -> Fi
     return figure
 
 
+def most_changed(history: History, most: int = 6) -> list[str]:
+    """Layers whose share of used directions changed most over a training, in the model's order.
+
+    Args:
+        history: Of one training.
+        most: Layers, at most.
+
+    Returns:
+        Names of layers with a positive eigenvalue in two snapshots or more.
+    """
+    layers, _, dims = history.dims()
+    changes: dict[str, float] = {}
+    for name, row, width in zip(layers, dims, history.channels().values(), strict=True):
+        known = row[row > 0]  # a NaN is not
+        if len(known) > 1:
+            changes[name] = float(known.max() - known.min()) / width
+    chosen = sorted(changes, key=lambda name: -changes[name])[:most]
+    return [name for name in layers if name in chosen]
+
+
+def ridges_grid(history: History, layers: Sequence[str]) -> Figure:
+    """Ridge plots of layers, two a row; see :func:`fastcov.show.plot.plot_ridges`.
+
+    Args:
+        history: Of one training.
+        layers: Names, at least one.
+
+    Returns:
+        A figure that pyplot does not hold.
+    """
+    rows = -(-len(layers) // 2)
+    height = 1.4 + 0.22 * max(min(len(history), 24), 8)
+    figure = Figure(figsize=(10.4, rows * height), layout="constrained")
+    for place, name in enumerate(layers):
+        ax = plot_ridges(history, name, figure.add_subplot(rows, 2, place + 1))
+        ax.set_title(short(name), fontsize=10)
+    return figure
+
+
 def comparison_grid(comparison: Comparison, view: str = "dims") -> Figure:
     """Small multiples: every common layer in both trainings.
 
     Args:
-        comparison: Of two histories.
+        comparison: Comparison of two histories.
         view: "dims" over steps, "spectra" at the end, or "distance" over the common steps.
 
     Returns:

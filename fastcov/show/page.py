@@ -14,7 +14,7 @@ import torch
 
 from fastcov.files import replacing
 from fastcov.show.axes import free_axes, png
-from fastcov.show.figures import comparison_grid, spectra_grid
+from fastcov.show.figures import comparison_grid, most_changed, ridges_grid, spectra_grid
 from fastcov.show.plot import plot_comparison, plot_demand, plot_dims
 from fastcov.show.status import HEADINGS, MEASURES, LayerStatus, Summary
 from fastcov.show.tables import comparison_legend, comparison_rows, printable
@@ -38,7 +38,7 @@ class Section:
         heading: Also the text that stands for the picture.
         caption: Sentences under the heading.
         picture: A PNG file.
-        headings: Of a table.
+        headings: Headings of the table.
         lines: Cells of the table, as many as headings.
         legend: Term to meaning.
     """
@@ -57,10 +57,10 @@ def write_page(
     """Page of any sections.
 
     Args:
-        path: Of the page; written to a temporary name, then renamed. Folders are made as needed.
+        path: Path of the page, whose folders are made; written to a temporary name, then renamed.
         title: Heading.
         introduction: Sentences under it.
-        sections: In their order.
+        sections: Sections in their order.
 
     Returns:
         The page's path.
@@ -108,7 +108,7 @@ def write_report(
     """Page about one training: demand against width, dims over training, every spectrum, a table.
 
     Args:
-        path: Of the page; written to a temporary name, then renamed.
+        path: Path of the page; written to a temporary name, then renamed.
         history_or_statuses: A history, whose last snapshot fills the table, or the statuses of a
             tracker's layers.
         title: Heading.
@@ -141,6 +141,16 @@ def write_report(
     if spectra and history is not None and len(history) > 1:
         axes = plot_dims(history, free_axes(len(history.layers())))
         sections.append(Section("Dimension over training", picture=png(axes)))
+        if changed := most_changed(history):
+            sections.append(
+                Section(
+                    "Spectra over training",
+                    "Layers that changed most. Each ridge is the density of a snapshot's "
+                    "eigenvalues over the largest; in colour: above 1e-3; their number at the "
+                    "right.",
+                    png(ridges_grid(history, changed)),
+                )
+            )
     if spectra:
         sections.append(
             Section(
@@ -164,8 +174,8 @@ def write_comparison(
     """Page about two trainings: distances, and every layer in both.
 
     Args:
-        path: Of the page; written to a temporary name, then renamed.
-        comparison: Of two histories.
+        path: Path of the page; written to a temporary name, then renamed.
+        comparison: Comparison of two histories.
         title: Heading.
 
     Returns:

@@ -72,7 +72,7 @@ def plot_spectrum(
 
     Args:
         spectrum: One spectrum, or name to spectrum.
-        ax: Where to draw; None makes a figure.
+        ax: Axes to draw into; None makes a figure.
         threshold: Relative height of the dashed line.
 
     Returns:
@@ -153,9 +153,9 @@ def plot_dims(
     small shares apart. The last dim and the width stand at the right. Grey: no row had been read.
 
     Args:
-        history: Of one training.
-        ax: Where to draw; None makes a figure as high as the layers need.
-        threshold: Of the dimension, relative to the largest eigenvalue.
+        history: History of one training.
+        ax: Axes to draw into; None makes a figure as high as the layers need.
+        threshold: Threshold of the dimension, relative to the largest eigenvalue.
 
     Returns:
         The axes.
@@ -213,10 +213,10 @@ def plot_ridges(
     many snapshots, 24 at most are drawn, evenly spaced among them, the last one always.
 
     Args:
-        history: Of one training.
+        history: History of one training.
         layer: Layer name; None takes the only one there is.
-        ax: Where to draw; None makes a figure.
-        threshold: Of the dimension, relative to the largest eigenvalue, in (0, 1).
+        ax: Axes to draw into; None makes a figure.
+        threshold: Threshold of the dimension, relative to the largest eigenvalue, in (0, 1).
 
     Returns:
         The axes.
@@ -316,7 +316,7 @@ def plot_demand(
 
     Args:
         spectra: Name to spectrum.
-        ax: Where to draw; None makes a figure as high as the layers need.
+        ax: Axes to draw into; None makes a figure as high as the layers need.
 
     Returns:
         The axes.
@@ -358,8 +358,8 @@ def plot_comparison(
     """Two trainings: distance of every layer's spectra, or one layer in both.
 
     Args:
-        comparison: Of two histories.
-        ax: Where to draw; None makes a figure.
+        comparison: Comparison of two histories.
+        ax: Axes to draw into; None makes a figure.
         layer: None draws "distance" for all layers; a name is needed for the other views.
         view: "distance" at the end (bars) or, with a layer, over the common steps; "dims" over
             steps; "spectra" at the end.

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch as torch
-
 from fastcov.rows.policy import ENOUGH_ROWS_PER_CHANNEL
 from fastcov.show.tables import text_table
 from fastcov.spectra.spectrum import Spectrum
@@ -227,8 +225,8 @@ class Measure(NamedTuple):
     Args:
         key: Last part of the summary's keys.
         read: Function of a spectrum.
-        heading: Of the column; empty where the table leaves it out.
-        meaning: Of the number, for the legend.
+        heading: Heading of the column; empty where the table leaves it out.
+        meaning: Meaning of the number, for the legend.
         digits: After the decimal point in the table.
     """
 

@@ -37,11 +37,7 @@ def printable(text: str) -> str:
 def comparison_rows(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and cells of a comparison: dimensions at the end, and the distance of the spectra.
 
-    Args:
-        comparison: Of two histories.
-
-    Returns:
-        Headings, and one line a layer; layers that only one training has come last.
+    One line a layer; layers that only one training has come last.
     """
     headings = ("layer", "width a", "width b", "dim a", "dim b", "dof a", "dof b", "distance")
     lines: list[tuple[str, ...]] = [

@@ -16,8 +16,8 @@ class LayerComparison:
         name: Layer name.
         steps_a: Steps at which the first training has a spectrum of the layer.
         dims_a: Intrinsic dimension (relative, 1e-3 unless chosen otherwise) at these steps.
-        steps_b: As ``steps_a``, second training.
-        dims_b: As ``dims_a``, second training.
+        steps_b: Such steps of the second training.
+        dims_b: Dimension at those steps.
         end_a: Last spectrum of the first training.
         end_b: Last spectrum of the second training.
         distance: Between ``end_a`` and ``end_b``; see :func:`spectral_distance`.
@@ -47,7 +47,7 @@ class Comparison:
         only_b: Layers that only the second training has.
         label_a: Name of the first training, its folder where it has one.
         label_b: Name of the second training.
-        threshold: Of the intrinsic dimensions, relative to the largest eigenvalue.
+        threshold: Threshold of the intrinsic dimensions, relative to the largest eigenvalue.
     """
 
     layers: tuple[LayerComparison, ...]
@@ -71,9 +71,9 @@ def compare_histories(
     Args:
         a: First training.
         b: Second training; widths may differ.
-        threshold: Of the intrinsic dimension, relative to the largest eigenvalue.
+        threshold: Threshold of the intrinsic dimension, relative to the largest eigenvalue.
         label_a: Name for tables and figures; None takes the folder's.
-        label_b: As ``label_a``.
+        label_b: Name of the second training.
 
     Returns:
         Dimensions over steps, last spectra and their distance for the layers of both; the names of

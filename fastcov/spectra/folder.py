@@ -182,17 +182,13 @@ class HistoryFolder:
 
 
 def parse_line(line: bytes, index: int) -> dict[str, Any]:
-    """Fields of one line of ``history.jsonl``; every one that is used later is checked.
+    """Fields of one line of ``history.jsonl``: step, wall_s, length and layers, each checked.
 
-    Args:
-        line: With or without its newline.
-        index: Number of the snapshot, from 0.
-
-    Returns:
-        step, wall_s, length and layers; a layer has name, offset, channels, count and total.
+    A layer has name, offset, channels, count and total.
 
     Raises:
-        ValueError: Saying which field is wrong; json.JSONDecodeError where it is no JSON at all.
+        ValueError: If a field is wrong; names the field. json.JSONDecodeError where it is no JSON
+    at all.
     """
     try:
         fields = json.loads(line.decode("utf-8", errors="replace"))

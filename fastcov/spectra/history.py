@@ -81,8 +81,8 @@ class History:
         """Intrinsic dimension of every layer at every snapshot.
 
         Args:
-            threshold: As in ``Spectrum.dim``.
-            relative: As in ``Spectrum.dim``.
+            threshold: See ``Spectrum.dim``.
+            relative: See ``Spectrum.dim``.
 
         Returns:
             Layer names, steps, and a float64 tensor that is NaN where a layer had no rows yet.
@@ -100,7 +100,7 @@ class History:
         """Addition of a snapshot at the end; with a folder, it is on disk when this returns.
 
         Args:
-            snapshot: Its step must not lie before the last one.
+            snapshot: Snapshot whose step must not lie before the last one.
 
         Raises:
             ValueError: If its step lies before the last one, or another process wrote here.
@@ -116,24 +116,13 @@ class History:
         self._store.append(snapshot)
 
     def truncate(self, step: int) -> None:
-        """Removal of the snapshots of a step and later, before a resume from an older checkpoint.
-
-        Args:
-            step: First step to drop.
-        """
+        """Removal of the snapshots of a step and later, for a resume from an older checkpoint."""
         keep = sum(kept < step for kept in self._store.steps)
         if keep < len(self):
             self._store.truncate(keep)
 
     def start_anew(self) -> Path | None:
-        """Removal of the snapshots of an earlier run into a folder of their own, ``earlier-1``.
-
-        Returns:
-            The new folder inside the history's; None where there was nothing to move.
-
-        Raises:
-            OSError: If the folder cannot be written.
-        """
+        """Removal of an earlier run's snapshots to a new folder ``earlier-1``, returned."""
         if self.folder is None or not len(self):
             return None
         numbers = itertools.count(1)

@@ -69,9 +69,7 @@ class PendingSpectra:
 class SnapshotQueue:
     """Snapshots in the order of their steps, appended to a history when their spectra are there.
 
-    Args:
-        history: Gets the snapshots.
-        owner: At its end, or that of the process, everything pending is appended.
+    At the end of the owner, or of the process, everything pending is appended.
     """
 
     def __init__(self, history: History, owner: object) -> None:

@@ -11,16 +11,14 @@ from fastcov.spectra.spectrum import Spectrum
 def sensitivity_spectrum(
     covariance: Tensor, gradient: Tensor, count: int, name: str = ""
 ) -> Spectrum:
-    r"""Spectrum of :math:`S^{1/2} G S^{1/2}` for two positive semidefinite matrices.
+    """Spectrum of :math:`S^{1/2} G S^{1/2}` for two positive semidefinite matrices S and G.
+
 
     Args:
         covariance: Second moment S of the features. [C, C]
         gradient: Second moment G of the loss's gradient with respect to them. [C, C]
         count: Rows behind the two, the smaller number.
-        name: Of the layer.
-
-    Returns:
-        The spectrum; its trace is that of S G.
+        name: Name of the layer.
 
     Example:
         >>> S, G = torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([0.5, 1.0]))

@@ -65,16 +65,9 @@ def squared_norm(sketch: Tensor) -> Tensor:
 def estimated_eigenvalues(
     sketched: Tensor, squares: float, channels: int, total: float
 ) -> tuple[Tensor, SketchFacts]:
-    """Eigenvalues of S from those of R^T S R.
+    """Eigenvalues of S [C], descending, from those of R^T S R [r], and the facts of the sketch.
 
-    Args:
-        sketched: Eigenvalues of R^T S R, in any order. [r]
-        squares: From :func:`squared_norm`.
-        channels: Order of S, C.
-        total: Trace of S, which is known.
-
-    Returns:
-        Eigenvalues, descending, that sum up to ``total`` [C], and the facts.
+    The trace of S is known, the squares come from :func:`squared_norm`.
     """
     width = len(sketched)
     values = sketched.double().clamp(min=0).sort(descending=True).values

@@ -41,7 +41,8 @@ class Spectrum:
     """Eigenvalues of one layer's covariance, with the measures that are read off them.
 
     Args:
-        eigenvalues: In any order; kept on the CPU in float64, descending, negatives as zero. [C]
+        eigenvalues: Values in any order; kept on the CPU in float64, descending, negatives as
+            zero. [C]
         count: Rows behind the covariance. With decay or unequal row weights pass the effective
             number, (sum w)^2 / sum w^2, or ``uncertainty`` is too narrow.
         total: Trace of the covariance.
@@ -102,7 +103,7 @@ class Spectrum:
             eigenvalues: Of the covariance [C], or of its sketch, [r] with r < C.
             count: Rows behind the covariance.
             total: Trace of the covariance; rounding may have made it negative.
-            squares: Of a sketch, from :func:`fastcov.spectra.sketched.squared_norm`.
+            squares: Sum of a sketch, from :func:`fastcov.spectra.sketched.squared_norm`.
             channels: C.
             name: Layer name.
         """
@@ -254,7 +255,7 @@ def dim(eigenvalues: Tensor, threshold: float = 1e-3, relative: bool = True) -> 
     .. math:: \#\{i : \lambda_i > \text{threshold} \cdot \lambda_{\max}\}
 
     Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
+        eigenvalues: Values in any order; negatives count as zero. [..., C]
         threshold: Finite, at least 0.
         relative: Compare with ``threshold`` times the largest eigenvalue; otherwise with
             ``threshold`` itself, which saturates at C on features that are not normalised.
@@ -271,9 +272,9 @@ def dim(eigenvalues: Tensor, threshold: float = 1e-3, relative: bool = True) -> 
         >>> dim(torch.tensor([10.0, 1.0, 0.005]), relative=False)
         tensor(3)
     """
-    if not (math.isfinite(threshold) and threshold >= 0):
+    if not (_is_number(threshold) and math.isfinite(threshold) and threshold >= 0):
         raise ValueError(
-            f"threshold must be finite and >= 0, got {threshold}; 1e-3 is the usual choice"
+            f"threshold must be finite and >= 0, got {threshold!r}; 1e-3 is the usual choice"
         )
     descending = _descending(eigenvalues)
     bound = descending[..., :1] * threshold if relative else threshold
@@ -286,7 +287,7 @@ def rank_at(eigenvalues: Tensor, share: float = 0.99) -> Tensor:
     .. math:: k^* = \min\{k : \sum_{i \le k} \lambda_i \ge \text{share} \sum_i \lambda_i\}
 
     Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
+        eigenvalues: Values in any order; negatives count as zero. [..., C]
         share: Fraction of the variance to keep, in (0, 1].
 
     Returns:
@@ -299,8 +300,8 @@ def rank_at(eigenvalues: Tensor, share: float = 0.99) -> Tensor:
         >>> rank_at(torch.tensor([4.0, 1.0, 0.0]), share=0.9)
         tensor(2)
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}; 0.99 keeps 99 % of the variance")
+    if not (_is_number(share) and 0 < share <= 1):
+        raise ValueError(f"share must be in (0, 1], got {share!r}; 0.99 keeps 99 % of the variance")
     cumulative = _relative(eigenvalues).cumsum(-1)
     total = cumulative[..., -1:]
     rank = (cumulative < share * total).sum(-1) + 1
@@ -313,7 +314,7 @@ def dof(eigenvalues: Tensor, lam: float | Tensor | None = None) -> Tensor:
     .. math:: \sum_i \frac{\lambda_i}{\lambda_i + \text{lam}}
 
     Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
+        eigenvalues: Values in any order; negatives count as zero. [..., C]
         lam: Positive and finite, a number or one per matrix ``[...]``; None means 1e-3 times the
             largest eigenvalue.
 
@@ -347,9 +348,6 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
 
     .. math:: -\sum_i p_i \ln p_i, \quad p_i = \lambda_i / \sum_j \lambda_j
 
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
-
     Returns:
         float64 tensor between 0 and ln C, 0 where every eigenvalue is zero. [...]
 
@@ -367,9 +365,6 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
     r"""Exponential of the spectral entropy.
 
     .. math:: \exp\bigl(-\sum_i p_i \ln p_i\bigr), \quad p_i = \lambda_i / \sum_j \lambda_j
-
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
 
     Returns:
         float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
@@ -391,9 +386,6 @@ def rankme(eigenvalues: Tensor) -> Tensor:
     Of the uncentred covariance, as the paper's embeddings are not centred; the paper's guard of
     1e-7 on every :math:`p_i` is left out.
 
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
-
     Returns:
         float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
 
@@ -408,9 +400,6 @@ def condition_number(eigenvalues: Tensor) -> Tensor:
     r"""Largest over smallest eigenvalue, the square of the condition number of the rows' matrix.
 
     .. math:: \lambda_{\max} / \lambda_{\min}
-
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
 
     Returns:
         float64 tensor, infinite where some eigenvalue is zero, NaN where every one is. [...]
@@ -429,7 +418,7 @@ def log_determinant(eigenvalues: Tensor, ridge: float = 0.0) -> Tensor:
     .. math:: \sum_i \ln(\lambda_i + \text{ridge})
 
     Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
+        eigenvalues: Values in any order; negatives count as zero. [..., C]
         ridge: Finite, at least 0.
 
     Returns:
@@ -442,8 +431,8 @@ def log_determinant(eigenvalues: Tensor, ridge: float = 0.0) -> Tensor:
         >>> round(log_determinant(torch.tensor([math.e, 1.0])).item(), 6)
         1.0
     """
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge must be finite and >= 0, got {ridge}; 0 adds nothing")
+    if not (_is_number(ridge) and math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be finite and >= 0, got {ridge!r}; 0 adds nothing")
     return (_descending(eigenvalues) + ridge).log().sum(-1)
 
 
@@ -451,9 +440,6 @@ def participation_ratio(eigenvalues: Tensor) -> Tensor:
     r"""Squared trace over squared Frobenius norm.
 
     .. math:: \bigl(\sum_i \lambda_i\bigr)^2 / \sum_i \lambda_i^2
-
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
 
     Returns:
         float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
@@ -470,9 +456,6 @@ def stable_rank(eigenvalues: Tensor) -> Tensor:
     r"""Trace over the largest eigenvalue: the stable rank of the feature matrix behind S.
 
     .. math:: \sum_i \lambda_i / \lambda_{\max}
-
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
 
     Returns:
         float64 tensor between 1 and C, 0 where every eigenvalue is zero. [...]
@@ -492,9 +475,6 @@ def power_law(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     left out. The cut keeps out the tail, where sampling noise bends every spectrum down. The error
     is the root mean square residual of :math:`\ln\lambda_i` over these ranks: 0.1 means
     eigenvalues within about 10 % of the line.
-
-    Args:
-        eigenvalues: In any order; negatives count as zero. [..., C]
 
     Returns:
         Exponent and error, float64; NaN below two positive eigenvalues. [...], [...]
@@ -519,7 +499,7 @@ def alpha(eigenvalues: Tensor, first: int = 12, last: int = 100) -> Tensor:
     The default range is that of published code. The paper's spectra are of centred rows.
 
     Args:
-        eigenvalues: In any order; negatives count as zero and are not fitted. [..., C]
+        eigenvalues: Values in any order; negatives count as zero and are not fitted. [..., C]
         first: Smallest rank, from 1.
         last: Largest rank; ranks above C are left out.
 
@@ -571,7 +551,7 @@ def interval(eigenvalues: Tensor, count: int) -> tuple[Tensor, Tensor]:
     truth about an activation may lie outside, the more so the fewer the images; heavy tails add.
 
     Args:
-        eigenvalues: Of a covariance of ``count`` rows; negatives count as zero. [..., C]
+        eigenvalues: Those of a covariance of ``count`` rows; negatives count as zero. [..., C]
         count: Rows N, at least 0.
 
     Returns:
@@ -602,7 +582,7 @@ def uncertainty(eigenvalues: Tensor, count: int) -> Tensor:
     r"""95 % bound on all :math:`|\hat\lambda_i - \lambda_i|`: the wider side of :func:`interval`.
 
     Args:
-        eigenvalues: Of a covariance of ``count`` rows; negatives count as zero. [..., C]
+        eigenvalues: Those of a covariance of ``count`` rows; negatives count as zero. [..., C]
         count: Independent rows, at least 0.
 
     Returns:
@@ -650,6 +630,10 @@ def spectral_distance(a: Spectrum, b: Spectrum) -> float:
     if not bool(has_variance.all()):
         return float(has_variance.any())
     return float((shares[0] - shares[1]).abs().sum() / 2)
+
+
+def _is_number(value: object) -> bool:
+    return hasattr(value, "__float__")
 
 
 def _descending(eigenvalues: Tensor) -> Tensor:

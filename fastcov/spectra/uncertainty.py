@@ -82,7 +82,7 @@ def error_bound(eigenvalues: Tensor, count: int) -> Tensor:
     simulated = _simulated(_stein(sampled, count), factors) * sampled
     # Both numbers were found by trying: benchmarks/uncertainty_coverage.py. Where rows are few,
     # Stein's estimate is off too.
-    bound = (simulated + 0.4 * _unknown(sampled, count)) * (1 + channels / count)
+    bound = (simulated + 0.4 * _unknown(sampled, count)) * (1 + 0.5 * channels / count)
     return bound * largest
 
 

@@ -56,9 +56,6 @@ class AffineInput(NamedTuple):
 
         They do not where the layer multiplied in reduced precision, or where other code has changed
         the output.
-
-        Args:
-            output: Output of the call. [B, ..., C_out] or [B, C_out, ...]
         """
         rows = self.rows.movedim(self.channel_dim, -1)
         output = output.detach().movedim(self.channel_dim, -1)
@@ -110,18 +107,9 @@ class AffineMap:
     ) -> bool:
         """Adds a call's rows as :func:`fastcov.ops.accumulate_` does.
 
-        Args:
-            module: Module that :func:`is_affine` accepted.
-            args: Arguments of the module's forward.
-            output: Output of the module.
-            state: Statistics of the output.
-            row_scale: Factor on every row's weight.
-            decay: Factor on the sums that the state holds.
-
-        Returns:
-            False, with the state untouched, where the rows themselves must be read: on a GPU; in
-            the first call, whose rows choose a shift; where the map does not explain the output,
-            or would not be exact (:func:`accumulate_mapped_`).
+        Returns False, with the state untouched, where the rows themselves must be read: on a GPU;
+        in the first call, whose rows choose a shift; where the map does not explain the output, or
+        would not be exact (:func:`accumulate_mapped_`).
         """
         if not output.is_cpu:
             return False
@@ -158,14 +146,8 @@ def is_affine(
 def affine_input(module: nn.Module, args: Any, output: Tensor) -> AffineInput | None:
     """Input and map of a call, where both give the second moments exactly and for less work.
 
-    Args:
-        module: Module that :func:`is_affine` accepted.
-        args: Arguments of the module's forward.
-        output: Output of the module.
-
-    Returns:
-        None where the module is no longer affine, its weight or forward not torch's own, in other
-        dtypes and precisions than float32, and where the output's own rows are less work.
+    None where the module is no longer affine, its weight or forward not torch's own, in other
+    dtypes and precisions than float32, and where the output's own rows are less work.
     """
     given = args[0] if args else None
     # Checked in each call: the module may have been changed or wrapped since tracking began.
@@ -213,17 +195,10 @@ def _pays(rows: int, channels_in: int, channels_out: int) -> bool:
 def accumulate_mapped_(
     state: CovarianceState, source: AffineInput, row_scale: float = 1.0, decay: float = 1.0
 ) -> bool:
-    """Adds a call's output rows to a state, from the second moments of the input rows.
+    """Adds a call's output rows to a state on the CPU, from the second moments of the input rows.
 
-    Args:
-        state: Statistics of the output, which have a shift, on the CPU.
-        source: Input and map of the call.
-        row_scale: Factor on every row's weight.
-        decay: Factor on the sums that the state holds.
-
-    Returns:
-        False, with the state untouched, where some rows are not finite, where float32 cannot hold
-        the result, and where it may lose more than 2e-6 of the largest entry.
+    Returns False, with the state untouched, where some rows are not finite, where float32 cannot
+    hold the result, and where it may lose more than 2e-6 of the largest entry.
     """
     inputs = Moments(source.weight.shape[1])
     inputs.shift.copy_(_spread_mean(source))

@@ -60,14 +60,9 @@ class DeviceCounters:
         )
 
     def renewed(self, layers: Sequence[Layer], step: int) -> DeviceCounters | None:
-        """Counters for the next steps: these, or new ones if layers were added, moved or removed.
+        """Counters for the steps after one: new ones if layers were added, moved or removed.
 
-        Args:
-            layers: Layers of the tracker, after a step.
-            step: Number of that step.
-
-        Returns:
-            None where the host counts from now on.
+        None where the host counts from now on.
         """
         if self.is_captured or not self._is_outdated(layers):
             return self
@@ -83,13 +78,7 @@ class DeviceCounters:
         )
 
     def begin_step(self, number: int, is_read: bool, decay: float | None) -> None:
-        """Moves to the next step.
-
-        Args:
-            number: Number of that step in the host's count.
-            is_read: True if the step's activations are read.
-            decay: Factor of :meth:`end_step`.
-        """
+        """Moves to a step of the host's count; ``is_read`` tells if its activations are read."""
         if self._is_inside_step:  # ended by an exception: its rows leave the buffers now
             self.end_step(decay)
         self._is_inside_step = is_read
@@ -119,10 +108,8 @@ class DeviceCounters:
         return True
 
     def end_step(self, decay: float | None) -> None:
-        """Adds the full buffers of all layers to their states: one launch.
-
-        Args:
-            decay: Factor of one step on everything before; None keeps everything.
+        """Adds the full buffers of all layers to their states, decayed by a factor a step: one
+        launch.
         """
         if self._table is not None:
             if not is_table_of(self._table, self._buffers):
@@ -133,14 +120,9 @@ class DeviceCounters:
 
 
 def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
-    """Reason why replays of a CUDA graph would read the wrong rows of a layer's next call.
+    """Reason, with a remedy, why replays of a CUDA graph would read the wrong rows of a next call.
 
-    Args:
-        layer: The layer.
-        layout: Layout of the call.
-
-    Returns:
-        The reason and a remedy; empty where replays read and count the right rows.
+    Empty where replays read and count the right rows.
     """
     state, buffer = layer.state, layer.on_device.buffer
     if layer.weighting == "image":

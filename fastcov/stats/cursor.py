@@ -69,11 +69,7 @@ class HasCursor(Protocol):
 
 
 class Counter:
-    """Descriptor that reads and writes one number of its owner's cursor.
-
-    Args:
-        place: One of this module's constants.
-    """
+    """Descriptor that reads and writes one number of its owner's cursor, by its place."""
 
     def __init__(self, place: int) -> None:
         self._place = place

@@ -102,12 +102,8 @@ class DeviceBuffer:
     def grow(self, threshold: int, most_rows: int) -> None:
         """Makes room for larger steps; rows that wait stay, and nothing waits for the device.
 
-        Launches prepared before write into the old memory: they must be prepared anew, and so must
-        tables of flushes.
-
-        Args:
-            threshold: Rows from which the buffer counts as full.
-            most_rows: Largest number of rows between two flushes, not less than before.
+        Sizes are those of the constructor, the second not less than before. Launches prepared
+        before write into the old memory: they must be prepared anew, and so must tables of flushes.
         """
         rows, row_step = self._buffer, self._row_step
         # Besides those of the running step, as many rows may wait as the old threshold allowed.
@@ -123,11 +119,7 @@ class DeviceBuffer:
     ) -> CountedGather | CursorGather:
         """Prepared launch that copies the rows that are due from any activation of a layout.
 
-        Args:
-            activation: An activation of the layout; its values are not read.
-            layout: Layout of the activation.
-            fraction: Share of the rows to read, in units of 2**-32.
-            phase: Start of the sampling sequence, the same in all calls.
+        The fraction is in units of 2**-32; of the activation, no value is read.
         """
         from fastcov.kernels.gather import CursorGather
 
@@ -145,11 +137,7 @@ class DeviceBuffer:
         )
 
     def flush(self, decay: float) -> None:
-        """Adds all rows to the state, be the buffer full or not.
-
-        Args:
-            decay: Factor of one step; 1 keeps everything.
-        """
+        """Adds all rows to the state, be the buffer full or not, decayed by a factor a step."""
         from fastcov.kernels.flush import launch_flush_
 
         launch_flush_(self._table, self.step, decay=decay, force=True)
@@ -174,23 +162,12 @@ def make_flush_table(buffers: Sequence[DeviceBuffer]) -> FlushTable:
 
 
 def is_table_of(table: FlushTable, buffers: Sequence[DeviceBuffer]) -> bool:
-    """True if a table holds the present addresses and sizes of buffers.
-
-    Args:
-        table: Table of these buffers, from :func:`make_flush_table`.
-        buffers: The buffers, some of which may have grown.
-    """
+    """True if a table holds the present addresses of buffers, which may have grown since."""
     return all(layer is buffer.layer for layer, buffer in zip(table.layers, buffers, strict=True))
 
 
 def flush_full_(table: FlushTable, step: Tensor, decay: float) -> None:
-    """Adds every full buffer to its state: one launch over all layers.
-
-    Args:
-        table: Buffers, from :func:`make_flush_table`.
-        step: int64, number of the running step. []
-        decay: Factor of one step; 1 keeps everything.
-    """
+    """Adds the full buffers of a table to their states, with one factor of decay a step."""
     from fastcov.kernels.flush import launch_flush_
 
     launch_flush_(table, step, decay=decay)

@@ -29,8 +29,7 @@ class DeviceSampling:
     def forget(self, why_on_host: str = "") -> None:
         """Forgets the moves: experience with one device says nothing about another.
 
-        Args:
-            why_on_host: Reason why the host counts on any device; empty where a GPU may.
+        A reason given has the host count on any device.
         """
         self.why_on_host = why_on_host
         self._moves_left = 0 if why_on_host else _MOST_MOVES
@@ -46,13 +45,7 @@ class DeviceSampling:
         self._moves_left = 0
 
     def sizes(self, channels: int, rows: float, calls: int) -> tuple[int, int] | None:
-        """Threshold and most rows of a buffer for the rows of a step; None where they are too many.
-
-        Args:
-            channels: Length of a row.
-            rows: Rows that a step brings to the buffer.
-            calls: Calls that bring them.
-        """
+        """Threshold and most rows of a buffer for a step's rows; None where they are too many."""
         sizes = device_buffer_rows(channels, rows, calls)
         if sizes is None:
             self.why_on_host = (
@@ -75,13 +68,7 @@ class DeviceSampling:
         return self._largest_capacity
 
     def has_room(self, layout: ActivationLayout, fraction: int, calls: int) -> bool:
-        """True if the buffer takes the rows of a call.
-
-        Args:
-            layout: Layout of the call.
-            fraction: Share of the rows to read, in units of 2**-32.
-            calls: Calls of the running step, this one among them: each may round up.
-        """
+        """True if the buffer takes the rows of a call, one of some calls that may each round up."""
         if not self._takes(layout):
             return False
         assert self.buffer is not None

@@ -54,55 +54,23 @@ def directions_of(covariance: Tensor, k: int | None = None) -> Directions:
 
 
 def whitening_of(covariance: Tensor, eps: float) -> Tensor:
-    r"""Symmetric matrix that makes the covariance of rows the identity (ZCA).
-
-    .. math:: W = (S + \text{eps}\, I)^{-1/2}
-
-    Args:
-        covariance: S. [C, C]
-        eps: Added to every eigenvalue, at least 0.
-
-    Returns:
-        W: rows times W are white where ``eps`` is small beside the variances. [C, C]
-
-    Raises:
-        ValueError: If ``eps`` is negative or not finite, or the sum is singular.
-    """
-    _check_added("eps", eps)
-    eigenvalues, vectors = directions_of(covariance)
-    raised = eigenvalues + eps
-    _check_regular(raised, "eps", eps)
+    """Symmetric matrix (S + eps I)^(-1/2) that makes the covariance of rows the identity. [C, C]"""
+    raised, vectors = _raised(covariance, "eps", eps)
     return (vectors * raised.rsqrt()) @ vectors.T
 
 
 def inverse_of(covariance: Tensor, damping: float) -> Tensor:
-    r"""Inverse of a covariance with a number added to its diagonal.
-
-    .. math:: (S + \text{damping}\, I)^{-1}
-
-    Args:
-        covariance: S. [C, C]
-        damping: At least 0.
-
-    Returns:
-        Symmetric. [C, C]
-
-    Raises:
-        ValueError: If ``damping`` is negative or not finite, or the sum is singular.
-    """
-    _check_added("damping", damping)
-    eigenvalues, vectors = directions_of(covariance)
-    raised = eigenvalues + damping
-    _check_regular(raised, "damping", damping)
+    """Symmetric matrix (S + damping I)^(-1), the inverse of a damped covariance. [C, C]"""
+    raised, vectors = _raised(covariance, "damping", damping)
     return (vectors / raised) @ vectors.T
 
 
-def _check_added(name: str, value: float) -> None:
+def _raised(covariance: Tensor, name: str, value: float) -> tuple[Tensor, Tensor]:
+    # Eigenvalues with a number added to each, all regular, and their vectors.
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value}: expected a finite number of at least 0, such as 1e-5")
-
-
-def _check_regular(raised: Tensor, name: str, value: float) -> None:
+    eigenvalues, vectors = directions_of(covariance)
+    raised = eigenvalues + value
     # Below this share of the largest, an eigenvalue is the rounding of the others.
     largest, smallest = float(raised.max()), float(raised.min())
     if smallest <= len(raised) * torch.finfo(raised.dtype).eps * largest:
@@ -111,3 +79,4 @@ def _check_regular(raised: Tensor, name: str, value: float) -> None:
             f"{largest:.3g}; give a larger {name} (1e-6 times the largest eigenvalue is usual), or "
             "read more rows than channels"
         )
+    return raised, vectors

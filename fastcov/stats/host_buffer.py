@@ -30,17 +30,13 @@ class _Span:
 class HostBuffer:
     """Buffer in the rows' dtype, filled from the front, with counters on the host.
 
-    Args:
-        cursor: Numbers of the layer, which hold ``fill`` and ``limit``.
-        is_marked: True if rows differ in weight: their steps and weights are kept.
-        first_fill: Share of the capacity that is filled before the buffer is first emptied.
+    Rows that differ in weight are marked by their steps and weights. The first fill may be a share
+    of the capacity.
 
     Attributes:
-        first_fill: See the argument.
-        is_marked: See the argument.
         storage: Memory of the buffer, None before the first rows. [capacity, C]
-        fill: Number of rows that wait.
-        limit: Most rows that the buffer takes before it is emptied.
+        fill: Number of rows that wait, in the layer's cursor.
+        limit: Most rows that the buffer takes before it is emptied, in the layer's cursor.
     """
 
     fill = Counter(FILL)
@@ -78,16 +74,7 @@ class HostBuffer:
         return self._spans[-1].step if self._spans else None
 
     def room(self, layout: ActivationLayout, wanted: int, capacity: int) -> Tensor:
-        """Storage for the next rows, from :attr:`fill` on; made or grown where needed.
-
-        Args:
-            layout: Layout of the rows to come.
-            wanted: Number of rows to come.
-            capacity: Number of rows that a new storage has room for, at least.
-
-        Returns:
-            The whole storage. [capacity, C]
-        """
+        """Storage [capacity, C] for the next rows, from ``fill`` on; made or grown where needed."""
         if self.storage is None or self.fill + wanted > self._capacity:
             # Tensors made under inference_mode could not be written in training later.
             with torch.inference_mode(False):

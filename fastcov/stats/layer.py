@@ -240,12 +240,9 @@ class Layer:
             self.prepare(layout.channels, layout.device)
 
     def read_weighted(self, activation: Tensor, layout: ActivationLayout, weights: Tensor) -> None:
-        """Reads the rows of one call, or the sample that is due, each with a weight of its own.
+        """Reads the rows of one call, or the sample that is due, each with a weight. [B, ...]
 
-        Args:
-            activation: See :meth:`read`.
-            layout: Layout of the activation.
-            weights: One weight a row; rows of weight 0 are not read. [B, ...]
+        Rows of weight 0 are not read.
         """
         if layout.rows == 0:
             return
@@ -265,9 +262,6 @@ class Layer:
         """Counts a call, and tells which of its rows are due, with all counters on the host.
 
         The caller reads these rows (:meth:`drawn`) and passes them to :meth:`add_drawn`.
-
-        Args:
-            layout: Layout of the call, which has a row.
         """
         self._count(layout)
         self.leave_device()
@@ -302,13 +296,7 @@ class Layer:
         return rows
 
     def add_drawn(self, draw: Draw, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Adds the rows of :meth:`draw`, or keeps them until the fraction to read is known.
-
-        Args:
-            draw: The draw.
-            rows: The rows. [N, C]
-            weights: Weights of the rows, where they differ. [N]
-        """
+        """Adds the rows [N, C] of a draw, or keeps them until the fraction to read is known."""
         layout = ActivationLayout(rows)
         self._expect(layout)
         if self.fraction is None:
@@ -671,13 +659,8 @@ class Layer:
         """Moves the counters to the device, so that CUDA graphs can replay the sampling.
 
         Only where rows go through a buffer, every row weighs the same, and a step brings no more
-        rows than :func:`fastcov.stats.buffering.device_buffer_limit`.
-
-        Args:
-            step: int64, number of the running step, kept up to date by the caller. []
-
-        Returns:
-            The buffer, or None where rows are added at once, or sampled by the host.
+        rows than :func:`fastcov.stats.buffering.device_buffer_limit`; else None. The caller keeps
+        the number of the running step up to date, int64 [].
         """
         device, state, dtype = self.on_device, self.state, self.dtype
         if device.use_step(step):
@@ -759,11 +742,8 @@ class Layer:
         }
 
     def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
-        """Continues from :meth:`state_dict`.
-
-        Args:
-            saved: Result of :meth:`state_dict`.
-            with_rows: False takes the fraction and the sampling position alone.
+        """Continues from :meth:`state_dict`; without rows, from the fraction and sampling position
+        alone.
         """
         self.reset()
         self.set_fraction(saved["fraction"])

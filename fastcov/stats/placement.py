@@ -38,22 +38,11 @@ class Placement:
         self._decays = decays
 
     def waits(self, due: float, is_whole: bool) -> bool:
-        """True if the rows of a call wait in a buffer.
-
-        Args:
-            due: Rows that are read.
-            is_whole: True if these are all rows of the call.
-        """
+        """True if the rows that are due of a call, all or some, wait in a buffer."""
         return due < self.direct or (not is_whole and due <= self.capacity)
 
     def rows_on_device(self, offered: int, calls: int, fraction: float) -> float | None:
-        """Most rows a step that wait in a buffer with counters on a GPU; None where none may.
-
-        Args:
-            offered: Rows that a step brings.
-            calls: Calls that bring them.
-            fraction: Share of the rows that is read.
-        """
+        """Most rows a step that wait in a buffer with counters on a GPU; None for none."""
         if not self._is_for_device:
             return None
         if fraction < 1:

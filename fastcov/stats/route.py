@@ -55,16 +55,7 @@ class Known:
 
 
 class Route:
-    """Way to read the calls of one layout. The base leaves the decision to the layer, call by call.
-
-    Args:
-        routes: Routes of the tap.
-        layout: Layout of the calls.
-
-    Attributes:
-        layer: Layer that reads the calls.
-        layout: See the argument.
-    """
+    """Way to read the calls of one layout; the base lets the layer decide, call by call."""
 
     __slots__ = ("_routes", "layer", "layout")
 
@@ -74,15 +65,9 @@ class Route:
         self.layout = layout
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """Reads a call.
+        """Reads a call; False, with nothing done, where the tensor has another layout.
 
-        Args:
-            value: Tensor that the module returned or was given.
-            module: The module.
-            args: Arguments of the module's forward.
-
-        Returns:
-            False, with nothing done, where the layout does not fit.
+        The tensor is one that the module returned or was given; ``args`` are those of its forward.
         """
         if not self.layout.fits(value):
             return False
@@ -237,10 +222,7 @@ START = Known(None, Closed())
 def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
     """Shortest route for calls of a layout, in the present state of the layer.
 
-    Args:
-        routes: Routes of the tap.
-        layout: Layout of a call that was read.
-        value: Tensor of that call; its values are not read.
+    The tensor is that of a call that was read; its values are not read again.
     """
     layer = routes.layer
     state, service, buffer = layer.state, layer.service, layer.on_device.buffer
@@ -299,9 +281,7 @@ class Routes:
     def read_through(self, affine: AffineMap, is_unchanged: Callable[[nn.Module], bool]) -> None:
         """Reads rows by way of the module's inputs, where that is cheaper and exact.
 
-        Args:
-            affine: Map from the module's inputs to its outputs.
-            is_unchanged: Predicate of a module: no other hook may have changed its output.
+        The predicate tells that no other hook may have changed a module's output.
         """
         self._affine, self._is_unchanged = affine, is_unchanged
 
@@ -342,13 +322,10 @@ class Routes:
         return route if self.wrap is None else self.wrap(route)
 
     def take_known(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """Takes the route of a call whose layout is known; arguments as of :meth:`Route.take`.
+        """Takes the route of a call whose layout is known; see :meth:`Route.take`.
 
         The layout is expected after the last one from now on: the heads of a detector see the
         levels of a pyramid in the same order in every step.
-
-        Returns:
-            False, with nothing done, where the call must be read the whole way.
         """
         # The expected one first: no hook has asked it about a tensor inside a tuple or a keyword.
         known: Known | None = self.last.follower

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcov import ops
 from fastcov.ops import triangle
 from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
-from fastcov.ops.library import assign_
+from fastcov.ops.library import operators
 from fastcov.rows.mask import spread
 from fastcov.spectra.sketched import squared_norm
 from fastcov.spectra.spectrum import Spectrum
@@ -200,8 +200,9 @@ class CovarianceState:
     @property
     def squared_weight(self) -> Tensor:
         """Sum of the rows' squared weights; decay d multiplies it by d^2. []"""
-        squares, rows = self.excess.unbind()
-        return squares + (self.count[0] - rows)
+        with self._held():
+            squares, rows = self.excess.unbind()
+            return squares + (self.count[0] - rows)
 
     @property
     def effective_count(self) -> Tensor:
@@ -213,7 +214,8 @@ class CovarianceState:
         1e-150 to 1e150. []
         """
         # Neither square is formed: weights may have any size.
-        return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
+        with self._held():
+            return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
     def covariance(self, centered: bool = False, correction: float = 0) -> Tensor:
         r"""Second-moment matrix of the rows read; the covariance if ``centered``.
@@ -231,8 +233,9 @@ class CovarianceState:
             ValueError: If ``correction`` is negative or not finite, or the state is sketched.
         """
         self._refuse_sketch("covariance")
-        matrix = covariance_of(self, centered)
-        return matrix if correction == 0 else matrix * self._correcting(correction)
+        with self._held():
+            matrix = covariance_of(self, centered)
+            return matrix if correction == 0 else matrix * self._correcting(correction)
 
     def _correcting(self, correction: float) -> Tensor:
         # Factor on a covariance whose divisor is the weight.
@@ -253,7 +256,8 @@ class CovarianceState:
 
         No host synchronisation.
         """
-        matrix = covariance_of(self, centered)
+        with self._held():
+            matrix = covariance_of(self, centered)
         if self.sketch is None:
             return SpectralParts(matrix, matrix.trace(), matrix.new_zeros(()))
         width = self.sketch.width
@@ -274,12 +278,14 @@ class CovarianceState:
             >>> state.spectrum().eigenvalues
             tensor([4.5000, 0.5000], dtype=torch.float64)
         """
-        self._refuse_few_rows(correction)
-        parts = self.spectral_parts(centered)
-        factor = 1.0 if correction == 0 else float(self._correcting(correction))
+        with self._held():
+            self._refuse_few_rows(correction)
+            parts = self.spectral_parts(centered)
+            factor = 1.0 if correction == 0 else float(self._correcting(correction))
+            count = min(int(self.count[0]), round(float(self.effective_count)))
         return Spectrum.of(
             ops.eigvalsh(parts.matrix) * factor,
-            count=min(int(self.count[0]), round(float(self.effective_count))),
+            count=count,
             total=float(parts.total) * factor,
             squares=float(parts.squares) * factor**2,
             channels=self.channels,
@@ -292,8 +298,8 @@ class CovarianceState:
 
         Args:
             k: Number of directions; None for all.
-            centered: As of :meth:`covariance`: True for principal components.
-            correction: As of :meth:`covariance`.
+            centered: See :meth:`covariance`: True for principal components.
+            correction: See :meth:`covariance`.
 
         Returns:
             ``eigenvalues`` [k] and ``vectors`` [C, k], float64 on the state's device.
@@ -325,7 +331,7 @@ class CovarianceState:
 
         Args:
             damping: The number; a share of the mean diagonal entry is usual.
-            centered: As of :meth:`covariance`.
+            centered: See :meth:`covariance`.
 
         Returns:
             float64, symmetric. [C, C]
@@ -350,7 +356,13 @@ class CovarianceState:
     def mean(self) -> Tensor:
         """Mean of the rows read, float64; a ValueError refuses a sketched state. [C]"""
         self._refuse_sketch("mean")
-        return self.sum / self.weight + self.shift
+        with self._held():
+            return self.sum / self.weight + self.shift
+
+    def _held(self) -> AbstractContextManager[object]:
+        # Without the lock a reader could see a row's moment before its weight. torch.compile traces
+        # no lock.
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def update(
         self,
@@ -362,6 +374,8 @@ class CovarianceState:
         precision: Precision = "split",
     ) -> None:
         """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once.
+
+        Threads may also read, save, load and merge the state meanwhile.
 
         Args:
             rows: Rows, last dimension channels. [..., C]
@@ -377,11 +391,8 @@ class CovarianceState:
             fits = row_weight.numel() * rows.shape[-1] == rows.numel()
             spread_weight = None if fits else spread(row_weight, rows.shape[:-1])
             row_weight = row_weight if spread_weight is None else spread_weight
-        if torch.compiler.is_compiling():
+        with self._held():
             self._add(rows, row_weight, row_scale, decay, precision)
-        else:
-            with self._lock:
-                self._add(rows, row_weight, row_scale, decay, precision)
 
     def _add(
         self,
@@ -434,7 +445,7 @@ class CovarianceState:
             weights = row_weight.detach().flatten().double() * row_scale
             is_read, _ = are_read(rows.detach(), weights)
             added = torch.where(is_read, weights, 0.0).square().sum()
-        assign_(self.excess, torch.stack([squares + added, self.count[0].double()]))
+        operators.assign_(self.excess, torch.stack([squares + added, self.count[0].double()]))
 
     def translate_(self, shift: Tensor) -> None:
         """Replaces the shift [C], and the sums by those of the same rows about the new shift."""
@@ -474,8 +485,10 @@ class CovarianceState:
                 "or track with the same memory="
             )
         device = self.moment.device
-        added = _settled(StateTensors._make(tensor.to(device) for tensor in other.tensors))
-        with self._lock:
+        # Locks in one order for all: two threads may merge two states into each other.
+        first, second = sorted((self, other), key=id)
+        with first._lock, second._lock:
+            added = _settled(StateTensors._make(tensor.to(device) for tensor in other.tensors))
             # An empty state takes the other's shift; torch.where needs no host synchronisation. New
             # tensors then hold the other's sums about the common shift.
             self.shift.copy_(torch.where(self.count[0] == 0, added.shift, self.shift))

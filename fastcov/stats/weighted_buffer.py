@@ -30,13 +30,10 @@ class WeightedBuffer:
         return self._rows is not None and self.fill + rows <= len(self._rows)
 
     def add(self, rows: Tensor, weights: Tensor, step: int, capacity: int) -> None:
-        """Copies rows of a step behind those that wait, and grows where there is no room.
+        """Copies rows [N, C] and weights [N] of a step behind those that wait.
 
-        Args:
-            rows: Of one dtype and device until :meth:`take`. [N, C]
-            weights: One weight a row. [N]
-            step: Number of the running step.
-            capacity: Rows that new storage holds, if not more must wait.
+        All are of one dtype and device until :meth:`take`. New storage has room for ``capacity``
+        rows, or for more where more must wait.
         """
         end = self.fill + len(rows)
         if not self.has_room(len(rows)):

@@ -57,15 +57,9 @@ def coverage(model: nn.Module, watched: Iterable[nn.Module]) -> str:
 
 
 def module_note(model: nn.Module | None, name: str, module: nn.Module | None) -> str:
-    """Warning that a watched module does not compute the tensor that its name stands for.
+    """Warning, with the remedy, that a module does not compute the tensor that its name stands for.
 
-    Args:
-        model: Root module, if it is alive.
-        name: Canonical name of a watched module.
-        module: The module that is watched, if it is alive.
-
-    Returns:
-        The warning and its remedy; empty where all is well.
+    Empty where all is well. None stands for a root or a watched module that is gone.
     """
     if model is not None:
         named = {canonical_name(each): found for each, found in model.named_modules()}

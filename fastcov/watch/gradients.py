@@ -101,11 +101,8 @@ class Gradients:
     ) -> None:
         """Reads the gradient of a tensor of the running step, once it comes.
 
-        Args:
-            tap: Number of the tap of the gradient.
-            tensor: Tensor that a module returned or was given, or that the user names.
-            running: The running step.
-            channel_dim: Dimension of the channels; None where the tap's layout tells.
+        The channels' dimension is given for tensors that the user names; else the tap's layout
+        tells.
         """
         watched, notes = self._taps[tap], self._taps.notes
         is_again = is_recomputing()
@@ -218,11 +215,8 @@ _WATCHED: Any = _Watched  # autograd's functions have no types
 
 
 class GradientHook:
-    """Forward hook of the tap of a gradient. A copy (deepcopy, pickle) does nothing.
-
-    Args:
-        watcher: Reads the gradients; None for a copy.
-        tap: Number of the tap.
+    """Forward hook of the tap of a gradient. A copy (deepcopy, pickle) has no watcher and does
+    nothing.
     """
 
     def __init__(self, watcher: GradientReader | None, tap: int) -> None:
@@ -235,10 +229,8 @@ class GradientHook:
         return GradientHook, (None, self._tap)
 
     def output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Watches the gradient of a module's output; in compiled code, of a copy that replaces it.
-
-        Returns:
-            The output to go on with; None, the same.
+        """Watches the gradient of a module's output; in compiled code returns a copy that replaces
+        it.
         """
         watcher = self.watcher
         if watcher is None:

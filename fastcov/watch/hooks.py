@@ -199,8 +199,7 @@ class Hook:
 class StepHook:
     """Pair of hooks on the root module: they begin and end a step with each of its forwards.
 
-    Args:
-        watcher: Watcher whose steps these are; None for a copy, which does nothing.
+    A copy has no watcher and does nothing.
     """
 
     def __init__(self, watcher: Reader | None) -> None:

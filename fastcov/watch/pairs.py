@@ -60,13 +60,7 @@ class Pair:
     _waiting: deque[_Waiting] = field(default_factory=deque)
 
     def see(self, side: Side, viewed: ViewedRows, mask: RowMask | None) -> None:
-        """Takes one call of one side; each waits for the call of the other side that is due.
-
-        Args:
-            side: Side of the tensor.
-            viewed: Rows of the tensor.
-            mask: Mask of the running step.
-        """
+        """Takes one call of one side; each waits for the call of the other side that is due."""
         if self.is_stopped:
             return
         tensor, layout, sizes = viewed
@@ -191,24 +185,13 @@ class Pairs(Mapping[tuple[str, str], Pair]):
             pair.end_step()
 
     def observe(self, leg: int, activation: Tensor, batch_dims: int, running: RunningStep) -> None:
-        """Reads one activation of a leg.
-
-        Args:
-            leg: Number of the leg.
-            activation: A tensor that the module returned or was given.
-            batch_dims: Dimensions in front that torch.vmap has hidden from the module.
-            running: Step that is read.
+        """Reads one activation of a leg; arguments as of
+        :meth:`fastcov.watch.watcher.Watcher.observe`.
         """
         self._observe(self._legs[-1 - leg], activation, batch_dims, running)
 
     def observe_named(self, name: str, tensor: Tensor, running: RunningStep) -> None:
-        """Reads a tensor that the user's forward names.
-
-        Args:
-            name: Name of the tensor.
-            tensor: The tensor, its channels last.
-            running: Step that is read.
-        """
+        """Reads a tensor that the user's forward names, its channels last."""
         for leg in self._legs_of(named_tap(name)):
             self._observe(leg, tensor, 0, running)
 

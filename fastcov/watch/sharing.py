@@ -71,11 +71,7 @@ class SharedInputs:
         self._past_first_step: set[int] = set()  # taps that get no new followers
 
     def end_step(self) -> list[int]:
-        """Forgets the tensors of a step.
-
-        Returns:
-            Taps whose first step this was.
-        """
+        """Forgets the tensors of a step, and returns the taps whose first step this was."""
         new = [
             tap
             for tap, sightings in self._sightings.items()
@@ -167,13 +163,7 @@ class SharedInputs:
 
 
 class Leading(Route):
-    """Route of a tap that may have followers: notes each tensor that the route inside has read.
-
-    Args:
-        route: Route that reads the calls.
-        note: Function that notes a tensor and its order: :meth:`SharedInputs.note` for the tap.
-        order: Order of the route's layout.
-    """
+    """Route of a tap that may have followers: notes each tensor that the route inside has read."""
 
     __slots__ = ("_note", "_order", "_route")
 
@@ -193,11 +183,7 @@ class Leading(Route):
 class Following(Route):
     """Route of a tap that follows: takes the calls whose tensor the owner has read already.
 
-    Args:
-        inputs: Record of the tensors that taps have seen.
-        tap: Number of the following tap.
-        leader: Number of the owning tap, which reads.
-        order: Order of dimensions of the following tap; a tensor with more or fewer is not taken.
+    A tensor of more or fewer dimensions than the tap's order is not taken.
     """
 
     __slots__ = ("_inputs", "_order", "_owner", "_tap")

@@ -122,11 +122,7 @@ class Steps:
         return is_new
 
     def end(self) -> bool:
-        """Ends a forward; called after an exception too.
-
-        Returns:
-            True if a step is done.
-        """
+        """Ends a forward, after an exception too; True if a step is done."""
         if self._depth == 0 or threading.get_ident() != self.thread or is_recomputing():
             return False
         self._depth -= 1

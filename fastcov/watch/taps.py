@@ -23,20 +23,9 @@ from fastcov.watch.steps import RunningStep
 
 
 class WatchedTap:
-    """One tap, its module, and its routes to a layer. A copy has neither module nor layouts.
+    """One tap, its number, its module, and its routes to a layer, read until it is given up.
 
-    Args:
-        number: Place among the taps.
-        tap: The tap.
-        module: Reference to the module; gives None without one.
-        routes: Routes to the layer.
-
-    Attributes:
-        number: See the argument.
-        tap: See the argument.
-        module: See the argument.
-        routes: See the argument.
-        is_given_up: True if the tap is read no more.
+    A copy has neither module nor layouts.
     """
 
     def __init__(
@@ -67,8 +56,8 @@ class Taps:
         layers: Layer of each tap, by name.
         notes: Remarks on single layers, by name.
         unique_layers: Layers in the model's order, shared ones once.
-        forward_layers: Those of activations.
-        gradient_layers: Those of gradients.
+        forward_layers: Layers of activations.
+        gradient_layers: Layers of gradients.
         inputs: Record of the inputs that taps have seen.
         max_channels: See the argument.
     """
@@ -165,14 +154,7 @@ class Taps:
     def read_gradient(
         self, watched: WatchedTap, plain: Tensor, mask: RowMask | None, is_kept: bool
     ) -> None:
-        """Reads a gradient by no known layout.
-
-        Args:
-            watched: Tap of the gradient.
-            plain: The gradient, a dense tensor.
-            mask: Mask of the step; None reads every row.
-            is_kept: True if the layout is kept, for the gradients to come.
-        """
+        """Reads a gradient, a dense tensor, by no known layout."""
         viewed = self._view(watched, plain, 0)
         if viewed is not None:
             self._read_rows(watched, viewed, mask, is_kept)
@@ -219,14 +201,7 @@ class Taps:
     def weights_of(
         self, watched: WatchedTap, sizes: torch.Size, device: torch.device, mask: RowMask | None
     ) -> Tensor | None:
-        """Weights of a tap's rows by a mask; None where all weigh the same.
-
-        Args:
-            watched: The tap.
-            sizes: Sizes of the row view without its channels. [B, ...]
-            device: Device of the rows.
-            mask: Mask of the step; None for none.
-        """
+        """Weights of a tap's rows by a mask; None where all weigh the same. [B, ...]"""
         if mask is None:
             return None
         weights = mask.weights_of(sizes, device)

@@ -72,7 +72,7 @@ class Watcher:
         sketch: See :class:`fastcov.stats.layer.Layer`.
         mask: Source of the mask of the rows; None reads every row.
         unscale: Function that gives the factor by which the loss is scaled; None is 1.
-        of: Whether activations, gradients or both are read of the tensors that the user names.
+        of: True if activations, gradients or both are read of the tensors that the user names.
         pairs: Names of pairs of tensors whose joint second moment is kept.
 
     Attributes:
@@ -292,11 +292,7 @@ class Watcher:
             self.pairs.begin_step(steps.done)
 
     def take_mask(self, mask: object) -> None:
-        """Sets the mask of the step that has begun.
-
-        Args:
-            mask: Tensor that the source found; None where the forward was given none.
-        """
+        """Sets the mask of the step that has begun; None where the forward was given none."""
         if not self.is_reading or mask is None:
             return
         try:
@@ -446,16 +442,9 @@ class Watcher:
             self.fail(tap, error)
 
     def observe_named(
-        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = False
+        self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = True
     ) -> None:
-        """Reads a tensor that the user's forward names.
-
-        Args:
-            name: See :meth:`fastcov.Tracker.observe`.
-            tensor: See :meth:`fastcov.Tracker.observe`.
-            channel_dim: See :meth:`fastcov.Tracker.observe`.
-            is_compiled: True if compiled code calls.
-        """
+        """Reads a tensor that the user's forward names: see :meth:`fastcov.Tracker.observe`."""
         check_observed(name, tensor, channel_dim)
         if is_recomputing():
             gradient = self._named.get(name, (None, None))[1]

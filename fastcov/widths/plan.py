@@ -26,13 +26,14 @@ GroupNorm is left ``gcd(32, width)`` groups: at least eight where widths are mul
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastcov.names import closest
 from fastcov.spectra.spectrum import Spectrum
 from fastcov.widths.rules import Rule, find_rule
-from fastcov.widths.solver import CostFn, Solver, Widths, cached
+from fastcov.widths.solver import CostFn, Solver, Widths, cached, number, shown
 from fastcov.widths.solver import WidthGroup as WidthGroup
 
 
@@ -45,7 +46,7 @@ class WidthPlan:
         demand: Channels that each group asks for, by group name; the widths follow it.
         macs: Multiply-accumulates of the widths.
         budget: The most multiply-accumulates.
-        alpha: Factor of the formula.
+        alpha: Factor of the formula; 0 or infinite where a large power leaves float64.
         rule: Name of the measure behind ``demand``.
         power: Exponent of the formula.
         params: Parameters of the widths; None without a ``param_fn``.
@@ -92,7 +93,10 @@ def demand(
     largest = max((float(spectra[member].eigenvalues.max()) for member in members), default=0.0)
     demands: dict[str, float] = {}
     for group in groups:
-        values = [float(found.demand(spectra[member], largest)) for member in group.members]
+        values = [
+            number(f"the demand of {member!r}", found.demand(spectra[member], largest))
+            for member in group.members
+        ]
         mean = math.fsum(values) / len(values)
         if not math.isfinite(mean) or mean < 0:
             raise ValueError(
@@ -144,6 +148,7 @@ def suggest_widths(
         A plan whose MACs are never above the budget; ``plan.widths`` is ``{group name: channels}``.
 
     Raises:
+        TypeError: If an argument that is to be a number, a cost or a demand is none.
         ValueError: If no plan can exist (the floors alone exceed the budget or the cap, or the
             cost never reaches the budget), the demand is unusable, or an argument is out of range.
 
@@ -200,6 +205,8 @@ def solve_widths(
     Raises:
         ValueError: As :func:`suggest_widths`.
     """
+    power, tolerance = number("power", power), number("tolerance", tolerance)
+    max_params = None if max_params is None else number("max_params", max_params)
     if not (math.isfinite(power) and power > 0):
         raise ValueError(
             f"power is {power}; give a positive, finite exponent: 1 follows the demand, less "
@@ -220,7 +227,7 @@ def solve_widths(
     if params is not None and max_params is not None and params(start) > max_params:
         used_power, alpha, start = _flatten(solver, params, max_params, power)
         notes.append(
-            f"the cap of {max_params:,.0f} parameters lowered the exponent from {power:g} to "
+            f"the cap of {shown(max_params)} parameters lowered the exponent from {power:g} to "
             f"{used_power:.3f}"
         )
     widths = solver.adjust(start, alpha, used_power)
@@ -240,12 +247,18 @@ def solve_widths(
         demand=dict(solver.demands),
         macs=macs,
         budget=solver.budget,
-        alpha=alpha / solver.scale**used_power,
+        alpha=_unscaled(alpha, solver.scale, used_power),
         rule=rule,
         power=used_power,
         params=None if params is None else params(widths),
         notes=tuple(notes),
     )
+
+
+def _unscaled(alpha: float, scale: float, power: float) -> float:
+    # alpha / scale**power, where a large power may leave float64.
+    exponent = math.log(alpha) - power * math.log(scale) if alpha > 0 else -math.inf
+    return math.exp(exponent) if exponent < math.log(sys.float_info.max) else math.inf
 
 
 def _below(params: CostFn, max_params: float) -> Callable[[Widths], bool]:
@@ -258,8 +271,8 @@ def _flatten(
     """Largest power in [0, power] at which the budget's widths keep the cap on parameters."""
     if (least := params(solver.floors())) > max_params:
         raise ValueError(
-            f"no plan can exist: the floors alone need {least:,.0f} parameters, above max_params = "
-            f"{max_params:,.0f}; lower the floors or raise the cap"
+            f"no plan can exist: the floors alone need {shown(least)} parameters, above max_params "
+            f"= {shown(max_params)}; lower the floors or raise the cap"
         )
     low, high = 0.0, power
     alpha, start = solver.bisect(low)

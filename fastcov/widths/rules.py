@@ -70,6 +70,7 @@ def find_rule(rule: str | Rule | Callable[[Spectrum], float]) -> Rule:
         The rule.
 
     Raises:
+        TypeError: If ``rule`` is none of these.
         ValueError: If the name is unknown.
 
     Example:
@@ -79,6 +80,8 @@ def find_rule(rule: str | Rule | Callable[[Spectrum], float]) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, str):
+        if not callable(rule):
+            raise TypeError(f"rule is {rule!r}; give a name, a Rule or a function of one spectrum")
         name = getattr(rule, "__name__", "<lambda>")
         return Rule("custom" if name == "<lambda>" else name, lambda spectrum, _: rule(spectrum))
     if rule not in RULES:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat, cast
 
 from fastcov.names import closest
 
@@ -29,7 +30,7 @@ class WidthGroup:
     """Modules that must have one channel count.
 
     Args:
-        name: Of the group, as in a width file.
+        name: Name of the group, as in a width file.
         members: Names of the feature maps (as in the spectra) whose demand is averaged.
         width: Channel count in the network that was measured.
         multiple: Widths are rounded to multiples of this.
@@ -94,14 +95,14 @@ class Solver:
         self.tolerance = tolerance
         self.extra_limit: Callable[[Widths], bool] = lambda widths: True
         current = {group.name: group.width for group in self.groups}
-        self.budget = float(self.cost(current) if budget is None else budget)
+        self.budget = self.cost(current) if budget is None else number("budget", budget)
         if not math.isfinite(self.budget) or self.budget <= 0:
             raise ValueError(f"budget is {self.budget}; give a positive number")
         least = self.cost(self.floors())
         if least > self.budget:
             raise ValueError(
-                f"no plan can exist: the floors alone cost {least:,.0f}, above the budget of "
-                f"{self.budget:,.0f}; lower the floors or raise the budget"
+                f"no plan can exist: the floors alone cost {shown(least)}, above the budget of "
+                f"{shown(self.budget)}; lower the floors or raise the budget"
             )
 
     def floors(self) -> Widths:
@@ -127,7 +128,7 @@ class Solver:
             low, high = high, 2 * high
         else:
             raise ValueError(
-                f"no plan can exist: the cost stays below the budget of {self.budget:,.0f} "
+                f"no plan can exist: the cost stays below the budget of {shown(self.budget)} "
                 "at any width; check that the cost function reads the widths it is given"
             )
         while high - low > _BRACKET * high:
@@ -234,6 +235,27 @@ def _strain(widths: Widths, unit: Unit, steps: int, targets: Mapping[str, float]
     return max(math.log(moved[group.name] / targets[group.name]) for group in unit)
 
 
+def number(name: str, value: object) -> float:
+    """Float of an argument; infinite where it is beyond float64.
+
+    Raises:
+        TypeError: If it is no real number; names the argument.
+    """
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        return float(cast(SupportsFloat, value))
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; give a real number") from None
+
+
+def shown(count: float) -> str:
+    """Text of a number of MACs or parameters."""
+    return f"{count:,.0f}" if 1 <= count < 1e15 else f"{count:g}"
+
+
 def cached(cost_fn: CostFn, names: tuple[str, ...]) -> CostFn:
     """Cost function that is called once for the same widths, and refuses impossible costs."""
     known: dict[tuple[int, ...], float] = {}
@@ -241,7 +263,8 @@ def cached(cost_fn: CostFn, names: tuple[str, ...]) -> CostFn:
     def cost(widths: Widths) -> float:
         key = tuple(widths[name] for name in names)
         if key not in known:
-            value = float(cost_fn(dict(zip(names, key, strict=True))))
+            found = cost_fn(dict(zip(names, key, strict=True)))
+            value = number(f"the cost of widths {widths}", found)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"the cost of widths {widths} is {value}; it must be finite")
             known[key] = value
@@ -269,7 +292,7 @@ def _checked_demands(
             raise ValueError(
                 f"no demand for width group {group.name!r}{closest(group.name, demands)}"
             )
-        value = float(demands[group.name])
+        value = number(f"the demand of width group {group.name!r}", demands[group.name])
         if not math.isfinite(value) or value < 0:
             raise ValueError(
                 f"width group {group.name!r}: its demand is {value}; it must be finite"

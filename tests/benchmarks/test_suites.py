@@ -60,3 +60,25 @@ def test_the_table_of_worst_errors_is_made(tmp_path: Path) -> None:
     table = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
     assert "Orders: 1, 2, 3." in table
     assert "| float32: eigvalsh, one matrix |" in table
+
+
+@pytest.mark.parametrize(("least", "status"), [("0.001", 0), ("1000", 1)])
+def test_the_table_of_eigenvalue_speed_is_made(tmp_path: Path, least: str, status: int) -> None:
+    command = [sys.executable, str(BENCHMARKS / "eigen_speed.py"), "--largest", "2"]
+    command += ["--budget-s", "0.3", "--least", least, "--out", str(tmp_path / "speed.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr[-3000:]
+    assert ("below 1000.0: eigh of (2, 2), 2 threads" in done.stderr) == (status == 1)
+    table = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert "## eigh, float32, 2 threads" in table
+    assert table.count("| n \\ B | 1 | 2 |") == 4
+
+
+def test_the_table_of_coverage_is_made(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "uncertainty_coverage.py"), "--draws", "2"]
+    command += ["--channels", "4", "--out", str(tmp_path / "coverage.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = (tmp_path / "coverage.md").read_text(encoding="utf-8")
+    assert "| Gaussian | 16 | " in table
+    assert "two levels" in table

@@ -49,7 +49,7 @@ def test_unknown_key_names_the_closest() -> None:
         ({"lr": None}, "lr is None"),
         (
             {"model": {"norm": "layer"}},
-            "model.norm is layer; expected one of 'batch', 'sync', 'group'",
+            "model.norm is layer; expected one of 'auto', 'batch', 'sync', 'group'",
         ),
         ({"model": 3}, "expected settings by name"),
         (

@@ -19,6 +19,7 @@ from fastcov.watch import hooks
 from fastcov.watch import watcher as collector
 
 
+@pytest.mark.slow
 def test_device_counters_equal_host_counters_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     script = Path(__file__).parent / "interpreted_buffers.py"

@@ -148,6 +148,7 @@ NEEDS = {
 FLAGS = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", NEEDS)
 def test_an_instruction_set_is_obeyed_where_the_processor_has_it(level: str) -> None:
     environment = {**os.environ, "FASTCOV_CPU_LEVEL": level}
@@ -156,6 +157,7 @@ def test_an_instruction_set_is_obeyed_where_the_processor_has_it(level: str) -> 
     assert (f"with {level} kernels" in reason.stdout) == (NEEDS[level] <= FLAGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in NEEDS if NEEDS[level] <= FLAGS])
 def test_instruction_sets_up_to_the_processors_own_pass_the_grid(level: str) -> None:
     environment = {**os.environ, "FASTCOV_CPU_LEVEL": level}

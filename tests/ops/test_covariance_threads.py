@@ -67,6 +67,7 @@ def shares(channels: int, dtype: str, counts: list[int]) -> list[list[float]]:
     return [[float(share) for share in line.split()] for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("channels", [128, 520])  # rows are split, and tiles
 def test_threads_are_those_that_torch_has(channels: int, dtype: str) -> None:

@@ -145,6 +145,7 @@ def test_the_largest_orders(n: int, family: str) -> None:
         check(eigvalsh(rounded), rounded)
 
 
+@pytest.mark.slow
 @without_lapack
 @pytest.mark.parametrize(("n", "dtype"), [(600, torch.float32), (800, torch.float64)], ids=str)
 def test_large_matrices_have_the_same_bits_on_any_number_of_threads(
@@ -176,6 +177,7 @@ def test_large_matrices_are_read_like_small_ones(dtype: torch.dtype) -> None:
     check(whole, matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_keep_the_bounds(level: str) -> None:
     chosen = "every_order or random_spectra or native_vectors or in_one_batch or counts_fall"
@@ -585,6 +587,37 @@ def test_derivatives_inside_and_outside_of_maps(n: int, solve, reference) -> Non
         torch.testing.assert_close(found, tangent)
 
 
+@pytest.mark.parametrize(
+    ("solve", "reference"),
+    [(eigvalsh, torch.linalg.eigvalsh), (_vectors, _vectors_of_torch)],
+    ids=["eigvalsh", "eigh"],
+)
+def test_derivatives_in_compiled_code(solve, reference) -> None:
+    from torch.func import jacrev, jvp, vmap
+
+    batch = torch.stack([random(4) * (k + 1) for k in range(3)])
+
+    def of_leaf(f, batch: Tensor) -> Tensor:
+        leaf = batch.clone().requires_grad_()
+        f(leaf).sum().backward()
+        return leaf.grad
+
+    def compiled(f):
+        return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+    def mapped(f):
+        return lambda A: vmap(f)(A)
+
+    def along(f):
+        return lambda A: jvp(f, (A,), (A @ A,))[1]
+
+    for transform in (jacrev, along):
+        found, expected = compiled(transform(solve)), transform(reference)
+        torch.testing.assert_close(found(batch[0]), expected(batch[0]))
+    found, expected = of_leaf(compiled(mapped(solve)), batch), of_leaf(mapped(reference), batch)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("n", [3, 20])
 def test_a_matrix_that_is_not_finite_spoils_no_derivative_but_its_own(n: int, bad: float) -> None:
@@ -603,6 +636,7 @@ def test_a_matrix_that_is_not_finite_spoils_no_derivative_but_its_own(n: int, ba
     assert bool(vectors[1].isnan().all() & vectors[[0, 2]].isfinite().all())
 
 
+@pytest.mark.slow
 @without_lapack
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_algorithms_give_each_matrix_its_own_bits(dtype: torch.dtype) -> None:

@@ -26,13 +26,16 @@ def run_interpreted(file: str) -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_emulated_cuda_graphs_read_what_eager_steps_read() -> None:
     run_interpreted("interpreted_graphs.py")
 
 
+@pytest.mark.slow
 def test_one_launch_adds_the_full_buffers_of_all_layers() -> None:
     run_interpreted("interpreted_flushes.py")
 
 
+@pytest.mark.slow
 def test_a_detector_whose_sizes_change_never_waits_for_the_device() -> None:
     run_interpreted("interpreted_detector.py")

@@ -24,7 +24,7 @@ from fastcov.spectra.spectrum import Spectrum
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1">&amp;"\'$x$'
 
 
-REPORT = {"Demand against width", "Dimension over training", "Spectra"}
+REPORT = {"Demand against width", "Dimension over training", "Spectra over training", "Spectra"}
 COMPARISON = {
     "Distance at the end",
     "Dimension over training",
@@ -191,12 +191,12 @@ def test_a_report_of_a_history(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_report_page_in_a_browser(browser: str, tmp_path: Path) -> None:
     path = write_report(tmp_path / "page.html", _history(["conv1", HOSTILE]), title=HOSTILE)
-    _check_in_a_browser(browser, path, tmp_path, HOSTILE, pictures=3)
+    _check_in_a_browser(browser, path, tmp_path, HOSTILE, pictures=4)
 
 
 def test_a_report_of_what_a_tracker_knows(tmp_path: Path) -> None:
     path = write_report(tmp_path / "page.html", _statuses())
-    page = _check_page(path, REPORT - {"Dimension over training"})
+    page = _check_page(path, REPORT - {"Dimension over training", "Spectra over training"})
     for text in ("no row: never called", "only 100 of 128 rows: eigenvalues are uncertain"):
         assert text in page.texts
     path = write_report(tmp_path / "page.html", _statuses(), history=_history(["conv1"]))

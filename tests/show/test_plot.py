@@ -276,6 +276,17 @@ def test_ridges_of_what_is_not_there(ax: Axes) -> None:
         plot_ridges(history, "conv", ax, threshold=2)
 
 
+def test_ridges_of_the_layers_that_changed_most() -> None:
+    history = _ridge_history()  # "other" and "dead" never change
+    assert figures.most_changed(history) == ["other", "conv"]
+    assert figures.most_changed(history, 1) == ["conv"]
+    assert figures.most_changed(History()) == []
+    figure = figures.ridges_grid(history, ["conv", "other", "conv"])
+    assert [ax.get_title() for ax in figure.axes] == ["conv", "other", "conv"]
+    assert pyplot.get_fignums() == []
+    assert _rendered(figure).std() > 0.02
+
+
 def test_a_tracker_draws_every_kind() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
     with fastcov.track(model, rows="all") as tracker:

@@ -3,7 +3,9 @@
 import math
 import pickle
 import random
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -390,3 +392,15 @@ def test_a_singular_matrix_has_no_determinant_and_no_condition() -> None:
     singular, nothing, regular = condition_number(eigenvalues).tolist()
     assert (singular, regular) == (math.inf, 2)
     assert math.isnan(nothing)
+
+
+@pytest.mark.parametrize("value", ["x", None, [1.0], math.nan, -1])
+def test_what_is_no_number_is_named(value: Any) -> None:
+    spectrum = Spectrum(torch.ones(4), 100, 4.0)
+    with pytest.raises(
+        ValueError, match=re.escape(f"threshold must be finite and >= 0, got {value!r}")
+    ):
+        spectrum.dim(value)
+    with pytest.raises(ValueError, match=re.escape(f"share must be in (0, 1], got {value!r}")):
+        spectrum.rank_at(value)
+    assert spectrum.dim(torch.tensor(0.5)) == 4

@@ -21,6 +21,8 @@ POPULATIONS = {
     "steep": RANKS**-2,
     "spikes": torch.cat([torch.tensor([100.0, 30.0]), torch.ones(10)]).double(),
     "step": torch.where(RANKS <= 3, 1.0, 0.01).double(),
+    # Sampled, its eigenvalues look as those of a slope or of a flat spectrum do.
+    "two levels": torch.where(RANKS <= 6, 2.0, 1.0).double(),
 }
 
 
@@ -43,7 +45,7 @@ def coverage(
 
 @pytest.mark.parametrize("rows_per_channel", [4, 16, 64])
 def test_coverage_of_gaussian_rows(rows_per_channel: int) -> None:
-    """Of all eigenvalues at once; 0.02 is the standard error of one of the five shares."""
+    """Of all eigenvalues at once; 0.02 is the standard error of one of the six shares."""
     count = 12 * rows_per_channel
     shares = [coverage(p, count, gaussian, count) for p in POPULATIONS.values()]
     assert min(shares) >= 0.89

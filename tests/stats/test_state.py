@@ -358,6 +358,49 @@ def test_threads_that_update_one_state_lose_no_row() -> None:
     torch.testing.assert_close(state.covariance()[3, 3], expected, rtol=1e-9, atol=0)
 
 
+def test_threads_that_read_a_state_while_others_update_it_see_whole_updates() -> None:
+    values = torch.arange(160) % 7 + 1.0
+    rows = torch.stack([values, -values] * 300)
+    exact = torch.outer(values, values).double()
+    state, others = CovarianceState(160), [CovarianceState(160) for _ in range(40)]
+    state.update(rows)
+    found: list[torch.Tensor] = []
+
+    def update() -> None:
+        for number in range(200):
+            state.update(rows, row_scale=2.0 if number % 2 else 1.0)
+
+    def read() -> None:
+        for other in others:
+            other.merge(state)
+            found.extend([state.covariance(), state.spectral_parts().matrix, other.covariance()])
+
+    threads = [threading.Thread(target=run) for run in (update, read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.allclose(matrix, exact, rtol=1e-5) for matrix in found)
+    assert all(0 < float(other.weight) <= 2 * int(other.count[0]) for other in others)
+
+
+def test_threads_that_merge_two_states_into_each_other_end() -> None:
+    states = [CovarianceState(3), CovarianceState(3)]
+    for state in states:
+        state.update(draw(20, 1, 0.0)[:, :3].contiguous())
+
+    def run(first: int) -> None:
+        for _ in range(100):
+            states[first].merge(states[1 - first], scale=1e-6)
+
+    threads = [threading.Thread(target=run, args=(first,), daemon=True) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_a_state_is_copied_and_pickled_with_its_lock_left_behind() -> None:
     state = CovarianceState(5)
     state.update(draw(20, 1, 0.0))

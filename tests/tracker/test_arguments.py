@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +77,16 @@ def test_merge_refuses_what_is_no_tracker() -> None:
     no_tracker: Any = 3
     with fastcov.track(model()) as tracker, pytest.raises(TypeError, match="other is a int"):
         tracker.merge(no_tracker)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out, error, said in (
+        (tmp_path / "file" / "run", OSError, "run' cannot be made: .*give a folder that this"),
+        (tmp_path / "file", OSError, "file' is a file; give a folder"),
+        (3, TypeError, "out is a int, expected the path of a folder"),
+    ):
+        with pytest.raises(error, match=said):
+            fastcov.track(model(), out=out)
+    fastcov.track(model(), out=tmp_path / "new" / "run").close()
+    assert (tmp_path / "new" / "run").is_dir()

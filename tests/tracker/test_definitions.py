@@ -164,7 +164,7 @@ def test_mean_over_draws_of_pooled_calls_is_the_full_covariance(
 
 
 def phase_of(name: str, seed: int) -> int:
-    return sequence_phase(name, seed=seed)
+    return sequence_phase(name, seed)
 
 
 def test_two_runs_read_the_same_rows() -> None:

@@ -83,6 +83,7 @@ def test_checkpoint_recomputation_does_not_count_twice(use_reentrant: bool) -> N
     assert tracker.count("block.0") == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("track_first", [True, False])
 @pytest.mark.parametrize("rows", ["auto", "all"])
 def test_compiled_model_has_one_graph_and_exact_counts(track_first: bool, rows: str) -> None:

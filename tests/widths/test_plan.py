@@ -51,6 +51,53 @@ class Chain:
         return {group.name: group.width for group in self.groups}
 
 
+HALF = Spectrum((torch.arange(64) < 32).float(), count=4096, total=32.0)
+FULL = Spectrum(torch.ones(64), count=4096, total=64.0)
+PAIR = [WidthGroup("a", ("half",), 64), WidthGroup("b", ("full",), 64)]
+
+
+def plan_of_pair(**options):
+    options.setdefault("mac_fn", lambda widths: widths["a"] * widths["b"])
+    return suggest_widths({"half": HALF, "full": FULL}, PAIR, **options)
+
+
+@pytest.mark.parametrize("power", [1e-300, 1e-9, 1e3, 1e6, 1e300])
+def test_powers_of_any_size_give_a_plan(power: float) -> None:
+    plan = plan_of_pair(power=power)
+    expected = {"a": 64, "b": 64} if power < 1 else {"a": 8, "b": 512}
+    assert plan.widths == expected
+    assert plan.macs <= 4096
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"power": None}, TypeError, "power is None"),
+        ({"power": "1"}, TypeError, "power is '1'"),
+        ({"power": 1j}, TypeError, "power is 1j"),
+        ({"power": torch.tensor([1.0, 2.0])}, TypeError, "power is tensor"),
+        ({"power": 10**400}, ValueError, "power is inf"),
+        ({"budget": "5"}, TypeError, "budget is '5'"),
+        ({"budget": 10**400}, ValueError, "budget is inf"),
+        ({"budget": 1e300}, ValueError, r"stays below the budget of 1e\+300 "),
+        ({"budget": 1e-9}, ValueError, "above the budget of 1e-09"),
+        ({"tolerance": None}, TypeError, "tolerance is None"),
+        ({"max_params": "x", "param_fn": len}, TypeError, "max_params is 'x'"),
+        (
+            {"mac_fn": lambda widths: None},
+            TypeError,
+            r"cost of widths .* is None",
+        ),
+        ({"rule": lambda spectrum: "x"}, TypeError, "demand of 'half' is 'x'"),
+        ({"rule": 5}, TypeError, "rule is 5"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_no_numbers_are_named(options, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan_of_pair(**options)
+
+
 @st.composite
 def chains(draw: st.DrawFn, multiples: tuple[int, ...] = (1, 2, 8)) -> Chain:
     count = draw(st.integers(2, 9))

@@ -381,19 +381,47 @@ def _check(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return enter
 
 
-@_check("image")
-def _image_has_id(image: Entry, sheet: Sheet) -> Problem | None:
-    if "id" in image and is_id(image["id"]):
-        return None
-    return _lacks(image, "id", "write an integer")
+_CHECKED_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "image": {
+        "id": (is_id, "write an integer"),
+        "file_name": (lambda v: isinstance(v, str) and v != "", "write the name of its file"),
+    },
+    "category": {
+        "id": (lambda v: type(v) is int, "write an integer"),
+        "name": (lambda v: isinstance(v, str), "write a text"),
+    },
+    "annotation": {
+        "bbox": (
+            lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)),
+            "expected four numbers: left, top, width, height",
+        ),
+        "iscrowd": (lambda v: isinstance(v, int | float) and v in (0, 1), "write 0 or 1"),
+        "area": (
+            lambda v: is_number(v) and v >= 0,
+            "write the number of pixels, or leave it out to have it derived",
+        ),
+    },
+}
+"""What the values of fields must be, and the remedy."""
+_MAY_BE_MISSING = ("name", "iscrowd", "area")
+_MAY_BE_NULL = ("iscrowd", "area")
 
 
-@_check("image")
-def _image_has_name(image: Entry, sheet: Sheet) -> Problem | None:
-    name = image.get("file_name")
-    if isinstance(name, str) and name:
-        return None
-    return _lacks(image, "file_name", "write the name of its file")
+def _field_check(key: str, is_fine: Callable[[Any], bool], remedy: str) -> Callable[..., Any]:
+    def check(entry: Entry, sheet: Sheet) -> Problem | None:
+        if key not in entry:
+            return None if key in _MAY_BE_MISSING else _lacks(entry, key, remedy)
+        value = entry[key]
+        if is_fine(value) or (value is None and key in _MAY_BE_NULL):
+            return None
+        return _lacks(entry, key, remedy)
+
+    check.__name__ = f"has_{key}"
+    return check
+
+
+for _kind, _fields in _CHECKED_FIELDS.items():
+    _CHECKS[_kind] += [_field_check(key, *rest) for key, rest in _fields.items()]
 
 
 @_check("image")
@@ -409,18 +437,6 @@ def _image_has_size(image: Entry, sheet: Sheet) -> Problem | None:
         text = f"is annotated as {size[0]}x{size[1]}, more than {MOST_PIXELS:,} pixels"
         return Problem(text, "write its true size, or cut it into tiles")
     return None
-
-
-@_check("category")
-def _category_has_id(category: Entry, sheet: Sheet) -> Problem | None:
-    is_fine = type(category.get("id")) is int
-    return None if is_fine else _lacks(category, "id", "write an integer")
-
-
-@_check("category")
-def _category_has_name(category: Entry, sheet: Sheet) -> Problem | None:
-    is_fine = isinstance(category.get("name", ""), str)
-    return None if is_fine else _lacks(category, "name", "write a text")
 
 
 @_check("annotation")
@@ -450,13 +466,6 @@ def _annotation_has_listed_category(annotation: Entry, sheet: Sheet) -> Problem 
     elif named:
         remedy = f"that is a category's name: write its id, {named[0]!r}"
     return Problem(f"has category {_shorten(key)}, which is not listed", remedy)
-
-
-@_check("annotation")
-def _annotation_has_box(annotation: Entry, sheet: Sheet) -> Problem | None:
-    if _box(annotation) is not None:
-        return None
-    return _lacks(annotation, "bbox", "expected four numbers: left, top, width, height")
 
 
 @_check("annotation")
@@ -497,23 +506,6 @@ def _box_is_upright(annotation: Entry, sheet: Sheet) -> Problem | None:
         f"has attributes.rotation {rotation}",
         "its bbox is read as it is, and does not frame a rotated object; write the upright box",
     )
-
-
-@_check("annotation")
-def _annotation_has_crowd_flag(annotation: Entry, sheet: Sheet) -> Problem | None:
-    value = annotation.get("iscrowd")
-    if value is None or (isinstance(value, int | float) and value in (0, 1)):
-        return None
-    return Problem(f"has iscrowd {_shorten(value)}", "write 0 or 1")
-
-
-@_check("annotation")
-def _annotation_has_area(annotation: Entry, sheet: Sheet) -> Problem | None:
-    value = annotation.get("area")
-    if value is None or (is_number(value) and value >= 0):
-        return None
-    remedy = "write the number of pixels, or leave it out to have it derived"
-    return Problem(f"has area {_shorten(value)}", remedy)
 
 
 @_check("annotation")
@@ -859,9 +851,8 @@ def _category_names(sheet: Sheet) -> dict[Any, str]:
 
 def _box(annotation: Entry) -> Box | None:
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        return None
-    return (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+    is_box = _CHECKED_FIELDS["annotation"]["bbox"][0]
+    return (float(box[0]), float(box[1]), float(box[2]), float(box[3])) if is_box(box) else None
 
 
 def _size_of(annotation: Entry, sheet: Sheet) -> tuple[int, int] | None:

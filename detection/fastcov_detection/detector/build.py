@@ -26,7 +26,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from fastcov_detection.config import ModelConfig
+from fastcov_detection.config import ModelConfig, trained_parts
 from fastcov_detection.detector.modules import (
     NORMS,
     STAGE_BLOCKS,
@@ -45,6 +45,8 @@ from fastcov_detection.errors import ConfigError, WidthsError, closest
 from fastcov_detection.files import write_text
 
 PYRAMID_LEVELS = ["0", "1", "2", "3"]
+BOX_REGIONS, MASK_REGIONS = 1000, 100
+"""Regions on which the heads' multiply-accumulates are counted."""
 
 
 def parse_name(name: str) -> tuple[bool, int]:
@@ -214,7 +216,7 @@ def _roi_align(config: ModelConfig, output_size: int) -> nn.Module:
 def _freeze(body: IntermediateLayerGetter, config: ModelConfig) -> None:
     trainable_layers = config.trainable_layers
     if trainable_layers is None:
-        trainable_layers = 3 if config.init == "imagenet" else 5
+        trainable_layers = trained_parts(config.init)
     if not 0 <= trainable_layers <= 5:
         raise ConfigError(f"trainable_layers is {trainable_layers}; choose 0 to 5")
     trained = ["layer4", "layer3", "layer2", "layer1", "conv1"][:trainable_layers]
@@ -253,10 +255,6 @@ def load_widths(path: str | os.PathLike[str]) -> dict[str, int]:
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, trained or frozen."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-BOX_REGIONS = 1000
-MASK_REGIONS = 100
 
 
 @dataclass(frozen=True)

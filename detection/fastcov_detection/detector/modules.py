@@ -51,8 +51,6 @@ BOTTLENECK_FROM = 50
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 NormLayer = Callable[[int], nn.Module]
-
-
 _GROUPS = 32
 
 

@@ -87,7 +87,8 @@ def _widen(ax: Axes, result: Mapping[str, Any]) -> None:
     """Ranges of at least 0.1 AP and a fifth of the largest network, in which noise looks small."""
     low, high = ax.get_ylim()
     missing = max(0.0, _LEAST_AP - (high - low)) / 2
-    ax.set_ylim(low - missing, high + missing)
+    bottom = max(low - missing, -0.01)  # AP is never negative; a dot at 0 is whole
+    ax.set_ylim(bottom, max(high + missing, bottom + _LEAST_AP))
     left, right = ax.get_xlim()
     largest = max(arm["backbone_params"] for arm in result["arms"].values()) / 1e6
     missing = max(0.0, _LEAST_SHARE * largest - (right - left)) / 2
@@ -228,7 +229,10 @@ def draw_stage_spectra(
 
 
 def draw_dims(
-    layers: Mapping[str, Sequence[Curves]], ceilings: Mapping[str, int], titles: Mapping[str, str]
+    layers: Mapping[str, Sequence[Curves]],
+    ceilings: Mapping[str, int],
+    titles: Mapping[str, str],
+    note: str,
 ) -> Figure:
     """Dimensions of every layer over two trainings; grey: the most that the layer can have.
 
@@ -237,6 +241,7 @@ def draw_dims(
             to the highest.
         ceilings: Largest dimension by layer.
         titles: Of the panels.
+        note: Under the panels, about layers that are not drawn.
     """
     lines = -(-len(layers) // _PANELS)
     figure = Figure(figsize=(8.2, 1.3 * lines + 0.6), layout="constrained")
@@ -247,8 +252,9 @@ def draw_dims(
             mean = [sum(values) / len(runs) for values in zip(*runs, strict=True)]
             ax.plot(steps, mean, color=colour, linewidth=1.3, label=label)
             ax.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
-        ax.axhline(ceilings[name], color="0.6", linewidth=0.8)
-        ax.set_ylim(0, None)
+        ax.axhline(ceilings[name], color="0.6", linewidth=1.2)
+        # Weights that move may leave more directions than weights that stand still can have.
+        ax.set_ylim(0, 1.1 * max(ceilings[name], ax.dataLim.y1))
         ax.set_title(titles[name], fontsize=FONT)
         ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -257,7 +263,7 @@ def draw_dims(
         ax.set_visible(False)
     handles, labels = cells[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=FONT, frameon=False)
-    figure.supxlabel("training step", fontsize=FONT)
+    figure.supxlabel(f"training step\n{note}", fontsize=FONT)
     figure.supylabel("dimension", fontsize=FONT)
     return figure
 

@@ -31,6 +31,8 @@ from fastcov_detection.search.guard import train_guarded
 _POLL_S = 0.25
 _TAIL_BYTES = 65_536
 _GRACE_S = 10.0
+_STARTS = 10
+"""Times that a run is started again after the loss of its worker or node."""
 
 
 @dataclass(frozen=True)
@@ -265,10 +267,6 @@ def read_position(log: Path) -> tuple[int, str]:
             loss = values.get("loss")
             return values["step"], f"loss {loss:.3f}" if isinstance(loss, float) else ""
     return 0, ""
-
-
-_STARTS = 10
-"""Times that a run is started again after the loss of its worker or node."""
 
 
 class RayEngine:

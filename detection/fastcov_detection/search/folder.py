@@ -20,7 +20,7 @@ import torch
 
 from fastcov import Spectrum
 from fastcov.widths import WidthPlan, find_rule
-from fastcov_detection.config import DATA_PLACES, SearchConfig, flatten, load_config, to_dict
+from fastcov_detection.config import DATA_PLACES, SearchConfig, compared, load_config, to_dict
 from fastcov_detection.errors import ConfigError, DataError
 from fastcov_detection.files import write_file, write_text
 
@@ -127,8 +127,8 @@ def check_same_search(folder: Path, config: SearchConfig) -> None:
     if not (folder / "config.json").exists():
         return
     # A setting that came later had its default then.
-    before = flatten(to_dict(load_config(SearchConfig, folder / "config.json")))
-    now = flatten(to_dict(config))
+    before = compared(to_dict(load_config(SearchConfig, folder / "config.json")))
+    now = compared(to_dict(config))
     free = {f"train.{place}" for place in DATA_PLACES} if (folder / _DATA).exists() else set()
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)

@@ -150,7 +150,7 @@ def compare_runs(
     return numbers
 
 
-def redraw(folder: str | os.PathLike[str]) -> Numbers:
+def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
     """Writes figures and page of a comparison again, from ``comparison.json``.
 
     Ceilings follow from the settings of the runs, which lie in the folder under their labels.
@@ -182,22 +182,26 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     full = {name for name, layer in layers.items() if _is_full(layer)}
     numbers["at_ceiling"] = sorted(full)
     write_text(folder / _RECORD, json.dumps(numbers, indent=2) + "\n")
+    # Panels of layers at their ceiling would be flat lines; they are counted instead.
+    drawn = {name: one for name, one in layers.items() if name not in full} or layers
     curves: dict[str, list[Curves]] = {
         name: [
             (f"{side}: {numbers[side]}", one[f"steps_{side}"], [one[f"dims_{side}"]])
             for side in "ab"
         ]
-        for name, one in layers.items()
+        for name, one in drawn.items()
     }
-    tops = {name: max(one["ceiling_a"], one["ceiling_b"]) for name, one in layers.items()}
-    dims = to_png(draw_dims(curves, tops, {name: marked(numbers, name) for name in layers}))
-    _write_small(folder / "dims.png", dims)
+    tops = {name: max(one["ceiling_a"], one["ceiling_b"]) for name, one in drawn.items()}
+    titles = {name: marked(numbers, name) for name in drawn}
+    note = f"grey: ceiling; {len(full)} of {len(layers)} layers end at it in both runs"
+    note += ", and are not drawn" if len(drawn) < len(layers) else ""
+    dims = _write_small(folder / "dims.png", to_png(draw_dims(curves, tops, titles, note)))
     if spectra:
-        _write_small(folder / "spectra.png", spectra)
+        spectra = _write_small(folder / "spectra.png", spectra)
     headings, lines = comparison_rows(numbers)
     caption = (
-        "Dimension of every layer over both trainings. Grey: its structural ceiling, the smaller "
-        "of its inputs and outputs; *: both runs end there."
+        "Dimension of the layers that do not end at their structural ceiling (grey, the smaller "
+        "of a layer's inputs and outputs) in both runs."
     )
     lead, legend = said_of(numbers)
     sections = [
@@ -297,11 +301,14 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
     return f"{a} (a)", f"{b} (b)"
 
 
-def _write_small(path: Path, content: bytes) -> None:
+def _write_small(path: Path, content: bytes) -> bytes:
     """A line drawing needs no more than a palette: a third of the size, for version control."""
+    packed = io.BytesIO()
     with Image.open(io.BytesIO(content)) as picture:
         small = picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MEDIANCUT)
-    write_file(path, lambda file: small.save(file, format="PNG", optimize=True))
+        small.save(packed, format="PNG", optimize=True)
+    write_file(path, lambda file: file.write(packed.getvalue()))
+    return packed.getvalue()
 
 
 @dataclass(frozen=True)
@@ -471,7 +478,10 @@ def _draw_families(a: Sequence[History], b: Sequence[History], families: Familie
     ceilings = {layer.name: layer.ceiling for layer in families.layers}
     stars = {layer.name: " *" if layer.is_at_ceiling else "" for layer in families.layers}
     titles = {one.name: f"{one.name}{stars[one.name]}\np = {one.p:.2f}" for one in families.layers}
-    return draw_dims(curves, ceilings, titles)
+    note = (
+        f"grey: ceiling; *: at it in every run ({len(list(filter(None, stars.values())))} layers)"
+    )
+    return draw_dims(curves, ceilings, titles, note)
 
 
 def sentences(families: Families) -> list[str]:

@@ -38,6 +38,8 @@ from fastcov_detection.train.evaluate import (
 from fastcov_detection.train.folder import category_ids, load_run
 from fastcov_detection.train.loop import PRECISIONS
 
+log = logging.getLogger("fastcov_detection")
+
 
 def export_run(
     source: str | os.PathLike[str], out: str | os.PathLike[str], *, arm: str = "searched"
@@ -134,9 +136,6 @@ def _find_run(source: Path, arm: str) -> Path:
             "give the folder that was --out"
         )
     return source
-
-
-log = logging.getLogger("fastcov_detection")
 
 
 class Detector(NamedTuple):

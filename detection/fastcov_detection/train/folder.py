@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from fastcov_detection.config import DATA_PLACES, TrainConfig, flatten, read_saved, to_dict
+from fastcov_detection.config import DATA_PLACES, TrainConfig, compared, read_saved, to_dict
 from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.detector.weights import read_state
 from fastcov_detection.distributed import barrier, rank
@@ -315,7 +315,7 @@ def check_same_run(
     """
     # A setting that came later had its default then.
     complete = to_dict(read_saved(saved["config"]))
-    before, now = flatten({**saved, "config": complete}), flatten(wanted)
+    before, now = compared({**saved, "config": complete}), compared(wanted)
     steps = now.get("config.steps", 0)
     may_end = reached < steps if is_finished else reached <= steps
     knows_data = bool(saved.get("data") and wanted.get("data"))

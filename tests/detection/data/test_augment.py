@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +101,13 @@ def test_no_colours_without_a_chance() -> None:
 def test_impossible_changes(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         training_transform(DataConfig(**settings))
+
+
+def test_readme_has_the_table_of_the_loaders_record() -> None:
+    detection = Path(__file__).parents[3] / "detection"
+    script = runpy.run_path(str(detection / "benchmarks" / "loader.py"))
+    rows = json.loads((detection / "results" / "loader.json").read_text())["images_per_cpu_s"]
+    assert rows.keys() == script["ROWS"].keys()
+    text = (detection / "README.md").read_text(encoding="utf-8")
+    part = text.partition(script["BEGIN"])[2].partition(script["END"])[0]
+    assert part == f"\n{script['table'](rows)}\n"

@@ -60,7 +60,7 @@ def test_no_file_compares_the_name_of_an_arm_or_of_a_rule() -> None:
     """Names stand in comparisons, calls of startswith() and cases of no file."""
     words = {kind.stem for kind in arms.KINDS} | set(RULES)
     # Words with another meaning where they are compared: a start of weights.
-    allowed = {("weights.py", "random"), ("opening.py", "random")}
+    allowed = {("weights.py", "random"), ("run.py", "random")}
     found = []
     package = Path(fastcov_detection.__file__).parent
     for path in sorted(package.rglob("*.py")):

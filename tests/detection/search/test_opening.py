@@ -25,6 +25,16 @@ def test_a_search_from_before_a_setting_existed_had_its_default(
     path.write_text(json.dumps(kept))
     check_same_search(tmp_path, config)
     check_same_search(tmp_path, replace(config, seeds=3))  # may grow
+    for before, is_same in ((5, True), (4, False)):  # None stands for all five
+        kept["train"]["model"]["trainable_layers"] = before
+        path.write_text(json.dumps(kept))
+        if is_same:
+            check_same_search(tmp_path, config)
+        else:
+            with pytest.raises(ConfigError, match=r"trainable_layers = 4, not 5"):
+                check_same_search(tmp_path, config)
+    kept["train"]["model"]["trainable_layers"] = None
+    path.write_text(json.dumps(kept))
     with pytest.raises(ConfigError, match=r"power = 1\.0, not 0\.75"):
         check_same_search(tmp_path, replace(config, power=0.75))
     with pytest.raises(ConfigError, match=r"train\.track_rows = None, not 64"):

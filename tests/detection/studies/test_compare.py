@@ -137,9 +137,9 @@ def test_layers_at_their_ceiling_are_marked_and_counted_apart(
         del layer["ceiling_a"], layer["ceiling_b"]
     (out / "comparison.json").write_text(json.dumps(numbers))
     (out / "dims.png").unlink()
-    assert main(["compare", str(out)]) == 0
+    assert main(["redraw", str(out)]) == 0
     assert json.loads(before["comparison.json"]) == json.loads(
         (out / "comparison.json").read_text()
     )
     assert (out / "dims.png").read_bytes() == before["dims.png"]
-    assert main(["compare", str(runs[0])]) == 2
+    assert main(["redraw", str(runs[0])]) == 2

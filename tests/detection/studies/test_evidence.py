@@ -183,7 +183,7 @@ def test_committed_results_hold_no_weights_and_no_absolute_path():
     files = [path for path in (DETECTION / "results").rglob("*") if path.is_file()]
     assert files
     for path in files:
-        assert path.suffix in {".json", ".jsonl", ".npz", ".png"}, path
+        assert path.suffix in {".json", ".jsonl", ".npz", ".png", ".html", ".md"}, path
         if path.suffix in {".json", ".jsonl"}:
             text = path.read_text(encoding="utf-8")
             assert '"/' not in text, path
@@ -206,8 +206,8 @@ def test_the_readme_says_how_many_layers_end_alike():
     assert f"of the other {len(layers) - len(full)}, {same} end with the same" in _readme()
 
 
-def _readme():
-    return " ".join((DETECTION / "README.md").read_text(encoding="utf-8").split())
+def _readme(name="README.md"):
+    return " ".join((DETECTION / name).read_text(encoding="utf-8").split())
 
 
 def _of_groups():
@@ -228,8 +228,8 @@ def _of_groups():
     }
 
 
-def test_readme_explains_with_what_the_spectra_hold():
-    found, text = _of_groups(), _readme()
+def test_records_are_explained_by_what_the_spectra_hold():
+    found, text = _of_groups(), _readme("results/README.md")
     inside = [maps for name, maps in found.items() if "." in name]
     trained = [spectrum for maps in inside for spectrum in maps[0]]
     power = sorted(one.total / one.channels for one in trained)

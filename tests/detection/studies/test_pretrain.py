@@ -178,7 +178,7 @@ def test_a_folder_of_something_else_is_refused(config: PretrainConfig, tmp_path:
     with pytest.raises(CheckpointError, match="with seed = 0, now it is 1"):
         pretrain.pretrain(short, run_dir=run, seed=1, progress=False)
     (run / "pretrain.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"pretrain\.json is not a pretraining's result"):
+    with pytest.raises(ConfigError, match=r"pretrain\.json is not a run's result"):
         pretrain.pretrain(short, run_dir=run, progress=False)
     assert pretrain.pretrain(short, run_dir=run, resume=False, progress=False).steps == 1
     (run / "classes.json").write_text("[]")

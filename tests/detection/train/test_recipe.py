@@ -236,6 +236,9 @@ def test_an_export_of_the_scratch_recipe_finds_the_same(scratch: Path, tmp_path:
         expected, found = model([image])[0], rebuilt([image])[0]
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
+    _, (scripted, *_) = torch.jit.script(rebuilt)([image])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(scripted[name], tensor)
     again = evaluate_detector(
         str(folder), tmp_path / "scores", data=config.data, batch_size=3, progress=False
     )
