@@ -11,21 +11,13 @@ from torch import Tensor, nn
 
 
 def check_model(model: object) -> None:
-    """Check that ``model`` is a module.
-
-    Raises:
-        TypeError: If not; names the type.
-    """
+    """Check that ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
 def check_of(of: object) -> None:
-    """Check of the argument ``of``.
-
-    Raises:
-        ValueError: If ``of`` is not among its choices.
-    """
+    """Check of the argument ``of``."""
     _check_choice("of", of, ("activation", "gradient", "both"))
 
 
@@ -58,12 +50,7 @@ def check_out(out: object) -> None:
 
 
 def check_observed(name: object, tensor: object, channel_dim: object) -> None:
-    """Check of the arguments of :meth:`fastcov.Tracker.observe`.
-
-    Raises:
-        TypeError: If an argument is of the wrong type, or the tensor not of floating point.
-        ValueError: If the name is empty, or the tensor has no such dimension.
-    """
+    """Check of the arguments of :meth:`fastcov.Tracker.observe`."""
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise TypeError(
             f"observe({name!r}, {type(tensor).__name__}): give a name and a tensor, as "
@@ -82,11 +69,7 @@ def check_observed(name: object, tensor: object, channel_dim: object) -> None:
 
 
 def loss_scale_of(unscale: object) -> Callable[[], float] | None:
-    """Function that gives the factor of the loss, from the argument ``unscale``.
-
-    Raises:
-        TypeError: If ``unscale`` is neither a GradScaler nor a function.
-    """
+    """Function that gives the factor of the loss, from the argument ``unscale``."""
     if unscale is None:
         return None
     function = getattr(unscale, "get_scale", unscale)
@@ -99,12 +82,7 @@ def loss_scale_of(unscale: object) -> Callable[[], float] | None:
 
 
 def check_reading(where: object, weighting: object, max_channels: object) -> None:
-    """Check of the arguments ``where``, ``weighting`` and ``max_channels``.
-
-    Raises:
-        TypeError: If ``max_channels`` is no int.
-        ValueError: If ``max_channels`` is below 1, or another argument not among its choices.
-    """
+    """Check of the arguments ``where``, ``weighting`` and ``max_channels``."""
     _check_choice("where", where, ("output", "input", "both"))
     _check_choice("weighting", weighting, ("position", "image"))
     if isinstance(max_channels, bool) or not isinstance(max_channels, int):
@@ -144,22 +122,13 @@ def bytes_of(argument: str, value: object) -> int:
 
 
 def check_steps(argument: str, value: object) -> None:
-    """Check that an argument is a number of steps, an int of at least 1.
-
-    Raises:
-        ValueError: If not; names the argument and its value.
-    """
+    """Check that an argument is a number of steps, an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument}={value!r}: give a number of steps of at least 1")
 
 
 def check_decay(decay: object) -> None:
-    """Check that ``decay`` is None or a number in (0, 1).
-
-    Raises:
-        TypeError: If ``decay`` is no number.
-        ValueError: If ``decay`` is out of range.
-    """
+    """Check that ``decay`` is None or a number in (0, 1)."""
     if decay is None:
         return
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):

@@ -94,7 +94,8 @@ def test_no_file_reads_a_private_name_of_another(house: ModuleType) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastcov"):
                 found += [f"{name}: {a.name}" for a in node.names if re.match(r"_[a-z]", a.name)]
             elif isinstance(node, ast.Attribute) and node.attr in everywhere - own[name]:
-                found.append(f"{name}: {ast.unparse(node)}")
+                read = ast.unparse(node)
+                found += [] if read.startswith("torch.") else [f"{name}: {read}"]
     assert not found
 
 

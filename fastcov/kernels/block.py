@@ -73,7 +73,7 @@ def sum_block(
     notes,  # int32 [chains, flags], rows skipped; read if ONLY_BROKEN
     flags,
     partial,  # float32, one chunk's packed triangle
-    column_sums,  # float32 [C padded to EDGE], one chunk's
+    column_sums,  # float32 [C padded to EDGE], sums of one chunk
     block,
     first_step,
     last_step,
@@ -143,7 +143,8 @@ def sum_block(
             moments = multiply_tiles(left, right, moments, MODE, IS_INTERPRETED)
             if block_row == block_column:
                 sums += tl.sum(left.to(tl.float32), axis=1)
-        # Rounded to nearest, and without registers for a second set of sums: see panels.py.
+        # This addition rounds to nearest, and needs no registers for a second set of sums: see
+        # panels.py.
         tl.atomic_add(partial + inside, moments, sem="relaxed")
         if block_row == block_column:
             tl.atomic_add(column_sums + left_channel, sums, sem="relaxed")
@@ -161,7 +162,7 @@ def mask_kernel(
     partial_entries: tl.int64,
     notes_entries: tl.int32,
     steps: tl.int32,
-    steps_per_chunk: tl.int32,  # not read: arguments as of block_kernel
+    steps_per_chunk: tl.int32,  # not read: the arguments are those of block_kernel
     steps_per_chain: tl.int32,
     steps_per_image: tl.int32,
     channels: tl.int32,
@@ -247,7 +248,7 @@ def block_kernel(
     IS_DEEP: tl.constexpr,
     ONLY_BROKEN: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr,  # with the launch before
+    OVERLAPS: tl.constexpr,  # true if programs start before the launch before has ended
     IS_INTERPRETED: tl.constexpr,
 ):
     """One block and chunk a program. ONLY_BROKEN: repairs chunks that hold non-finite rows."""

@@ -214,7 +214,7 @@ class Accumulation:
         self._state = (moment, sum, shift, weight, count)
         self._factors = (row_scale, decay)
         self._decided_by = (precision, architecture, channel_dim)
-        # For rows that begin anywhere, and for those that begin where a vector can.
+        # One for rows at any address, one for rows at an address where a vector may begin.
         self._prepared: list[_Prepared | None] = [None, None]
 
     def _prepare(self, rows: Tensor, is_weighted: bool) -> _Prepared:

@@ -223,8 +223,8 @@ def cursor_gather_kernel(
         COLUMNS,
         IS_DEEP,
     )
-    # Whoever comes last knows that all have read the counters, and moves them on. The order of
-    # arrival changes nothing that is stored.
+    # The last program knows that all others have read the counters, and moves them on. The order in
+    # which programs arrive changes nothing that is stored.
     tl.debug_barrier()
     if tl.atomic_add(cursor + GATHERED, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(cursor + FILL, fill + samples)

@@ -32,13 +32,13 @@ _REPAIR = tl.constexpr(16)  # rows of one step of the repair
 @kernel("aligned_rows", "matrix", "aligned_partial")
 def gram_kernel(
     rows,
-    aligned_rows,  # the same where VECTOR > 1: its address picks a compilation; else None
+    aligned_rows,  # rows where VECTOR > 1: an aligned address picks a compilation; else None
     matrix,  # descriptor of the rows with blocks [STEP, PANEL], or None
     shift,  # float64 [C], read where MODE splits
     partial,  # float32 [chunks, slot_size], written; workspace() says what lies behind:
     #   notes, int32 [chains * triangles + 3], written: rows skipped; behind them see begin_update
     #   is_row_finite, uint8 [N], written for chains that hold non-finite rows
-    aligned_partial,  # the same, or None: neighbouring threads take neighbouring entries, not four
+    aligned_partial,  # partial, or None: then a thread adds single entries, not four at once
     count,
     partial_entries: tl.int64,
     notes_entries: tl.int32,
@@ -53,18 +53,18 @@ def gram_kernel(
     stride_channel: tl.int64,
     STEP: tl.constexpr,
     PANEL: tl.constexpr,
-    PANELS: tl.constexpr,  # of a triangle
+    PANELS: tl.constexpr,  # panels of a triangle
     LEFT: tl.constexpr,  # panels of a rectangle, 0 where one triangle covers all channels
     RIGHT: tl.constexpr,
     EDGE: tl.constexpr,
-    VECTOR: tl.constexpr,  # extents and strides are multiples of it
+    VECTOR: tl.constexpr,  # number of which extents and strides are multiples
     MODE: tl.constexpr,
     IS_PLANES: tl.constexpr,
     LOADS_TWICE: tl.constexpr,
     ONE_CHAIN: tl.constexpr,  # steps_per_chunk is steps_per_chain
-    HOISTS: tl.constexpr,  # whether a chain's end has its addresses computed ahead
+    HOISTS: tl.constexpr,  # true if the addresses for a chain's end are computed before the chain
     STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr,  # with the next launch
+    OVERLAPS: tl.constexpr,  # true if the next launch may start before this one has ended
     IS_INTERPRETED: tl.constexpr,
 ):
     """One triangle or rectangle and chunk a program; a chunk's triangles come first."""
@@ -74,7 +74,7 @@ def gram_kernel(
     notes, is_row_finite = workspace(partial, partial_entries, notes_entries)
     if aligned_rows is not None:
         rows = aligned_rows
-        # Multiples that the launcher has checked, told to the compiler.
+        # The launcher has checked these multiples; the compiler is told of them here.
         stride_2 = stride_2 // VECTOR * VECTOR
         if IS_PLANES:
             stride_channel = stride_channel // VECTOR * VECTOR
@@ -162,13 +162,14 @@ def gram_kernel(
             STAGES,
             IS_INTERPRETED,
         )
-        # Apart, and in short steps: the repair must not take registers from the products.
+        # The repair has a loop of its own, in short steps: it must not take registers from the
+        # products.
         tl.debug_barrier()
         broken = 0
         for first in range(first_step, last_step, steps_per_chain):
             broken += tl.load(notes + first // steps_per_chain * triangles)
         if broken > 0:
-            # Anew, not kept in registers while rows are multiplied.
+            # Computed again rather than kept in registers while rows are multiplied.
             note_broken(notes - triangle + notes_entries - 3, count)
             first_step *= STEP // _REPAIR
             last_step *= STEP // _REPAIR
@@ -192,7 +193,7 @@ def gram_kernel(
                     number = mask_rows(
                         rows, is_row_finite, first, last, geometry, _REPAIR, EDGE, False
                     )
-                    tl.debug_barrier()  # all have read the note
+                    tl.debug_barrier()  # all threads have read the note
                     tl.store(note, number)
             if LEFT == 0:
                 # All channels are here: repair at once. Wider rows wait for block_kernel.

@@ -72,8 +72,8 @@ class Job:
 
     def descriptor(self, rows: Tensor) -> TensorDescriptor:
         """Descriptor that bulk copies of rows read, where the rows are a matrix."""
-        # Its constructor would check sizes and alignment in 1 us of every hook, but a job is found
-        # by both. Fields with a default are attributes of the class.
+        # The constructor of a descriptor would check sizes and alignment in 1 us of every hook, but
+        # a job is looked up by both. Fields with a default are attributes of the class.
         assert self.matrix is not None
         descriptor = object.__new__(TensorDescriptor)
         descriptor.base = rows
@@ -292,6 +292,6 @@ def _matrix(
     layout: RowLayout, dtype: torch.dtype, block: list[int]
 ) -> tuple[list[int], list[int], list[int]]:
     sizes, strides = [layout.positions, layout.channels], [layout.stride_position, 1]
-    # The constructor checks sizes and strides.
+    # The descriptor's constructor checks sizes and strides.
     TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), sizes, strides, block)
     return sizes, strides, block

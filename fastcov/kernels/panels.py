@@ -343,7 +343,7 @@ def sum_panels(
     matrix,
     shift,
     partial,
-    notes,  # of the triangle, one every `flags`
+    notes,  # notes of the triangle, one every `flags` entries
     flags,
     left_channel,
     right_channel,
@@ -395,7 +395,7 @@ def sum_panels(
                 LOADS_TWICE,
                 IS_INTERPRETED,
             )
-        # Depends on the chain, which keeps the addresses out of registers meanwhile.
+        # The address depends on the chain, so that the compiler holds it in no register meanwhile.
         apart = tl.minimum(first, 0) * PANEL
         keep_chain(
             partial,
@@ -448,7 +448,7 @@ def keep_chain(
     if IS_TRIANGLE:
         column_sums = partial + triangle_size(channels, EDGE)
         for index in tl.static_range(RIGHT):
-            # All ONES rows are the same.
+            # The ONES rows of the operand are all the same.
             total = tl.max(sums[index], axis=0)
             column = right_channel + index * PANEL + tl.arange(0, PANEL)
             keep(column_sums + column, total, column < edges * EDGE, ADDS)

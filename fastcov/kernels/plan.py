@@ -9,9 +9,9 @@ from fastcov.kernels.config import Architecture, GramConfig
 from fastcov.kernels.gpus import Pace
 from fastcov.kernels.layout import RowLayout
 
-# Beside the GPU's pace, of which only ratios matter.
-_START_CLOCKS = 2000  # launch, first address
-_CHAIN_CLOCKS = 1000  # emptying and filling the pipeline
+# Costs in clocks of a multiprocessor; of the GPU's pace only ratios matter.
+_START_CLOCKS = 2000  # of a program's launch and first address
+_CHAIN_CLOCKS = 1000  # of emptying and filling the pipeline between two chains
 
 MAX_CHAINS = 64
 """Chains that one slot takes in float32, each addition rounded to nearest.

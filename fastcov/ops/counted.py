@@ -95,7 +95,6 @@ class CountedGather:
     def launch_(self, rows: Tensor) -> None:
         """Copies the rows that are due from a row view, or from its activation.
 
-
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.
         """

@@ -156,7 +156,6 @@ def _open(path: Path) -> ctypes.CDLL:
 def load_cpu() -> str:
     """Opens libfastcov_cpu.so; returns its name and instruction set.
 
-
     Raises:
         UnavailableError: If the library is missing, excluded, or does not load.
     """
@@ -169,10 +168,9 @@ def load_cpu() -> str:
 def load_cuda() -> str:
     """Opens libfastcov_cuda.so; returns its name and the version of its CUDA.
 
-
     Raises:
         UnavailableError: If the library is missing, excluded, does not load, or does not fit torch,
-    the driver or the GPU.
+            the driver or the GPU.
     """
     path = _library_path("cuda")
     if torch.version.cuda is None:

@@ -158,16 +158,10 @@ class RowMask:
         self._weights = weights
 
     def weights_of(self, sizes: torch.Size, device: torch.device) -> Tensor | None:
-        """Weights of rows, float32; None where the mask does not fit them.
+        """Weights of rows, float32, a view [B, ...]; None where the mask does not fit them.
 
-        Weights of an image's positions sum up to their number where each image weighs 1.
-
-        Args:
-            sizes: Sizes of the row view without its channels. [B, ...]
-            device: Device of the rows.
-
-        Returns:
-            A view. [B, ...]
+        The sizes are those of the row view without its channels. Weights of an image's positions
+        sum up to their number where each image weighs 1.
         """
         key = (sizes, device)
         if key not in self._spread:

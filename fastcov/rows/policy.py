@@ -70,11 +70,9 @@ class Policy(Protocol):
     def fractions(
         self, new: Mapping[str, LayerLoad], everything: Mapping[str, LayerLoad]
     ) -> dict[str, float]:
-        """Shares of the rows to read, in (0, 1], by name of the new layers.
+        """Shares of the rows to read, in (0, 1], by name of layers that are new in a step.
 
-        Args:
-            new: Loads of layers that have just had their first step, by name.
-            everything: Loads of all layers in that step, the new ones among them.
+        Their loads come apart, and among those of all layers in that step.
         """
 
 

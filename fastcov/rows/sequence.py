@@ -41,18 +41,12 @@ def rows_due(rows: int, fraction: int, carry: int) -> tuple[int, int]:
 
 
 def first_fill(layer: int) -> float:
-    """Share of a buffer that is filled before the buffer is emptied for the first time.
+    """Share of a layer's buffer that is filled before it is emptied for the first time, in (0, 1].
 
     Equal rows per channel would fill the buffers of all layers in the same step. Another share for
     each layer keeps them apart, so that no step pays for all. A golden-ratio sequence spreads
     neighbours, whose widths are similar. Every rank has the same shares, so that no rank waits for
     another.
-
-    Args:
-        layer: Number of the layer.
-
-    Returns:
-        Share in (0, 1].
 
     Example:
         >>> [round(first_fill(layer), 2) for layer in range(4)]

@@ -104,16 +104,9 @@ def _unwrapped(activation: Tensor) -> tuple[Tensor, int]:
 def row_order(
     dims: int, layout: Layout, rank: int | None = None, batch_dims: int = 0
 ) -> tuple[int, ...] | None:
-    """Order of an activation's dimensions in its row view.
+    """Order of an activation's dimensions in its row view; arguments as of :func:`row_view`.
 
-    Args:
-        dims: Number of dimensions of the activation.
-        layout: See :func:`row_view`.
-        rank: See :func:`row_view`.
-        batch_dims: See :func:`row_view`.
-
-    Returns:
-        A permutation; None where the row view adds or merges dimensions.
+    None where the row view adds or merges dimensions.
 
     Example:
         >>> row_order(4, Layout.CHANNELS_FIRST)

@@ -103,16 +103,7 @@ class LayerStatus:
 
 
 def layer_status(layer: LayerFacts, run: RunFacts, spectrum: Spectrum | None) -> LayerStatus:
-    """Status of a layer: its facts, its spectrum, and the note that follows from both.
-
-    Args:
-        layer: Facts of the layer.
-        run: Facts of the run.
-        spectrum: None where no row was read.
-
-    Returns:
-        The status; its note is empty where all is well.
-    """
+    """Status of a layer: its facts, its spectrum if a row was read, and the note on both."""
     return LayerStatus(
         layer.name,
         layer.channels,
@@ -156,15 +147,7 @@ def _mean_note(layer: LayerFacts, spectrum: Spectrum | None) -> list[str]:
 
 
 def why_empty(layer: LayerFacts, run: RunFacts) -> str:
-    """Reason why no row of a layer was read.
-
-    Args:
-        layer: Facts of a layer without rows.
-        run: Facts of the run.
-
-    Returns:
-        A clause, without a full stop.
-    """
+    """Clause on why no row of a layer was read."""
     if layer.reason:
         return layer.reason
     if run.steps == 0:

@@ -188,7 +188,7 @@ def parse_line(line: bytes, index: int) -> dict[str, Any]:
 
     Raises:
         ValueError: If a field is wrong; names the field. json.JSONDecodeError where it is no JSON
-    at all.
+            at all.
     """
     try:
         fields = json.loads(line.decode("utf-8", errors="replace"))

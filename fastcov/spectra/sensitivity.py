@@ -13,7 +13,6 @@ def sensitivity_spectrum(
 ) -> Spectrum:
     """Spectrum of :math:`S^{1/2} G S^{1/2}` for two positive semidefinite matrices S and G.
 
-
     Args:
         covariance: Second moment S of the features. [C, C]
         gradient: Second moment G of the loss's gradient with respect to them. [C, C]

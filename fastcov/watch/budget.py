@@ -17,24 +17,10 @@ def sketch_of(
     memory: int | str | None,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> int | None:
-    """Channels of the sketch with which a model's layers fit into an amount of memory.
+    """Channels of the sketch with which a model's layers fit into ``memory``; None for all.
 
-    Taps that turn out to share a tensor are counted each, and rows as large as the parameters:
-    what is then taken is no more than was promised.
-
-    Args:
-        model: Root module.
-        taps: Tensors to watch.
-        memory: Bytes, as an int or a text such as "2GiB"; None for no limit.
-        pairs: Names of pairs, whose joint second moments keep all channels.
-
-    Returns:
-        None where all layers keep all channels.
-
-    Raises:
-        TypeError: If ``memory`` is neither int nor text.
-        ValueError: If ``memory`` is no amount, or too little for any sketch, or the width of a
-            pair is not known before the first forward.
+    Taps that turn out to share a tensor are counted each, and rows as large as the parameters: what
+    is then taken is no more than was promised.
     """
     if memory is None:
         return None

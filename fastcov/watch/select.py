@@ -76,14 +76,7 @@ def find_taps(
     where: Literal["output", "input", "both"],
     of: Of = "activation",
 ) -> list[tuple[Tap, nn.Module]]:
-    """Taps of the selected modules and the modules themselves, in the model's order.
-
-    Args:
-        model: Root module.
-        include: See :func:`fastcov.track`.
-        exclude: See :func:`fastcov.track`.
-        where: See :func:`fastcov.track`.
-        of: See :func:`fastcov.track`.
+    """Taps of the modules that the arguments of :func:`fastcov.track` select, and these modules.
 
     Raises:
         TypeError: If a selector is neither pattern, type nor predicate.

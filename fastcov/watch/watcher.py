@@ -200,16 +200,9 @@ class Watcher:
         self._handles.append(handle)
 
     def add_named(self, name: str) -> tuple[int | None, int | None]:
-        """Taps of a tensor that the user names: its values and its gradient, as ``of`` says.
+        """Numbers of the taps of a tensor that the user names, new or not: values and gradient.
 
-        Args:
-            name: Name of the tensor, which is new or was added before.
-
-        Returns:
-            Numbers in ``taps``; None for the one that is not watched.
-
-        Raises:
-            ValueError: If a module's tensor has the name.
+        None for the one that ``of`` leaves out. A ValueError refuses the name of a module's tensor.
         """
         if name in self._named:
             return self._named[name]
