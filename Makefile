@@ -22,7 +22,7 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/* csrc/*)
 PACKAGE_SOURCES := pyproject.toml README.md LICENSE fastcov/py.typed \
 	$(shell find fastcov -name '*.py' -o -name '*.html')
 DETECTION_SOURCES := $(shell find detection -name '*.py' -not -path '*/build/*') \
-	$(wildcard detection/pyproject.toml detection/README.md)
+	$(wildcard detection/pyproject.toml detection/README.md detection/fastcov_detection/report/page.html)
 
 # Tests and benchmarks run against the installed wheel: with PYTHONSAFEPATH, and through the scripts
 # in .venv/bin, the checkout's fastcov/ is never on sys.path, in child processes neither.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
@@ -102,40 +102,33 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
 
 
 def coco_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """COCO's twelve numbers of every arm, means over its seeds; empty where no run has them.
-
-    Returns:
-        Headings, and one row for each number.
-    """
-    arms = {
-        name: [run["numbers"] for run in arm["runs"] if run.get("numbers")]
-        for name, arm in result["arms"].items()
-    }
-    arms = {name: runs for name, runs in arms.items() if runs}
-    names = [name for name in next(iter(arms.values()), [{}])[0] if not name.startswith("segm")]
-    names += [name for name in next(iter(arms.values()), [{}])[0] if name.startswith("segm")]
-    lines = [
-        [name, *(_mean([run[name] for run in runs]) for runs in arms.values())] for name in names
-    ]
-    return ["number", *arms], [line for line in lines if set(line[1:]) != {"-"}]
+    """COCO's numbers of every arm, means over its seeds: headings and a row for each number."""
+    headings, lines = _means(result, "number", lambda run: run.get("numbers"))
+    lines.sort(key=lambda line: line[0].startswith("segm"))
+    return headings, [line for line in lines if set(line[1:]) != {"-"}]
 
 
 def class_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """AP of every class for every arm, means over its seeds; empty where no run has them.
+    """AP of every class for every arm, means over its seeds: headings and a row for each class."""
+    return _means(result, "class", lambda run: (run.get("classes") or {}).get("ap"))
 
-    Returns:
-        Headings, and one row for each class.
-    """
+
+def _means(
+    result: Mapping[str, Any], heading: str, read: Callable[[Mapping[str, Any]], Any]
+) -> tuple[list[str], list[list[str]]]:
+    """A table of what runs have by name; empty where no run has it."""
     arms = {
-        name: [run["classes"]["ap"] for run in arm["runs"] if run.get("classes")]
+        name: [found for run in arm["runs"] if (found := read(run))]
         for name, arm in result["arms"].items()
     }
     arms = {name: runs for name, runs in arms.items() if runs}
-    names = list(next(iter(arms.values()), [{}])[0])
-    return ["class", *arms], [
-        [name, *(_mean([run.get(name) for run in runs]) for runs in arms.values())]
-        for name in names
-    ]
+    lines = []
+    for name in next(iter(arms.values()), [{}])[0]:
+        values = (
+            [run[name] for run in runs if run.get(name) is not None] for runs in arms.values()
+        )
+        lines.append([name, *(f"{sum(v) / len(v):.3f}" if v else "-" for v in values)])
+    return [heading, *arms], lines
 
 
 def print_summary(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -172,8 +165,3 @@ def _spread(runs: list[dict[str, Any]], metric: str) -> str:
 def _with_seeds(runs: list[dict[str, Any]]) -> str:
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
     return f"{_spread(runs, 'ap')} ({seeds})"
-
-
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.3f}" if known else "-"

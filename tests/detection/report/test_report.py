@@ -1,7 +1,9 @@
 """The page, its figures and the summary in words, from results made by hand."""
 
+import html
 import io
 import itertools
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from rich.console import Console
 from fastcov import Spectrum, WidthGroup
 from fastcov_detection.errors import ConfigError
 from fastcov_detection.report import pictures
-from fastcov_detection.report.page import Block, Section, write_page
+from fastcov_detection.report.page import Block, Section, to_png, write_page
 from fastcov_detection.report.report import write_report
 from fastcov_detection.report.tables import columns, print_summary, rows, sentences
 from fastcov_detection.search.verdicts import compare_paired
@@ -221,6 +223,29 @@ def test_arms_keep_their_colour_and_further_ones_differ():
 def test_report_of_a_folder_without_a_search_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"no result\.json in"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("width", [420, 1200])
+def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
+    """A table and a figure wider than the window scroll in their own frames."""
+    blocks = [
+        Block("word " * 60, "lead"),
+        Block(headings=[f"column {k}" for k in range(30)], rows=[["long value"] * 30] * 2),
+        Block(picture=to_png(pictures.draw_accuracy(_result())), caption="layer4.2.conv1" * 20),
+        Block(gallery=[to_png(pictures.draw_losses({"baseline": [(1, 2.0)]}))], caption="a"),
+        Block(listing="x" * 500),
+    ]
+    page = write_page(tmp_path / "r.html", "title", [Section("heading", blocks)], "end")
+    inner = html.escape(page.read_text(encoding="utf-8"))
+    frame = f'<iframe style="width:{width}px;height:6000px;border:0" srcdoc="{inner}"></iframe>'
+    read = "const inside = document.querySelector('iframe').contentDocument;"
+    read += "document.title = inside.documentElement.scrollWidth + ' ' + inside.images.length"
+    wrapper = tmp_path / "w.html"
+    wrapper.write_text(f"<title></title>{frame}<script>onload = () => {{ {read} }}</script>")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
+    words = [browser, *flags, "--dump-dom", wrapper.as_uri()]
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert f"<title>{width} 2</title>" in shown
 
 
 def test_headings_stand_over_their_cells(tmp_path):
