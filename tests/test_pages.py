@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.image
 import pytest
+from matplotlib import pyplot
 
 import fastcov
 
@@ -23,8 +25,17 @@ PAGES = [
     for page in sorted(DOCS.rglob("*.md"))
     if COPIED not in page.parents and "```python\n" in page.read_text()
 ]
+
 RECIPES = sorted((DOCS / "recipes").glob("*.py"))
 NOTEBOOKS = sorted((DOCS / "recipes").glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left() -> Iterator[None]:
+    """Pages and notebooks draw with pyplot, which other tests of this process find empty."""
+    with mpl.rc_context({"backend": "Agg"}):
+        yield
+    pyplot.close("all")
 
 
 def run(*command: str, folder: Path) -> str:
@@ -76,9 +87,8 @@ def test_notebooks_run(notebook: Path, tmp_path: Path) -> None:
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) > 3
     names: dict[str, object] = {}
-    with mpl.rc_context({"backend": "Agg"}):
-        for cell in code:
-            exec(compile(cell, str(notebook), "exec"), names)
+    for cell in code:
+        exec(compile(cell, str(notebook), "exec"), names)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,12 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 RESOURCES = HERE.parent / "resources"
 COMMAND = "python tests/csrc/cuda_resources.py"
+
+OPTIONS = (
+    "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Xcompiler", "-fPIC", "-Xptxas", "-v", "-diag-suppress", "20012,20014",
+)  # fmt: skip
+"""Of nvcc, without paths and architectures."""
 
 Resources = dict[str, int]
 ByArchitecture = dict[str, dict[str, Resources]]
@@ -89,13 +96,32 @@ def readable(mangled: str) -> str:
     return name.partition("(")[0]
 
 
+def included(source: str, folder: Path = CSRC) -> set[str]:
+    """Files of csrc/ that a source is compiled from: itself, and what it includes, and so on."""
+    found: set[str] = set()
+    waiting = [source]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (folder / name).is_file():
+            found.add(name)
+            text = (folder / name).read_text("utf-8")
+            waiting += re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE)
+    return found
+
+
+def fingerprint(source: str, archs: tuple[int, ...], folder: Path = CSRC) -> str:
+    """Hash of everything of ours that a source's resources follow from."""
+    digest = hashlib.sha256(repr((OPTIONS, archs)).encode())
+    for name in sorted(included(source, folder)):
+        digest.update(f"{name}\n{(folder / name).read_text('utf-8')}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def compile_source(source: str, archs: tuple[int, ...]) -> ByArchitecture:
     """Resources of each kernel of csrc/<source>, by architecture and kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler(), "-c", str(CSRC / source), "-o", f"{folder}/kernels.o", "-std=c++20"]
-        command += ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem"]
-        command += [str(torch_headers()), "-Xcompiler", "-fPIC", "-Xptxas", "-v", "--threads", "2"]
-        command += ["-diag-suppress", "20012,20014"]
+        command = [compiler(), "-c", str(CSRC / source), "-o", f"{folder}/kernels.o", *OPTIONS]
+        command += ["-isystem", str(torch_headers()), "--threads", "2"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode != 0:
@@ -143,6 +169,7 @@ def main() -> None:
     for name, (sources, archs) in TABLES.items():
         table: dict[str, object] = {source: compile_source(source, archs) for source in sources}
         table["nvcc"] = nvcc_release()
+        table["fingerprints"] = {source: fingerprint(source, archs) for source in sources}
         path_of(name).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         sys.stdout.write(f"{path_of(name)}\n")
 
