@@ -59,8 +59,9 @@ class Cell:
         """Times both once, that of index ``first`` before the other."""
         torch.set_num_threads(self.threads)
         if self.repeats == 0:
-            self.solvers[0](self.matrices)
-            self.repeats = max(1, int(_SAMPLE_S / self._time(1, 1)))
+            # First calls are slow: of several, the shortest tells how many fill a sample.
+            once = min(self._time(index, 1) for _ in range(3) for index in (0, 1))
+            self.repeats = max(1, int(_SAMPLE_S / once))
         self.samples += 1
         for index in (first, 1 - first):
             self.shortest[index] = min(self.shortest[index], self._time(index, self.repeats))

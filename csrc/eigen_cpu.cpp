@@ -250,6 +250,7 @@ void eigvalsh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>&
     Tensor& result = results[entry];
     result = empty(shape_without_last(matrix), matrix.scalar_type());
     T* const values = static_cast<T*>(result.mutable_data_ptr());
+    tasks.reserve(tasks.size() + batch.count);
     for (int64_t b = 0; b < batch.count; ++b) {
       tasks.push_back({batch[b], batch.n, values + b * batch.n, nullptr, 0, 0, nullptr, nullptr});
     }
@@ -301,6 +302,15 @@ void eigh_of(const std::vector<Tensor>& matrices, const std::vector<size_t>& ent
     all_vectors[entry] = empty(shape_of(matrix), matrix.scalar_type());
     T* const values = static_cast<T*>(all_values[entry].mutable_data_ptr());
     T* const vectors = static_cast<T*>(all_vectors[entry].mutable_data_ptr());
+    if (batch.n == 1) {  // nothing to solve, and no group is as fast
+      for (int64_t b = 0; b < batch.count; ++b) {
+        const T zero = *batch.plain(b).data * T(0);  // NaN where the entry is not finite
+        values[b] = *batch.plain(b).data + zero;
+        vectors[b] = zero + T(1);
+      }
+      continue;
+    }
+    tasks.reserve(tasks.size() + batch.count);
     for (int64_t b = 0; b < batch.count; ++b) {
       tasks.push_back({batch.plain(b), batch.n, values + b * batch.n, nullptr, 0, 0, nullptr,
                        vectors + b * batch.n * batch.n});

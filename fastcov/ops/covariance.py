@@ -120,6 +120,7 @@ def accumulate_(
         TypeError: If ``x`` is not a tensor of one of these dtypes.
         ValueError: If a shape or device does not fit ``state``, a weight is negative or not finite,
             or ``precision`` is none of these.
+        MemoryError: If there is no memory for the call's scratch; the state is then as it was.
 
     Example:
         >>> from fastcov import CovarianceState
@@ -167,10 +168,15 @@ def accumulate_(
         # Triton's kernels never move a shift; the CPU's kernels and plain torch do.
         aten.follow_mean_(*tensors[:5], _first_matrix(x))
     weights = {"row_weight": row_weight, "row_scale": row_scale, "decay": decay}
-    if precision == "split":
-        torch.ops.fastcov.accumulate_(*tensors, **weights)
-    else:
-        torch.ops.fastcov.accumulate_at_precision_(*tensors, precision, **weights)
+    try:
+        if precision == "split":
+            torch.ops.fastcov.accumulate_(*tensors, **weights)
+        else:
+            torch.ops.fastcov.accumulate_at_precision_(*tensors, precision, **weights)
+    except MemoryError as error:  # compiled code's has no text
+        raise MemoryError(
+            f"no memory for the scratch of rows {tuple(x.shape)} {x.dtype}: the state is as it was"
+        ) from error
     if counted is not None:
         torch.ops.fastcov.assign_(state.count, counted)
 

@@ -3,7 +3,9 @@
 One call takes matrices of mixed sizes. Eigenvalues come in ascending order, as from
 ``torch.linalg.eigvalsh``; only the lower triangle is read, through any strides. Eigenvalues and
 eigenvectors are computed in the matrices' dtype, counts in float64. Where a derivative is wanted,
-in reverse or forward mode, ``torch.linalg`` computes both.
+in reverse or forward mode, ``torch.linalg`` computes both, inside torch.vmap and torch.compile too.
+As with torch's own operators that use OpenMP, a process that is forked after a call on several
+threads may hang in its next one: start processes by "spawn".
 """
 
 from __future__ import annotations

@@ -216,12 +216,13 @@ class Spectrum:
     def uncertainty(self) -> Tensor:
         r"""95 % bound on all :math:`|\hat\lambda_i - \lambda_i|` at once, float64. [C]
 
-        Promised for ``count`` independent Gaussian rows: of simulated flat, power-law, spiked and
-        stepped spectra 97 to 99 % lay within at 16 rows a channel, 91 to 98 % at 4 and 92 to 100 %
-        at 64 (tests/spectra/test_uncertainty.py). Eigenvalues do not tell how their rows were
-        related: correlated positions make the bound far too narrow (rows in groups of 4 equal ones:
-        0 to 25 % within), heavy tails a little (Student's t with 8 degrees of freedom: 92 to 98 %).
-        Where ``count`` is :func:`fastcov.spectra.uncertainty.gaussian_rows` of them it holds.
+        Promised for ``count`` independent Gaussian rows. Of ten kinds of simulated spectra, with 6
+        to 24 channels and 4 to 64 rows a channel, 95 to 98 % lay within on average; single kinds
+        89 to 100 %, but 86 % of steep exponential ones of 24 channels at 4 rows a channel
+        (benchmarks/uncertainty_coverage.py makes a table). Eigenvalues do not tell how their rows
+        were related: correlated positions make the bound far too narrow (rows in groups of 4 equal
+        ones: hardly any within), heavy tails narrower than it should be. Where ``count`` is
+        :func:`fastcov.spectra.uncertainty.gaussian_rows` of them it holds.
 
         Infinite where there are too few rows (see :func:`interval`). Above 256 channels the bound
         is that of :func:`interval`: never too narrow, and up to five times too wide.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcov import CovarianceState
-from fastcov.ops import accumulate_, aten
+from fastcov.ops import accumulate_, aten, native
 from fastcov.ops.covariance import Moments
 from fastcov.ops.reference import accumulate_reference_
 
@@ -26,6 +28,27 @@ PATHS: dict[str, Callable[..., None]] = {
 
 def rows_of(count: int = 60, channels: int = 4) -> Tensor:
     return torch.randn(count, channels, generator=torch.Generator().manual_seed(1)) + 3
+
+
+def test_an_update_without_memory_says_so_and_changes_nothing() -> None:
+    program = """
+import resource, torch, fastcov
+torch.set_num_threads(1)
+state = fastcov.CovarianceState(1000)
+state.update(torch.randn(20, 1000))
+before = [tensor.clone() for tensor in state.tensors]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+try:
+    state.update(torch.ones(1).expand(200000, 1000))
+except MemoryError as error:
+    print(error, all(map(torch.equal, before, state.tensors)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    if "native" in native.allowed_backends():
+        assert "rows (200000, 1000) torch.float32: the state is as it was True" in result.stdout
 
 
 def test_rows_of_ten_dimensions() -> None:
