@@ -91,7 +91,6 @@ def test_powers_of_any_size_give_a_plan(power: float) -> None:
         ({"rule": lambda spectrum: "x"}, TypeError, "demand of 'half' is 'x'"),
         ({"rule": 5}, TypeError, "rule is 5"),
     ],
-    ids=str,
 )
 def test_arguments_that_are_no_numbers_are_named(options, error, message: str) -> None:
     with pytest.raises(error, match=message):
