@@ -310,6 +310,7 @@ class Detector(nn.Module):
         return features[features > 0].sum()  # a shape that data decide
 
 
+@pytest.mark.slow
 def test_compiled_backbone_counts_every_row() -> None:
     torch.manual_seed(0)
     model = Detector().train()

@@ -109,11 +109,22 @@ def included(source: str, folder: Path = CSRC) -> set[str]:
     return found
 
 
+def code(text: str) -> str:
+    """C++ without comments, every space or end of a line as one space."""
+    parts = re.sub(
+        r"""("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/""",
+        lambda match: match[1] or " ",
+        text,
+        flags=re.DOTALL,
+    )
+    return " ".join(parts.split())
+
+
 def fingerprint(source: str, archs: tuple[int, ...], folder: Path = CSRC) -> str:
-    """Hash of everything of ours that a source's resources follow from."""
+    """Hash of everything of ours that a source's resources follow from; comments do not count."""
     digest = hashlib.sha256(repr((OPTIONS, archs)).encode())
     for name in sorted(included(source, folder)):
-        digest.update(f"{name}\n{(folder / name).read_text('utf-8')}\n".encode())
+        digest.update(f"{name}\n{code((folder / name).read_text('utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -64,9 +64,17 @@ def test_a_source_is_known_by_all_that_it_includes(tmp_path: Path) -> None:
     assert {"eigen.h", "team.h"} <= headers
     for header in sorted(headers):
         text = (tmp_path / header).read_text("utf-8")
-        (tmp_path / header).write_text(text + "\n")
+        (tmp_path / header).write_text(f"// A comment.\n{text}\n/* Another. */\n")
+        assert resources.fingerprint("eigen_members.cu", archs, tmp_path) == before, header
+        (tmp_path / header).write_text(text + "int other;\n")
         assert resources.fingerprint("eigen_members.cu", archs, tmp_path) != before, header
         (tmp_path / header).write_text(text)
+
+
+def test_texts_in_quotes_are_no_comments() -> None:
+    assert resources.code('a("//b", 1); // c\n/* d\n"e" */ f("\\"/*");') == (
+        'a("//b", 1); f("\\"/*");'
+    )
 
 
 @pytest.mark.slow
