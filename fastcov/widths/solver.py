@@ -23,6 +23,8 @@ _BRACKET = 1e-9
 _MOST_DOUBLINGS = 64
 _MOST_SWAPS = 24
 _MOST_SWAP_TRIALS = 32
+# Share of the formula's width by which the adjustment may leave it, where that is more than a step.
+_MOST_STRAY = 0.05
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Solver:
                 _step(widths, unit, +1)
                 for unit in sorted(units, key=lambda unit: _strain(widths, unit, +1, targets))
             )
-            found = next((w for w in raised if self._is_ordered(w) and self._fits(w)), None)
+            found = next((w for w in raised if self._is_fair(w, targets) and self._fits(w)), None)
             if found is None:
                 break
             widths = found
@@ -199,13 +201,25 @@ class Solver:
         best: Widths | None = None
         for up, down in sorted(pairs, key=rank)[:_MOST_SWAP_TRIALS]:
             swapped = _step(_step(widths, up, +1), down, -1)
-            if not self._is_ordered(swapped) or not self._fits(swapped):
+            if not self._is_fair(swapped, targets) or not self._fits(swapped):
                 continue
             if self._is_spent(swapped):
                 return swapped
             if self.cost(swapped) > (here if best is None else self.cost(best)):
                 best = swapped
         return best
+
+    def _is_fair(self, widths: Widths, targets: Mapping[str, float]) -> bool:
+        """True if no width is far from its target, and the order of demands is kept.
+
+        Without the first, a group whose floor or multiple is its own could be traded away.
+        """
+        for group in self.groups:
+            target = targets[group.name]
+            stray = abs(widths[group.name] - group.nearest(target))
+            if stray > max(group.multiple, _MOST_STRAY * target):
+                return False
+        return self._is_ordered(widths)
 
     def _is_ordered(self, widths: Widths) -> bool:
         """True if no larger demand is narrower, and equal demands stay within one step."""

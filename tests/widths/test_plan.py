@@ -128,7 +128,31 @@ def test_macs_never_exceed_the_budget_and_are_near_it_where_a_step_fits(problem)
         assert any("below the budget" in note for note in plan.notes)
         for group in chain.groups:
             raised = plan.widths | {group.name: plan.widths[group.name] + group.multiple}
-            assert chain.macs(raised) > plan.budget or not _is_ordered(chain, demands, raised)
+            target = plan.alpha * demands[group.name]
+            stray = raised[group.name] - group.nearest(target)
+            assert (
+                chain.macs(raised) > plan.budget
+                or stray > max(group.multiple, 0.05 * target)
+                or not _is_ordered(chain, demands, raised)
+            )
+
+
+@pytest.mark.parametrize("share", [0.2, 0.25, 1 / 3, 0.5, 0.7])
+@pytest.mark.parametrize("multiple", [4, 8])
+@pytest.mark.parametrize("own", ["a", "b", "c"])
+def test_a_group_with_a_floor_of_its_own_is_not_traded_away(own, multiple, share):
+    """The widths 16, 64, 64 at a third of their cost were 32, 40, 8: they are 8, 40, 32."""
+    chain = Chain(
+        [
+            WidthGroup(name, (name,), width, multiple, 2 * multiple if name == own else multiple)
+            for name, width in {"a": 16, "b": 64, "c": 64}.items()
+        ],
+        [1, 1, 1, 1],
+    )
+    plan = uniform_widths(chain.groups, chain.macs, share * chain.macs(chain.current()))
+    for group in chain.groups:
+        wanted = group.nearest(plan.alpha * group.width)
+        assert abs(plan.widths[group.name] - wanted) <= multiple
 
 
 def _is_ordered(chain: Chain, demands: dict[str, float], widths: dict[str, int]) -> bool:
