@@ -15,7 +15,7 @@ struct JacobiSpace {
   Real* vectors;  // eigenvector k is row k: [n][vector_stride]
   int vector_stride;
   // Both [(n + 1) / 2]. A rotation is applied as p - s (q + tau p) and q + s (p - tau q), with tau
-  // = s / (1 + c). What it adds is proportional to the angle, so that the rounding of many small
+  // = s / (1 + c). The added term is proportional to the angle, so that the rounding of many small
   // rotations does not pile up.
   Real* sine;
   Real* tau;

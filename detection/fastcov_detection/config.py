@@ -1,4 +1,4 @@
-"""What a run is made of, presets that were tried, and settings to and from files and text.
+"""Settings of a run, presets that were tried, and settings to and from files and text.
 
 jsonargparse reads values and checks their types; the docstring under a field is its help.
 """
@@ -126,7 +126,7 @@ class MiniConfig:
     seed: int = 0
     """Seed of everything that is drawn."""
     brightness: float = 0.5
-    """What photographs are multiplied by."""
+    """Factor on the values of photographs."""
     colour_low: int = 150
     """Lowest value of a digit's red, green and blue; the highest is 255."""
     angle: float = 10.0
@@ -403,7 +403,7 @@ def _mini_harder() -> TrainConfig:
 
 
 def _converged(look: MiniConfig, root: str) -> TrainConfig:
-    """What ``early`` and ``late`` share: cheap steps.
+    """Settings that ``early`` and ``late`` share: cheap steps.
 
     A canvas of 64 pixels, RoIAlign by rows and images in memory make a step 2.5 times cheaper than
     that of ``mini`` (0.16 s in place of 0.41 s of one core).

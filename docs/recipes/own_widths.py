@@ -26,7 +26,7 @@ def build(widths: dict[str, int]) -> nn.Sequential:
     )  # fmt: skip
 
 
-# 2. What the widths cost: multiply-accumulates of one image.
+# 2. Cost of the widths: multiply-accumulates of one image.
 def macs(widths: dict[str, int]) -> int:
     """Those of the convolutions on maps of 64 and 16 positions, and of the classifier."""
     stem, body, tail = widths["stem"], widths["body"], widths["tail"]

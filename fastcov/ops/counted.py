@@ -97,6 +97,7 @@ class CountedGather:
 
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.
+            NotImplementedError: If no compiled library serves its device.
         """
         if not library.gather_counted_(self.prepared, rows):
             raise ValueError(

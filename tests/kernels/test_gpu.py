@@ -364,8 +364,8 @@ def test_the_compiled_gather_does_what_tritons_does(dtype, fraction):
     from fastcov.ops.backend import service_of
     from fastcov.ops.counted import CountedGather
 
-    if not service_of(dtype, torch.device("cuda", 0)).has_compiled_gather:
-        pytest.skip("needs the compiled CUDA library")
+    service = service_of(dtype, torch.device("cuda", 0))
+    assert service.has_compiled_gather, "build the CUDA library first: make dev"
     for rows in layouts(40, dtype):
         rows = rows.clone(memory_format=torch.preserve_format)
         results = []

@@ -402,7 +402,7 @@ _CHECKED_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         ),
     },
 }
-"""What the values of fields must be, and the remedy."""
+"""Conditions on the values of fields, each with its remedy."""
 _MAY_BE_MISSING = ("name", "iscrowd", "area")
 _MAY_BE_NULL = ("iscrowd", "area")
 

@@ -259,7 +259,7 @@ def count_parameters(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a detector weighs and computes for one image."""
+    """Parameters of a detector, and its multiply-accumulates for one image."""
 
     params: int
     backbone_params: int

@@ -9,7 +9,7 @@ search) without a line here.
 from __future__ import annotations
 
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,13 +137,9 @@ class Arm(ABC):
         """Refuses a search in which this arm is impossible, before anything is trained."""
         return  # most arms are possible in every search
 
-    def propose(self, search: Search) -> WidthPlan:
-        """The plan of every seed, after the trainings that it follows from."""
-        raise NotImplementedError(f"{self.name} has neither a plan for all seeds nor one for each")
-
+    @abstractmethod
     def prepare(self, search: Search) -> Prepared:
-        """Plans of widths for every seed; one for all, unless a kind says otherwise."""
-        return self._one_plan(search, self.name, partial(self.propose, search))
+        """Plans of widths for every seed, after the trainings that they follow from."""
 
     def _one_plan(self, search: Search, folder: str, propose: Callable[[], WidthPlan]) -> Prepared:
         plan = search.plan(folder, propose)
@@ -166,7 +162,19 @@ class Arm(ABC):
         return self.name
 
 
-class Baseline(Arm):
+class OnePlan(Arm):
+    """Arms of which every seed has the same widths."""
+
+    @abstractmethod
+    def propose(self, search: Search) -> WidthPlan:
+        """The plan of every seed, after the trainings that it follows from."""
+
+    def prepare(self, search: Search) -> Prepared:
+        """The one plan, proposed or read from the search's folder."""
+        return self._one_plan(search, self.name, partial(self.propose, search))
+
+
+class Baseline(OnePlan):
     """The configuration's own widths."""
 
     stem = "baseline"
@@ -263,7 +271,7 @@ class Searched(Ruled):
         )
 
 
-class _Matched(Ruled):
+class _Matched(Ruled, OnePlan):
     """Controls with the parameters of the network that a rule searched."""
 
     @property
@@ -310,7 +318,7 @@ class Random(Arm):
         return replace(plan, params=search.costs.params(plan.widths))
 
 
-class Untrained(Ruled):
+class Untrained(Ruled, OnePlan):
     """The same rule on the spectra of the network before training."""
 
     stem = "untrained"
@@ -335,7 +343,7 @@ class Power(_Matched):
         return power_widths(search.groups, *budget, params=params, param_fn=costs.params)
 
 
-class Quarter(Arm):
+class Quarter(OnePlan):
     """The baseline scaled to a quarter of its backbone's parameters, whatever the rules say."""
 
     stem = "quarter"
@@ -414,7 +422,7 @@ class PrunedFromScratch(Arm):
         return Prepared(self, self.name, dict.fromkeys(search.seeds, (name, load_plan(path))))
 
 
-class Wider(Arm):
+class Wider(OnePlan):
     """The detector that is pruned; trained on the way, and never compared."""
 
     stem = "torch-pruning-from"
@@ -432,7 +440,7 @@ class Wider(Arm):
 
 
 @dataclass(frozen=True)
-class Exponent(Arm):
+class Exponent(OnePlan):
     """Baseline widths to a fixed power, at the same MACs."""
 
     power: float = 1.0

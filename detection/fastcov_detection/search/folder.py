@@ -34,7 +34,7 @@ _KEPT = (
     "result.json",
 )
 _PLANS = "widths/*.json"
-# What a search may change when it goes on in a folder: everything else would mix two experiments.
+# Settings that may change when a search goes on in a folder: any other would mix experiments.
 _MAY_GROW = ("arms", "seeds", "peer_seeds", "jobs", "latency_runs")
 _DATA = "data.json"
 _SCALARS = "/count,total"

@@ -1,4 +1,4 @@
-r"""What is measured of a network that stands still: spectra, from which widths follow, and latency.
+r"""Measurements of a network that stands still: spectra, from which widths follow, and latency.
 
 Rules read the spectrum of what feature maps hold, or of what of that the loss feels. Taking
 direction :math:`u` out of a map whose rows are :math:`f` changes the loss, to first order, by

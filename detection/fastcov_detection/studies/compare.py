@@ -54,7 +54,7 @@ from fastcov_detection.search.verdicts import mean_and_error
 from fastcov_detection.train.folder import read_run_result
 
 FAMILIES = "families.json"
-"""What a comparison of families leaves in its folder, beside its figure."""
+"""File in which a comparison of families keeps its numbers, beside its figure."""
 _MOST_DIVISIONS = 20_000
 _THRESHOLD = 1e-3
 _COLOURS = 64

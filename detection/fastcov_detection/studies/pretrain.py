@@ -38,7 +38,7 @@ from fastcov_detection.train.folder import LAST, open_folder, write_result
 from fastcov_detection.train.loop import Loop, run_settings
 
 RESULT = "pretrain.json"
-# What torchvision's detectors normalise their images with.
+# Mean and deviation with which torchvision's detectors normalise images.
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -59,7 +59,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a pretraining came to."""
+    """Result of a pretraining."""
 
     accuracy: float
     """Of the classes of the validation objects, in 0-1."""

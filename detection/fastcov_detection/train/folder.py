@@ -45,7 +45,7 @@ _FREE = {
     "config.evaluate_epochs",
 }
 _PLACES = {f"config.{place}" for place in DATA_PLACES}
-# What the rest of a run follows.
+# Settings that the rest of a run follows.
 _OF_THE_REST = {
     "config.lr",
     "config.lr_batch",
@@ -61,7 +61,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run came to; AP in 0-1."""
+    """Result of a finished run; AP in 0-1."""
 
     ap: float
     ap50: float

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: JSON lines for programs, TensorBoard and a bar for people."""
+"""Messages of a run while it goes: JSON lines for programs, TensorBoard and a bar for people."""
 
 from __future__ import annotations
 
