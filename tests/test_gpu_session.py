@@ -146,6 +146,7 @@ def test_three_calls_run_every_part_once_and_in_order(session) -> None:
     assert {part for call in ran for part in call} == {*listed}
 
 
+@pytest.mark.slow
 def test_a_call_ends_in_time_whatever_its_parts_take(session) -> None:
     """A part gets what is left of its call, and none begins with too little."""
     begin = time.monotonic()

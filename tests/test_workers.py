@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text()
 CASES = """
 import os, pathlib, pytest
@@ -23,6 +25,7 @@ def test_one(shared, case):
 """
 
 
+@pytest.mark.slow
 def test_a_module_fixture_is_made_once(tmp_path: Path) -> None:
     """A group that a version of pytest-xdist no longer knows would be spread in silence."""
     for name in ("test_a.py", "test_b.py", "test_c.py"):

@@ -91,6 +91,7 @@ def test_no_contest_begins_once_time_is_up(tmp_path: Path) -> None:
     assert results.load_results(tmp_path)["case"].failures == result.failures
 
 
+@pytest.mark.slow
 def test_every_contest_compiles_what_it_compares_with(tmp_path: Path) -> None:
     # Beyond eight kinds of input torch.compile runs a function in eager mode, and says so once.
     compilations = []
@@ -220,6 +221,7 @@ def test_sigterm_ends_the_case_that_runs(tmp_path: Path) -> None:
     assert ticking.read_text() == last
 
 
+@pytest.mark.slow
 def test_the_command_of_a_case_is_one_that_runs(tmp_path: Path) -> None:
     line = apart._command("eigen", "tiny", tmp_path, 30.0)
     line.remove("--gpu")

@@ -218,6 +218,7 @@ def run(name: str, tmp_path: Path, *more: str) -> results.Result:
     return results.load_results(tmp_path / f"{name}.json")[name]
 
 
+@pytest.mark.slow
 def test_covariance_case(tmp_path: Path) -> None:
     result = run("covariance", tmp_path)
     ours = [row for row in result.rows if row.contender == "fastcov"]

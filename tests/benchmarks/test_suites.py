@@ -52,6 +52,7 @@ def test_all_four_suites_are_there() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_table_of_worst_errors_is_made(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "eigen_accuracy.py"), "--largest", "3"]
     command += ["--out", str(tmp_path / "accuracy.md")]
@@ -62,6 +63,7 @@ def test_the_table_of_worst_errors_is_made(tmp_path: Path) -> None:
     assert "| float32: eigvalsh, one matrix |" in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("least", "status"), [("0.001", 0), ("1000", 1)])
 def test_the_table_of_eigenvalue_speed_is_made(tmp_path: Path, least: str, status: int) -> None:
     command = [sys.executable, str(BENCHMARKS / "eigen_speed.py"), "--largest", "2"]

@@ -56,6 +56,7 @@ def constant(count: int) -> Tensor:
     return torch.full((count, 16), 1 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [one_sign, two_values, constant])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_million_rows(update: Update, dtype: torch.dtype, make: Callable[[int], Tensor]) -> None:

@@ -127,6 +127,7 @@ def test_around_the_boundaries_of_size_classes(n: int, family: str, dtype: torch
 
 # On one thread float32 is reduced in two stages from 256 on, float64 from 768; on several both
 # from 512.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [300, 530, 800])

@@ -68,6 +68,7 @@ def test_cpu_library_serves_the_operators() -> None:
         assert "_cpu.cpp" in cpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_a_lower_instruction_set_can_be_asked_for(level: str) -> None:
     result = run_python(

@@ -438,6 +438,7 @@ def test_pages_leave_nothing_with_pyplot() -> None:
     assert pyplot.get_fignums() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "module", "noun"), [("matplotlib", "plot", "figures"), ("jinja2", "page", "pages")]
 )

@@ -207,6 +207,7 @@ history.append(_snapshot(1, layers))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "limit"),
     [({"a": 4000}, 20_000), ({f"layer number {i}": 1 for i in range(40)}, 10_000)],

@@ -337,7 +337,7 @@ def test_two_forwards_before_their_backward_passes() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled(backend: str) -> None:
     model, plain = make(), make()
     tracker = fastcov.track(model, of="both", rows="all")

@@ -207,6 +207,7 @@ def wrong(errors: dict[str, float]) -> dict[str, float]:
     return {name: error for name, error in errors.items() if not error <= TOLERANCE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
     errors = errors_of(lambda: timm_model(name, **TIMM[name]), look)
