@@ -42,6 +42,7 @@ from torch import nn
 from fastcov import History, Spectrum, load_history
 from fastcov.show.figures import comparison_grid, png
 from fastcov.spectra.compare import compare_histories
+from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import spectral_distance
 from fastcov_detection import __version__
 from fastcov_detection.config import read_saved
@@ -51,7 +52,9 @@ from fastcov_detection.files import write_file, write_text
 from fastcov_detection.report.page import Block, Section, to_png, write_page
 from fastcov_detection.report.pictures import Curves, draw_dims
 from fastcov_detection.search.verdicts import mean_and_error
-from fastcov_detection.train.folder import read_run_result
+from fastcov_detection.studies.pretrain import RESULT as CLASSIFIER
+from fastcov_detection.studies.pretrain import PretrainResult
+from fastcov_detection.train.folder import read_result, read_run_result
 
 FAMILIES = "families.json"
 """File in which a comparison of families keeps its numbers, beside its figure."""
@@ -85,7 +88,8 @@ def layer_ceilings(run: Path) -> dict[str, int]:
         values, widths = content["config"], content["widths"]
     else:
         return {}
-    config = read_saved(values)
+    # A classifier's configuration holds that of the detector whose backbone it trains.
+    config = read_saved(values.get("train", values))
     with torch.device("meta"):
         classes = config.model.num_classes or 2
         model = build_model(replace(config.model, init="random"), widths, num_classes=classes)
@@ -284,11 +288,20 @@ def _history(run: Path) -> History:
     """The snapshots of a run, or of the folder that was given as ``out=`` to fastcov.track."""
     for folder in (run / "spectra", run):
         if (folder / "history.jsonl").is_file() and len(history := load_history(folder)):
-            return history
+            return _as_backbone(history) if (run / CLASSIFIER).exists() else history
     raise DataError(
         f"no snapshots in {run} (looked for history.jsonl there and in spectra/); train with "
         "--set track=backbone and snapshot_every below the number of steps"
     )
+
+
+def _as_backbone(classifier: History) -> History:
+    """A classifier's snapshots, its layers named as those of a detector's backbone."""
+    renamed = History()
+    for one in classifier:
+        spectra = {f"body.{name}": spectrum for name, spectrum in one.spectra.items()}
+        renamed.append(Snapshot(one.step, one.wall_s, spectra))
+    return renamed
 
 
 def _labels(a: Path, b: Path) -> tuple[str, str]:
@@ -335,16 +348,21 @@ class LayerFamilies:
 
 @dataclass(frozen=True)
 class Families:
-    """Two families of runs compared; ``p`` is that of the mean over layers below their ceiling."""
+    """Two families of runs compared; ``p`` is that of the mean over layers below their ceiling.
+
+    Scores are by run: AP of detectors, accuracy of classifiers.
+    """
 
     label_a: str
     label_b: str
-    ap_a: list[float]
-    ap_b: list[float]
+    scores_a: list[float]
+    scores_b: list[float]
     layers: list[LayerFamilies]
     separation: float
     p: float
     divisions: int
+    measure_a: str = "AP"
+    measure_b: str = "AP"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for a file."""
@@ -378,9 +396,17 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
         len(a),
         {name: ceilings.get(name, finals[0][name].channels) for name in names},
     )
-    aps = [[_ap(run) for run in runs] for runs in (a, b)]
+    scores = [[_score(run) for run in runs] for runs in (a, b)]
     labels = a[0].parent.name, b[0].parent.name
-    families = replace(found, label_a=labels[0], label_b=labels[1], ap_a=aps[0], ap_b=aps[1])
+    families = replace(
+        found,
+        label_a=labels[0],
+        label_b=labels[1],
+        measure_a=_measure(a[0]),
+        measure_b=_measure(b[0]),
+        scores_a=scores[0],
+        scores_b=scores[1],
+    )
     write_text(out / FAMILIES, json.dumps(families.as_dict(), indent=2) + "\n")
     figure = _draw_families(histories[: len(a)], histories[len(a) :], families)
     _write_small(out / "families.png", to_png(figure))
@@ -431,7 +457,16 @@ def divide(
         layers.append(LayerFamilies(name, ceilings[name], dims[:size_a], dims[size_a:], *means))
     told = [s for s, layer in zip(separations, layers, strict=True) if not layer.is_at_ceiling]
     overall = np.mean(told, axis=0) if told else np.zeros(len(divisions))
-    return Families("a", "b", [], [], layers, float(overall[0]), _share(overall), len(divisions))
+    return Families(
+        label_a="a",
+        label_b="b",
+        scores_a=[],
+        scores_b=[],
+        layers=layers,
+        separation=float(overall[0]),
+        p=_share(overall),
+        divisions=len(divisions),
+    )
 
 
 def _divisions(runs: int, size_a: int) -> NDArray[np.bool_]:
@@ -453,11 +488,18 @@ def _share(separations: NDArray[np.float64]) -> float:
     return float((separations >= separations[0] - 1e-12).mean())
 
 
-def _ap(run: Path) -> float:
-    result = read_run_result(run)
-    if result is None:
-        raise DataError(f"{run} has not ended; finish it first")
-    return result.ap
+def _measure(run: Path) -> str:
+    return "accuracy" if (run / CLASSIFIER).exists() else "AP"
+
+
+def _score(run: Path) -> float:
+    if (run / CLASSIFIER).exists():
+        classifier = read_result(run, PretrainResult, CLASSIFIER)
+        if classifier is not None:
+            return classifier.accuracy
+    elif (detector := read_run_result(run)) is not None:
+        return detector.ap
+    raise DataError(f"{run} has not ended; finish it first")
 
 
 def _draw_families(a: Sequence[History], b: Sequence[History], families: Families) -> Figure:
@@ -488,9 +530,12 @@ def sentences(families: Families) -> list[str]:
     """The comparison in words."""
     told = [layer for layer in families.layers if not layer.is_at_ceiling]
     spreads = []
-    for label, aps in ((families.label_a, families.ap_a), (families.label_b, families.ap_b)):
-        mean, error = mean_and_error(aps)
-        spreads.append(f"{label}: AP {mean:.3f} ± {error or 0:.3f} ({len(aps)} seeds)")
+    for label, measure, scores in (
+        (families.label_a, families.measure_a, families.scores_a),
+        (families.label_b, families.measure_b, families.scores_b),
+    ):
+        mean, error = mean_and_error(scores)
+        spreads.append(f"{label}: {measure} {mean:.3f} ± {error or 0:.3f} ({len(scores)} seeds)")
     alone = sum(layer.p <= 0.05 for layer in told)
     verb = "differ" if families.p <= 0.05 else "are not shown to differ"
     return [

@@ -35,7 +35,7 @@ from fastcov_detection.distributed import pick_device
 from fastcov_detection.errors import CheckpointError, ConfigError, DataError
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.train.folder import LAST, open_folder, write_result
-from fastcov_detection.train.loop import Loop, run_settings
+from fastcov_detection.train.loop import Loop, run_settings, watch
 
 RESULT = "pretrain.json"
 # Mean and deviation with which torchvision's detectors normalise images.
@@ -178,10 +178,11 @@ def pretrain(
     """Trains a backbone to tell the objects of the training images apart.
 
     Validation objects are seen by the accuracy alone. At the end the folder has ``model.pt`` (a
-    ResNet's plain state_dict, for ``--init``) and ``pretrain.json``.
+    ResNet's plain state_dict, for ``--init``) and ``pretrain.json``, and ``spectra`` has a snapshot
+    of every watched layer each ``snapshot_every`` steps.
 
     Args:
-        config: The run; the detector's own parts, its batch and its tracking are not used.
+        config: The run; the detector's own parts and its batch are not used.
         widths: Channels by width group; None: the configuration's.
         run_dir: Folder of the run.
         seed: Of everything random.
@@ -253,7 +254,14 @@ class _Pretraining:
     ) -> None:
         self.config, self.crops, self.identity = config, crops, identity
         self.loop = Loop(
-            config.train, model, folder, identity, device, self._losses, progress=progress
+            config.train,
+            model,
+            folder,
+            identity,
+            device,
+            self._losses,
+            track=lambda: watch(model, config.train, folder),
+            progress=progress,
         )
 
     def run(self) -> PretrainResult:

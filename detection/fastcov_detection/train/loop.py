@@ -263,21 +263,31 @@ class _Run:
         return found
 
     def _track(self) -> fastcov.Tracker | None:
-        config = self.config
-        if config.track == "none":
-            return None
-        root = self.model if config.track == "model" else self.model.backbone
-        is_main = rank() == 0
-        # Snapshots come from inside a step, where ranks must not wait for each other: rank 0 takes
-        # its own.
-        return fastcov.track(
-            root,
-            where=config.track_where,
-            rows="auto" if config.track_rows is None else config.track_rows,
-            decay=config.track_decay,
-            snapshot_every=config.snapshot_every if is_main else None,
-            out=self.folder / "spectra" if is_main else None,
-        )
+        root = self.model if self.config.track == "model" else self.model.backbone
+        return watch(root, self.config, self.folder)
+
+
+def watch(root: nn.Module, config: TrainConfig, folder: Path) -> fastcov.Tracker | None:
+    """Tracker of a training, as its configuration asks; None where nothing is to be watched.
+
+    Args:
+        root: Module whose layers are watched.
+        config: Of the training.
+        folder: Of the run; snapshots go to ``spectra`` in it.
+    """
+    if config.track == "none":
+        return None
+    is_main = rank() == 0
+    # Snapshots come from inside a step, where ranks must not wait for each other: rank 0 takes its
+    # own.
+    return fastcov.track(
+        root,
+        where=config.track_where,
+        rows="auto" if config.track_rows is None else config.track_rows,
+        decay=config.track_decay,
+        snapshot_every=config.snapshot_every if is_main else None,
+        out=folder / "spectra" if is_main else None,
+    )
 
 
 @contextmanager

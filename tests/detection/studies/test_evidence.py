@@ -75,7 +75,9 @@ def test_families_stand_beside_searches_without_layers_at_their_ceiling(tmp_path
     shares = (0.5, 0.51, 0.7, 0.71)
     spectra = [Spectrum(torch.tensor([a, 1 - a], dtype=torch.float64), 9, 1.0, "x") for a in shares]
     found = divide({"full": spectra, "free": spectra}, 2, {"full": 2, "free": 3})
-    named = replace(found, label_a="scratch", label_b="pretrained", ap_a=[0.5, 0.6], ap_b=[0.5] * 2)
+    named = replace(
+        found, label_a="scratch", label_b="pretrained", scores_a=[0.5, 0.6], scores_b=[0.5] * 2
+    )
     folder = tmp_path / "families"
     folder.mkdir()
     (folder / "families.json").write_text(json.dumps(named.as_dict()), encoding="utf-8")

@@ -100,7 +100,7 @@ def test_two_tiny_families_leave_numbers_and_a_figure(
 
 def test_words_say_what_is_not_shown() -> None:
     same = [_spectrum(share) for share in (0.5, 0.7, 0.51, 0.71)]
-    found = replace(divide({"x": same}, 2, {"x": 4}), ap_a=[0.5, 0.6], ap_b=[0.5, 0.5])
+    found = replace(divide({"x": same}, 2, {"x": 4}), scores_a=[0.5, 0.6], scores_b=[0.5, 0.5])
     text = "\n".join(sentences(found))
     assert "are not shown to differ by more than seeds do" in text
     assert "a: AP 0.550 ± 0.050 (2 seeds)" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastcov_detection.errors import CheckpointError, ConfigError, DataError
 from fastcov_detection.studies import pretrain
 from fastcov_detection.studies.pretrain import ObjectCrops, PretrainConfig, build_classifier
 from fastcov_detection.train.logbook import read_log
-from fastcov_detection.train.loop import Loop
+from fastcov_detection.train.loop import Loop, train
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -143,6 +144,29 @@ def test_a_classifier_learns_and_a_detector_starts_from_it(
     # Every convolution: 20 of the ResNet, two for each of four levels of the pyramid.
     assert len(found["layers"]) == 28
     assert all(layer["steps_a"] == [2, 4] for layer in found["layers"].values())
+    # The classifier's own layers, all of the ResNet's, stand beside a detector's.
+    assert cli.main(["compare", str(pre), str(runs[0]), "--out", str(tmp_path / "tasks")]) == 0
+    shared = json.loads((tmp_path / "tasks" / "comparison.json").read_text())["layers"]
+    assert len(shared) == 20
+    assert shared["body.conv1"]["steps_a"][-1] == 40
+
+
+def test_classifiers_and_detectors_are_families(
+    config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = replace(config, train=replace(config.train, steps=2, snapshot_every=1))
+    folders = [tmp_path / kind / f"seed{n}" for kind in ("classifier", "detector") for n in (0, 1)]
+    for seed in (0, 1):
+        pretrain.pretrain(short, run_dir=folders[seed], seed=seed, progress=False)
+        train(short.train, run_dir=folders[2 + seed], seed=seed, progress=False)
+    words = ["--a", *map(str, folders[:2]), "--b", *map(str, folders[2:])]
+    assert cli.main(["families", *words, "--out", str(tmp_path / "found")]) == 0
+    assert re.search(
+        r"classifier: accuracy 0\.\d+ .*; detector: AP 0\.\d+", capsys.readouterr().out
+    )
+    layers = json.loads((tmp_path / "found" / "families.json").read_text())["layers"]
+    assert len(layers) == 20
+    assert next(one["ceiling"] for one in layers if one["name"] == "body.conv1") == 8
 
 
 def test_a_stopped_pretraining_goes_on_to_the_same_losses(
