@@ -243,7 +243,7 @@ def draw_dims(
         titles: Of the panels.
         note: Under the panels, about layers that are not drawn.
     """
-    lines = -(-len(layers) // _PANELS)
+    lines = max(1, -(-len(layers) // _PANELS))
     figure = Figure(figsize=(8.2, 1.3 * lines + 0.6), layout="constrained")
     cells = figure.subplots(lines, _PANELS, squeeze=False).flatten()
     for ax, (name, sides) in zip(cells, layers.items(), strict=False):

@@ -503,9 +503,10 @@ def _score(run: Path) -> float:
 
 
 def _draw_families(a: Sequence[History], b: Sequence[History], families: Families) -> Figure:
-    """Dimensions of every layer over both families' trainings."""
+    """Dimensions over both families' trainings of every layer that can tell them apart."""
     tables = [[history.dims(_THRESHOLD) for history in side] for side in (a, b)]
     labels = families.label_a, families.label_b
+    drawn = [layer for layer in families.layers if not layer.is_at_ceiling]
     curves: dict[str, list[Curves]] = {
         layer.name: [
             (
@@ -515,14 +516,12 @@ def _draw_families(a: Sequence[History], b: Sequence[History], families: Familie
             )
             for side, label in zip(tables, labels, strict=True)
         ]
-        for layer in families.layers
+        for layer in drawn
     }
-    ceilings = {layer.name: layer.ceiling for layer in families.layers}
-    stars = {layer.name: " *" if layer.is_at_ceiling else "" for layer in families.layers}
-    titles = {one.name: f"{one.name}{stars[one.name]}\np = {one.p:.2f}" for one in families.layers}
-    note = (
-        f"grey: ceiling; *: at it in every run ({len(list(filter(None, stars.values())))} layers)"
-    )
+    ceilings = {layer.name: layer.ceiling for layer in drawn}
+    titles = {layer.name: f"{layer.name}\np = {layer.p:.2f}" for layer in drawn}
+    left_out = len(families.layers) - len(drawn)
+    note = f"grey: ceiling; {left_out} layers are at theirs in every run and not drawn"
     return draw_dims(curves, ceilings, titles, note)
 
 

@@ -6,15 +6,18 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastcov import Spectrum
 from fastcov_detection.cli import main
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import DataError
+from fastcov_detection.studies import compare
 from fastcov_detection.studies.compare import compare_families, divide, sentences
 from fastcov_detection.train.loop import train
 
@@ -72,8 +75,19 @@ def test_many_runs_are_sampled_with_the_true_division_among_them() -> None:
 
 @pytest.mark.slow
 def test_two_tiny_families_leave_numbers_and_a_figure(
-    tiny_run: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[str] = []
+    draw = compare.draw_dims
+
+    def noted(curves: dict[str, Any], *others: Any) -> Figure:
+        drawn.extend(curves)
+        return draw(curves, *others)
+
+    monkeypatch.setattr(compare, "draw_dims", noted)
     config = replace(tiny_run, steps=2, snapshot_every=1, checkpoint_every=2)
     folders = []
     for family, first in (("scratch", 0), ("tuned", 2)):
@@ -90,6 +104,11 @@ def test_two_tiny_families_leave_numbers_and_a_figure(
     layers = {layer["name"]: layer for layer in found["layers"]}
     assert layers["body.conv1"]["ceiling"] == 8
     assert len(layers["body.conv1"]["dims_a"]) == 2
+    full = {
+        name for name, one in layers.items() if min(one["dims_a"] + one["dims_b"]) >= one["ceiling"]
+    }
+    assert 0 < len(full) == found["at_ceiling"]
+    assert set(drawn) == layers.keys() - full
     with Image.open(out / "families.png") as picture:
         assert picture.width > 500
     with pytest.raises(DataError, match="at least two runs"):
