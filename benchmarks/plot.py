@@ -147,7 +147,7 @@ def hooks_table(results: Results) -> str:
 
 
 def targets_table(results: Results) -> str:
-    """What is promised beside what was measured; a training step's floor is the untracked step."""
+    """Targets beside measured times; a training step's floor is the untracked step."""
     machine = next(iter(results.values())).machine
     rows = {case: result.rows for case, result in results.items()}
     verdicts = judge(machine["kind"], rows, machine["device"])

@@ -66,11 +66,11 @@ def train(
     """Train one detector.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         out: Folder of the run.
         widths: File widths.json of a search, or a plan of its folder widths/.
         start: State_dict of a whole detector to start from.
-        seed: Of everything random.
+        seed: Seed of everything random.
         restart: Start over instead of resuming.
         quiet: No progress bars.
     """
@@ -117,7 +117,7 @@ def evaluate(
         data: Folder in COCO layout; null: the data of the run.
         out: Folder to write.
         weights: State_dict of torchvision's detector; null: torchvision's own, downloaded.
-        best: Of a run: the weights of its best evaluation.
+        best: Take the weights of a run's best evaluation.
         batch: Images of one forward pass.
         workers: Processes that read images.
         precision: Autocast to this type.
@@ -147,16 +147,16 @@ def check(settings: TrainConfig, quiet: bool = False) -> None:
     """List everything that is wrong with a data set.
 
     Args:
-        settings: Of a run; those of the data count.
+        settings: Settings of a run, of which those of the data are used.
         quiet: No progress bars.
     """
-    from fastcov_detection.data.checks import refuse_faults, tell_notes
+    from fastcov_detection.data.checks import log_notes, refuse_faults
     from fastcov_detection.data.dataset import check_data
 
     findings = check_data(
         settings.data, with_masks="mask" in settings.model.name, progress=not quiet
     )
-    tell_notes(findings)
+    log_notes(findings)
     refuse_faults(findings, shown=None)
     print(f"{settings.data.name}: no fault found")
 
@@ -174,12 +174,12 @@ def pretrain(
     """Train a backbone on the data's objects as classes.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         out: Folder of the run.
         widths: File widths.json of a search.
         objects: Crops of one step.
         crop: Edge of a crop in pixels.
-        seed: Of everything random.
+        seed: Seed of everything random.
         restart: Start over instead of resuming.
         quiet: No progress bars.
     """
@@ -215,13 +215,13 @@ def search(
     """Search widths and compare the arms.
 
     Args:
-        settings: Of the search.
+        settings: Settings of the search.
         out: Folder of the search.
         rules: Rules of demand, the main one first, for example dof,share: further ones add arms.
         results: Folder for version control: keeps all but weights, and is gone on from.
         engine: Where runs are trained: processes of this machine, or tasks of a Ray cluster.
-        address: Of the Ray cluster, auto or HOST:PORT; null: one of this machine alone.
-        gpus_per_run: GPUs of each run on the Ray cluster; null: one where there are any.
+        address: Address of the Ray cluster, auto or HOST:PORT; null: one of this machine alone.
+        gpus_per_run: GPUs of each run on the Ray cluster; null: one if the cluster has any.
         quiet: No progress bars.
     """
     _refuse_torchrun()
@@ -282,7 +282,7 @@ def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bo
     """Run a whole search on two CPU cores in minutes.
 
     Args:
-        settings: Of every training run.
+        settings: Settings of every training run.
         out: Folder of the search.
         jobs: Training runs side by side.
         quiet: No progress bars.
@@ -293,7 +293,7 @@ def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bo
 
 
 def _refuse_torchrun() -> None:
-    """Refuses a search that torchrun started: each of its processes would be a search."""
+    """Refusal of a search that torchrun started: each process would be a search of its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "torchrun starts one search for each process; start one alone, which starts its own "
@@ -416,8 +416,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, ArgumentError) as error:
-        # One line for the person who typed the command; a defect of ours keeps its traceback. A
-        # plain ValueError is fastcov's own check of a setting that the person chose.
+        # One line for the person who typed the command; a defect of the program keeps its
+        # traceback. A plain ValueError is fastcov's own check of a setting that the person chose.
         if not isinstance(error, _EXPECTED) and type(error) is not ValueError:
             raise
         print(f"fastcov-detection: error: {error}", file=sys.stderr)
@@ -453,7 +453,8 @@ def command_parser(words: Sequence[str] = (), only: str | None = None) -> Argume
     """The parser of one command, or of all.
 
     Args:
-        words: Of the command line; a preset or a file of settings among them gives the defaults.
+        words: Words of the command line; a preset or a file of settings among them gives the
+            defaults.
         only: Name of the command; None: all, for help and completion.
     """
     parser = ArgumentParser(prog="fastcov-detection", description=_ABOUT, exit_on_error=False)
@@ -565,7 +566,7 @@ def _option_types(command: str) -> dict[str, Any]:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Takes a polite kill like Ctrl-C, so that a search stops the runs it has started."""
+    """Context in which SIGTERM acts as Ctrl-C, so that a search stops the runs it has started."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -36,7 +36,7 @@ DATA_PLACES = (
     "data.val_images",
     "data.val_annotations",
 )
-"""Settings that say where data lies: a run may go on elsewhere, where its content is compared."""
+"""Settings of the data's place. A run may go on in another place: there its content is compared."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ModelConfig:
     init: str = "random"
     """``random``, ``imagenet`` (torchvision's weights), or a state_dict's or run folder's path."""
     trainable_layers: int | None = None
-    """How many of layer4, layer3, layer2, layer1 and the stem are trained, from the last one on.
-    None: as torchvision, 3 from ImageNet weights and 5 from others."""
+    """Number of parts to train, in the order layer4, layer3, layer2, layer1, stem. None: as
+    torchvision, 3 from ImageNet weights and 5 from others."""
     zero_init_last_norm: bool = False
     """Start the last norm of each block at zero."""
     width_multiplier: float = 1.0
@@ -92,7 +92,7 @@ class ModelConfig:
     rpn_pre_nms_train: int = 2000
     """Best proposals of a level that training hands to non-maximum suppression."""
     rpn_pre_nms_test: int = 1000
-    """The same in evaluation."""
+    """Best proposals of a level that evaluation hands to non-maximum suppression."""
     rpn_post_nms_train: int = 2000
     """Proposals of an image that training keeps."""
     rpn_post_nms_test: int = 1000
@@ -144,7 +144,7 @@ class MiniConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images and annotations come from, and how training images are varied."""
+    """A data set, and the random changes of its training images."""
 
     name: str = "mini"
     """``mini``, or a folder in COCO layout; the four paths below override the layout."""
@@ -202,7 +202,7 @@ class TrainConfig:
     """Decay of a moving average of the weights, for example 0.9998; the average is evaluated and
     kept as the result. None: no average."""
     momentum: float = 0.9
-    """Of SGD; AdamW keeps torch's two factors."""
+    """Momentum of SGD; AdamW keeps torch's two factors."""
     nesterov: bool = False
     """Nesterov momentum of SGD."""
     weight_decay: float = 1e-4
@@ -212,15 +212,15 @@ class TrainConfig:
     warmup_steps: int = 1000
     """Steps over which the learning rate rises to ``lr``."""
     schedule: Literal["step", "cosine"] = "step"
-    """How the learning rate falls."""
+    """Schedule by which the learning rate falls."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
-    """Where the step schedule divides the rate by ten, as shares of ``steps``."""
+    """Points at which the step schedule divides the rate by ten, as shares of ``steps``."""
     final_lr: float = 0.0
-    """Where the cosine schedule ends, as a share of ``lr``."""
+    """Rate at the end of the cosine schedule, as a share of ``lr``."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None: not clipped."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of autocast; float32: none."""
+    """Dtype of autocast; float32: no autocast."""
     channels_last: bool = False
     """Keep feature maps in channels_last memory."""
     device: str = "auto"
@@ -230,9 +230,9 @@ class TrainConfig:
     deterministic: bool = True
     """Ask torch for deterministic kernels where it has them."""
     track: Literal["none", "backbone", "model"] = "backbone"
-    """Which part ``fastcov.track`` watches while training runs."""
+    """Part of the detector that ``fastcov.track`` watches during training."""
     track_where: Literal["output", "input", "both"] = "output"
-    """Which tensors of a layer are watched."""
+    """Tensors of a layer that are watched."""
     track_decay: float | None = None
     """Factor of earlier steps; None: all steps count the same."""
     track_rows: int | None = None
@@ -256,7 +256,7 @@ class SearchConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     rule: str = "dof"
-    """A rule of ``fastcov.widths.RULES``: what a feature map's spectrum says it needs."""
+    """A rule of ``fastcov.widths.RULES``: the width that a feature map's spectrum asks for."""
     power: float = 1.0
     """Exponent of demand in the rule of widths."""
     rounds: int = 1
@@ -266,7 +266,7 @@ class SearchConfig:
     max_params: int | None = None
     """Cap on the searched parameters."""
     vary: tuple[str, ...] = ("backbone",)
-    """Which widths may change: ``backbone``, ``fpn``, ``heads``."""
+    """Parts whose widths may change: ``backbone``, ``fpn``, ``heads``."""
     arms: tuple[str, ...] = ("baseline", "searched", "uniform", "random", "untrained", "power")
     """Networks that are trained and compared."""
     seeds: int = 1
@@ -474,7 +474,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Builds a configuration from JSON values; what is missing keeps its default.
+    """Configuration from JSON values; settings that are missing keep their defaults.
 
     Raises:
         ConfigError: If a key is unknown (with the closest name) or a value has the wrong type.
@@ -496,11 +496,16 @@ def save_config(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load_config(cls: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Reads a configuration: JSON as :func:`save_config` wrote it, or YAML.
+    """Configuration from a file: JSON as :func:`save_config` wrote it, or YAML.
 
     Raises:
         ConfigError: If the file is missing, is neither, or does not describe a ``cls``.
     """
+    return from_dict(cls, read_values(path))
+
+
+def read_values(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Values by name from a JSON or YAML file; errors as of :func:`load_config`."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -510,13 +515,13 @@ def load_config(cls: type[Config], path: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path} is neither JSON nor YAML ({said}); save it again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not settings by name")
-    return from_dict(cls, values)
+    return values
 
 
 def read_saved(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a run as its config.json or a checkpoint holds it.
+    """Configuration of a run, from the values in its config.json or a checkpoint.
 
-    A setting that came later has the value that it had then.
+    A setting that is newer than the run gets the value whose behaviour the run had.
     """
     model = {"norm_groups": "common", **values.get("model", {})}
     return from_dict(TrainConfig, {**values, "model": model})
@@ -542,8 +547,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def compared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, as two runs are compared: one that is left open has its meaning."""
+def comparable_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name in which runs can be compared: None is replaced by its meaning."""
     flat = flatten(values)
     for name, value in flat.items():
         if name.endswith("model.trainable_layers") and value is None:
@@ -568,7 +573,7 @@ def as_text(value: str, hint: Any) -> str:
 
 @contextmanager
 def naming_values() -> Iterator[None]:
-    """Turns errors of jsonargparse into one line: setting, value, and what is expected."""
+    """Context that turns errors of jsonargparse into one line: setting, value, expected type."""
     try:
         yield
     except ArgumentError as error:

@@ -30,9 +30,9 @@ def barrier() -> None:
 
 
 def gather_to_first(value: Value) -> list[Value] | None:
-    """What every process has, in order of rank, on the first process; None on the others.
+    """Values of all processes, in order of rank, on the first process; None on the others.
 
-    Only for Python objects of one's own making.
+    Values are pickled: never ones from outside the program.
     """
     if world_size() == 1:
         return [value]
@@ -61,7 +61,7 @@ def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, for as long as the block lasts."""
+    """Context in which the processes that torchrun started are joined."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -73,10 +73,10 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process: with ``auto`` or ``cuda``, a GPU for each local rank.
+    """Device of this process: with ``auto`` or ``cuda``, a GPU for each local rank.
 
     Raises:
-        ValueError: If the device is not there.
+        ValueError: If there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

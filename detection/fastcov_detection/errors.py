@@ -1,4 +1,4 @@
-"""Errors that a person who trains a detector can meet: each is one line with its remedy."""
+"""Errors that a user can meet: each is one line with its remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunError(RuntimeError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: what comes near, or what there is."""
+    """End of an error about an unknown name: the closest known names, otherwise all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:

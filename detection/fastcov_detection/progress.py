@@ -1,4 +1,4 @@
-"""One display of everything that takes more than a few seconds: bars on a terminal, else lines."""
+"""Display of progress: bars on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ PLAIN_EVERY_S = 10.0
 
 
 class Advance(Protocol):
-    """Report that ``steps`` more are done; ``note`` is shown beside the bar."""
+    """Function that reports further finished steps, with a note beside the bar."""
 
     def __call__(self, steps: int = 1, note: str = "") -> None: ...
 
 
 class Bar(Protocol):
-    """Report of how many steps are done; ``is_done``: nothing follows."""
+    """Function that reports the number of finished steps; ``is_done`` with the last report."""
 
     def __call__(self, done: int, note: str = "", *, is_done: bool = False) -> None: ...
 
 
 class Display(Protocol):
-    """Place for any number of bars; a note is shown from the start on."""
+    """Function that adds a bar; its note is shown at once."""
 
     def __call__(self, label: str, total: int, done: int = 0, note: str = "") -> Bar: ...
 
 
 @contextmanager
 def display(enabled: bool = True) -> Iterator[Display]:
-    """Bars on a terminal, plain lines otherwise, nothing when not enabled."""
+    """Context with a display: bars on a terminal, plain lines elsewhere, nothing if not enabled."""
     console = Console(file=sys.stderr)
     if enabled and not console.is_terminal:
         yield _lines
@@ -65,7 +65,7 @@ def display(enabled: bool = True) -> Iterator[Display]:
 def progress_bar(
     label: str, total: int, *, done: int = 0, enabled: bool = True
 ) -> Iterator[Advance]:
-    """One bar of so many steps, some done by an earlier process; see :func:`display`."""
+    """Context with one bar of ``total`` steps, of which an earlier process did ``done``."""
     with display(enabled) as show:
         bar = show(label, total, done)
         reached = done
@@ -79,7 +79,7 @@ def progress_bar(
 
 
 def _lines(label: str, total: int, done: int = 0, note: str = "") -> Bar:
-    """A line every ten seconds and one at the end; one at once where there is a note."""
+    """Line of text every ten seconds, one at the end, and one at once where there is a note."""
     next_s = time.monotonic() + PLAIN_EVERY_S
 
     def show(done: int, note: str = "", *, is_done: bool = False) -> None:

@@ -255,7 +255,7 @@ def _fail(result: Result, work: Work, reason: str) -> None:
 
 
 def is_alive(device: torch.device) -> bool:
-    """Whether the device still answers: after an illegal access none of its calls does."""
+    """True if the device still answers: after an illegal access none of its calls does."""
     if device.type != "cuda":
         return True
     try:

@@ -56,7 +56,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def note_lines(rows: Sequence[Row]) -> list[str]:
-    """What rows carry beyond their times, as sentences."""
+    """Facts that rows carry beyond their times, as sentences."""
     lines = []
     for row in rows:
         for key, value in row.notes.items():

@@ -1,4 +1,4 @@
-"""What the hook benchmark times: all of a hook but what it starts."""
+"""Scope of the hook benchmark: a whole hook without the work that the hook starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark's default says about updates that come once in many steps."""
+"""Defaults of a benchmark of updates that come once in many steps."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _start(
 
 
 def _runner(program: Path) -> Run:
-    """What the program writes, as float64, and its messages."""
+    """Output of the program as float64, and its messages."""
 
     def run(
         *arguments: object,

@@ -34,7 +34,7 @@ ByArchitecture = dict[str, dict[str, Resources]]
 
 
 class Table(NamedTuple):
-    """What one file of tests/resources/ records."""
+    """Content of one file of tests/resources/."""
 
     sources: tuple[str, ...]
     archs: tuple[int, ...]

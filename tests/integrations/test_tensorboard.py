@@ -1,4 +1,4 @@
-"""What TensorBoard reads back from its event files."""
+"""Event files of TensorBoard, read back by TensorBoard."""
 
 from pathlib import Path
 

@@ -105,7 +105,7 @@ class Specialization:
 
 
 def specialization(kernel: JITFunction[Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What Triton would compile for a launch with these arguments."""
+    """Source that Triton would compile for a launch with these arguments."""
     values = dict(zip((p.name for p in kernel.params), args, strict=False))
     values |= {key: value for key, value in options.items() if key in kernel.arg_names}
     signature, constants, aligned = [], [], []

@@ -1,4 +1,4 @@
-"""What launches are made of: the same for a permuted view and for what it is a view of."""
+"""Arguments of launches: the same for a permuted view and for the tensor behind the view."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def has_tensors(launches: Launches) -> list[bool]:
-    """Whether tensors are handed over, as Triton's own call does, by launch."""
+    """True for launches that get tensors, as from Triton's own call."""
     return [any(isinstance(value, Tensor) for value in launch) for launch in launches]
 
 

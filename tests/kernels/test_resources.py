@@ -53,7 +53,7 @@ def test_table_lists_what_is_launched(aot, table, target):
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120])
 def test_loops_keep_to_their_registers_and_everything_fits(aot, table, target):
-    """What a whole loop needs may be put away before it, a few values of each thread."""
+    """Values of a loop may be spilled before the loop, a few of each thread."""
     for name, resources in table[f"sm_{target}"].items():
         assert resources["loop_spills"] == 0, name
         assert resources["spills"] <= 128, name
@@ -94,7 +94,7 @@ def test_a_launch_finds_what_was_compiled_ahead(
 
 
 def is_shape(name: str, case: GramCase, config: GramConfig) -> bool:
-    """Whether a row of the table is this shape of gram_kernel, for any dtype and layout."""
+    """True if a row of the table is this shape of gram_kernel, for any dtype and layout."""
     words = (
         f"PANEL={config.panel} PANELS={config.panels} LEFT={config.left} RIGHT={config.right} ",
         f" STEP={config.step} ",

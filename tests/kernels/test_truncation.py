@@ -1,4 +1,4 @@
-"""What tensor cores lose when they add up, emulated: the error bar holds for the worst rows too.
+"""Loss of tensor cores in addition, emulated: the error bar holds for the worst rows too.
 
 One instruction adds ``products`` exact products to its accumulator: every addend is cut, towards
 zero, to ``extra_bits`` below the last bit of the largest, and the sum to 24 bits. That model of

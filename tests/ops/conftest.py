@@ -1,4 +1,4 @@
-"""What several operators' tests share."""
+"""Fixtures and inputs of several operators' tests."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from fastcov.watch import steps, watcher
 
 
 class Graph:
-    """What a captured step of one tracker launches."""
+    """Launches of a captured step of one tracker."""
 
     def __init__(self, tracked: fastcov.Tracker) -> None:
         self.tracked = tracked

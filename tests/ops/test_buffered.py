@@ -125,7 +125,7 @@ class NothingIsRead(TorchDispatchMode):
 
 @pytest.mark.parametrize(("rows", "options"), STEADY)
 def test_steps_ask_no_tensor_for_its_values(rows: Any, options: dict[str, Any]) -> None:
-    """What torch's operators tell on the CPU already; kernels are asked on a GPU, above."""
+    """Waits of torch's operators show on a CPU already; kernels' are tested on a GPU, above."""
     model, batch = Calls(), torch.randn(8, 16, 24, 24)
     with fastcov.track(model, rows=rows, **options) as tracker:
         for _ in range(3):

@@ -143,7 +143,7 @@ def _check_page(path: Path, pictures: set[str]) -> _Page:
 
 
 def _check_in_a_browser(browser: str, path: Path, folder: Path, title: str, pictures: int) -> None:
-    """What the browser made of the page, and what it shows."""
+    """Document that a browser made of the page, and its visible text."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     dump = subprocess.run(
         [browser, *flags, "--dump-dom", path.as_uri()],

@@ -101,7 +101,7 @@ def small_model() -> nn.Module:
 
 
 def test_a_tracker_s_snapshots_may_come_later(monkeypatch) -> None:
-    """What is taken is the state of its step, though it is read after further steps."""
+    """Spectra are those of the step at which they were started, though read after further steps."""
     model = small_model()
     tracker = fastcov.track(model, rows="all", snapshot_every=2, decay=0.9)
     expected = []

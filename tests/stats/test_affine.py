@@ -44,7 +44,7 @@ def rows_of(module: nn.Module, output: Tensor) -> Tensor:
 
 
 def exact_rows(module: nn.Module, given: Tensor) -> Tensor:
-    """What the module makes of its input without rounding. [N, C_out]"""
+    """Output of the module without rounding. [N, C_out]"""
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin._parameters = {

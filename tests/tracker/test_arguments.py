@@ -1,4 +1,4 @@
-"""What track and estimate refuse, with the argument, its value and the remedy."""
+"""Arguments that track and estimate refuse, with the argument's value and the remedy."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 @dataclass
 class Heard:
-    """What one tap was given: for every step its calls as rows. [B, ..., C]"""
+    """Inputs of one tap: for every step its calls as rows. [B, ..., C]"""
 
     steps: list[list[Tensor]] = field(default_factory=list)
     runs: list[list[int]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What estimate() says of the workspace of updates on a GPU: it comes and goes, at the peak too."""
+"""Workspace of updates on a GPU in estimate(): it comes and goes, at the peak too."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def images(seed: int = 0, batch: int = 3) -> Tensor:
 
 
 def outputs(module: nn.Module, model: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    """What a module returns, copied before an in-place successor changes it. [B, P, C]"""
+    """Output of a module, copied before an in-place successor changes it. [B, P, C]"""
     seen: list[Tensor] = []
     handle = module.register_forward_hook(
         lambda _m, _a, out: seen.append(out.detach().double().flatten(2).mT.clone())

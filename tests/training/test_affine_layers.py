@@ -20,7 +20,7 @@ BAR = 1e-6  # of the largest entry; float32 rows themselves stay below 1e-5
 
 @pytest.fixture
 def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What every call of accumulate_mapped_ returned."""
+    """Results of all calls of accumulate_mapped_."""
     returned: list[bool] = []
 
     def spy(*args: object, **kwargs: object) -> bool:

@@ -36,7 +36,7 @@ def counts(tracker: fastcov.Tracker) -> dict[str, int]:
 
 @cache
 def reference(case: Any, steps: int, **options: Any) -> fastcov.Tracker:
-    """What an eager run of the same steps has seen."""
+    """Statistics of an eager run of the same steps."""
     model = case.make()
     with fastcov.track(model, **options) as tracker:
         train(case, model, range(steps))

@@ -236,7 +236,7 @@ def test_inputs_and_activations_are_not_kept_alive(cases: Any) -> None:
 
 
 def test_data_parallel_replicas_are_refused_in_words() -> None:
-    """What torch.nn.DataParallel runs on several GPUs: copies that share their hooks."""
+    """Replicas as of torch.nn.DataParallel on several GPUs: copies that share their hooks."""
     model = nn.Sequential(nn.Linear(4, 4))
     replica = model._replicate_for_data_parallel()
     replica._modules["0"] = model[0]._replicate_for_data_parallel()

@@ -69,7 +69,7 @@ def collected(tracker: fastcov.Tracker) -> dict[str, Any]:
 
 
 def collectives(run: Callable[[], Any]) -> Counter[str]:
-    """What the process groups were asked for, by Python or by C++, as the dispatcher saw it."""
+    """Collectives that Python or C++ called, as the dispatcher saw them."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     return Counter(event.name for event in profiler.events() if event.name.startswith("c10d::"))
@@ -261,7 +261,7 @@ def _start(rank: int, port: int, folder: Path, state: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every run has collected, by rank. One pair of processes serves all tests."""
+    """Statistics of all runs, by rank. One pair of processes serves all tests."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -117,7 +117,7 @@ def test_budget_counts_declared_weights(cases: Any) -> None:
 
 @dataclass
 class Result:
-    """What some libraries return."""
+    """Output type of some libraries."""
 
     score: int
     hidden: Tensor

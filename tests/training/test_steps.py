@@ -1,4 +1,4 @@
-"""What a step is, in loops that are not a plain ``loss = model(x)``."""
+"""Steps in loops that are not a plain ``loss = model(x)``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the wheel in dist/ holds: one pure tag, two libraries, no Python module, nothing of CUDA."""
+"""Contents of the wheel in dist/: one pure tag, two libraries, no Python module, no CUDA."""
 
 from __future__ import annotations
 

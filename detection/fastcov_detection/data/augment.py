@@ -1,8 +1,8 @@
-"""Random changes of training images: which part is shown, how large, mirrored, in which colours.
+"""Random changes of training images: part, size, mirroring and colours.
 
-Everything random is drawn first, so that pixels are touched as seldom as can be: a crop is cut out
-of the decoded image before anything else, all changes of colour are one matrix, and polygons are
-drawn where they end up instead of being resized.
+Random numbers are drawn before any pixel is touched, so that pixels are touched once: a crop is cut
+out of the decoded image first, all changes of colour are one matrix, and polygons are drawn at
+their final place instead of being resized.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STRENGTH, _HUE = 0.5, 0.05
 
 
 class Frame(NamedTuple):
-    """Part of an image that is shown, and how: cut out, made smaller, put on a canvas, mirrored."""
+    """Part of an image that is cut out, made smaller, put on a canvas, and perhaps mirrored."""
 
     left: int
     top: int
@@ -44,12 +44,12 @@ class Frame(NamedTuple):
     """Pixels of the image that are shown."""
     width: int
     height: int
-    """Size of the part once it is made smaller; its own where it is not."""
+    """Size of the part on the canvas."""
     x: int
     y: int
     """Place of the part on the canvas."""
     canvas: tuple[int, int]
-    """Width and height of what comes out."""
+    """Width and height of the resulting image."""
     is_mirrored: bool
 
     def boxes(self, boxes: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ class Frame(NamedTuple):
 
         Args:
             segmentations: Polygons or RLE of each object.
-            height: Of the image.
-            width: Of the image.
+            height: Height of the image.
+            width: Width of the image.
 
         Returns:
             [N, canvas height, canvas width], columns lying one after the other in memory.
@@ -119,7 +119,7 @@ class Frame(NamedTuple):
 
     def _recoded(self, code: Any) -> Any:
         """An RLE of the image as an RLE of the canvas."""
-        if self == whole(*self.canvas):
+        if self == whole_frame(*self.canvas):
             return code
         part = rle.decode(code)[self.top : self.bottom, self.left : self.right]
         if part.shape != (self.height, self.width):
@@ -134,7 +134,7 @@ class Frame(NamedTuple):
         return self.width / shown[0], self.height / shown[1]
 
 
-def whole(width: int, height: int, *, is_mirrored: bool = False) -> Frame:
+def whole_frame(width: int, height: int, *, is_mirrored: bool = False) -> Frame:
     """The frame of a whole image."""
     return Frame(0, 0, width, height, width, height, 0, 0, (width, height), is_mirrored)
 
@@ -151,45 +151,41 @@ class Augmentation:
     """Smallest and largest factor of the random zoom."""
     photometric: float
 
-    def frame(self, width: int, height: int, draws: torch.Generator) -> Frame:
-        """A part of an image.
+    def frame(self, width: int, height: int, generator: torch.Generator) -> Frame:
+        """Random frame of an image.
 
         A zoom of 1 and more is a cut-out of that share, at a place where it fits, which is not
         resized here: the detector brings every image to its input size. A smaller zoom makes the
         image smaller and puts it somewhere on a canvas of the image's size.
         """
-        chance = torch.rand(4, generator=draws).tolist()
+        chance = torch.rand(4, generator=generator).tolist()
         is_mirrored = chance[0] < self.hflip
         if self.zoom is None:
-            return whole(width, height, is_mirrored=is_mirrored)
+            return whole_frame(width, height, is_mirrored=is_mirrored)
         low, high = self.zoom
         factor = low + (high - low) * chance[1]
-        if factor >= 1:
-            shown = max(1, round(width / factor)), max(1, round(height / factor))
-            left, top = (
-                round(share * (size - part))
-                for share, size, part in zip(chance[2:], (width, height), shown, strict=True)
-            )
-            edges = left, top, left + shown[0], top + shown[1]
-            return Frame(*edges, *shown, 0, 0, shown, is_mirrored)
-        small = max(1, round(width * factor)), max(1, round(height * factor))
-        x, y = (
-            round(share * (size - part))
-            for share, size, part in zip(chance[2:], (width, height), small, strict=True)
+        is_cut = factor >= 1
+        part_width, part_height = (
+            max(1, round(size / factor if is_cut else size * factor)) for size in (width, height)
         )
-        return Frame(0, 0, width, height, *small, x, y, (width, height), is_mirrored)
+        x = round(chance[2] * (width - part_width))
+        y = round(chance[3] * (height - part_height))
+        part = part_width, part_height
+        if is_cut:
+            return Frame(x, y, x + part_width, y + part_height, *part, 0, 0, part, is_mirrored)
+        return Frame(0, 0, width, height, *part, x, y, (width, height), is_mirrored)
 
-    def colours(self, image: Image.Image, draws: torch.Generator) -> Image.Image:
+    def colours(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         """An image with other brightness, contrast, saturation, hue and order of channels.
 
-        Each comes with the chance ``photometric``. All are linear in red, green and blue (hue is a
+        Each change has the chance ``photometric``. All are linear in red, green and blue (hue is a
         turn of the plane of colour differences), so together they are one matrix, and values are
         cut at 0 and 255 once.
         """
         if self.photometric <= 0:
             return image
-        chance, size = torch.rand(2, 5, generator=draws).tolist()
-        order = torch.randperm(3, generator=draws).tolist()
+        chance, size = torch.rand(2, 5, generator=generator).tolist()
+        order = torch.randperm(3, generator=generator).tolist()
         is_on = [one < self.photometric for one in chance]
         if not any(is_on):
             return image
@@ -228,5 +224,5 @@ def training_transform(config: DataConfig) -> Augmentation:
 
 
 def large_enough(boxes: Tensor) -> Tensor:
-    """True for boxes of at least two pixels to either side: what a crop leaves of an object. [N]"""
+    """True for boxes of at least two pixels along both edges; a crop may leave less. [N]"""
     return (boxes[:, 2:] - boxes[:, :2] >= _THINNEST).all(dim=1)

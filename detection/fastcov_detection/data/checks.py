@@ -1,8 +1,8 @@
 """Check of a whole data set before the first step: annotation files and image headers, once.
 
-Each check is a function in one of the tables at :func:`_check`; a further one is one more. It
-judges its own thing alone and passes over what another one reports, so that one list holds all
-faults. Findings are kept by content: a data set is checked again only after a change.
+Each check is a function in one of the tables at :func:`_check`. A check judges one property, and
+passes over faults that another check reports, so that one list holds every fault once. Findings are
+kept by content: a data set is checked again only after a change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastcov_detection.data.coco import (
     is_number,
     run_lengths,
 )
-from fastcov_detection.data.layouts import Names, nearby
+from fastcov_detection.data.layouts import ImageFinder, nearby
 from fastcov_detection.data.pixels import (
     DECODER,
     MOST_OF_16_BITS,
@@ -57,15 +57,15 @@ Box = tuple[float, float, float, float]
 
 
 class Problem(NamedTuple):
-    """One thing that a check found wrong."""
+    """Problem that a check found."""
 
     text: str
-    """The thing and its value, read after the entry's name: ``has bbox [1, 2]``."""
+    """Predicate with the value, to be read after the entry's name: ``has bbox [1, 2]``."""
     remedy: str
     is_fault: bool = True
-    """False: training goes on, and one line tells how many entries have it."""
+    """False for a note: training goes on, and one line counts the entries that have it."""
     entry: str = ""
-    """For example ``annotation 7``; empty for the whole file."""
+    """Name of the entry, such as ``annotation 7``; empty for the whole file."""
 
 
 class Finding(NamedTuple):
@@ -91,8 +91,8 @@ class Split:
         name: ``train`` or ``val``.
         sheet: Its annotation file.
         images_dir: Folder that the file names are relative to.
-        with_masks: A detector of masks reads it.
-        turn: Images are turned as their EXIF orientation asks.
+        with_masks: True if a detector of masks reads the data.
+        turn: True if images are turned as their EXIF orientation asks.
     """
 
     name: str
@@ -109,7 +109,7 @@ class ListedImage(NamedTuple):
     image_id: Any
     file_name: str
     size: tuple[int, int] | None
-    """As annotated; None where that is a fault."""
+    """Annotated size; None where the annotation is a fault."""
     path: Path | None
     """Relative to the folder; None where there is no such file."""
     bytes: int
@@ -123,15 +123,15 @@ class Checked(NamedTuple):
     paths: dict[Any, Path]
     """Files by image id, relative to the folder."""
     images_digest: str
-    """Of the names and byte counts of the images, wherever they lie."""
+    """Digest of the names and byte counts of the images, wherever the folder lies."""
 
 
 def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> None:
-    """Refusal of a data set with faults, by one error that lists them; notes are left alone.
+    """Refusal of a data set with faults, by one error that lists them; notes do not count.
 
     Args:
-        findings: Of a data set.
-        shown: Faults of one kind and file that are listed; None: all.
+        findings: Findings about a data set.
+        shown: Number of faults of one kind and file to list; None: all.
 
     Raises:
         DataError: If there is a fault.
@@ -152,8 +152,8 @@ def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> Non
     raise DataError("\n  ".join(lines))
 
 
-def tell_notes(findings: Iterable[Finding]) -> None:
-    """Warnings about everything that training goes on with, a line for each kind and file."""
+def log_notes(findings: Iterable[Finding]) -> None:
+    """Logs the notes as warnings, one line for each kind and file."""
     for group in _kinds(finding for finding in findings if not finding.is_fault):
         first, others = group[0], ", ".join(one.entry for one in group[1 : 1 + _EXAMPLES])
         more = len(group) - 1 - _EXAMPLES
@@ -207,26 +207,26 @@ def list_images(split: Split) -> tuple[list[ListedImage], list[Finding]]:
     if not split.images_dir.is_dir():
         near = nearby(split.images_dir)
         raise DataError(f"image folder {split.images_dir} is missing; check the path{near}")
-    names = Names(split.images_dir)
+    finder = ImageFinder(split.images_dir)
     listed = []
     for index, image in enumerate(split.sheet.images):
         name = image.get("file_name") if isinstance(image, dict) else None
         if not isinstance(name, str):
             continue
-        path = names.find(name) if name else None
+        path = finder.find(name) if name else None
         stat = None if path is None else (split.images_dir / path).stat()
         key = image.get("id") if is_id(image.get("id")) else None
         place = (-1, -1) if stat is None else (stat.st_size, stat.st_mtime_ns)
         entry = _entry_name("image", image, index)
         listed.append(ListedImage(entry, key, name, image_size(image), path, *place))
-    return listed, [*_missing(split, names, listed), *_renamed(split, listed)]
+    return listed, [*_missing(split, finder, listed), *_renamed(split, listed)]
 
 
 def check_split(split: Split, *, progress: bool = True) -> Checked:
     """Findings about one half: its annotation file, and the header of every image.
 
-    What was found is kept in the user's cache folder by the content of the annotation file and the
-    names, sizes and times of the images, and found again there.
+    Findings are kept in the user's cache folder, by the content of the annotation file and the
+    names, sizes and times of the images, and taken from there the next time.
 
     Args:
         split: The half.
@@ -312,19 +312,19 @@ def _read_or_refuse(path: Path) -> Header | UnreadableError:
         return error
 
 
-def _missing(split: Split, names: Names, listed: Sequence[ListedImage]) -> Iterator[Finding]:
+def _missing(split: Split, finder: ImageFinder, listed: Sequence[ListedImage]) -> Iterator[Finding]:
     missing = [one for one in listed if one.path is None]
     if len(missing) > _MOST_MISSING:
-        first = missing[0]
+        first = missing[0].file_name
         text = (
             f"{len(missing)} of {len(listed)} images of {split.sheet.path} are not in "
-            f"{split.images_dir}, the first is {first.file_name}{names.near(first.file_name)}"
+            f"{split.images_dir}, the first is {first}{finder.suggestions(first)}"
         )
         remedy = "give the folder that holds them, or download them again"
         yield Finding(str(split.images_dir), "is_there", text, remedy, True, "")
         return
     for one in missing:
-        text = f"is not in {split.images_dir}{names.near(one.file_name)}"
+        text = f"is not in {split.images_dir}{finder.suggestions(one.file_name)}"
         problem = Problem(text, "download it again, or take it out of the annotations")
         yield _about(split, problem, "is_there", one.entry)
 
@@ -524,7 +524,7 @@ def _annotation_has_segmentation(annotation: Entry, sheet: Sheet) -> Problem | N
 
 @_check("annotation")
 def _segmentation_meets_box(annotation: Entry, sheet: Sheet) -> Problem | None:
-    """Check of polygons alone, whose extent is cheap: an RLE would have to be decoded."""
+    """Check of polygons alone: the extent of an RLE is known only after decoding."""
     box, polygons = _box(annotation), annotation.get("segmentation")
     if box is None or not isinstance(polygons, list) or not polygons:
         return None
@@ -801,7 +801,7 @@ def _classes_are_trained(train: Split, val: Split) -> Located:
 
 
 def _note(text: str, remedy: str) -> Problem:
-    """A problem that training goes on with."""
+    """Problem that does not stop training."""
     return Problem(text, remedy, is_fault=False)
 
 
@@ -868,7 +868,7 @@ def _has_area(annotation: Entry, sheet: Sheet) -> bool:
 
 
 def _twin(value: Any) -> int | str | None:
-    """The same id as an integer instead of a text, or as a text instead of an integer."""
+    """Id with the same digits in the other type: an integer for a text, a text for an integer."""
     if isinstance(value, str):
         return int(value) if value.strip().isdecimal() else None
     if isinstance(value, float) and value.is_integer():

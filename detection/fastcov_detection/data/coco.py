@@ -1,4 +1,4 @@
-"""Annotation files in COCO format, as they are found: crowds, RLE, category gaps, no areas.
+"""Annotation files in COCO format, with crowds, RLE, gaps in the category ids or no areas.
 
 Lists of a file are read entry by entry, and objects are kept in arrays, so that a file of
 train2017's size takes a fraction of its size in memory.
@@ -30,8 +30,8 @@ from fastcov_detection.errors import DataError
 _CHUNK = 1 << 22
 _SPACE = " \t\n\r"
 _decode = json.JSONDecoder().raw_decode
-# Edges of a box closer than this share of the image's longer edge may become one in float32, when
-# images are resized or mirrored: 8 units in the last place.
+# Edges of a box that are closer than this share of the image's longer edge, 8 units in the last
+# place of float32, may fall together when images are resized or mirrored.
 _THINNEST = 2.0**-20
 _LARGEST = 1e15
 
@@ -60,7 +60,7 @@ class ImageRecord:
     width: int
     height: int
     path: Path | None = None
-    """Of the file, relative to the folder of images; None: as ``file_name`` says."""
+    """Path of the file, relative to the folder of images; None: ``file_name``."""
     annotations: list[Annotation] = field(default_factory=list)
     """Objects, and crowds; crowds are not learned from."""
     unlearned: list[Annotation] = field(default_factory=list)
@@ -73,9 +73,9 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Sheet:
-    """An annotation file as it was read: lists of JSON objects, whatever they hold.
+    """An annotation file before its check: lists of JSON values of any content.
 
-    The lists may be read from the file anew in every loop: loop as seldom as can be.
+    A loop over a list may read the file again: loops should be few.
     """
 
     path: Path
@@ -134,13 +134,13 @@ def read_sheet(path: Path) -> Sheet:
 
 
 class Records(Sequence[ImageRecord]):
-    """Images with their objects, held in arrays and made as they are asked for.
+    """Images with their objects, held in arrays; records are made on access.
 
     Processes that are forked from this one share the arrays: 860,000 objects of 118,000 images take
     0.1 GB, and 0.2 GB more with masks, which are packed JSON.
 
     Args:
-        sheet: In which no fault was found.
+        sheet: Annotation file in which no fault was found.
         with_masks: Keep segmentations.
     """
 
@@ -148,7 +148,7 @@ class Records(Sequence[ImageRecord]):
         self._ids: list[Any] = []
         self._names: list[str] = []
         self._paths: dict[int, Path] = {}
-        """Files by the image's place, where the name does not say it."""
+        """Files by the image's place, where they differ from the name."""
         sizes = array("q")
         for value in sheet.images:
             self._ids.append(value["id"])
@@ -227,10 +227,10 @@ class Records(Sequence[ImageRecord]):
         self._chosen = self._chosen[self.counts() > 0]
 
     def set_paths(self, paths: Mapping[Any, Path]) -> None:
-        """Remembers the file of every image whose name does not say it.
+        """Notes the file of every image where it differs from the name.
 
         Args:
-            paths: Relative to the folder of images, by image id.
+            paths: Paths relative to the folder of images, by image id.
         """
         for place, key in enumerate(self._ids):
             path = paths.get(key)
@@ -248,10 +248,10 @@ class CocoFile:
     """Names by category id, ids ascending."""
 
     def ground_truth(self, *, with_masks: bool = False) -> COCO:
-        """Every object of the file, as pycocotools wants them: numbered from 1, with areas.
+        """Every object of the file in pycocotools' form: numbered from 1, with areas.
 
-        Objects that training leaves out are in it, so that the score is the official one. Images
-        without objects too, and objects without a segmentation get an empty one ``with_masks``.
+        Objects that training leaves out, and images without objects, are included, so that the
+        score is the official one. ``with_masks``, objects without a segmentation get an empty one.
         """
         images, annotations = [], []
         for image in self.images:
@@ -290,7 +290,7 @@ def build_file(
     Missing areas are derived from the segmentation, or else from the box.
 
     Args:
-        sheet: Checked.
+        sheet: Annotation file in which no fault was found.
         left_out: Ids of categories that stand for no class of objects.
         with_masks: Keep segmentations.
     """
@@ -410,15 +410,15 @@ class _Entries(Collection[Any]):
 def read_lists(
     path: Path, names: Collection[str], see: Callable[[str, Any], None]
 ) -> tuple[dict[str, Collection[Any]], str]:
-    """Reads a whole JSON file once, and keeps where its lists are.
+    """Lists of a JSON file, which is read once, whole, for the places of the lists.
 
     Args:
-        path: Of the file, whose top level is an object.
-        names: Of the wanted lists at the top level.
-        see: Called with a list's name and every entry.
+        path: Path of the file, whose top level is an object.
+        names: Names of the wanted lists at the top level.
+        see: Function that is called with a list's name and each of its entries.
 
     Returns:
-        The lists that are there, and the SHA-256 of the file.
+        The wanted lists that the file has, and the SHA-256 of the file.
 
     Raises:
         ValueError: If the file is not JSON.
@@ -531,7 +531,7 @@ class _Reader:
         return ValueError(f"{reason}, at byte {self.place()}")
 
     def _more(self) -> bool:
-        """Reads on; what was passed over is dropped."""
+        """True if more text was read; text before the current place is dropped."""
         if self.is_all:
             return False
         self.before = self.place()

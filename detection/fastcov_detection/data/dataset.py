@@ -1,4 +1,4 @@
-"""Images and targets from any data set in COCO format, and which of them make up which step."""
+"""Images and targets of any data set in COCO format, and the plan of the images of each step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from fastcov_detection.config import DataConfig
-from fastcov_detection.data.augment import Augmentation, large_enough, whole
+from fastcov_detection.data.augment import Augmentation, large_enough, whole_frame
 from fastcov_detection.data.checks import (
     Checked,
     Finding,
@@ -26,9 +26,9 @@ from fastcov_detection.data.checks import (
     check_pair,
     check_split,
     list_images,
+    log_notes,
     refuse_faults,
     synthetic_roots,
-    tell_notes,
 )
 from fastcov_detection.data.coco import CocoFile, ImageRecord, build_file, read_sheet
 from fastcov_detection.data.layouts import find_annotations, find_images, nearby
@@ -88,20 +88,20 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self,
         index: int,
         augmentation: Augmentation | None = None,
-        draws: torch.Generator | None = None,
+        generator: torch.Generator | None = None,
         pixels: NDArray[np.uint8] | None = None,
     ) -> tuple[Tensor, Target]:
-        """One image and its target, changed at random where that is asked for.
+        """One image and its target, with random changes or without.
 
         Args:
-            index: Of the image.
+            index: Number of the image.
             augmentation: Random changes; None: none.
-            draws: Where they come from; needed with ``augmentation``.
-            pixels: Of the image, where they are known already.
+            generator: Source of the random numbers; needed with ``augmentation``.
+            pixels: Decoded image, where it is known already. [H, W, 3]
 
         Returns:
-            Pixels of eight bits [3, H, W], and boxes, labels, image_id and, where they are wanted,
-            masks [N, H, W].
+            Pixels of eight bits [3, H, W], and a target: boxes, labels, image_id and, of a data set
+            with masks, masks [N, H, W].
 
         Raises:
             DataError: If the image cannot be decoded or has another size than annotated.
@@ -110,11 +110,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         pixels = self._decode(record) if pixels is None else pixels
         objects = [a for a in record.annotations if not a.is_crowd]
         boxes = torch.tensor([record.clipped_box(a) for a in objects], dtype=torch.float32)
-        boxes, frame = boxes.reshape(-1, 4), whole(record.width, record.height)
-        if augmentation is not None and draws is not None:
-            unchanged, frame = frame, augmentation.frame(record.width, record.height, draws)
+        boxes, frame = boxes.reshape(-1, 4), whole_frame(record.width, record.height)
+        if augmentation is not None and generator is not None:
+            unchanged, frame = frame, augmentation.frame(record.width, record.height, generator)
             if augmentation.photometric > 0 or frame != unchanged:
-                changed = augmentation.colours(frame.pixels(Image.fromarray(pixels)), draws)
+                changed = augmentation.colours(frame.pixels(Image.fromarray(pixels)), generator)
                 pixels = np.array(changed)
             boxes = frame.boxes(boxes)
             if augmentation.zoom is not None:
@@ -171,24 +171,23 @@ class LoadedData(NamedTuple):
     val: CocoDataset
     class_names: tuple[str, ...]
     content: dict[str, str]
-    """Digests of both annotation files and of both lists of images, wherever they lie; empty for
-    ``mini``, which its settings determine."""
+    """Digests of both annotation files and of both lists of images, not of their places; empty for
+    ``mini``, which follows from its settings."""
 
 
 def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = True) -> LoadedData:
-    """Opens the configured data set and checks all of it; ``mini`` is built first where it is
-    missing.
+    """Configured data set, checked whole; a ``mini`` that is missing is built first.
 
-    Where a folder's annotations and images are looked for stands in
-    :mod:`fastcov_detection.data.layouts`; paths in the configuration override what is found.
+    :mod:`fastcov_detection.data.layouts` lists the places of annotations and images in a folder;
+    paths in the configuration come before them.
 
     Raises:
-        DataError: If nothing of that kind is there, or with a list of everything that is bad.
+        DataError: If there is no such data set, or with a list of its faults.
     """
     findings, splits, checked = _find_and_check(config, with_masks, progress)
     refuse_faults(findings)
     if rank() == 0:
-        tell_notes(findings)
+        log_notes(findings)
     roots = synthetic_roots([split.sheet for split in splits.values()])
     halves = {}
     for name, split in splits.items():
@@ -207,7 +206,7 @@ def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = 
 
 
 def load_on_ranks(config: DataConfig, *, with_masks: bool, progress: bool) -> LoadedData:
-    """:func:`load_data` in every process; one of them builds and checks, the others wait for it."""
+    """Data set of :func:`load_data` in every process; the first one builds and checks it."""
     loaded = None
     if rank() == 0:
         loaded = load_data(config, with_masks=with_masks, progress=progress)
@@ -218,7 +217,7 @@ def load_on_ranks(config: DataConfig, *, with_masks: bool, progress: bool) -> Lo
 def check_data(
     config: DataConfig, *, with_masks: bool = False, progress: bool = True
 ) -> list[Finding]:
-    """Everything that is wrong with a data set, and all that training goes on with.
+    """Findings about a data set: faults, and notes that do not stop training.
 
     Raises:
         DataError: If an annotation file or a folder of images is missing.
@@ -226,8 +225,8 @@ def check_data(
     return _find_and_check(config, with_masks, progress)[0]
 
 
-def one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Batches of a DataLoader, whose workers' errors become the one line that they are.
+def with_short_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches of a DataLoader, with one line in place of the traceback of a worker's error.
 
     Raises:
         DataError: If an image cannot be read, or a worker was killed.
@@ -252,7 +251,7 @@ def _read_alone(images_dir: Path, annotations: Path, with_masks: bool) -> CocoFi
     listed, findings = list_images(split)
     findings = check_entries(split) + findings
     refuse_faults(findings)
-    tell_notes(findings)
+    log_notes(findings)
     file = build_file(split.sheet)
     file.images.set_paths({one.image_id: one.path for one in listed if one.path is not None})
     return file
@@ -319,7 +318,7 @@ def mix_seed(*parts: int) -> int:
 
 
 def aspect_buckets(aspect_ratios: Sequence[float]) -> list[int]:
-    """Buckets of shapes, a third of an octave apart at most; one shape in a batch saves padding."""
+    """Bucket number of each image: a third of an octave of shapes. One shape saves padding."""
     return [max(-4, min(4, round(3 * math.log2(ratio)))) for ratio in aspect_ratios]
 
 
@@ -332,10 +331,10 @@ class BatchPlan(Sampler[list[Draw]]):
     Args:
         aspect_ratios: Width by height of every image.
         batch_size: Images of one step over all ranks.
-        seed: Of the run.
-        steps: Where the plan ends.
-        first_step: Where it starts; earlier batches are skipped.
-        rank: This process; it gets every ``world_size``-th image of a batch.
+        seed: Seed of the run.
+        steps: Number of batches at which the plan ends.
+        first_step: Number of the first batch; earlier ones are skipped.
+        rank: Number of this process, which gets every ``world_size``-th image of a batch.
         world_size: Number of processes.
 
     Raises:
@@ -390,11 +389,11 @@ class BatchPlan(Sampler[list[Draw]]):
 
 
 class AugmentedView(Dataset[tuple[Tensor, Target]]):
-    """A data set whose random changes depend on the draw alone, whatever process makes them.
+    """A data set with random changes that depend on the draw alone, not on the process.
 
     Args:
         dataset: Images and targets by index.
-        augmentation: The random changes.
+        augmentation: Random changes.
         cache: Keep decoded images in memory.
     """
 
@@ -408,12 +407,12 @@ class AugmentedView(Dataset[tuple[Tensor, Target]]):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Target]:
-        draws, pixels = torch.Generator().manual_seed(draw.seed), None
+        generator, pixels = torch.Generator().manual_seed(draw.seed), None
         if self._kept is not None:
             if draw.image not in self._kept:
                 self._kept[draw.image] = self.dataset.decode(draw.image)
             pixels = self._kept[draw.image]
-        return self.dataset.read(draw.image, self.augmentation, draws, pixels)
+        return self.dataset.read(draw.image, self.augmentation, generator, pixels)
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Layouts of the folders that people have, and the files that their annotations name.
+"""Layouts of data folders that annotation tools write, and the search for annotated image files.
 
-An annotation file is looked for first, then the folder that holds its images.
+An annotation file is looked for first, then the folder of its images.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def find_annotations(folder: Path, split: str) -> tuple[Path, str | None]:
         The file and the split's name in this folder; None where one file serves both splits.
 
     Raises:
-        DataError: If there is none; it tells what is there.
+        DataError: If there is none, with the files and folders that there are.
     """
     if not folder.is_dir():
         raise DataError(
@@ -74,7 +74,7 @@ def find_annotations(folder: Path, split: str) -> tuple[Path, str | None]:
             return folder / pattern, None
     raise DataError(
         f"no {split} split in {folder}: no annotation file where COCO, Roboflow, CVAT, Label "
-        f"Studio or FiftyOne write one; {contents(folder)}; "
+        f"Studio or FiftyOne write one; {folder_contents(folder)}; "
         f"set data.{split}_images and data.{split}_annotations"
     )
 
@@ -83,10 +83,10 @@ def find_images(folder: Path, name: str | None, annotations: Path, files: Sequen
     """The folder of a split's images: the first one that holds the first listed image.
 
     Args:
-        folder: Of the data set.
-        name: Of the split in this folder; None where there are no splits.
-        annotations: File of the split.
-        files: Names of its images.
+        folder: Folder of the data set.
+        name: Name of the split in this folder; None where there are no splits.
+        annotations: Annotation file of the split.
+        files: Names of the split's images.
 
     Raises:
         DataError: If no known folder exists.
@@ -98,13 +98,13 @@ def find_images(folder: Path, name: str | None, annotations: Path, files: Sequen
     for place in present:
         if files and _exact(place, files[0]) is not None:
             return place
-    # Names may need the search that Names makes; the annotation file's own folder comes last there.
+    # An exporter may have changed the names. The annotation file's own folder then comes last.
     for place in present:
-        if files and Names(place).find(files[0]) is not None:
+        if files and ImageFinder(place).find(files[0]) is not None:
             return place
     if not present:
         raise DataError(
-            f"no folder of images for {annotations}; {contents(folder)}; "
+            f"no folder of images for {annotations}; {folder_contents(folder)}; "
             f"set data.{name or 'train'}_images"
         )
     return present[0]
@@ -119,15 +119,15 @@ def _has_split(folder: Path) -> bool:
     )
 
 
-class Names:
+class ImageFinder:
     """Search for the files that an annotation file names.
 
-    A name is taken as it is where that file exists. Otherwise exporters' habits are undone:
-    backslashes, ``%20``, a folder of the machine that exported, another case of the letters or
-    another Unicode form of them; then the name's last part must belong to one file alone.
+    Where no file has the name as it is written, changes of exporters are undone: backslashes,
+    ``%20``, a folder of the exporting machine, another case or Unicode form of the letters. The
+    name's last part must then belong to one file alone.
 
     Args:
-        folder: Of the images.
+        folder: Folder of the images.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,7 +143,7 @@ class Names:
         places = self._files().get(_fold(_last_part(name)), [])
         return places[0] if len(places) == 1 else None
 
-    def near(self, name: str) -> str:
+    def suggestions(self, name: str) -> str:
         """Files of the folder beside a missing one, as the end of a sentence."""
         wanted = _fold(_last_part(name))
         same = self._files().get(wanted, [])
@@ -169,7 +169,7 @@ class Names:
 
 
 def nearby(path: Path) -> str:
-    """Names like a missing path's beside it, as the end of a sentence; empty where none is."""
+    """Similar names beside a missing path, as the end of a sentence; empty where there are none."""
     parent = path.parent
     if not parent.is_dir():
         return f" ({parent} is missing as well)"
@@ -180,7 +180,7 @@ def nearby(path: Path) -> str:
     return f"; {parent} has {_listed(names)}" if names else f"; {parent} is empty"
 
 
-def contents(folder: Path) -> str:
+def folder_contents(folder: Path) -> str:
     """JSON files and folders of images in a folder, as a clause."""
     if not folder.is_dir():
         return f"{folder} is missing"
@@ -213,7 +213,7 @@ def _exact(folder: Path, name: str) -> Path | None:
 
 
 def _spellings(name: str) -> list[str]:
-    """Spellings of a name without what exporters do to it."""
+    """Spellings of a name with the changes of exporters undone."""
     plain = name.replace("\\", "/")
     # Label Studio serves local files as /data/local-files/?d=FOLDER/NAME.
     plain = plain.split("?d=")[-1]

@@ -1,7 +1,7 @@
-"""Pixels of image files, turned as viewers show them, in eight bits; the only place that decodes.
+"""Pixels of image files in eight bits, turned as viewers show them; no other file decodes images.
 
-A file's header says what :func:`read_pixels` will give, so that a whole data set can be checked
-without decoding it.
+A file's header tells the result of :func:`read_pixels`, so that a data set can be checked without
+decoding it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Header(NamedTuple):
 
     width: int
     height: int
-    """As stored, before the turn that ``orientation`` asks for."""
+    """Stored size, before the turn that ``orientation`` asks for."""
     orientation: int
     """EXIF value of 1 to 8; 1 where the decoder turns the image itself."""
     mode: str
@@ -61,13 +61,13 @@ class Header(NamedTuple):
     """True if a pixel is not opaque."""
 
     def shown_size(self, *, turn: bool = True) -> tuple[int, int]:
-        """Width and height of what :func:`read_pixels` returns."""
+        """Width and height of the pixels that :func:`read_pixels` returns."""
         swaps = turn and self.orientation in SWAPS
         return (self.height, self.width) if swaps else (self.width, self.height)
 
 
 def read_header(path: Path) -> Header:
-    """The header of an image, and a look at the end of the file.
+    """Header of an image, whose file is checked to be whole.
 
     Files without an end mark are decoded to see whether they are whole, and so are images of
     16 bits, whose range is needed, and those that may be transparent.
@@ -89,7 +89,7 @@ def read_pixels(path: Path, *, turn: bool = True) -> NDArray[np.uint8]:
     """The pixels of an image in RGB.
 
     Args:
-        path: Of any format that Pillow decodes; the first frame is read.
+        path: File of any format that Pillow decodes; the first frame is read.
         turn: Turn the image as its EXIF orientation asks, as viewers do. False: as it is stored.
 
     Returns:
@@ -128,7 +128,7 @@ def _decode_jpeg(file: IO[bytes]) -> NDArray[np.uint8]:
 
 
 class UnreadableError(Exception):
-    """Any failure of a decoder: what is wrong with the image, and the remedy."""
+    """Failure of a decoder, in words about the image, with the remedy."""
 
     def __init__(self, text: str, remedy: str) -> None:
         super().__init__(text)

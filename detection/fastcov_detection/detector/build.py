@@ -1,6 +1,6 @@
 """Faster and Mask R-CNN on ResNet-FPN backbones of any widths, from torchvision's own modules.
 
-Parameters and MACs of a detector, counted on the built model by torch's flop counter.
+Also parameters and MACs of a detector, counted on the built model by torch's flop counter.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ BOX_REGIONS, MASK_REGIONS = 1000, 100
 
 
 def parse_name(name: str) -> tuple[bool, int]:
-    """Reads a detector's name.
+    """Facts in a detector's name.
 
     Returns:
-        Whether it predicts masks, and the depth of its ResNet.
+        True if the detector predicts masks, and the depth of its ResNet.
 
     Raises:
         ConfigError: If the name is not of the form ``fasterrcnn_resnet50_fpn``.
@@ -263,7 +263,7 @@ class Cost:
 
     params: int
     backbone_params: int
-    """Of the ResNet alone, without the feature pyramid."""
+    """Parameters of the ResNet alone, without the feature pyramid."""
     macs: int
 
 
@@ -271,11 +271,11 @@ def count_cost(model: GeneralizedRCNN, image_size: int | tuple[int, int]) -> Cos
     """Counts parameters and multiply-accumulates.
 
     The backbone, the feature pyramid and the RPN head run on one image of a fixed size, the heads
-    on a fixed number of regions: 1000 boxes and 100 masks, or as many as the configuration lets
-    through. The layers run on the meta device, so nothing is computed.
+    on a fixed number of regions: 1000 boxes and 100 masks, fewer where the configuration keeps
+    fewer. The layers run on the meta device, so nothing is computed.
 
     Args:
-        model: On any device; left as it was.
+        model: Detector on any device; stays as it is.
         image_size: Edge of a square input, or (height, width), rounded up to a multiple of 32 as
             the detector pads it.
     """
@@ -305,7 +305,7 @@ class Costs:
 
     Args:
         model: Everything but the widths, with the number of classes.
-        image_size: As for :func:`count_cost`.
+        image_size: Size of the input, see :func:`count_cost`.
     """
 
     def __init__(self, model: ModelConfig, image_size: int | tuple[int, int]) -> None:

@@ -1,13 +1,13 @@
 """Width groups of a detector, found by tracing its module graph.
 
-Two convolutions must have one output width when an addition joins what they make. The trace follows
-every tensor's channel axis from the convolution that makes it, through norms, activations, pools
-and resizing, and merges axes at additions. What is left are the groups.
+Two convolutions must have one output width when their outputs are added. The trace follows every
+tensor's channel axis from the convolution that makes the tensor, through norms, activations, pools
+and resizing, and merges axes at additions. The axes that are left are the groups.
 
 Names of groups:
 
 - ``stem`` and ``layer1.0.inner1``: made by one convolution, the first one or one inside a block
-- ``layer1``: what the blocks of a stage add up to (with the stem, where nothing projects it)
+- ``layer1``: the sum of a stage's blocks (and the stem's output, where no layer projects it)
 - ``fpn``, ``box_head``, ``mask_head``: torchvision's constructors give these one width each
 
 A group's members are the feature maps that a layer reads, each named by the first layer that reads
@@ -95,7 +95,7 @@ def width_groups(
     Args:
         model: A detector with a ResNet-FPN backbone.
         vary: Parts whose groups are wanted: ``backbone``, ``fpn``, ``heads``.
-        multiple: What widths are rounded to; None: 8, scaled with the model's width multiplier.
+        multiple: Step of rounded widths; None: 8, scaled with the model's width multiplier.
         floor: Smallest width; None: ``multiple``.
 
     Returns:
@@ -113,7 +113,7 @@ def width_groups(
     floor = multiple if floor is None else floor
     merged: dict[str, _Axis] = {}
     for axis in _trace_axes(model):
-        # What no layer reads is a prediction, not a width.
+        # An output that no layer reads is a prediction: its width is not free.
         if not axis.readers:
             continue
         known = merged.setdefault(_group_name(axis), axis)
@@ -189,7 +189,7 @@ def _trace_axes(model: GeneralizedRCNN) -> list[_Axis]:
 
 
 def _tap(name: str, layer: nn.Module) -> str:
-    """The layer whose input is tapped; a predictor's two layers read one tensor."""
+    """Name of the layer whose input is tapped; a predictor's two layers read one tensor."""
     return f"{name}.cls_score" if isinstance(layer, FastRCNNPredictor) else name
 
 

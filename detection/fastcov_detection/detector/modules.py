@@ -1,9 +1,9 @@
-r"""torchvision's own modules with what it lacks: any widths, boxes in float32, faster ways.
+r"""Modules of torchvision with changes: any widths, boxes in float32, faster input and RoIAlign.
 
 ResNets: blocks inherit torchvision's forward, and modules carry torchvision's names. At stock
 widths a stock state_dict loads and every output bit is the same.
 
-Anchors and heads: torchvision decodes and encodes boxes in the type of what a head predicts, and
+Anchors and heads: torchvision decodes and encodes boxes in the type of a head's predictions, and
 makes anchors in the type of the feature maps. In bfloat16 that moves a coordinate near 800 by up to
 2 pixels: of anchors, of proposals, of detections, and of the ground truth that box regression
 learns from. Here they stay in float32 under autocast.
@@ -158,9 +158,9 @@ def stock_widths(depth: int, multiplier: float = 1.0) -> dict[str, int]:
         multiplier: Scales every width; at least 1 channel stays.
 
     Returns:
-        ``stem``, ``layer1`` to ``layer4`` (what a stage's blocks add up to) and
-        ``layer1.0.inner1``... (what is inside one block). The stem of a basic-block ResNet is added
-        to the first stage, so there ``layer1`` stands for both.
+        ``stem``, ``layer1`` to ``layer4`` (outputs of the stages) and ``layer1.0.inner1``...
+        (convolutions inside one block). The stem of a basic-block ResNet is added to the first
+        stage, so there ``layer1`` stands for both.
     """
     if depth not in STAGE_BLOCKS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a backbone's first weights come from: chance, torchvision's ImageNet weights, or a file."""
+"""First weights of a backbone: random ones, torchvision's ImageNet weights, or those of a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
         body: Children conv1, bn1, layer1 to layer4.
         config: ``init`` is ``random``, ``imagenet``, or a state_dict's file or the run folder of
             another training; of a detector's state_dict the ResNet is taken.
-        depth: Of the ResNet.
+        depth: Depth of the ResNet.
 
     Raises:
         ConfigError: If the weights cannot be had or do not fit the widths.
@@ -59,11 +59,11 @@ def load_start(model: nn.Module, path: Path, class_names: Sequence[str] = ()) ->
     """Loads the weights of a whole detector.
 
     Class heads of another number of classes are not refused: of the 91 classes of torchvision's
-    own detectors, those of the same name are taken, whatever their places; what has no counterpart
-    keeps its fresh weights. Both are told.
+    own detectors, those of the same name are taken, whatever their places; a class without a
+    counterpart keeps its fresh weights. A warning counts both.
 
     Args:
-        model: Of the same depth, norm and widths as the weights.
+        model: Detector of the same depth, norm and widths as the weights.
         path: File of a state_dict.
         class_names: Names of the model's labels 1 to K.
 
@@ -171,8 +171,8 @@ def _load_body(body: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
             f"{source} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; "
             "depth and norm must be those of this model"
         )
-    # Weights of these names that this ResNet lacks would be dropped without a word: the
-    # statistics of a BatchNorm that meets a GroupNorm, blocks of a deeper network.
+    # Without this check, weights that the ResNet lacks would be dropped silently: the statistics of
+    # a BatchNorm where this model has a GroupNorm, or blocks of a deeper network.
     parts = tuple(f"{name}." for name, _ in body.named_children())
     own = [n.removeprefix(prefix) for n in state if n.startswith(prefix)]
     surplus = [n for n in own if n.startswith(parts) and n not in wanted]

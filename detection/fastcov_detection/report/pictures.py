@@ -102,7 +102,8 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     """
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, 1 / max(1, len(places) - 1))
-    # Groups that touch move as one, to the mean of what their members want of its first place.
+    # Groups that touch move as one. Each member would have the group begin where the member then
+    # keeps its own place; the group begins at the mean of these.
     groups: list[tuple[float, list[int]]] = []
     for index in order:
         first, members = min(max(places[index], 0.0), 1.0), [index]
@@ -237,10 +238,10 @@ def draw_dims(
     """Dimensions of every layer over two trainings; grey: the most that the layer can have.
 
     Args:
-        layers: By name, the curves of both sides. Of several runs: their mean, and from the lowest
-            to the highest.
+        layers: Curves of both sides by the layer's name. Of several runs, the mean and the range
+            are drawn.
         ceilings: Largest dimension by layer.
-        titles: Of the panels.
+        titles: Titles of the panels by layer.
         note: Under the panels, about layers that are not drawn.
     """
     lines = max(1, -(-len(layers) // _PANELS))

@@ -47,7 +47,7 @@ def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> P
     """Writes ``report.html`` of a search, and the pictures of detections under ``pictures/``.
 
     Args:
-        folder: Of a search whose result.json exists.
+        folder: Folder of a search that has a result.json.
         progress: Show a bar.
 
     Returns:
@@ -56,31 +56,31 @@ def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> P
     Raises:
         ConfigError: If the folder holds no search.
     """
-    search = _Search(Path(folder))
+    report = _Report(Path(folder))
     makers: dict[str, Callable[[], list[Block]]] = {
-        "": search.outcome,
-        "Detections": search.detections,
-        "Widths": search.widths,
-        "Demand": search.demand,
-        "Spectra": search.spectra,
-        "Dimensions over training": search.dynamics,
-        "Settings": search.settings,
+        "": report.outcome,
+        "Detections": report.detections,
+        "Widths": report.widths,
+        "Demand": report.demand,
+        "Spectra": report.spectra,
+        "Dimensions over training": report.dynamics,
+        "Settings": report.settings,
     }
     sections = []
     with progress_bar("writing the report", len(makers), enabled=progress) as advance:
         for heading, make in makers.items():
             sections.append(Section(heading, make()))
             advance(1)
-    train = search.config.train
+    train = report.config.train
     versions = f"fastcov-detection {__version__}"
-    made_by = [versions, f"torch {torch.__version__}", search.result["commit"]]
+    made_by = [versions, f"torch {torch.__version__}", report.result["commit"]]
     footer = ", ".join(dict.fromkeys(made_by)) + f"; data {train.data.name}"
     title = f"Width search: {train.model.name} on {Path(train.data.name).name}"
-    return write_page(search.folder / "report.html", title, sections, footer)
+    return write_page(report.folder / "report.html", title, sections, footer)
 
 
-class _Search:
-    """What the page is made of."""
+class _Report:
+    """Contents of the page, section by section."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ class _Search:
         self.groups = width_groups(baseline, vary=self.config.vary)
 
     def outcome(self) -> list[Block]:
-        """AP beside parameters, and what the numbers show."""
+        """AP beside parameters, and the conclusions from the numbers."""
         said = sentences(self.result)
         has_spread = any(len(arm["runs"]) > 1 for arm in self.result["arms"].values())
         blocks = [
@@ -160,7 +160,7 @@ class _Search:
         return Block(headings=headings, rows=lines, words=("against", "metric", "verdict"))
 
     def detections(self) -> list[Block]:
-        """Validation images with what the baseline and the searched network find in them."""
+        """Validation images with the detections of the baseline and the searched network."""
         note = Block(f"Detections with a score of at least 0.5. {LEGEND}", "note")
         blocks = []
         for arm in (BASELINE, SEARCHED):
@@ -177,7 +177,7 @@ class _Search:
         return [note, *blocks] if blocks else [Block(_NO_WEIGHTS, "note")]
 
     def widths(self) -> list[Block]:
-        """Widths of every arm, and what bent the searched ones: floors, caps, budgets."""
+        """Widths of every arm, and the floors, caps and budgets that bent the searched ones."""
         arms = self.result["arms"]
         if len(arms) < 2:
             return []
@@ -198,7 +198,7 @@ class _Search:
         return [*blocks, Block(picture=drawn, caption=caption), table]
 
     def demand(self) -> list[Block]:
-        """What each group's maps use of its width."""
+        """Demand of every width group."""
         rule = self.config.rule
         trained, untrained = (self._measured(name, rule) for name in (BASELINE, UNTRAINED))
         if trained is None:
@@ -208,7 +208,7 @@ class _Search:
             for found in (trained, untrained)
         ]
         drawn = to_png(pictures.draw_demand(self.groups, demands[0] or {}, demands[1], rule))
-        caption = "What each group's feature maps use of its width, from the measuring pass."
+        caption = "Share of its width that each group's feature maps use, from the measuring pass."
         return [Block(picture=drawn, caption=caption)]
 
     def spectra(self) -> list[Block]:
@@ -218,7 +218,7 @@ class _Search:
             return []
         stages = pictures.draw_stage_spectra(self.groups, trained, self._measured(UNTRAINED))
         caption = (
-            "Spectra of what the stages hand on, relative to the largest eigenvalue; dashed: 1e-3."
+            "Spectra of the stages' outputs, relative to the largest eigenvalue; dashed: 1e-3."
         )
         short = {name.removeprefix("backbone.body."): one for name, one in trained.items()}
         every = png(spectra_grid(short))
@@ -237,8 +237,8 @@ class _Search:
         if not len(history) or not layers:
             return []
         note = (
-            "What fastcov.track saw while the baseline trained: sampled rows, features that move; "
-            "widths come from the measuring pass above."
+            "Tracked while the baseline trained, from sampled rows of features that move; widths "
+            "come from the measuring pass above."
         )
         drawn = png(plot_dims(history, free_axes(layers)))
         caption = "Live dimensions of the baseline while it trained"

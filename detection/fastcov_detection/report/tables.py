@@ -60,7 +60,7 @@ def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """What the numbers show and what they do not."""
+    """Conclusions that the numbers of a search allow, and those that they do not."""
     found = []
     searched, baseline = result["arms"].get("searched"), result["arms"].get("baseline")
     # An arm with one seed, a peer or one of a search that was stopped, silences no other.
@@ -116,7 +116,7 @@ def class_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _means(
     result: Mapping[str, Any], heading: str, read: Callable[[Mapping[str, Any]], Any]
 ) -> tuple[list[str], list[list[str]]]:
-    """A table of what runs have by name; empty where no run has it."""
+    """Means over the seeds of numbers that runs have by name; no line where no run has any."""
     arms = {
         name: [found for run in arm["runs"] if (found := read(run))]
         for name, arm in result["arms"].items()

@@ -1,9 +1,9 @@
 """Arms of a search: each kind is one class here, and nothing else knows an arm by its name.
 
 A new control is one more class, entered in :data:`KINDS`: its name, the plan of widths that it
-proposes, the weights that a run starts from, what is asked of it, and its colour in figures. A rule
-of :data:`fastcov.widths.RULES` brings its own arms (``searched-RULE`` and the controls of that
-search) without a line here.
+proposes, the weights that a run starts from, the question of a comparison with it, and its colour
+in figures. A rule of :data:`fastcov.widths.RULES` brings its own arms (``searched-RULE`` and the
+controls of that search) without a line here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Prepared:
     arm: Arm
     folder: str
     plans: Mapping[int, tuple[str, WidthPlan]]
-    """By seed: the name of the plan's file and the plan."""
+    """Name of the plan's file, and the plan, by seed."""
 
     @property
     def first_plan(self) -> WidthPlan:
@@ -75,7 +75,7 @@ class Search(Protocol):
         """Trains runs of arms that others are derived from."""
 
     def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
-        """Trains a wider detector, and leaves plan and weights of what pruning makes of it."""
+        """Trains a wider detector, prunes it, and leaves the plan and weights of the pruned one."""
 
 
 def given_plan(
@@ -93,19 +93,19 @@ class Arm(ABC):
     """One kind of network that a search trains at every seed; base class of all."""
 
     colour: ClassVar[str | None] = None
-    """In figures; None: one that no other arm of the figure has."""
+    """Colour in figures; None: one that no other arm of the figure has."""
     settings: ClassVar[str] = "train.json"
     """File of the search that holds the settings of the arm's runs."""
     turn: ClassVar[int] = 0
     """Arms of a lower turn come first within a seed."""
     is_searched: ClassVar[bool] = False
-    """Its widths follow from the spectra of the trained baseline: the search's own answer."""
+    """True if the widths follow from the spectra of the trained baseline: the search's answer."""
     reads_spectra: ClassVar[bool] = False
     names_its_maker: ClassVar[bool] = False
-    """The record carries another program's name and version, which is the plan's rule."""
+    """True if the record carries another program's name and version, which is the plan's rule."""
 
     stem: ClassVar[str]
-    """Name of the arm, where it has no parameter."""
+    """Name of the arm, or the first part of the name where the arm has a parameter."""
 
     @property
     def name(self) -> str:
@@ -134,8 +134,8 @@ class Arm(ABC):
 
     @classmethod
     def check(cls, config: SearchConfig) -> None:
-        """Refuses a search in which this arm is impossible, before anything is trained."""
-        return  # most arms are possible in every search
+        """Refuses a search in which this arm is impossible; most arms are possible in every one."""
+        return
 
     @abstractmethod
     def prepare(self, search: Search) -> Prepared:
@@ -154,7 +154,7 @@ class Arm(ABC):
         return "no loss" if isinstance(versus, Baseline) else None
 
     def is_control_of(self, searched: Arm) -> bool:
-        """Whether a searched arm has to be better than this one."""
+        """True if a searched arm has to be better than this one."""
         return not self.is_searched
 
     def run_folder(self, folder: Path, widths: Mapping[str, int]) -> str:
@@ -163,7 +163,7 @@ class Arm(ABC):
 
 
 class OnePlan(Arm):
-    """Arms of which every seed has the same widths."""
+    """Arms with the same widths at every seed."""
 
     @abstractmethod
     def propose(self, search: Search) -> WidthPlan:
@@ -181,7 +181,7 @@ class Baseline(OnePlan):
     colour = "#2b2f33"
 
     def propose(self, search: Search) -> WidthPlan:
-        """The groups' own widths."""
+        """Plan of the groups' own widths."""
         return given_plan(search, {group.name: group.width for group in search.groups})
 
 
@@ -280,7 +280,7 @@ class _Matched(Ruled, OnePlan):
         return Searched(self.rule)
 
     def is_control_of(self, searched: Arm) -> bool:
-        """True for the arm that it is matched to; the main rule's stand for all."""
+        """True for the arm that this one is matched to; controls of the main rule serve all."""
         return searched.is_searched and (self.rule is None or searched == self.needs)
 
 
@@ -291,7 +291,7 @@ class Uniform(_Matched):
     colour = "#c8501e"
 
     def propose(self, search: Search) -> WidthPlan:
-        """One scale for every width."""
+        """Plan with one scale for every width."""
         target = search.prepared(self.needs).first_plan.params
         plan = uniform_widths(search.groups, search.costs.params, target)
         cost = search.costs(plan.widths)
@@ -326,7 +326,7 @@ class Untrained(Ruled, OnePlan):
     reads_spectra = True
 
     def propose(self, search: Search) -> WidthPlan:
-        """From the network that the first seed's baseline starts from."""
+        """Plan from the network that the first seed's baseline starts from."""
         return self.from_spectra(search, search.untrained_spectra(self.rule_in(search)))
 
 
@@ -337,7 +337,7 @@ class Power(_Matched):
     colour = "#b08d1f"
 
     def propose(self, search: Search) -> WidthPlan:
-        """The power is found."""
+        """Plan of the power that meets MACs and parameters."""
         params, costs = search.prepared(self.needs).first_plan.params, search.costs
         budget = costs.macs, search.budget
         return power_widths(search.groups, *budget, params=params, param_fn=costs.params)
@@ -350,7 +350,7 @@ class Quarter(OnePlan):
     turn = 2
 
     def propose(self, search: Search) -> WidthPlan:
-        """One scale for every width."""
+        """Plan with one scale for every width."""
         costs = search.costs
         target = costs(None).backbone_params / 4
         plan = uniform_widths(search.groups, lambda w: costs(w).backbone_params, target)
@@ -410,7 +410,7 @@ class PrunedFromScratch(Arm):
 
     @classmethod
     def check(cls, config: SearchConfig) -> None:
-        """Refuses what cannot be pruned."""
+        """Refuses a missing pruner, and norms that it does not prune."""
         Pruned.check(config)
 
     def prepare(self, search: Search) -> Prepared:
@@ -434,7 +434,7 @@ class Wider(OnePlan):
         return Pruned.train_config(config)
 
     def propose(self, search: Search) -> WidthPlan:
-        """The baseline's widths times a factor, beyond the budget."""
+        """Plan of the baseline's widths times a factor, beyond the budget."""
         widths = {g.name: round(WIDER * g.width / g.multiple) * g.multiple for g in search.groups}
         return given_plan(search, widths, f"baseline x {WIDER:g}", WIDER)
 
@@ -454,7 +454,7 @@ class Exponent(OnePlan):
 
     @classmethod
     def every(cls) -> tuple[Arm, ...]:
-        """None: any power is an arm."""
+        """No fixed name: any power is an arm."""
         return ()
 
     @classmethod
@@ -479,7 +479,7 @@ class Exponent(OnePlan):
         return arm
 
     def propose(self, search: Search) -> WidthPlan:
-        """At the budget, without any spectrum."""
+        """Plan at the budget, without any spectrum."""
         budget = search.costs.macs, search.budget, self.power
         return power_widths(search.groups, *budget, param_fn=search.costs.params)
 
@@ -530,7 +530,7 @@ def check_arms(names: Sequence[str]) -> tuple[Arm, ...]:
 
 
 def has_settled(groups: Sequence[WidthGroup], before: WidthPlan, after: WidthPlan) -> bool:
-    """Whether every width moved by less than its rounding."""
+    """True if every width moved by less than its rounding."""
     moves = ((g.multiple, after.widths[g.name] - before.widths[g.name]) for g in groups)
     return all(abs(move) < multiple for multiple, move in moves)
 

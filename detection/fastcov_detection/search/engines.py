@@ -1,10 +1,9 @@
-"""Engines that run trainings in processes of their own, followed through their logs.
+"""Engines: places where a search's trainings run, each in a process of its own.
 
-Engine for a search that outgrows one machine: every run is a task of a Ray cluster.
-
-The search's folder and the data lie on a file system that all nodes share. A task whose worker or
-node is lost is started again on another one, and its run goes on from its checkpoint; a run that
-has ended is in the folder and is not run again.
+A local engine starts the processes on this machine. For a search that outgrows one machine, a Ray
+engine makes every run a task of a cluster whose nodes share the file system of the search's folder
+and of the data. A task whose worker or node is lost is started again on another node, and the run
+goes on from its checkpoint; a run that has ended is not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _STARTS = 10
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: what to train and where it leaves its files."""
+    """One training run: its settings, and the folder of its files."""
 
     label: str
     run_dir: Path
@@ -50,11 +49,11 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether an earlier process brought the run to its result."""
+        """True if an earlier process brought the run to its result."""
         return (self.run_dir / "run.json").exists()
 
     def command(self, processes: int = 1) -> list[str]:
-        """The command line that runs or resumes it, by torchrun in several processes."""
+        """Command line that starts or resumes the run; torchrun's for several processes."""
         # -P: the process imports what this one did, not a checkout that happens to lie here.
         words = [sys.executable, "-P", "-m"]
         if processes > 1:
@@ -121,7 +120,7 @@ def run_jobs(
     on_finish: Callable[[], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Runs what is not finished, and shows how far each run is.
+    """Runs the jobs that are not finished, and shows how far each run is.
 
     Args:
         jobs: Independent of each other.
@@ -223,7 +222,7 @@ class _Process:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Ends the process, politely for ten seconds."""
+        """Ends the process: by SIGTERM, ten seconds later by SIGKILL."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -273,7 +272,7 @@ class RayEngine:
     """A Ray cluster, which decides where and when each run is trained.
 
     Args:
-        address: Of the cluster: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; None: a cluster of
+        address: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT`` of the cluster; None: a cluster of
             this machine alone, started now.
         gpus_per_run: GPUs of one run, which torchrun trains on all of them; None: one where the
             cluster has any.

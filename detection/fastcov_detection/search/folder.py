@@ -1,4 +1,4 @@
-"""A search's folder: where its files lie, whether they are of this search, what is kept elsewhere.
+"""Folder of a search: paths of its files, checks that they are of this search, and kept copies.
 
 A folder of kept files (``search --results``) has the same layout without weights, checkpoints and
 logs, so that a search goes on from a fresh clone without repeating a finished run. Latency and
@@ -20,7 +20,13 @@ import torch
 
 from fastcov import Spectrum
 from fastcov.widths import WidthPlan, find_rule
-from fastcov_detection.config import DATA_PLACES, SearchConfig, compared, load_config, to_dict
+from fastcov_detection.config import (
+    DATA_PLACES,
+    SearchConfig,
+    comparable_settings,
+    load_config,
+    to_dict,
+)
 from fastcov_detection.errors import ConfigError, DataError
 from fastcov_detection.files import write_file, write_text
 
@@ -127,8 +133,8 @@ def check_same_search(folder: Path, config: SearchConfig) -> None:
     if not (folder / "config.json").exists():
         return
     # A setting that came later had its default then.
-    before = compared(to_dict(load_config(SearchConfig, folder / "config.json")))
-    now = compared(to_dict(config))
+    before = comparable_settings(to_dict(load_config(SearchConfig, folder / "config.json")))
+    now = comparable_settings(to_dict(config))
     free = {f"train.{place}" for place in DATA_PLACES} if (folder / _DATA).exists() else set()
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -140,15 +146,15 @@ def check_same_search(folder: Path, config: SearchConfig) -> None:
 
 
 def check_same_data(folder: Path, content: Mapping[str, str]) -> None:
-    """Comparison of a search's data with what its folder remembers; a new folder remembers it.
+    """Comparison of a search's data with the digests that its folder holds; a new one gets them.
 
     Args:
-        folder: Of the search.
+        folder: Folder of the search.
         content: Digests of the data set, as
             :func:`fastcov_detection.data.dataset.load_data` gives them.
 
     Raises:
-        ConfigError: Naming what has changed.
+        ConfigError: Naming the parts that have changed.
     """
     path = folder / _DATA
     if not path.exists():
@@ -164,10 +170,10 @@ def check_same_data(folder: Path, content: Mapping[str, str]) -> None:
 
 
 def restore(kept: Path, folder: Path) -> list[Path]:
-    """Copies what an earlier search kept, and this folder lacks.
+    """Copies the files that an earlier search kept and this folder lacks.
 
     Returns:
-        What was copied, relative to the folder.
+        Paths of the copied files, relative to the folder.
 
     Raises:
         ConfigError: If both hold a plan of widths and the two differ: later runs follow from it.
@@ -187,7 +193,7 @@ def restore(kept: Path, folder: Path) -> list[Path]:
 
 
 def keep(folder: Path, kept: Path) -> None:
-    """Copies what is new or has changed since the last call; each file appears whole."""
+    """Copies the files that are new or have changed since the last call; each appears whole."""
     for path in _files(folder):
         target = kept / path
         if not target.exists() or target.read_bytes() != (folder / path).read_bytes():

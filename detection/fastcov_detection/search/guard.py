@@ -1,9 +1,10 @@
 """Process between a worker of a cluster and its training: when the worker dies, the training ends.
 
-A run that is started again elsewhere must not meet the one before it in the same folder. Nothing
-tells a process that its parent was killed, but its standard input then ends: this process reads it,
-and stops the command, which stands in a process group of its own. A worker that is told to end
-kills its own child, this process, first: for that case Linux is asked to stop the command with it.
+A run that is started again on another node must not meet its earlier process in the same folder.
+No signal says that a parent was killed, but the standard input that came from the parent then ends:
+the guard waits for this end, and stops the command, which has a process group of its own. A worker
+that is asked to end kills the guard first: for that case Linux is asked to stop the command with
+the guard.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
 
     Args:
         words: Command line after the interpreter.
-        folder: Of the run, on this node as on every other.
+        folder: Folder of the run, the same on every node.
         threads: CPU threads of each process.
 
     Returns:
@@ -61,7 +62,7 @@ def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
 
 
 def guard(words: Sequence[str]) -> int:
-    """Runs a command until it ends or standard input does; its exit status."""
+    """Exit status of a command that runs until its own end, or that of standard input."""
     child = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent
     )

@@ -1,6 +1,6 @@
 r"""Measurements of a network that stands still: spectra, from which widths follow, and latency.
 
-Rules read the spectrum of what feature maps hold, or of what of that the loss feels. Taking
+Rules read the spectrum of the feature maps, or that of the directions which the loss feels. Taking
 direction :math:`u` out of a map whose rows are :math:`f` changes the loss, to first order, by
 :math:`\sum_{xy} (g \cdot u)(f \cdot u)`, :math:`g` being the loss's gradient with respect to the
 row. Where positions and gradients are independent, its mean square is
@@ -62,8 +62,8 @@ def measure_spectra(
     Args:
         model: Trained or not.
         dataset: Training images without augmentation: (image, target) by index.
-        images: How many are read, drawn by ``seed``; all where there are fewer.
-        seed: Of the choice of images and of the sampling of regions.
+        images: Number of images to read, drawn by ``seed``; all where there are fewer.
+        seed: Seed of the choice of images and of the sampling of regions.
         vary: Parts to measure: ``backbone``, ``fpn``, ``heads``.
         reads: ``sensitivity``: spectra of :math:`S^{1/2} G S^{1/2}`, in the unit of the loss
             squared; the loss is the sum of the detector's losses. No parameter gets a gradient.
@@ -154,7 +154,7 @@ def measure_latency(
     The models take turns, so that whatever slows the machine down for a while slows all of them.
 
     Args:
-        models: By name; moved to the device and back to the CPU.
+        models: Detectors by name; moved to the device and back to the CPU.
         image: Values in [0, 1], or pixels in eight bits. [3, H, W]
         runs: Timed passes of each model, after three that are not.
         device: Where the passes run.

@@ -41,7 +41,7 @@ class Pruned:
 
 
 def check_peer(norm: str) -> None:
-    """Refuses what cannot be pruned before anything is trained.
+    """Refusal of a detector that cannot be pruned, before anything is trained.
 
     Raises:
         ConfigError: If Torch-Pruning is missing, or the norm is not one it prunes as we rebuild it.
@@ -69,16 +69,16 @@ def prune_to_budget(
     """Removes the weakest channels of the ResNet, as few as bring the detector to its budget.
 
     Args:
-        model: A trained detector; left as it is.
-        groups: Its width groups that may change; the largest of their floors holds for all.
-        macs: Counts a detector of given widths.
+        model: Trained detector, which stays as it is.
+        groups: Width groups that may change; the largest of their floors holds for all.
+        macs: Function that counts the MACs of a detector of given widths.
         budget: MACs that the pruned detector may have at most.
 
     Raises:
         ConfigError: If Torch-Pruning is missing or the budget cannot be met above the floors.
     """
-    # The pruner leaves a layer alone that it would have to empty, so MACs fall with the share only
-    # until that happens: the first share that meets the budget is looked for from below.
+    # The pruner skips a layer that it would have to empty. From such a share on, MACs may rise: so
+    # shares are tried in ascending order, and the first that meets the budget is refined.
     low, found = 0.0, None
     for share in _SHARES:
         pruned = _prune(model, groups, share)
@@ -116,7 +116,7 @@ def _prune(model: GeneralizedRCNN, groups: Sequence[WidthGroup], ratio: float) -
         pruning_ratio=ratio,
         round_to=max(group.multiple for group in groups),
         ignored_layers=[backbone.fpn],
-        # Its own defaults are dicts that every pruner of the process would share.
+        # The pruner's defaults are dicts that all pruners of the process share and write to.
         in_channel_groups={},
         out_channel_groups={},
     )

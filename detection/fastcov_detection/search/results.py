@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class ArmRecord:
-    """One arm: what it costs and what its runs came to."""
+    """Costs of one arm, and the results of its runs."""
 
     name: str
     widths: dict[str, int]
@@ -70,7 +70,7 @@ class ArmRecord:
 
 
 def compare_arms(records: Sequence[ArmRecord]) -> list[Comparison]:
-    """Every comparison that asks something: searched arms first, then their controls."""
+    """Comparisons of all pairs of arms that have a question: searched arms first."""
     arms = [(find_arm(record.name), record) for record in records]
     arms.sort(key=lambda pair: not pair[0].is_searched)
     found = []
@@ -91,9 +91,9 @@ def finished_runs(folder: Path, result: Mapping[str, Any], name: str) -> list[Pa
     """Folders of an arm's finished runs, in the order of its seeds.
 
     Args:
-        folder: Of the search.
-        result: Its result.json.
-        name: Of the arm.
+        folder: Folder of the search.
+        result: Content of the search's result.json.
+        name: Name of the arm.
 
     Raises:
         ConfigError: If the search has no such arm.
@@ -107,7 +107,7 @@ def finished_runs(folder: Path, result: Mapping[str, Any], name: str) -> list[Pa
 
 
 def macs_input(model: ModelConfig, image_size: int) -> dict[str, Any]:
-    """What the MACs were counted on."""
+    """Sizes of the input on which MACs are counted."""
     predicts_masks, _ = parse_name(model.name)
     return {
         "image": [3, image_size, image_size],
@@ -119,7 +119,7 @@ def macs_input(model: ModelConfig, image_size: int) -> dict[str, Any]:
 def write_result(
     path: Path, arms: Sequence[ArmRecord], comparisons: Sequence[Comparison], counted_on: Any
 ) -> dict[str, Any]:
-    """Writes result.json and returns what it holds."""
+    """Writes result.json and returns its content."""
     result = {
         "schema_version": SCHEMA_VERSION,
         "macs_input": counted_on,
@@ -155,7 +155,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def verdict_of(comparison: Mapping[str, Any]) -> str:
-    """The verdict of a comparison; what more seeds would show is named in older records too."""
+    """Verdict of a comparison, in the words of today for older records too."""
     shown = "no loss" if comparison["versus"] == BASELINE else "a gain"
     verdict: str = comparison["verdict"]
     return verdict.replace("would show it", f"would show {shown}")

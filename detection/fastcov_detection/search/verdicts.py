@@ -1,7 +1,8 @@
 r"""Verdicts as statistics: paired differences between two arms that share seeds.
 
-A difference is taken seed by seed, so what a seed brings to both arms (data order, initial state)
-cancels. Its mean has the standard error :math:`s / \sqrt n`, and its one-sided 95 % lower bound is
+A difference is taken seed by seed, so that the effect of a seed on both arms (data order, initial
+state) cancels. The mean has the standard error :math:`s / \sqrt n`, and the one-sided 95 % lower
+bound
 
 .. math:: \bar d - t_{0.95,\,n-1} \, s / \sqrt n
 
@@ -66,10 +67,10 @@ def compare_paired(
     Args:
         arm: Name of the first arm.
         versus: Name of the arm it is compared with.
-        metric: What the values are, for the record.
+        metric: Name of the values, for the record.
         values: The first arm's value by seed.
         others: The other arm's value by seed.
-        question: What is to be shown: ``"no loss"`` or ``"better"``.
+        question: Claim to be shown, ``"no loss"`` or ``"better"``.
 
     Returns:
         The comparison, or None where no seed is shared.
@@ -158,10 +159,10 @@ def p_value(mean: float, se: float | None, n: int, least: float = 0.0) -> float:
     """Chance of a mean this high or higher where the true mean is ``least``: one-sided t test.
 
     Args:
-        mean: Of ``n`` paired differences.
-        se: Its standard error; None for a single one, which shows nothing.
+        mean: Mean of ``n`` paired differences.
+        se: Standard error of the mean; None for a single difference, which shows nothing.
         n: Number of differences.
-        least: What the mean must exceed.
+        least: Value that the mean must exceed.
 
     Returns:
         In [0, 1]; 1 where there is no spread to judge by.

@@ -1,10 +1,11 @@
 r"""Trainings side by side: the dimensions of every layer over training, and how far they part.
 
 The question of Shinya, Simo-Serra and Suzuki (arXiv 1909.04021): do a detector from scratch and one
-from pretrained weights converge to similar models? What is compared is what :func:`fastcov.track`
-saw while each trained: of two runs, or of two families of runs with several seeds a side, where the
-question is whether the families differ by more than seeds do. Of every layer, the final spectra of
-all runs are then compared pair by pair. What separates the families is
+from pretrained weights converge to similar models? Compared are the spectra that
+:func:`fastcov.track` recorded during training: of two runs, or of two families of runs with several
+seeds a side, where the question is whether the families differ by more than seeds do. Then the
+final spectra of all runs are compared layer by layer and pair by pair. The separation of the
+families is
 
 .. math:: s = \overline{d}_{\text{between}} - \overline{d}_{\text{within}}
 
@@ -12,8 +13,8 @@ Where the families do not differ, any other division of the runs into two groups
 would separate as much: the p value is the share of divisions whose separation is at least as large,
 for each layer and for the mean over layers (one division for all layers at once).
 
-A layer whose dimension is as large as its weights allow in every run cannot tell anything by its
-dimension; it is marked and counted apart.
+Of a layer whose dimension is in every run as large as its weights allow, the dimension says
+nothing; such layers are marked and counted apart.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from fastcov.spectra.compare import compare_histories
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import spectral_distance
 from fastcov_detection import __version__
-from fastcov_detection.config import read_saved
+from fastcov_detection.config import read_saved, read_values
 from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
@@ -74,17 +75,17 @@ def layer_ceilings(run: Path) -> dict[str, int]:
     position (channels times kernel), and one more with a bias, which shifts every row alike.
 
     Args:
-        run: Its folder; only its settings and widths are read, from ``run.json`` where it is kept
-            without the rest.
+        run: Folder of the run, of which settings and widths are read; of a kept copy, from its
+            ``run.json``.
 
     Returns:
-        By the names under which the run was tracked; empty where the folder is no run.
+        Ranks by the names under which the run was tracked; empty where the folder is no run.
     """
     if (run / "config.json").exists():
-        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        values = read_values(run / "config.json")
         widths = load_widths(run / "widths.json")
     elif (run / "run.json").exists():
-        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        content = read_values(run / "run.json")
         values, widths = content["config"], content["widths"]
     else:
         return {}
@@ -109,10 +110,11 @@ def compare_runs(
     Args:
         a: Folder of the first run; a folder of snapshots does as well.
         b: Folder of the second run.
-        out: Gets ``comparison.json``, ``comparison.html``, ``dims.png`` and ``spectra.png``.
+        out: Folder that gets ``comparison.json``, ``comparison.html``, ``dims.png`` and
+            ``spectra.png``.
 
     Returns:
-        What comparison.json holds.
+        Content of comparison.json.
 
     Raises:
         DataError: If a run has no snapshots, or the runs share no layer.
@@ -196,7 +198,7 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
         for name, one in drawn.items()
     }
     tops = {name: max(one["ceiling_a"], one["ceiling_b"]) for name, one in drawn.items()}
-    titles = {name: marked(numbers, name) for name in drawn}
+    titles = {name: starred(numbers, name) for name in drawn}
     note = f"grey: ceiling; {len(full)} of {len(layers)} layers end at it in both runs"
     note += ", and are not drawn" if len(drawn) < len(layers) else ""
     dims = _write_small(folder / "dims.png", to_png(draw_dims(curves, tops, titles, note)))
@@ -207,7 +209,7 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
         "Dimension of the layers that do not end at their structural ceiling (grey, the smaller "
         "of a layer's inputs and outputs) in both runs."
     )
-    lead, legend = said_of(numbers)
+    lead, legend = lead_and_legend(numbers)
     sections = [
         Section("", [Block(lead, "lead"), Block(legend)]),
         Section("Dimension over training", [Block(picture=dims, caption=caption)]),
@@ -225,21 +227,21 @@ def _is_full(layer: Mapping[str, Any]) -> bool:
     return all(layer[f"dims_{side}"][-1] >= layer[f"ceiling_{side}"] for side in "ab")
 
 
-def marked(numbers: Numbers, name: str) -> str:
+def starred(numbers: Numbers, name: str) -> str:
     """Name of a layer, with a star where both runs end at its ceiling."""
     return f"{name} *" if name in numbers["at_ceiling"] else name
 
 
-def said_of(numbers: Numbers) -> tuple[str, str]:
-    """The comparison in words: how many layers end alike, and what the columns mean."""
+def lead_and_legend(numbers: Numbers) -> tuple[str, str]:
+    """Result of a comparison in words, and the meaning of its columns."""
     layers, full = numbers["layers"], set(numbers["at_ceiling"])
-    told = [one for name, one in layers.items() if name not in full]
-    same = sum(one["dims_a"][-1] == one["dims_b"][-1] for one in told)
-    nearer = sum(one["distances"][-1] < one["distances"][0] for one in told if one["distances"])
+    free = [one for name, one in layers.items() if name not in full]
+    same = sum(one["dims_a"][-1] == one["dims_b"][-1] for one in free)
+    nearer = sum(one["distances"][-1] < one["distances"][0] for one in free if one["distances"])
     return (
         f"{len(full)} of {len(layers)} layers (marked *) end at their structural ceiling in both "
         "runs, the smaller of a layer's inputs and outputs, which tells nothing about training; of "
-        f"the other {len(told)}, {same} end with the same dimension, and the spectra of {nearer} "
+        f"the other {len(free)}, {same} end with the same dimension, and the spectra of {nearer} "
         "end nearer to each other than they began. One run a side: no difference is shown to be "
         "more than seeds make.",
         "Distance: half the sum of |p - q| over the trace-normalised eigenvalues in descending "
@@ -255,7 +257,7 @@ def comparison_rows(numbers: Numbers) -> tuple[tuple[str, ...], list[tuple[str, 
     headings += ("dim a", "dim b", "dof a", "dof b", "distance")
     lines = [
         (
-            marked(numbers, name),
+            starred(numbers, name),
             *(str(one[key]) for _, key in sides),
             *(str(one[f"dims_{side}"][-1]) for side in "ab"),
             *(f"{one[f'dof_{side}']:.1f}" for side in "ab"),
@@ -280,7 +282,7 @@ def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
         table.add_row(*line)
     console.print(f"a: {numbers['a']}", f"b: {numbers['b']}", sep="\n", markup=False)
     console.print(table)
-    for sentence in said_of(numbers):
+    for sentence in lead_and_legend(numbers):
         console.print(sentence, markup=False, highlight=False)
 
 
@@ -315,7 +317,7 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
 
 
 def _write_small(path: Path, content: bytes) -> bytes:
-    """A line drawing needs no more than a palette: a third of the size, for version control."""
+    """Writes a drawing with a palette of 64 colours, a third of the size for version control."""
     packed = io.BytesIO()
     with Image.open(io.BytesIO(content)) as picture:
         small = picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MEDIANCUT)
@@ -328,8 +330,8 @@ def _write_small(path: Path, content: bytes) -> bytes:
 class LayerFamilies:
     """One layer in both families.
 
-    ``dims_a`` and ``dims_b`` are the final dimensions by run, ``ceiling`` the largest one that the
-    layer's weights allow. ``between`` and ``within`` are mean distances of final spectra.
+    ``dims_a`` and ``dims_b`` are the final dimensions by run, ``ceiling`` is the largest dimension
+    that the layer's weights allow. ``between`` and ``within`` are mean distances of final spectra.
     """
 
     name: str
@@ -391,7 +393,7 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
     if not names:
         raise DataError(f"{a[0]} and {b[0]} share no layer; track the same part of both")
     ceilings = layer_ceilings(a[0])
-    found = divide(
+    found = permutation_test(
         {name: [spectra[name] for spectra in finals] for name in names},
         len(a),
         {name: ceilings.get(name, finals[0][name].channels) for name in names},
@@ -431,13 +433,13 @@ def read_families(folder: Path) -> Families:
         ) from None
 
 
-def divide(
+def permutation_test(
     spectra: Mapping[str, Sequence[Spectrum]], size_a: int, ceilings: Mapping[str, int]
 ) -> Families:
-    """The permutation test on final spectra.
+    """Permutation test of two families by their final spectra.
 
     Args:
-        spectra: Of every layer, those of all runs, the first family's first.
+        spectra: Spectra of all runs by layer, the first family's runs first.
         size_a: Runs of the first family.
         ceilings: Largest dimension that each layer can have.
     """
@@ -453,10 +455,10 @@ def divide(
         within = (~is_between * distances).sum(1) / (~is_between).sum(1)
         separations.append(between - within)
         dims = [one.dim(_THRESHOLD) for one in of_layer]
-        means = float(between[0]), float(within[0]), _share(separations[-1])
+        means = float(between[0]), float(within[0]), _p_value(separations[-1])
         layers.append(LayerFamilies(name, ceilings[name], dims[:size_a], dims[size_a:], *means))
-    told = [s for s, layer in zip(separations, layers, strict=True) if not layer.is_at_ceiling]
-    overall = np.mean(told, axis=0) if told else np.zeros(len(divisions))
+    free = [s for s, layer in zip(separations, layers, strict=True) if not layer.is_at_ceiling]
+    overall = np.mean(free, axis=0) if free else np.zeros(len(divisions))
     return Families(
         label_a="a",
         label_b="b",
@@ -464,13 +466,13 @@ def divide(
         scores_b=[],
         layers=layers,
         separation=float(overall[0]),
-        p=_share(overall),
+        p=_p_value(overall),
         divisions=len(divisions),
     )
 
 
 def _divisions(runs: int, size_a: int) -> NDArray[np.bool_]:
-    """Membership of the first group in every division, the true one first. [divisions, runs]"""
+    """True for the runs of the first group, by division, the true one first. [divisions, runs]"""
     if math.comb(runs, size_a) <= _MOST_DIVISIONS:
         chosen = list(itertools.combinations(range(runs), size_a))
     else:
@@ -482,7 +484,7 @@ def _divisions(runs: int, size_a: int) -> NDArray[np.bool_]:
     return members
 
 
-def _share(separations: NDArray[np.float64]) -> float:
+def _p_value(separations: NDArray[np.float64]) -> float:
     """Share of the divisions that separate at least as much as the first, itself included."""
     # Sums of the same numbers in another order may differ in their last bits.
     return float((separations >= separations[0] - 1e-12).mean())
@@ -503,7 +505,7 @@ def _score(run: Path) -> float:
 
 
 def _draw_families(a: Sequence[History], b: Sequence[History], families: Families) -> Figure:
-    """Dimensions over both families' trainings of every layer that can tell them apart."""
+    """Dimensions over both families' trainings, of the layers that are not at their ceiling."""
     tables = [[history.dims(_THRESHOLD) for history in side] for side in (a, b)]
     labels = families.label_a, families.label_b
     drawn = [layer for layer in families.layers if not layer.is_at_ceiling]
@@ -526,8 +528,8 @@ def _draw_families(a: Sequence[History], b: Sequence[History], families: Familie
 
 
 def sentences(families: Families) -> list[str]:
-    """The comparison in words."""
-    told = [layer for layer in families.layers if not layer.is_at_ceiling]
+    """Result of a comparison of families in words."""
+    free = [layer for layer in families.layers if not layer.is_at_ceiling]
     spreads = []
     for label, measure, scores in (
         (families.label_a, families.measure_a, families.scores_a),
@@ -535,13 +537,13 @@ def sentences(families: Families) -> list[str]:
     ):
         mean, error = mean_and_error(scores)
         spreads.append(f"{label}: {measure} {mean:.3f} ± {error or 0:.3f} ({len(scores)} seeds)")
-    alone = sum(layer.p <= 0.05 for layer in told)
+    alone = sum(layer.p <= 0.05 for layer in free)
     verb = "differ" if families.p <= 0.05 else "are not shown to differ"
     return [
         "; ".join(spreads),
-        f"{len(families.layers) - len(told)} of {len(families.layers)} layers are at their ceiling "
+        f"{len(families.layers) - len(free)} of {len(families.layers)} layers are at their ceiling "
         "in every run and left out",
         f"final spectra {verb} by more than seeds do: separation {families.separation:.4f}, "
         f"p = {families.p:.4f} of {families.divisions} divisions",
-        f"{alone} of {len(told)} layers alone have p of at most 0.05",
+        f"{alone} of {len(free)} layers alone have p of at most 0.05",
     ]

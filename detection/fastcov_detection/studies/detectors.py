@@ -1,4 +1,4 @@
-"""Detectors that leave this package and come to it: exports, and COCO's numbers of any detector."""
+"""Export of detectors, and COCO's numbers of a run, an export or torchvision's own detectors."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def export_run(
     Args:
         source: Folder of a training run, or of a search.
         out: Folder that gets ``model.pt`` (tensors by torchvision's names), ``widths.json``,
-            ``model.json`` (what else must be known to build it, class names and category ids
-            included) and ``rebuild.py``.
-        arm: Of a search: whose first seed is exported.
+            ``model.json`` (all other facts that building needs, with class names and category
+            ids) and ``rebuild.py``.
+        arm: Arm of a search, whose first seed is exported.
 
     Returns:
         The folder.
@@ -81,7 +81,7 @@ def describe(
     """Arguments of torchvision's constructors for this detector, as JSON.
 
     Args:
-        config: Of the detector.
+        config: Settings of the detector.
         classes: Names of labels 1 to K.
         category_ids: Ids of the same classes in the annotation files; None where a run of an
             earlier version did not keep them.
@@ -151,13 +151,13 @@ class Detector(NamedTuple):
 def open_detector(
     source: str, *, weights: str | os.PathLike[str] | None = None, best: bool = False
 ) -> Detector:
-    """A detector from wherever it is.
+    """Detector of a run, an export or torchvision, by folder or name.
 
     Args:
         source: Folder of a run, folder of an export, or the name of one of torchvision's detectors.
-        weights: Of torchvision's detector: a state_dict; None: torchvision's own, which are
+        weights: State_dict for torchvision's detector; None: torchvision's own weights, which are
             downloaded.
-        best: Of a run: the weights of the best evaluation.
+        best: Take the weights of a run's best evaluation.
 
     Raises:
         ConfigError: If there is no such detector, or its weights cannot be had.
@@ -201,7 +201,9 @@ def _of_torchvision(name: str, weights: Path | None) -> Detector:
     return Detector(model.eval(), dict(enumerate(categories)), None)
 
 
-def translate(labels: Mapping[int, str], categories: Mapping[int, str]) -> dict[int, int]:
+def category_ids_by_label(
+    labels: Mapping[int, str], categories: Mapping[int, str]
+) -> dict[int, int]:
     """Category ids of a data set by the labels of a detector, matched by name.
 
     Args:
@@ -277,7 +279,7 @@ def evaluate_detector(
             batch_size=batch_size,
             workers=data.workers,
             precision=PRECISIONS[precision],
-            category_of=translate(detector.labels, val.file.categories),
+            category_of=category_ids_by_label(detector.labels, val.file.categories),
             progress=progress,
         )
         if rank() == 0:

@@ -1,8 +1,8 @@
 """Pretraining of a backbone: a classifier of a detection data set's objects.
 
-The weights that come of it have torchvision's names for a ResNet, the classifier included, and a
-detector starts from them with ``--init``: the pretrained side of the comparison with training from
-scratch (Shinya, Simo-Serra and Suzuki, arXiv 1909.04021), with no download.
+The resulting weights have torchvision's names for a ResNet, the classifier included, and a detector
+starts from them with ``--init``: the pretrained side of the comparison with training from scratch
+(Shinya, Simo-Serra and Suzuki, arXiv 1909.04021), with no download.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastcov_detection.data.dataset import (
     Draw,
     load_data,
     mix_seed,
-    one_line,
+    with_short_errors,
 )
 from fastcov_detection.detector.build import check_widths, parse_name, save_widths, settle_norm
 from fastcov_detection.detector.modules import build_resnet, norm_layer
@@ -44,9 +44,7 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A detector's training run of which the backbone, data, rate and steps are taken, and the
-    crops.
-    """
+    """Settings of a pretraining: a detector's run, whose backbone and data are used, and crops."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     objects: int = 64
@@ -62,7 +60,7 @@ class PretrainResult:
     """Result of a pretraining."""
 
     accuracy: float
-    """Of the classes of the validation objects, in 0-1."""
+    """Share of the validation objects that get their class, in 0-1."""
     loss: float
     """Mean cross-entropy of the validation objects, in nats."""
     train_objects: int
@@ -78,16 +76,16 @@ class ObjectCrops(Dataset[tuple[Tensor, int]]):
     """Square crops around the objects of a data set, each with its class.
 
     A crop reaches past its object by a factor drawn from ``context``, and the object lies anywhere
-    inside; the factor and the place follow from the draw's seed alone. Crowds are left out. What
-    lies outside the image is black.
+    inside; the factor and the place follow from the draw's seed alone. Crowds are left out. Pixels
+    outside the image are black.
 
     Args:
         dataset: Images with boxes.
-        edge: Of a crop, in pixels; the network sees every object at a similar size.
+        edge: Edge of a crop, in pixels; the network sees every object at a similar size.
         context: Smallest and largest edge of a crop by the longer edge of its object's box.
         hflip: Chance of a mirrored crop.
-        varies: False: the object in the middle, the mean of ``context``, no mirror, whatever the
-            draw; for validation.
+        varies: False for validation: the object in the middle, at the mean of ``context``, not
+            mirrored, whatever the draw.
 
     Raises:
         ConfigError: If an edge or a factor is impossible.
@@ -146,7 +144,7 @@ def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: in
 
     Args:
         config: ``model`` is the detector.
-        widths: Of every width group of the detector.
+        widths: Widths of all width groups of the detector.
         classes: Without background.
 
     Raises:
@@ -154,7 +152,7 @@ def build_classifier(config: TrainConfig, widths: Mapping[str, int], classes: in
     """
     model = settle_norm(replace(config.model, init="random"))
     if model.norm == "frozen":
-        raise ConfigError("model.norm is 'frozen': it holds what a training found; use batch")
+        raise ConfigError("model.norm is 'frozen', which cannot be trained; use batch")
     _, depth = parse_name(model.name)
     norm = norm_layer(model.norm, model.norm_groups)
     body = build_resnet(depth, widths, norm, model.zero_init_last_norm)
@@ -177,17 +175,17 @@ def pretrain(
 ) -> PretrainResult:
     """Trains a backbone to tell the objects of the training images apart.
 
-    Validation objects are seen by the accuracy alone. At the end the folder has ``model.pt`` (a
-    ResNet's plain state_dict, for ``--init``) and ``pretrain.json``, and ``spectra`` has a snapshot
-    of every watched layer each ``snapshot_every`` steps.
+    Validation objects serve the accuracy alone. At the end the folder has ``model.pt`` (a ResNet's
+    plain state_dict, for ``--init``), ``pretrain.json``, and in ``spectra`` a snapshot of every
+    watched layer each ``snapshot_every`` steps.
 
     Args:
         config: The run; the detector's own parts and its batch are not used.
         widths: Channels by width group; None: the configuration's.
         run_dir: Folder of the run.
-        seed: Of everything random.
-        resume: Go on where an earlier process stopped; a finished run is returned at once. False:
-            start over.
+        seed: Seed of everything random.
+        resume: Go on from an earlier process's checkpoint; a finished run is returned at once.
+            False: start over.
         progress: Show bars.
 
     Raises:
@@ -326,7 +324,7 @@ class _Pretraining:
         loader = DataLoader(crops, self.config.objects, num_workers=workers)
         right, loss = 0, 0.0
         with progress_bar("evaluating", len(crops), enabled=self.loop.progress) as advance:
-            for pixels, classes in one_line(loader):
+            for pixels, classes in with_short_errors(loader):
                 logits = self._logits(model, pixels)
                 right += int((logits.argmax(dim=1).cpu() == classes).sum())
                 loss += float(self._loss(logits, classes)) * len(classes)

@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds: right, wrong and missed in colours of their own."""
+"""Pictures of detections: right, wrong and missed objects in different colours."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def draw_pictures(
     score: float = 0.5,
     category_names: Sequence[str] | None = None,
 ) -> list[Picture]:
-    """Pictures of images with objects, evenly spread over the data set, and what is found in them.
+    """Pictures of some images with their detections, evenly spread over the images with objects.
 
     Args:
-        model: A detector; its mode is as before afterwards.
-        dataset: With the truth.
+        model: Detector; its mode is restored.
+        dataset: Images, and their annotated objects.
         count: Number of images.
-        score: Detections below it are left out.
-        category_names: Of labels 1 to K; None: the data set's.
+        score: Least score of a detection that is drawn.
+        category_names: Names of labels 1 to K; None: the data set's.
 
     Returns:
         Pixels in RGB. [H, W, 3] each
@@ -73,14 +73,14 @@ def in_grid(pictures: Sequence[Picture], columns: int) -> Picture:
 
 
 def are_right(found: dict[str, Tensor], target: dict[str, Any]) -> tuple[list[bool], list[bool]]:
-    """Which detections find an object, and which objects are found.
+    """Truth values: of each detection, if it finds an object; of each object, if it is found.
 
-    As COCO counts at an IoU of 0.5: the best scores choose first, each the free object of its class
-    that it overlaps most.
+    Counted as by COCO at an IoU of 0.5: the best scores choose first, each the free object of its
+    class with the largest overlap.
 
     Args:
-        found: Boxes, labels and scores.
-        target: Boxes and labels of the truth.
+        found: Boxes, labels and scores of the detections.
+        target: Boxes and labels of the objects.
     """
     right = [False] * len(found["boxes"])
     seen = [False] * len(target["boxes"])

@@ -21,7 +21,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fastcov_detection.data.dataset import CocoDataset, aspect_buckets, one_line, to_float
+from fastcov_detection.data.dataset import (
+    CocoDataset,
+    aspect_buckets,
+    to_float,
+    with_short_errors,
+)
 from fastcov_detection.distributed import from_first, gather_to_first, rank, world_size
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_text
@@ -37,11 +42,10 @@ NUMBERS = (
 """Names of COCO's twelve numbers, in the order of ``COCOeval.stats``."""
 
 PREFIXES = {"bbox": "", "segm": "segm_"}
-"""What stands before the names of the numbers of boxes and of masks."""
+"""Prefixes of the names of numbers, by pycocotools' name of boxes and of masks."""
 
 Detection = dict[str, Any]
 """One entry of COCO's results format: image_id, category_id, bbox, score, perhaps segmentation."""
-
 
 _MOST_SCORED = 100
 
@@ -82,8 +86,8 @@ def evaluate(
     with the truth, once, and every process gets the numbers. Images of similar shape share a batch.
 
     Args:
-        model: A detector of torchvision's kind; its mode is as before afterwards.
-        dataset: With the annotations to compare with.
+        model: Detector with torchvision's interface; its mode is restored.
+        dataset: Images, and the annotations to compare with.
         batch_size: Images of one forward pass; padding to one size can change results slightly.
         workers: Processes that read images.
         precision: Autocast to this type; boxes are decoded in float32 by detectors of this package.
@@ -117,7 +121,7 @@ def evaluate(
 
 
 def write_predictions(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Writes what was found in COCO's results format, which every COCO tool reads.
+    """Writes the detections in COCO's results format, which every COCO tool reads.
 
     Returns:
         ``predictions.bbox.json``, and ``predictions.segm.json`` with masks.
@@ -135,8 +139,8 @@ def has_masks(model: nn.Module) -> bool:
     return heads is not None and bool(heads.has_mask())
 
 
-def tell_limits(dataset: CocoDataset, detections_per_image: int) -> None:
-    """Warnings about validation images with more objects than the detector returns or AP counts."""
+def warn_of_limits(dataset: CocoDataset, detections_per_image: int) -> None:
+    """Warns of validation images with more objects than the detector returns or AP counts."""
     counts: list[int] = dataset.records.counts().tolist()
     most = max(counts, default=0)
     if most > detections_per_image:
@@ -184,7 +188,7 @@ def detect(
     )
     done = 0
     try:
-        for batch in one_line(loader):
+        for batch in with_short_errors(loader):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 outputs = model([to_float(image.to(device)) for image, _ in batch])
             now = list(indices[done : done + len(batch)])
@@ -278,7 +282,7 @@ def _of_kind(detections: Sequence[Detection], kind: str) -> list[Detection]:
 
 
 def class_names(categories: Mapping[int, str]) -> dict[int, str]:
-    """A name of its own for every category: names that occur twice get their id."""
+    """Distinct names of the categories, by id: names that occur twice get their id."""
     counts = Counter(categories.values())
     return {
         key: name if counts[name] == 1 else f"{name} ({key})" for key, name in categories.items()

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from fastcov_detection.config import DATA_PLACES, TrainConfig, compared, read_saved, to_dict
+from fastcov_detection.config import (
+    DATA_PLACES,
+    TrainConfig,
+    comparable_settings,
+    read_saved,
+    read_values,
+    to_dict,
+)
 from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.detector.weights import read_state
 from fastcov_detection.distributed import barrier, rank
@@ -32,8 +39,8 @@ _KEYS = ("step", "seed", "config", "widths", "model", "optimizer", "train_s", "c
 _START_OVER = (
     "choose another run folder, or start over with --restart (in Python, with resume=False)"
 )
-# Settings that may change in the middle of a run.
-_FREE = {
+# Settings that may change in the middle of a run, and after its end.
+_ALWAYS_FREE = {
     "config.device",
     "config.threads",
     "config.data.workers",
@@ -45,8 +52,8 @@ _FREE = {
     "config.evaluate_epochs",
 }
 _PLACES = {f"config.{place}" for place in DATA_PLACES}
-# Settings that the rest of a run follows.
-_OF_THE_REST = {
+# Settings that may change while steps are left: they steer the steps to come.
+_FREE_BEFORE_THE_END = {
     "config.lr",
     "config.lr_batch",
     "config.clip_norm",
@@ -71,13 +78,13 @@ class RunResult:
     params: int
     backbone_params: int
     macs: int
-    """On a square image of the configured ``min_size``."""
+    """Multiply-accumulates of a square image of the configured ``min_size``."""
     steps: int
     seed: int
     run_dir: str
     cpu_s: float | None = None
-    """CPU seconds of the main process during the training steps, over all its threads: what
-    ``train_s`` would be on a thread that has a core to itself."""
+    """CPU seconds of the main process during the training steps, over all its threads. On one
+    thread with a core to itself they equal ``train_s``."""
     numbers: dict[str, float | None] = field(default_factory=dict)
     """COCO's twelve numbers of boxes, and of masks after ``segm_``; empty in older runs."""
     classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -90,8 +97,7 @@ class RunResult:
 def load_run(
     run_dir: str | os.PathLike[str], *, best: bool = False
 ) -> tuple[GeneralizedRCNN, TrainConfig, RunResult | None]:
-    """A run's detector with its weights, in eval(), its configuration, and its result if it has
-    ended.
+    """Detector of a run in eval(), configuration, and result if the run has ended.
 
     Args:
         run_dir: Folder of the run.
@@ -107,7 +113,7 @@ def load_run(
             f"{folder} holds the result of a run whose weights are not here; "
             f"delete {folder / RESULT} and run it again to have them"
         )
-    config = _saved_config(folder / "config.json")
+    config = read_saved(read_values(folder / "config.json"))
     model = build_model(replace(config.model, init="random"), load_widths(folder / "widths.json"))
     weights = folder / (BEST if best else LAST)
     saved = None if best or weights.exists() else load_checkpoint(folder)
@@ -125,16 +131,6 @@ def load_run(
     return model.eval(), config, read_result(folder, RunResult)
 
 
-def _saved_config(path: Path) -> TrainConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration at {path}; check the path") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); save it again") from None
-    return read_saved(values)
-
-
 def read_run_result(folder: Path) -> RunResult | None:
     """The result of a run, or None where it has not ended.
 
@@ -145,7 +141,7 @@ def read_run_result(folder: Path) -> RunResult | None:
 
 
 def has_weights(run_dir: Path) -> bool:
-    """Whether the folder holds the weights of a finished run, which a copy of its result lacks."""
+    """True if the folder holds the weights of a finished run; a kept copy of results has none."""
     return (run_dir / LAST).exists()
 
 
@@ -156,7 +152,7 @@ def category_ids(run_dir: Path) -> list[int] | None:
 
 
 def read_result(folder: Path, kind: Callable[..., Result], name: str = RESULT) -> Result | None:
-    """The result that a training of some kind left in its folder, None where it has not ended.
+    """Result that a training left in its folder; None where the training has not ended.
 
     Raises:
         ConfigError: If the file cannot be read.
@@ -176,7 +172,7 @@ def read_result(folder: Path, kind: Callable[..., Result], name: str = RESULT) -
 def write_result(
     folder: Path, result: Any, identity: Mapping[str, Any], name: str = RESULT
 ) -> None:
-    """Writes a result, a dataclass, with what makes the run this one and what made it."""
+    """Writes a result, a dataclass, with the run's identity and the versions that made it."""
     kept = {key: value for key, value in asdict(result).items() if key != "run_dir"}
     content = {**identity, "result": kept, "made_by": made_by()}
     write_text(folder / name, json.dumps(content, indent=2) + "\n")
@@ -193,11 +189,12 @@ def open_folder(
     """Prepares a run's folder; the result where the run has ended already.
 
     Args:
-        folder: Of the run.
-        identity: What makes the run this one; gets ``changes`` where the run goes on with others.
-        kind: Of the result, a dataclass.
-        resume: False: forget what an earlier process left.
-        name: Of the result's file.
+        folder: Folder of the run.
+        identity: Seed, settings, widths and data of the run; gets ``changes`` where a run goes on
+            with other settings.
+        kind: Dataclass of the result.
+        resume: False: remove the files of an earlier process.
+        name: Name of the result's file.
 
     Raises:
         CheckpointError: If the folder holds another run, or a result that cannot go on.
@@ -296,35 +293,36 @@ def check_same_run(
 ) -> dict[str, list[Any]]:
     """Comparison of a run in a folder with the one that is asked for.
 
-    Where and how fast a run computes may change in its middle, and so may the place of its data:
-    the content is compared. What the rest of a run follows, its rate, clipping and number of steps,
-    may change as long as there is a rest.
+    Device, speed and the place of the data may change in the middle of a run: of data, the content
+    is compared. Rate, clipping and number of steps may change while steps are left.
 
     Args:
-        saved: ``seed``, ``config``, ``widths`` and ``data`` of what is in the folder.
-        wanted: The same of what is asked for.
-        run_dir: Named in the error.
-        reached: Steps that the run has done.
-        is_finished: The run has come to its result.
+        saved: ``seed``, ``config``, ``widths`` and ``data`` of the run in the folder.
+        wanted: The same entries of the run that is asked for.
+        run_dir: Folder, named in the error.
+        reached: Steps that the run in the folder has done.
+        is_finished: True if this run has a result.
 
     Returns:
-        Settings that change from here on: what they were and what they are.
+        Old and new value of each setting that changes from here on.
 
     Raises:
         CheckpointError: Naming the first setting that differs.
     """
     # A setting that came later had its default then.
     complete = to_dict(read_saved(saved["config"]))
-    before, now = compared({**saved, "config": complete}), compared(wanted)
+    before = comparable_settings({**saved, "config": complete})
+    now = comparable_settings(wanted)
     steps = now.get("config.steps", 0)
     may_end = reached < steps if is_finished else reached <= steps
     knows_data = bool(saved.get("data") and wanted.get("data"))
     changes = {}
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if old == new or key in _FREE or (knows_data and key in _PLACES):
+        if old == new or key in _ALWAYS_FREE or (knows_data and key in _PLACES):
             continue
-        if may_end if key == "config.steps" else (reached < steps and key in _OF_THE_REST):
+        is_before_end = reached < steps and key in _FREE_BEFORE_THE_END
+        if may_end if key == "config.steps" else is_before_end:
             changes[key.removeprefix("config.")] = [old, new]
             continue
         if key.startswith("data.") and saved.get("data") is None:
@@ -341,7 +339,7 @@ def check_same_run(
 
 
 def _resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path) -> None:
-    """Comparison of a checkpoint with what is asked for, with a note of what changes on the way."""
+    """Compares a checkpoint with the run that is asked for, and notes the settings that change."""
     step = int(saved["step"])
     known = {key: saved.get(key) for key in identity}
     changes = check_same_run(known, identity, run_dir, reached=step)

@@ -29,10 +29,10 @@ class Logbook:
     """Collects losses on the device and writes their means.
 
     Args:
-        run_dir: Gets ``log.jsonl`` and ``tensorboard/``; None: nothing is written.
-        first_step: Where this process starts; what an earlier one wrote about later steps is
-            dropped, so that every step is told once.
-        remedy: Options that make a run calmer, named where a loss is not finite.
+        run_dir: Folder that gets ``log.jsonl`` and ``tensorboard/``; None: nothing is written.
+        first_step: Steps done before this process; lines of an earlier process about later steps
+            are dropped, so that every step has one line.
+        remedy: Options that an error recommends where a loss is not finite.
     """
 
     def __init__(self, run_dir: Path | None, first_step: int, remedy: str = "") -> None:
@@ -47,7 +47,7 @@ class Logbook:
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Remembers one step's values without waiting for the device."""
+        """Keeps one step's values without waiting for the device."""
         self.window.append({name: value.detach() for name, value in values.items()})
 
     def flush(
@@ -56,8 +56,8 @@ class Logbook:
         """Writes the means since the last call, over all processes; every process must call it.
 
         Args:
-            step: That was done last.
-            rate: Learning rate of the step.
+            step: Number of steps done.
+            rate: Learning rate of the last step.
             train_s: Seconds of training so far.
             speed: See :meth:`Speed.since`.
 
@@ -137,8 +137,8 @@ class Speed:
     """Clock of a training loop.
 
     Args:
-        images: Of one step, over all processes.
-        device: Whose memory is told.
+        images: Images of one step, over all processes.
+        device: Device whose memory is reported.
     """
 
     def __init__(self, images: int, device: torch.device) -> None:
@@ -159,18 +159,18 @@ class Speed:
             yield batch
 
     def pause(self, seconds: float) -> None:
-        """Takes out time that was not training."""
+        """Leaves out seconds that were not training."""
         self.start_s += seconds
 
     def since(self, steps_left: int) -> dict[str, float]:
         """Figures of the steps since the last call.
 
         Args:
-            steps_left: To the end of the run.
+            steps_left: Steps to the end of the run.
 
         Returns:
-            ``images_per_s``, ``data_share`` (of the time, spent waiting for images), ``eta_s``, and
-            on a GPU ``memory_gib`` (the most that was allocated).
+            ``images_per_s``, ``data_share`` (share of the time spent waiting for images),
+            ``eta_s``, and on a GPU ``memory_gib`` (largest allocation).
         """
         seconds = max(time.monotonic() - self.start_s, 1e-9)
         steps = max(self.steps, 1)
@@ -185,8 +185,8 @@ class Speed:
         return found
 
 
-def told(losses: dict[str, float], rate: float, speed: dict[str, float]) -> str:
-    """Losses, rate and speed (of :meth:`Speed.since`) as they stand beside a bar."""
+def progress_note(losses: dict[str, float], rate: float, speed: dict[str, float]) -> str:
+    """Text beside a progress bar: losses, rate, and speed from :meth:`Speed.since`."""
     parts = [
         f"{name.removeprefix('loss_')} {value:.2f}"
         for name, value in losses.items()

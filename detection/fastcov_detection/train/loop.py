@@ -34,9 +34,9 @@ from fastcov_detection.data.dataset import (
     Target,
     load_on_ranks,
     mix_seed,
-    one_line,
     to_device,
     to_float,
+    with_short_errors,
 )
 from fastcov_detection.detector.build import (
     build_model,
@@ -52,7 +52,12 @@ from fastcov_detection.errors import ConfigError
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.train.drawing import draw_pictures, in_grid
-from fastcov_detection.train.evaluate import Evaluation, evaluate, tell_limits, write_predictions
+from fastcov_detection.train.evaluate import (
+    Evaluation,
+    evaluate,
+    warn_of_limits,
+    write_predictions,
+)
 from fastcov_detection.train.folder import (
     BEST,
     LAST,
@@ -62,7 +67,7 @@ from fastcov_detection.train.folder import (
     save_checkpoint,
     write_result,
 )
-from fastcov_detection.train.logbook import Logbook, Speed, told
+from fastcov_detection.train.logbook import Logbook, Speed, progress_note
 
 log = logging.getLogger("fastcov_detection")
 
@@ -87,7 +92,7 @@ def train(
 ) -> RunResult:
     """Trains a detector to its end and evaluates it.
 
-    What the folder gets stands in the package's README. Order of images, their random changes and
+    The package's README lists the files in the folder. Order of images, their random changes and
     the sampling of regions follow from the seed, the step and the rank alone, so a run that was
     killed goes on to the same losses.
 
@@ -95,12 +100,11 @@ def train(
         config: The run.
         widths: Channels by width group; None: the configuration's.
         run_dir: Folder of the run.
-        seed: Of everything random.
+        seed: Seed of everything random.
         start: File of a state_dict of the whole detector, of these widths, to start from; the run
             remembers its digest. None: as ``config.model.init`` says.
-        resume: Go on where an earlier process stopped, with another rate, clipping or number of
-            steps where they are given; a finished run is returned at once, or goes on to more
-            steps. False: start over.
+        resume: Go on from an earlier process's checkpoint; rate, clipping and number of steps may
+            be new. A finished run is returned at once, or goes on to more steps. False: start over.
         progress: Show bars.
 
     Raises:
@@ -131,11 +135,11 @@ def train(
         if is_main:
             save_config(config, folder / "config.json")
             save_widths(model.widths, folder / "widths.json")
-            tell_limits(data.val, config.model.detections_per_image)
+            warn_of_limits(data.val, config.model.detections_per_image)
             write_text(folder / "classes.json", json.dumps(list(data.class_names)) + "\n")
             ids = list(data.train.category_of.values())
             write_text(folder / "category_ids.json", json.dumps(ids) + "\n")
-            tell_recipe(config, model, world_size())
+            warn_of_recipe(config, model, world_size())
         return _Run(config, model, data, folder, identity, device, progress).run()
 
 
@@ -241,7 +245,7 @@ class _Run:
         return losses
 
     def _evaluate(self) -> Evaluation:
-        """Scores the weights as they are, and keeps them where none were better."""
+        """Scores the present weights, and keeps them if they are the best so far."""
         loop = self.loop
         found = evaluate(
             loop.result_model(),
@@ -272,8 +276,8 @@ def watch(root: nn.Module, config: TrainConfig, folder: Path) -> fastcov.Tracker
 
     Args:
         root: Module whose layers are watched.
-        config: Of the training.
-        folder: Of the run; snapshots go to ``spectra`` in it.
+        config: Settings of the training.
+        folder: Folder of the run, where ``spectra`` gets snapshots.
     """
     if config.track == "none":
         return None
@@ -292,7 +296,7 @@ def watch(root: nn.Module, config: TrainConfig, folder: Path) -> fastcov.Tracker
 
 @contextmanager
 def run_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Threads, determinism and random state, as they were before afterwards."""
+    """Context with a run's threads, determinism and random state, which it restores."""
     threads = torch.get_num_threads()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     forked = [device] if device.type == "cuda" else []
@@ -310,15 +314,15 @@ def run_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
             torch.use_deterministic_algorithms(was_deterministic)
 
 
-class Average:
+class WeightAverage:
     """Exponential moving average of the weights and buffers of a model.
 
     The decay grows from 0.1 to its value, as :math:`(1 + n) / (10 + n)` after n steps, so that the
     random start is soon forgotten.
 
     Args:
-        model: Copied as it is.
-        decay: In (0, 1).
+        model: Model that is copied.
+        decay: Factor on earlier weights, in (0, 1).
 
     Raises:
         ValueError: If the decay is out of range.
@@ -411,7 +415,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def check_parts(config: TrainConfig, processes: int) -> None:
-    """Refuses a batch that cannot be cut into equal parts.
+    """Refusal of a batch that cannot be cut into equal parts.
 
     Raises:
         ConfigError: If ``batch_size`` is no multiple of ``accumulate`` times the processes.
@@ -424,13 +428,13 @@ def check_parts(config: TrainConfig, processes: int) -> None:
         )
 
 
-def tell_recipe(config: TrainConfig, model: nn.Module, processes: int) -> None:
-    """Notes about settings that are not what their names may promise.
+def warn_of_recipe(config: TrainConfig, model: nn.Module, processes: int) -> None:
+    """Warns of settings whose effect may surprise.
 
     Args:
-        config: Of the run.
-        model: Built.
-        processes: That share a batch.
+        config: Settings of the run.
+        model: Detector of the run.
+        processes: Number of processes that share a batch.
     """
     if config.lr_batch is not None and config.lr_batch != config.batch_size:
         log.warning(
@@ -455,8 +459,8 @@ def tell_recipe(config: TrainConfig, model: nn.Module, processes: int) -> None:
         )
     groups = unusual_groups(model)
     if groups:
-        told = ", ".join(f"{count} of {width} channels" for width, count in sorted(groups.items()))
-        log.warning("GroupNorm has other than 32 groups where 32 do not fit: %s", told)
+        listed = ", ".join(f"{n} of {width} channels" for width, n in sorted(groups.items()))
+        log.warning("GroupNorm has other than 32 groups where 32 do not fit: %s", listed)
 
 
 def calmer_settings(config: TrainConfig) -> str:
@@ -469,13 +473,13 @@ class Loop:
     """Training at work in one process: goes on from the folder's checkpoint, step by step.
 
     Args:
-        config: Optimizer, schedule, precision and how often things are written.
-        model: Moved to the device.
-        folder: Of the run.
-        identity: What makes the run this one; checkpoints carry it.
-        device: Where the model is trained.
-        losses: What is trained.
-        track: Gives the tracker of the model, if it is to be watched.
+        config: Optimizer, schedule, precision, and the steps between log lines and checkpoints.
+        model: Model, which is moved to the device.
+        folder: Folder of the run.
+        identity: Seed, settings, widths and data of the run, which checkpoints carry.
+        device: Device of the training.
+        losses: Function that gives the losses.
+        track: Function that makes the tracker of the model, or gives None.
         progress: Show bars.
     """
 
@@ -505,7 +509,7 @@ class Loop:
         self.step, self.train_s, self.cpu_s = 0, 0.0, 0.0
         self.best: dict[str, float] | None = None
         # Before the tracker, whose hooks would be copied.
-        self.average = None if config.ema is None else Average(self.model, config.ema)
+        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.tracker = track()
         self._restore()
         self.logbook = Logbook(
@@ -528,11 +532,11 @@ class Loop:
         """Takes every step that is left.
 
         Args:
-            label: Of the bar.
+            label: Label of the bar.
             batches: Samples of each step.
-            samples: How many these are over all processes, for the speed.
-            pause: Called on the way, outside the clock.
-            pause_steps: Steps between these calls; 0: none.
+            samples: Number of samples of a step over all processes, for the speed.
+            pause: Function that is called between steps; its time is not counted.
+            pause_steps: Steps between two such calls; 0: none.
         """
         config = self.config
         self.model.train()
@@ -541,7 +545,7 @@ class Loop:
         start_cpu_s, before_cpu_s = time.process_time(), self.cpu_s
         speed = Speed(samples, self.device)
         with bar as advance:
-            for batch in speed.watch(one_line(batches)):
+            for batch in speed.watch(with_short_errors(batches)):
                 rate = learning_rate(config, self.step)
                 self._step(batch, rate)
                 self.step += 1
@@ -553,7 +557,7 @@ class Loop:
                 if self.step % config.log_every == 0 or saves:
                     figures = speed.since(config.steps - self.step)
                     losses = self.logbook.flush(self.step, rate, self.train_s, figures)
-                    note = told(losses, rate, figures)
+                    note = progress_note(losses, rate, figures)
                 if saves:
                     self._save()
                 if pause_steps and self.step % pause_steps == 0 and not is_last:
@@ -614,7 +618,7 @@ class Loop:
         self.logbook.add(values)
 
     def _backward(self, part: list[Any], is_last: bool) -> dict[str, Tensor]:
-        """Losses of a part of a step's samples, with their gradients added; its share of the mean.
+        """Part's share of a step's mean losses, by name; their gradients are added.
 
         Processes exchange gradients after the last part alone.
         """

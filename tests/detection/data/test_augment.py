@@ -1,4 +1,4 @@
-"""What comes out of random changes: the same object in pixels, boxes and masks."""
+"""Results of random changes: the same object in pixels, boxes and masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from fastcov_detection.config import DataConfig
-from fastcov_detection.data.augment import Augmentation, training_transform, whole
+from fastcov_detection.data.augment import Augmentation, training_transform, whole_frame
 from fastcov_detection.errors import ConfigError
 
 WIDTH, HEIGHT = 64, 48
@@ -56,7 +56,7 @@ def test_pixels_boxes_and_masks_stay_together(zoom: tuple[float, float], coded: 
 
 
 def test_what_is_not_changed_keeps_every_bit() -> None:
-    frame = whole(WIDTH, HEIGHT)
+    frame = whole_frame(WIDTH, HEIGHT)
     assert frame.pixels(_scene()).tobytes() == _scene().tobytes()
     assert torch.equal(frame.boxes(BOX), BOX)
     expected = rle.decode(rle.merge(rle.frPyObjects(POLYGONS, HEIGHT, WIDTH)))

@@ -1,4 +1,4 @@
-"""What people's data sets have wrong with them, each in a file of at most three images."""
+"""Faults of people's data sets, each in a file of at most three images."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from fastcov_detection.data.dataset import (
     CocoDataset,
     load_data,
     mix_seed,
-    one_line,
+    with_short_errors,
 )
 from fastcov_detection.errors import DataError
 
@@ -107,7 +107,7 @@ def test_an_image_that_goes_bad_after_the_check_is_one_line(
     dataset = load_data(DataConfig(name=str(root)), progress=False).train
     (root / "train2017" / "1.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"^image .*train2017/1\.png cannot be read \(") as raised:
-        list(one_line(DataLoader(dataset, num_workers=workers, collate_fn=list)))
+        list(with_short_errors(DataLoader(dataset, num_workers=workers, collate_fn=list)))
     assert len(str(raised.value).splitlines()) == 1
 
 
@@ -122,7 +122,7 @@ class _Killed(torch.utils.data.Dataset[int]):
 
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(DataError, match=r"^DataLoader worker .*set data\.workers lower$"):
-        list(one_line(DataLoader(_Killed(), num_workers=1)))
+        list(with_short_errors(DataLoader(_Killed(), num_workers=1)))
 
 
 def test_grey_images_become_rgb(coco_folder: CocoFolder) -> None:

@@ -134,7 +134,7 @@ def test_gradient_spectra_are_those_of_the_definition(
 def test_a_branch_that_nothing_reads_has_full_features_and_no_demand(
     model: nn.Module, images: CocoDataset
 ) -> None:
-    """What the rule is for: the last norm of a block scales its branch to nothing."""
+    """Purpose of the rule: the last norm of a block may scale its branch to nothing."""
     block = model.backbone.body.layer2[1]
     member = "backbone.body.layer2.1.conv2:in"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a folder of an earlier search, or an earlier version, allows."""
+"""Folders of an earlier search, or of an earlier version: which settings may change."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fastcov_detection.errors import ConfigError, DataError
 from fastcov_detection.search.folder import load_spectra
 from fastcov_detection.search.results import SCHEMA_VERSION
 from fastcov_detection.search.verdicts import compare_paired
-from fastcov_detection.studies.compare import divide, read_families
+from fastcov_detection.studies.compare import permutation_test, read_families
 from fastcov_detection.studies.evidence import BEGIN, END, evidence, write_evidence
 from fastcov_detection.studies.primary import PLAN
 
@@ -74,7 +74,7 @@ def test_families_stand_beside_searches_without_layers_at_their_ceiling(tmp_path
     _keep(tmp_path, {"baseline": [0.5], "searched": [0.6]})
     shares = (0.5, 0.51, 0.7, 0.71)
     spectra = [Spectrum(torch.tensor([a, 1 - a], dtype=torch.float64), 9, 1.0, "x") for a in shares]
-    found = divide({"full": spectra, "free": spectra}, 2, {"full": 2, "free": 3})
+    found = permutation_test({"full": spectra, "free": spectra}, 2, {"full": 2, "free": 3})
     named = replace(
         found, label_a="scratch", label_b="pretrained", scores_a=[0.5, 0.6], scores_b=[0.5] * 2
     )

@@ -18,7 +18,7 @@ from fastcov_detection.cli import main
 from fastcov_detection.config import TrainConfig
 from fastcov_detection.errors import DataError
 from fastcov_detection.studies import compare
-from fastcov_detection.studies.compare import compare_families, divide, sentences
+from fastcov_detection.studies.compare import compare_families, permutation_test, sentences
 from fastcov_detection.train.loop import train
 
 
@@ -31,7 +31,7 @@ def _spectrum(first: float) -> Spectrum:
 
 def test_families_that_differ_are_told_apart() -> None:
     a, b = (0.50, 0.51, 0.52, 0.53), (0.70, 0.71, 0.72, 0.73)
-    found = divide({"x": [_spectrum(share) for share in (*a, *b)]}, 4, {"x": 4})
+    found = permutation_test({"x": [_spectrum(share) for share in (*a, *b)]}, 4, {"x": 4})
     (layer,) = found.layers
     # The distance of two spectra is the difference of their first shares.
     assert layer.between == pytest.approx(0.2)
@@ -48,7 +48,7 @@ def test_seeds_alone_are_told_apart_as_rarely_as_promised() -> None:
     low = 0
     for _ in range(400):
         spectra = [_spectrum(draw.uniform(0.4, 0.8)) for _ in range(8)]
-        low += divide({"x": spectra}, 4, {"x": 4}).p <= 0.05
+        low += permutation_test({"x": spectra}, 4, {"x": 4}).p <= 0.05
     # Binomial with p = 0.05 at most: mean 20, four standard deviations 17.
     assert low <= 37
 
@@ -56,19 +56,19 @@ def test_seeds_alone_are_told_apart_as_rarely_as_promised() -> None:
 def test_layers_at_their_ceiling_are_left_out_and_counted() -> None:
     far = [_spectrum(share) for share in (0.5, 0.51, 0.7, 0.71)]
     same = [_spectrum(share) for share in (0.5, 0.7, 0.51, 0.71)]
-    found = divide({"full": far, "free": same}, 2, {"full": 3, "free": 4})
+    found = permutation_test({"full": far, "free": same}, 2, {"full": 3, "free": 4})
     assert [layer.is_at_ceiling for layer in found.layers] == [True, False]
     assert found.as_dict()["at_ceiling"] == 1
     # What is left does not separate: between 0.1067 at most, within 0.2.
     assert found.separation < 0
-    both = divide({"full": far, "free": same}, 2, {"full": 4, "free": 4})
+    both = permutation_test({"full": far, "free": same}, 2, {"full": 4, "free": 4})
     assert both.separation > found.separation
-    assert divide({"full": far}, 2, {"full": 3}).p == 1.0
+    assert permutation_test({"full": far}, 2, {"full": 3}).p == 1.0
 
 
 def test_many_runs_are_sampled_with_the_true_division_among_them() -> None:
     shares = [0.4 + 0.001 * k for k in range(10)] + [0.6 + 0.001 * k for k in range(10)]
-    found = divide({"x": [_spectrum(share) for share in shares]}, 10, {"x": 4})
+    found = permutation_test({"x": [_spectrum(share) for share in shares]}, 10, {"x": 4})
     assert found.divisions == 20_000
     assert 1 / 20_000 <= found.p < 0.001
 
@@ -119,7 +119,9 @@ def test_two_tiny_families_leave_numbers_and_a_figure(
 
 def test_words_say_what_is_not_shown() -> None:
     same = [_spectrum(share) for share in (0.5, 0.7, 0.51, 0.71)]
-    found = replace(divide({"x": same}, 2, {"x": 4}), scores_a=[0.5, 0.6], scores_b=[0.5, 0.5])
+    found = replace(
+        permutation_test({"x": same}, 2, {"x": 4}), scores_a=[0.5, 0.6], scores_b=[0.5, 0.5]
+    )
     text = "\n".join(sentences(found))
     assert "are not shown to differ by more than seeds do" in text
     assert "a: AP 0.550 ± 0.050 (2 seeds)" in text

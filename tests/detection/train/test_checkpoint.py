@@ -1,4 +1,4 @@
-"""What an interrupted run leaves, and what is gone on from."""
+"""Files of an interrupted run, and the checkpoint from which the next process goes on."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from fastcov_detection.train.evaluate import (
     NUMBERS,
     class_names,
     evaluate,
-    tell_limits,
+    warn_of_limits,
     write_predictions,
 )
 
@@ -294,7 +294,7 @@ def test_more_objects_than_can_be_found_are_told(
     box = {"image_id": 1, "category_id": 5, "area": 4}
     root = coco_folder([{**box, "id": i, "bbox": [i / 8, 2, 2, 2]} for i in range(objects)])
     dataset = CocoDataset(root / "val2017", root / "annotations" / "instances_val2017.json")
-    tell_limits(dataset, limit)
+    warn_of_limits(dataset, limit)
     for line, expected in zip(caplog.messages, messages, strict=True):
         assert expected in line
 

@@ -20,19 +20,19 @@ from fastcov_detection.detector.modules import norm_groups
 from fastcov_detection.detector.weights import load_start
 from fastcov_detection.errors import ConfigError
 from fastcov_detection.studies.detectors import (
+    category_ids_by_label,
     evaluate_detector,
     export_run,
     open_detector,
-    translate,
 )
 from fastcov_detection.train.folder import load_run
 from fastcov_detection.train.logbook import read_log
 from fastcov_detection.train.loop import (
-    Average,
+    WeightAverage,
     evaluation_steps,
     learning_rate,
-    tell_recipe,
     train,
+    warn_of_recipe,
 )
 
 
@@ -106,14 +106,14 @@ COCO = replace(preset("coco"), model=settle_norm(preset("coco").model))
 def test_what_is_told_before_training(
     config: TrainConfig, processes: int, said: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_recipe(config, nn.Linear(1, 1), processes)
+    warn_of_recipe(config, nn.Linear(1, 1), processes)
     assert len(caplog.messages) == len(said)
     for line, expected in zip(caplog.messages, said, strict=True):
         assert expected in line
 
 
 def test_unusual_groups_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    tell_recipe(preset("coco-scratch"), nn.GroupNorm(norm_groups(1000), 1000), 8)
+    warn_of_recipe(preset("coco-scratch"), nn.GroupNorm(norm_groups(1000), 1000), 8)
     assert "25 of 1000 channels" in caplog.text
 
 
@@ -168,7 +168,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(
 def test_an_average_follows_the_weights() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = Average(model, 0.5)
+    average = WeightAverage(model, 0.5)
     expected = model[0].weight.detach().clone()
     for step in range(12):
         with torch.no_grad():
@@ -180,7 +180,7 @@ def test_an_average_follows_the_weights() -> None:
     torch.testing.assert_close(average.model[0].weight, expected)
     assert average.model[1].num_batches_tracked == 12
     with pytest.raises(ValueError, match="ema is 1"):
-        Average(model, 1.0)
+        WeightAverage(model, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +275,10 @@ def test_a_detector_of_91_classes_starts_one_of_80(
 
 def test_labels_are_matched_by_name(caplog: pytest.LogCaptureFixture) -> None:
     labels = {1: "person", 17: "cat", 3: "N/A"}
-    assert translate(labels, {5: "cat", 9: "unicorn"}) == {17: 5}
+    assert category_ids_by_label(labels, {5: "cat", 9: "unicorn"}) == {17: 5}
     assert "does not know 1 of 2 classes, which score 0: unicorn" in caplog.text
     with pytest.raises(ValueError, match="no class has the same name"):
-        translate(labels, {1: "unicorn"})
+        category_ids_by_label(labels, {1: "unicorn"})
 
 
 def test_a_detector_that_is_not_there(tmp_path: Path) -> None:
