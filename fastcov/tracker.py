@@ -69,7 +69,7 @@ class Tracker:
         taps: Tensors to watch.
         snapshot_every: See :func:`fastcov.track`.
         out: See :func:`fastcov.track`.
-        options: Other arguments of :class:`fastcov.watch.watcher.Watcher`.
+        options: Further arguments of :class:`fastcov.watch.watcher.Watcher`.
 
     Attributes:
         watcher: Hooks and layers.
@@ -90,12 +90,13 @@ class Tracker:
         if rank == 0:
             check_out(out)
         self.snapshot_every = snapshot_every
-        # States of all ranks together, shown until another step begins than those counted here.
+        # States of all ranks together, shown until the next step begins: until `steps_begun` is
+        # another number than here.
         self._synced: dict[str, CovarianceState] = {}
         self._synced_pairs: dict[str, CovarianceState] = {}
         self._synced_at = -1
         self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
-        self._owns_history = False  # True once the history's snapshots are all of this run
+        self._owns_history = False  # True once no snapshot in the history is of an earlier run
         self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
     def _end_step(self) -> None:
@@ -180,18 +181,22 @@ class Tracker:
     # statistics
 
     @torch.no_grad()
-    def _state(self, name: str, needs_rows: bool = True) -> CovarianceState:
+    def _state_or_none(self, name: str) -> CovarianceState | None:
         if self._is_synced and name in self._synced:
             return self._synced[name]
-        if (layer := self.watcher.taps.layers.get(name)) is not None:
-            self.watcher.settle()
-            layer.flush()
-            state = layer.state
-            if state is None or (needs_rows and float(state.weight) == 0):
-                reason = why_empty(self._layer_facts(name), self._run_facts())
-                raise ValueError(f"layer {name!r} has seen no row: {reason}")
-            return state
-        raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
+        layer = self.watcher.taps.layers.get(name)
+        if layer is None:
+            raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
+        self.watcher.settle()
+        layer.flush()
+        return layer.state
+
+    def _state(self, name: str) -> CovarianceState:
+        state = self._state_or_none(name)
+        if state is None or float(state.weight) == 0:
+            reason = why_empty(self._layer_facts(name), self._run_facts())
+            raise ValueError(f"layer {name!r} has seen no row: {reason}")
+        return state
 
     def _whole_state(self, name: str) -> CovarianceState:
         state = self._state(name)
@@ -252,15 +257,8 @@ class Tracker:
         Raises:
             KeyError: If no such layer is tracked.
         """
-        self.watcher.settle()
-        layer = self.watcher.taps.layers.get(name)
-        if (
-            layer is not None
-            and layer.state is None
-            and not (self._is_synced and name in self._synced)
-        ):
-            return 0
-        return int(self._state(name, needs_rows=False).count[0])
+        state = self._state_or_none(name)
+        return 0 if state is None else int(state.count[0])
 
     def spectrum(self, name: str, centered: bool = False) -> Spectrum:
         """Eigenvalues of a layer's covariance; arguments and errors as of :meth:`covariance`."""
@@ -346,24 +344,20 @@ class Tracker:
         return pair.note or "no step has shown both"
 
     def _start_spectra(self, centered: bool = False) -> PendingSpectra:
-        states: dict[str, CovarianceState | None] = dict(self._synced)
-        if not self._is_synced:
-            states = {}
-            self.watcher.settle()
-            for name, layer in self.watcher.taps.layers.items():
-                layer.flush()
-                states[name] = layer.state
+        states = self._synced if self._is_synced else self._own_states()
         return self._pending({n: s for n, s in states.items() if s is not None}, centered)
+
+    def _own_states(self) -> dict[str, CovarianceState | None]:
+        # Of this rank; None where no row has come.
+        self.watcher.settle()
+        layers = self.watcher.taps.layers
+        for layer in layers.values():
+            layer.flush()
+        return {name: layer.state for name, layer in layers.items()}
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
         # Copies of this step's numbers, with no reference to the tracker or its model.
-        in_float64 = self.watcher.precision == "float64"
-        return PendingSpectra(states, centered, in_float64)
-
-    @property
-    def steps_read(self) -> int:
-        """Steps whose activations were read; at least 1."""
-        return self.watcher.steps_read
+        return PendingSpectra(states, centered, in_float64=self.watcher.precision == "float64")
 
     def summary(self) -> Summary:
         """Summary of every layer's rows and spectrum so far.
@@ -373,10 +367,10 @@ class Tracker:
         """
         pairs: dict[str, float] = {}
         lines = []
-        for first, second in self.watcher.pairs:
-            name, pair = pair_name((first, second)), self.watcher.pairs[first, second]
+        for names, pair in self.watcher.pairs.items():
+            name = pair_name(names)
             try:
-                pairs[f"{name}/cka"] = self.cka(first, second)
+                pairs[f"{name}/cka"] = self.cka(*names)
             except ValueError as error:
                 lines.append(str(error))
                 continue
@@ -389,9 +383,8 @@ class Tracker:
     def statuses(self) -> list[LayerStatus]:
         """Statuses of all layers: rows, spectrum, and a note where something is missing."""
         spectra, run = self.spectra(), self._run_facts()
-        untracked = [
-            name for name in self.watcher.taps.notes if name not in self.watcher.taps.layers
-        ]
+        taps = self.watcher.taps
+        untracked = [name for name in taps.notes if name not in taps.layers]
         facts = [self._layer_facts(name) for name in [*self.names(), *untracked]]
         return [layer_status(layer, run, spectra.get(layer.name)) for layer in facts]
 
@@ -400,7 +393,7 @@ class Tracker:
         layers = watcher.taps.unique_layers
         return RunFacts(
             steps=self.steps,
-            steps_read=self.steps_read,
+            steps_read=watcher.steps_read,
             decay=watcher.decay,
             train_only=watcher.train_only,
             refusal=watcher.steps.not_counted,
@@ -422,7 +415,7 @@ class Tracker:
             reason = "the mask left out every row so far"
         if not (reason or layer.total_calls) and self.steps and tap.is_gradient:
             reason = "no backward pass has reached it"
-        meant = state if state is not None and count and state.sketch is None else None
+        whole = state if state is not None and count and state.sketch is None else None
         return LayerFacts(
             name=name,
             channels=tap.channels or (0 if state is None else state.channels),
@@ -430,8 +423,8 @@ class Tracker:
             count=count,
             skipped=skipped,
             weight=0.0 if state is None else float(state.weight),
-            mean_square=float(meant.mean().square().sum()) if meant else 0.0,
-            mean_from_shift=float((meant.sum / meant.weight).square().sum()) if meant else 0.0,
+            mean_square=float(whole.mean().square().sum()) if whole else 0.0,
+            mean_from_shift=float((whole.sum / whole.weight).square().sum()) if whole else 0.0,
             reason=reason,
             has_calls=layer.total_calls > 0,
             # Gradients of the last step may still be on their way.
@@ -486,11 +479,7 @@ class Tracker:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
-        states: dict[str, CovarianceState | None] = {}
-        self.watcher.settle()
-        for name, layer in self.watcher.taps.layers.items():
-            layer.flush()
-            states[name] = layer.state
+        states = self._own_states()
         names = [pair_name(pair.names) for pair in self.watcher.pairs.values()]
         for name, pair in zip(names, self.watcher.pairs.values(), strict=True):
             pair.layer.flush()
@@ -547,8 +536,8 @@ class Tracker:
                 done.add(mine)
                 mine.merge(theirs, self.steps)
         for names, pair in own.pairs.items():
-            if (theirs_too := given.pairs.get(names)) is not None:
-                pair.merge(theirs_too, self.steps)
+            if (other_pair := given.pairs.get(names)) is not None:
+                pair.merge(other_pair, self.steps)
         if own.decay is None:
             own.step = self.steps + other.steps
 
@@ -622,18 +611,18 @@ class Tracker:
                 "sync() on every rank before state_dict(), then any number of ranks may load it; "
                 f"or load on {saved_ranks} ranks, each its own"
             )
-        rows_are_on_rank_0 = state_dict["is_synced"] and rank > 0
+        with_rows = not state_dict["is_synced"] or rank == 0
         watcher = self.watcher
         self._show_own_rows()
         watcher.leave_device()
         watcher.step = state_dict["steps"]
         watcher.policy.rho = state_dict["rho"]
-        watcher.taps.load(layers, shared, with_rows=not rows_are_on_rank_0)
+        watcher.taps.load(layers, shared, with_rows)
         saved_pairs = state_dict.get("pairs", {})
         for names, pair in watcher.pairs.items():
             if (saved := saved_pairs.get(pair_name(names))) is not None:
                 pair.channels = (saved["channels"][0], saved["channels"][1])
-                pair.layer.load_state_dict(saved["layer"], with_rows=not rows_are_on_rank_0)
+                pair.layer.load_state_dict(saved["layer"], with_rows)
         self._owns_history = True
         self.history.truncate(self.steps + 1)
 
@@ -697,11 +686,10 @@ class Tracker:
                 )
             return plot_dims(self.history, ax)
         if kind == "spectrum":
-            return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax=ax)
+            return plot_spectrum(self.spectra() if layer is None else self.spectrum(layer), ax)
         if kind == "demand":
-            return plot_demand(
-                self.spectra() if layer is None else {layer: self.spectrum(layer)}, ax
-            )
+            spectra = self.spectra() if layer is None else {layer: self.spectrum(layer)}
+            return plot_demand(spectra, ax)
         raise ValueError(f"kind={kind!r}: choose 'spectrum', 'ridges', 'dims' or 'demand'")
 
     def report(self, path: str | Path) -> Path:

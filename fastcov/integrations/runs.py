@@ -20,7 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from torch import nn
 import fastcov
 from fastcov.show.status import LayerStatus, Summary
 from fastcov.spectra.history import History
+from fastcov.spectra.pending import PendingSpectra
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.stats.ranks import rank_and_ranks
 
@@ -55,6 +56,7 @@ class _Mark:
         wall_s: Time of the copy, in seconds since 1970.
         layers: Layers of ``Tracker.state_dict()`` by name of the tap; shared taps have one object.
         copied: Events that end the copies, by GPU.
+        in_float64: True if eigenvalues are computed in float64 on a GPU too.
         is_logged: True if the summary goes to the loggers.
         is_stored: True if the spectra go to the history.
     """
@@ -64,6 +66,7 @@ class _Mark:
     wall_s: float
     layers: dict[str, dict[str, Any]]
     copied: dict[torch.device, torch.cuda.Event]
+    in_float64: bool
     is_logged: bool
     is_stored: bool
 
@@ -79,50 +82,35 @@ def _mark(tracker: fastcov.Tracker, step: int, is_logged: bool, is_stored: bool)
     states = [layer["state"] for layer in layers.values() if layer["state"] is not None]
     devices = {state["moment"].device for state in states}
     copied = {d: torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"}
-    return _Mark(step, tracker.steps, time.time(), layers, copied, is_logged, is_stored)
+    return _Mark(
+        step,
+        tracker.steps,
+        time.time(),
+        layers,
+        copied,
+        in_float64=tracker.watcher.precision == "float64",
+        is_logged=is_logged,
+        is_stored=is_stored,
+    )
 
 
 @torch.no_grad()
 def _solve(mark: _Mark) -> _Result:
-    unique = {id(layer): layer for layer in mark.layers.values() if layer["state"] is not None}
-    by_device: dict[torch.device, list[int]] = {}
-    for key, layer in unique.items():
-        by_device.setdefault(layer["state"]["moment"].device, []).append(key)
-    eigenvalues: dict[int, torch.Tensor] = {}
-    # Trace, squared norm of a sketch, and rows: the number that the spectrum rests on.
-    numbers: dict[int, tuple[float, float, int]] = {}
-    for device, keys in by_device.items():
-        with _beside_the_training(device, mark.copied.get(device)):
-            matrices = []
-            for key in keys:
-                saved = unique[key]["state"]
-                sketch = int(saved["sketch"][1]) if "sketch" in saved else None
-                state = fastcov.CovarianceState(unique[key]["channels"], device, sketch=sketch)
-                state.load_state_dict(saved)
-                if float(state.weight) > 0:
-                    parts = state.spectral_parts()
-                    matrices.append((key, parts.matrix))
-                    numbers[key] = (
-                        float(parts.total),
-                        float(parts.squares),
-                        min(int(state.count[0]), round(float(state.effective_count))),
-                    )
-            # float64 costs little on a CPU; a GPU's fast path is float32.
-            values = fastcov.ops.eigvalsh([m if m.is_cpu else m.float() for _, m in matrices])
-            for (key, _), spectrum in zip(matrices, values, strict=True):
-                eigenvalues[key] = spectrum.double().cpu()
+    # Taps that share a layer have one object: it is solved once, under the first tap's name.
+    first = {id(layer): name for name, layer in reversed(mark.layers.items())}
+    with contextlib.ExitStack() as streams:
+        for device, copied in mark.copied.items():
+            streams.enter_context(_beside_the_training(device, copied))
+        states = {
+            name: _restored(mark.layers[name])
+            for name in first.values()
+            if mark.layers[name]["state"] is not None
+        }
+        solved = PendingSpectra(states, centered=False, in_float64=mark.in_float64).get()
     spectra, statuses = {}, []
     for name, layer in mark.layers.items():
-        if id(layer) in eigenvalues:
-            total, squares, count = numbers[id(layer)]
-            spectra[name] = fastcov.Spectrum.of(
-                eigenvalues[id(layer)],
-                count=count,
-                total=total,
-                squares=squares,
-                channels=layer["channels"],
-                name=name,
-            )
+        if (spectrum := solved.get(first[id(layer)])) is not None:
+            spectra[name] = replace(spectrum, name=name)
         read, skipped = (0, 0) if layer["state"] is None else layer["state"]["count"].tolist()
         weight = 0.0 if layer["state"] is None else float(layer["state"]["weight"])
         status = LayerStatus(name, layer["channels"], read, skipped, weight, spectra.get(name))
@@ -130,12 +118,17 @@ def _solve(mark: _Mark) -> _Result:
     return _Result(spectra, Summary(statuses))
 
 
+def _restored(layer: Mapping[str, Any]) -> fastcov.CovarianceState:
+    saved = layer["state"]
+    sketch = int(saved["sketch"][1]) if "sketch" in saved else None
+    state = fastcov.CovarianceState(layer["channels"], saved["moment"].device, sketch=sketch)
+    state.load_state_dict(saved)
+    return state
+
+
 @contextlib.contextmanager
-def _beside_the_training(device: torch.device, copied: torch.cuda.Event | None) -> Iterator[None]:
+def _beside_the_training(device: torch.device, copied: torch.cuda.Event) -> Iterator[None]:
     # Context whose GPU work runs on a stream of its own, after the copies are made.
-    if copied is None:
-        yield
-        return
     side = torch.cuda.Stream(device)
     side.wait_event(copied)
     with torch.cuda.stream(side):
@@ -144,7 +137,7 @@ def _beside_the_training(device: torch.device, copied: torch.cuda.Event | None) 
 
 
 def _start_worker() -> ThreadPoolExecutor:
-    """Worker thread on one core, which runs when the training leaves the core idle."""
+    """Worker thread on one core, which runs while the training leaves the core idle."""
     threads = torch.get_num_threads()
     worker = ThreadPoolExecutor(1, thread_name_prefix="fastcov")
     worker.submit(_lower_own_priority).result()

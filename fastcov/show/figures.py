@@ -46,8 +46,8 @@ def most_changed(history: History, most: int = 6) -> list[str]:
     """Layers whose share of used directions changed most over a training, in the model's order.
 
     Args:
-        history: Of one training.
-        most: Layers, at most.
+        history: History of one training.
+        most: Largest number of layers.
 
     Returns:
         Names of layers with a positive eigenvalue in two snapshots or more.
@@ -66,8 +66,8 @@ def ridges_grid(history: History, layers: Sequence[str]) -> Figure:
     """Ridge plots of layers, two a row; see :func:`fastcov.show.plot.plot_ridges`.
 
     Args:
-        history: Of one training.
-        layers: Names, at least one.
+        history: History of one training.
+        layers: Names of layers, at least one.
 
     Returns:
         A figure that pyplot does not hold.

@@ -112,7 +112,7 @@ def write_report(
         history_or_statuses: A history, whose last snapshot fills the table, or the statuses of a
             tracker's layers.
         title: Heading.
-        history: With statuses, the snapshots for the picture of dims over training.
+        history: Snapshots for the picture of dims over training, where statuses are given.
 
     Returns:
         The page's path.

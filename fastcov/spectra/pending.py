@@ -37,7 +37,7 @@ class PendingSpectra:
     beside it. States on the CPU are ready at once.
 
     Args:
-        states: By layer, on any devices.
+        states: States by layer, on any devices.
         centered: True to subtract the means.
         in_float64: True solves in float64 on a GPU too, where float32 is the default.
     """

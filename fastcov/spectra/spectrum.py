@@ -100,7 +100,7 @@ class Spectrum:
         """Spectrum of a covariance, or the estimate from a sketch where that has fewer eigenvalues.
 
         Args:
-            eigenvalues: Of the covariance [C], or of its sketch, [r] with r < C.
+            eigenvalues: Eigenvalues of the covariance [C], or of its sketch, [r] with r < C.
             count: Rows behind the covariance.
             total: Trace of the covariance; rounding may have made it negative.
             squares: Sum of a sketch, from :func:`fastcov.spectra.sketched.squared_norm`.

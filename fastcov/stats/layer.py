@@ -55,9 +55,9 @@ class Draw(NamedTuple):
     """Rows of one call that are due: see :meth:`Layer.draw`.
 
     Attributes:
-        rows: How many.
-        offered: Rows of the call.
-        first_sample: Number of the first of them in the sampling sequence.
+        rows: Number of rows that are due.
+        offered: Number of rows of the call.
+        first_sample: Number of the first due row in the sampling sequence.
         run_length: Neighbouring positions that are read together.
     """
 

@@ -82,14 +82,7 @@ class StateTensors(
 ):
     """Tensors of a running second moment; operators take the first five in this order.
 
-    Attributes:
-        moment: Weighted second moment of the shifted rows: its lower triangle. [tiles, 32, 32]
-        sum: Weighted sum of the shifted rows. [C]
-        shift: Vector subtracted from every row, fixed by the first finite rows. [C]
-        weight: Sum of the rows' weights: the divisor. []
-        count: Rows read and rows skipped as non-finite. [2]
-        excess: Sum of squared weights, and number, of the rows that were not simply added with
-            weight 1. Rows of weight 1 do not change ``excess``, so that they cost nothing more. [2]
+    The properties of :class:`CovarianceState` describe them.
     """
 
     __slots__ = ()
@@ -108,7 +101,7 @@ class SpectralParts(NamedTuple):
     Attributes:
         matrix: Covariance, or that of the sketched rows. [n, n]
         total: Trace of the covariance. []
-        squares: Of a sketch, the estimate of the covariance's squared Frobenius norm; else 0. []
+        squares: Estimate of the covariance's squared Frobenius norm from a sketch; else 0. []
     """
 
     matrix: Tensor
@@ -184,7 +177,10 @@ class CovarianceState:
 
     @property
     def excess(self) -> Tensor:
-        """Squared weights, and number, of the rows not simply added with weight 1, float64. [2]"""
+        """Sum of squared weights, and number, of the rows not simply added with weight 1, float64.
+
+        Rows of weight 1 do not change ``excess``, so that they cost nothing more. [2]
+        """
         return self.tensors.excess
 
     @property
@@ -252,10 +248,7 @@ class CovarianceState:
             )
 
     def spectral_parts(self, centered: bool = False) -> SpectralParts:
-        """Matrix whose eigenvalues give the spectrum, and what else the spectrum needs.
-
-        No host synchronisation.
-        """
+        """Matrix whose eigenvalues give the spectrum, trace and squares, without waiting."""
         with self._held():
             matrix = covariance_of(self, centered)
         if self.sketch is None:
@@ -386,10 +379,9 @@ class CovarianceState:
             decay: Factor on the sums that the state holds, at least 0.
             precision: Precision of the products.
         """
-        if row_weight is not None and row_weight.shape != rows.shape[:-1]:
-            # A vector of N weights is none of leading sizes, unless it fits both ways.
-            fits = row_weight.numel() * rows.shape[-1] == rows.numel()
-            spread_weight = None if fits else spread(row_weight, rows.shape[:-1])
+        # Weights of leading sizes, unless there is one for each row.
+        if row_weight is not None and row_weight.numel() * rows.shape[-1] != rows.numel():
+            spread_weight = spread(row_weight, rows.shape[:-1])
             row_weight = row_weight if spread_weight is None else spread_weight
         with self._held():
             self._add(rows, row_weight, row_scale, decay, precision)
@@ -583,12 +575,7 @@ def _settled(tensors: StateTensors) -> StateTensors:
 
 
 def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
-    """Tensors of a saved state, checked and moved to the devices of ``own``.
-
-    Args:
-        state_dict: Mapping from a file of any origin.
-        own: Tensors of the state that is to be restored.
-    """
+    # Tensors of a saved state, from a file of any origin, moved to the devices of `own`.
     given = dict(state_dict)
     if "excess" not in given:
         given["excess"] = None

@@ -32,7 +32,7 @@ from fastcov.watch.isolation import (
 )
 from fastcov.watch.select import first_tensor
 from fastcov.watch.steps import RunningStep
-from fastcov.watch.taps import Taps, WatchedTap
+from fastcov.watch.taps import NO_MODULE, Taps, WatchedTap
 
 _NO_GRADIENT = "no gradient reaches it: the tensor does not require one"
 _INPUT_IN_COMPILED_CODE = (
@@ -40,9 +40,6 @@ _INPUT_IN_COMPILED_CODE = (
     "same tensor cannot be seen; watch the output of the module before"
 )
 _NESTED_IN_COMPILED_CODE = "gradients of nested outputs are not read in compiled code"
-
-
-_NO_MODULE = nn.Module()  # stands for the module of a gradient, which no route asks for
 
 
 class Gradients:
@@ -169,7 +166,7 @@ class Gradients:
             del taps.notes[name]
         self._has_half |= gradient.dtype is torch.float16
         is_simple = mask is None and self._unscale is None and type(gradient) is Tensor
-        if is_simple and routes.take_known(gradient, _NO_MODULE, ()):
+        if is_simple and routes.take_known(gradient, NO_MODULE, ()):
             return
         found = plain_tensor(gradient)
         if isinstance(found, str):

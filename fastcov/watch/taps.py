@@ -21,6 +21,9 @@ from fastcov.watch.select import Tap
 from fastcov.watch.sharing import Following, Order, SharedInputs
 from fastcov.watch.steps import RunningStep
 
+NO_MODULE = nn.Module()
+"""Module of tensors that have none, named ones and gradients: no route asks for it."""
+
 
 class WatchedTap:
     """One tap, its number, its module, and its routes to a layer, read until it is given up.
@@ -303,8 +306,8 @@ class Taps:
         """Continues with saved layers, shared as they were, and by no other taps.
 
         Args:
-            layers: From :meth:`fastcov.stats.layer.Layer.state_dict`, by name.
-            shared: From :meth:`shared`.
+            layers: Results of :meth:`fastcov.stats.layer.Layer.state_dict`, by name.
+            shared: Result of :meth:`shared`.
             with_rows: False to take the plans alone.
         """
         self._share(shared)

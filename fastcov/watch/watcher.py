@@ -43,12 +43,11 @@ from fastcov.watch.pairs import Pairs
 from fastcov.watch.select import Of, Tap, gradient_name, gradient_tap, named_tap
 from fastcov.watch.sharing import Leading
 from fastcov.watch.steps import OVERLAP, Steps
-from fastcov.watch.taps import Taps, WatchedTap, no_module
+from fastcov.watch.taps import NO_MODULE, Taps, WatchedTap, no_module
 
 _NUMBERS = itertools.count(1)
 # Attributes that no copy has: hooks, references to the model and functions of the user.
 _LEFT_BEHIND = ("_handles", "root", "on_step_end", "mask", "row_mask")
-_NO_MODULE = nn.Module()  # stands for the module of a named tensor, which no route asks for
 
 
 class Watcher:
@@ -72,7 +71,7 @@ class Watcher:
         sketch: See :class:`fastcov.stats.layer.Layer`.
         mask: Source of the mask of the rows; None reads every row.
         unscale: Function that gives the factor by which the loss is scaled; None is 1.
-        of: True if activations, gradients or both are read of the tensors that the user names.
+        of: Kind of tensor to read of the tensors that the user names: activations, gradients, both.
         pairs: Names of pairs of tensors whose joint second moment is kept.
 
     Attributes:
@@ -266,7 +265,7 @@ class Watcher:
         is_read = steps.done % self.every == 0
         self.row_mask = None
         if steps.is_captured:
-            # Nor is the step of those before ended: replays would repeat it.
+            # The step of earlier gradients is not ended here: replays would repeat the end.
             self.gradients.is_reading = False
         else:
             self.gradients.begin_step(is_read, self)
@@ -456,7 +455,7 @@ class Watcher:
             self.gradients.watch(gradient, tensor, self, channel_dim)
         moved = tensor.detach().movedim(channel_dim, -1)
         if value is not None:
-            self.observe(value, moved, module=None if is_compiled else _NO_MODULE)
+            self.observe(value, moved, module=None if is_compiled else NO_MODULE)
         if get_ident() == self.steps.thread:
             self.pairs.observe_named(name, moved, self)
 
@@ -517,7 +516,7 @@ class Watcher:
         if tap < 0:
             self.pairs.fail(tap, error)
         else:
-            # The layer is looked up now: a split in this very call may have changed it.
+            # The layer is looked up now: a split in this call may have changed it.
             self.taps.fail(self.taps[tap].routes.layer, error, self.step)
 
     def is_training(self) -> bool:
@@ -567,7 +566,7 @@ class Watcher:
         self.release()
 
     def release(self) -> None:
-        """Lets go of hooks, routes and the tracker: the root is closed or gone.
+        """Drops hooks, routes and the reference to the tracker: the root is closed or gone.
 
         They refer to each other, and would keep the statistics until Python looks for cycles.
         """

@@ -137,12 +137,12 @@ def suggest_widths(
         groups: Width groups.
         mac_fn: Multiply-accumulates of the network with widths ``{group name: channels}``.
         budget: The most MACs; None = those of the groups' current widths.
-        rule: Which measure of a spectrum counts; see :func:`demand`.
+        rule: Measure of a spectrum that counts; see :func:`demand`.
         power: Exponent of the demand, positive and finite.
         max_params: Cap on ``param_fn(widths)``; the power is lowered until it holds.
         param_fn: Parameters of the network with widths ``{group name: channels}``; needed for
             ``max_params``.
-        tolerance: How far below the budget the MACs may stay, as a fraction.
+        tolerance: Fraction of the budget that may be left.
 
     Returns:
         A plan whose MACs are never above the budget; ``plan.widths`` is ``{group name: channels}``.
@@ -191,7 +191,7 @@ def solve_widths(
     Args:
         groups: Width groups.
         demands: Channels that each group asks for, by group name.
-        mac_fn: As in :func:`suggest_widths`, and so are the arguments after it.
+        mac_fn: See :func:`suggest_widths`, which has the following arguments too.
         budget: The most MACs.
         rule: Name of the measure behind the demands, for the plan.
         power: Exponent of the demand.
@@ -203,7 +203,7 @@ def solve_widths(
         A plan whose MACs are never above the budget.
 
     Raises:
-        ValueError: As :func:`suggest_widths`.
+        ValueError: See :func:`suggest_widths`.
     """
     power, tolerance = number("power", power), number("tolerance", tolerance)
     max_params = None if max_params is None else number("max_params", max_params)

@@ -72,7 +72,7 @@ class Solver:
         demands: Channels that each group asks for, by group name.
         cost_fn: Cost of widths ``{group name: channels}``, which must not fall as they grow.
         budget: The most that widths may cost; None = the current widths' cost.
-        tolerance: How far below the budget the cost may stay, as a fraction.
+        tolerance: Fraction of the budget that may be left.
 
     Attributes:
         extra_limit: Further condition on widths; True for all unless it is set.
@@ -168,7 +168,7 @@ class Solver:
         return self.cost(widths) <= self.budget and self.extra_limit(widths)
 
     def _fill(self, widths: Widths, units: Sequence[Unit], targets: Mapping[str, float]) -> Widths:
-        """One step up at a time, the most underserved unit first, while something fits."""
+        """Widths after steps up, one at a time, the most underserved unit first, while one fits."""
         while not self._is_spent(widths):
             raised = (
                 _step(widths, unit, +1)
@@ -183,7 +183,7 @@ class Solver:
     def _swap(
         self, widths: Widths, units: Sequence[Unit], targets: Mapping[str, float]
     ) -> Widths | None:
-        """One unit up and another down, so that the cost comes nearer to the budget."""
+        """Widths with one unit up and another down, nearer to the budget; None without such."""
         here = self.cost(widths)
         gap = self.budget - here
         can_fall = [u for u in units if all(widths[g.name] - g.multiple >= g.least for g in u)]
@@ -244,7 +244,7 @@ def _step(widths: Widths, unit: Unit, steps: int) -> Widths:
 
 
 def _strain(widths: Widths, unit: Unit, steps: int, targets: Mapping[str, float]) -> float:
-    """How far above its target the unit would stand after the steps, as a logarithm."""
+    """Logarithm of a unit's width after the steps over its target, the largest in the unit."""
     moved = _step(widths, unit, steps)
     return max(math.log(moved[group.name] / targets[group.name]) for group in unit)
 

@@ -334,3 +334,25 @@ def test_spectra_solved_beside_the_training_are_sketched_too() -> None:
     for name, spectrum in tracker.spectra().items():
         assert torch.equal(found[name].eigenvalues, spectrum.eigenvalues)
         assert found[name].sketch == spectrum.sketch
+
+
+@pytest.mark.parametrize("precision", ["split", "float64"])
+def test_spectra_solved_beside_the_training_have_the_trackers_precision(
+    precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU solves in float32 by default, which would hide small eigenvalues."""
+    from fastcov.integrations import runs
+
+    asked = []
+
+    class Recorded(runs.PendingSpectra):
+        def __init__(self, *args: Any, in_float64: bool = False, **options: Any) -> None:
+            asked.append(in_float64)
+            super().__init__(*args, in_float64=in_float64, **options)
+
+    monkeypatch.setattr(runs, "PendingSpectra", Recorded)
+    model = Wide()
+    tracker = fastcov.track(model, memory=BUDGET, rows="all", precision=precision)
+    steps(model, count=1)
+    runs._solve(runs._mark(tracker, 1, True, True))
+    assert asked == [precision == "float64"]
