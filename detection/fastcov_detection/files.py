@@ -1,45 +1,32 @@
-"""Files that appear whole or not at all.
-
-Which code and which torch made a result.
-"""
+"""Files that appear whole or not at all, and the versions of code and torch for records."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from fastcov.files import replacing
 from fastcov_detection import __version__
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, then renames it into place.
+    """Writes a file by a function that fills a temporary one, which is then renamed.
 
     Raises:
         OSError: If the folder cannot be written or the disk is full; ``path`` is as it was.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with replacing(Path(path), durable=True) as partial, partial.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
     except OSError as error:
         raise OSError(
-            error.errno, f"cannot write {target} ({error.strerror}); free space or choose a folder"
+            error.errno, f"cannot write {path} ({error.strerror}); free space or choose a folder"
         ) from error
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -48,12 +35,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def made_by() -> dict[str, str]:
-    """The commit of this code and the version of torch."""
+    """Commit of this code and version of torch."""
     return {"commit": commit(), "torch": torch.__version__}
 
 
 def commit() -> str:
-    """The commit of this code where it runs from a checkout, otherwise the installed version."""
+    """Commit of this code where it runs from a checkout, otherwise the installed version."""
     here = Path(__file__).resolve()
     # A package inside an environment inside someone's repository is not part of that repository.
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)

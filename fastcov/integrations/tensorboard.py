@@ -30,7 +30,7 @@ def write_tensorboard(
     for key, value in summary.items():
         layer, _, measure = key.rpartition("/")
         writer.add_scalar(f"fastcov {measure}/{layer}", value, step)
-    spectra = {s.name: s.spectrum for s in summary.statuses if s.spectrum is not None}
+    spectra = summary.spectra
     if figures and spectra:
         from fastcov.show.figures import free_axes, spectra_grid
         from fastcov.show.plot import plot_demand

@@ -26,7 +26,7 @@ def log_wandb(
     """
     summary = tracker.summary()
     values: dict[str, Any] = {f"fastcov/{key}": value for key, value in summary.items()}
-    spectra = {s.name: s.spectrum for s in summary.statuses if s.spectrum is not None}
+    spectra = summary.spectra
     if figures and spectra:
         from fastcov.show.figures import free_axes, spectra_grid
         from fastcov.show.plot import plot_demand

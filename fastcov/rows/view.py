@@ -114,6 +114,10 @@ def row_order(
     """
     if batch_dims or not 2 <= dims <= MOST_DIMS or (rank is not None and dims == rank - 1):
         return None
+    return _order(dims, layout)
+
+
+def _order(dims: int, layout: Layout) -> tuple[int, ...]:
     if layout is Layout.BY_RANK:
         layout = Layout.CHANNELS_FIRST if dims >= 4 else Layout.CHANNELS_LAST
     if layout is Layout.CHANNELS_FIRST:
@@ -153,13 +157,7 @@ def row_view(
     if dims == 1:
         return activation[None]
     if rank is not None and dims == rank - 1:
-        if layout is Layout.SEQUENCE_FIRST:
-            return activation[None]
-        activation, dims = activation[None], dims + 1
-    if layout is Layout.BY_RANK:
-        layout = Layout.CHANNELS_FIRST if dims >= 4 else Layout.CHANNELS_LAST
-    if layout is Layout.CHANNELS_FIRST:
-        activation = activation.movedim(1, -1)
-    elif layout is Layout.SEQUENCE_FIRST and dims >= 3:
-        activation = activation.transpose(0, 1)
-    return activation if dims <= MOST_DIMS else activation.flatten(1, 1 - MOST_DIMS)
+        # A single sequence [T, C] has its positions where a batch has them in its row view.
+        is_sequence = layout is Layout.SEQUENCE_FIRST
+        return activation[None] if is_sequence else row_view(activation[None], layout)
+    return activation.permute(*_order(dims, layout)).flatten(1, 1 - MOST_DIMS)

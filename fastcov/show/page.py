@@ -128,7 +128,8 @@ def write_report(
         statuses = list(history_or_statuses)
     if not statuses:
         raise ValueError(f"no layer to report on {title!r}; take a snapshot after some steps")
-    spectra = {s.name: s.spectrum for s in statuses if s.spectrum is not None}
+    summary = Summary(statuses)
+    spectra = summary.spectra
     sections = []
     if spectra:
         sections.append(
@@ -162,9 +163,7 @@ def write_report(
             )
         )
     legend = {measure.heading: measure.meaning for measure in MEASURES if measure.heading}
-    sections.append(
-        Section("Layers", headings=HEADINGS, lines=Summary(statuses).rows(), legend=legend)
-    )
+    sections.append(Section("Layers", headings=HEADINGS, lines=summary.rows(), legend=legend))
     return write_page(path, title, _introduction(statuses, history), sections)
 
 

@@ -285,6 +285,11 @@ class Summary(dict[str, float]):
                 for measure in MEASURES:
                     self[f"{status.name}/{measure.key}"] = float(measure.read(status.spectrum))
 
+    @property
+    def spectra(self) -> dict[str, Spectrum]:
+        """Spectra of the layers that have one, by name."""
+        return {s.name: s.spectrum for s in self.statuses if s.spectrum is not None}
+
     def __str__(self) -> str:
         return "\n".join([text_table(HEADINGS, self.rows()), *self.remarks])
 

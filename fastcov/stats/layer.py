@@ -254,9 +254,8 @@ class Layer:
         if draw.is_whole and self.fraction is not None:
             self._add_weighted(layout.view(activation), weights)
         elif draw.rows:
-            sizes = ActivationLayout(weights[..., None])
-            sampled = self.drawn(draw, weights[..., None], sizes)
-            self.add_drawn(draw, self.drawn(draw, activation, layout), sampled[:, 0])
+            rows = self.drawn(draw, activation, layout)
+            self.add_drawn(draw, rows, self.drawn_weights(draw, weights))
 
     def draw(self, layout: ActivationLayout) -> Draw:
         """Counts a call, and tells which of its rows are due, with all counters on the host.
@@ -294,6 +293,11 @@ class Layer:
             layout.channel_dim,
         )
         return rows
+
+    def drawn_weights(self, draw: Draw, weights: Tensor) -> Tensor:
+        """Weights [B, ...] of a call's rows, for the rows that :meth:`draw` has told. [N]"""
+        column = weights[..., None]
+        return self.drawn(draw, column, ActivationLayout(column))[:, 0]
 
     def add_drawn(self, draw: Draw, rows: Tensor, weights: Tensor | None = None) -> None:
         """Adds the rows [N, C] of a draw, or keeps them until the fraction to read is known."""
@@ -382,9 +386,7 @@ class Layer:
                     return
                 draw = Draw(due, call.offered, self._sampled)
                 self._sampled += due
-                sizes = ActivationLayout(weights[:, None])
-                rows = self.drawn(draw, rows, layout)
-                weights = self.drawn(draw, weights[:, None], sizes)[:, 0]
+                rows, weights = self.drawn(draw, rows, layout), self.drawn_weights(draw, weights)
             elif not call.is_whole:
                 rows, weights = rows[:due], None if weights is None else weights[:due]
         if weights is not None:

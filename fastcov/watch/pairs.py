@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcov.rows.layout import ActivationLayout, ViewedRows, view_rows
+from fastcov.rows.layout import ViewedRows, view_rows
 from fastcov.rows.mask import RowMask
 from fastcov.rows.view import plain_tensor
 from fastcov.stats.layer import Draw, Layer
@@ -70,8 +70,7 @@ class Pair:
             drawn = None
             weights = None if mask is None else mask.weights_of(sizes, layout.device)
             if weights is not None:
-                sampled = weights[..., None]
-                drawn = self.layer.drawn(draw, sampled, ActivationLayout(sampled))[:, 0]
+                drawn = self.layer.drawn_weights(draw, weights)
                 if self.layer.fraction is None:
                     self.layer.early.leave_out(weights)
             self._waiting.append(_Waiting(side, draw, rows, drawn, sizes))

@@ -150,23 +150,12 @@ def build_model(
     model = (MaskRCNN if predicts_masks else FasterRCNN)(
         backbone,
         min_size=(*config.train_sizes, config.min_size),
-        max_size=config.max_size,
-        rpn_anchor_generator=Float32Anchors(
-            tuple((size,) for size in config.anchor_sizes),
-            (tuple(config.anchor_ratios),) * len(config.anchor_sizes),
-        ),
-        rpn_pre_nms_top_n_train=config.rpn_pre_nms_train,
-        rpn_pre_nms_top_n_test=config.rpn_pre_nms_test,
-        rpn_post_nms_top_n_train=config.rpn_post_nms_train,
-        rpn_post_nms_top_n_test=config.rpn_post_nms_test,
-        rpn_batch_size_per_image=config.rpn_batch,
+        rpn_anchor_generator=Float32Anchors(**anchor_options(config)),
         box_roi_pool=_roi_align(config, 7),
         box_head=_box_head(config, channels, complete["box_head"], head_norm),
         box_predictor=Float32BoxPredictor(complete["box_head"], num_classes),
         rpn_head=Float32RPNHead(channels, len(config.anchor_ratios)),
-        box_score_thresh=config.score_threshold,
-        box_detections_per_img=config.detections_per_image,
-        box_batch_size_per_image=config.roi_batch,
+        **sampling_options(config),
         **options,
     )
     stock = model.transform
@@ -176,6 +165,39 @@ def build_model(
     model.config = replace(config, num_classes=num_classes)
     model.widths = complete
     return model
+
+
+def sampling_options(config: ModelConfig) -> dict[str, Any]:
+    """Numbers of pixels, proposals, regions and detections, as torchvision's arguments."""
+    return {
+        "max_size": config.max_size,
+        "rpn_pre_nms_top_n_train": config.rpn_pre_nms_train,
+        "rpn_pre_nms_top_n_test": config.rpn_pre_nms_test,
+        "rpn_post_nms_top_n_train": config.rpn_post_nms_train,
+        "rpn_post_nms_top_n_test": config.rpn_post_nms_test,
+        "rpn_batch_size_per_image": config.rpn_batch,
+        "box_score_thresh": config.score_threshold,
+        "box_detections_per_img": config.detections_per_image,
+        "box_batch_size_per_image": config.roi_batch,
+    }
+
+
+def anchor_options(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of torchvision's anchor generator: one size a level, all ratios on each."""
+    return {
+        "sizes": [[size] for size in config.anchor_sizes],
+        "aspect_ratios": [list(config.anchor_ratios)] * len(config.anchor_sizes),
+    }
+
+
+def roi_align_options(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of torchvision's RoIAlign on a pyramid, without the output's size."""
+    return {
+        "featmap_names": list(PYRAMID_LEVELS),
+        "sampling_ratio": config.roi_sampling_ratio,
+        "canonical_scale": config.roi_canonical_scale,
+        "canonical_level": config.roi_canonical_level,
+    }
 
 
 def _build_backbone(config: ModelConfig, depth: int, widths: Mapping[str, int]) -> BackboneWithFPN:
@@ -204,13 +226,7 @@ def _roi_align(config: ModelConfig, output_size: int) -> nn.Module:
         raise ConfigError(
             f"unknown model.roi_align {config.roi_align!r}; choose {', '.join(kinds)}"
         )
-    return kinds[config.roi_align](
-        PYRAMID_LEVELS,
-        output_size,
-        config.roi_sampling_ratio,
-        canonical_scale=config.roi_canonical_scale,
-        canonical_level=config.roi_canonical_level,
-    )
+    return kinds[config.roi_align](output_size=output_size, **roi_align_options(config))
 
 
 def _freeze(body: IntermediateLayerGetter, config: ModelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -31,7 +31,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row of text for each arm; changes are from the baseline, spreads standard errors."""
     arms = result["arms"]
     baseline = arms.get(BASELINE)
-    has_masks = any(run["segm_ap"] is not None for arm in arms.values() for run in arm["runs"])
+    metrics = ("ap", "ap50", "segm_ap") if _has_masks(result) else ("ap", "ap50")
     table = []
     for name, arm in arms.items():
         share = "" if baseline in (None, arm) else _change(arm, baseline)
@@ -41,7 +41,6 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{arm['backbone_params'] / 1e6:.3f}{share}",
             f"{arm['macs'] / 1e9:.3f}",
         ]
-        metrics = ["ap", "ap50", *(["segm_ap"] if has_masks else [])]
         row += [_spread(arm["runs"], metric) for metric in metrics]
         seconds = [run["train_s"] for run in arm["runs"]]
         row.append(f"{sum(seconds) / len(seconds):.0f}")
@@ -53,10 +52,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Headings of :func:`rows`; masks bring one more."""
-    has_masks = any(
-        run["segm_ap"] is not None for arm in result["arms"].values() for run in arm["runs"]
-    )
-    return (*COLUMNS[:6], "mask AP", *COLUMNS[6:]) if has_masks else COLUMNS
+    return (*COLUMNS[:6], "mask AP", *COLUMNS[6:]) if _has_masks(result) else COLUMNS
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -84,12 +80,10 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         )
         return found
     for one in result["comparisons"]:
+        spread = "" if one["se"] is None else f" ± {one['se']:.4f}"
         found.append(
-            f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f} "
-            f"± {one['se']:.4f} (n = {one['n']}): {verdict_of(one)}."
-            if one["se"] is not None
-            else f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f} "
-            f"(n = 1): {verdict_of(one)}."
+            f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f}{spread} "
+            f"(n = {one['n']}): {verdict_of(one)}."
         )
     found.append(
         'Differences are paired by seed, ± one standard error; "no loss" means that their '
@@ -135,14 +129,23 @@ def print_summary(result: Mapping[str, Any], console: Console | None = None) -> 
     """Prints the table and the sentences."""
     # Where no terminal says otherwise, the width that the table with spreads needs.
     console = console or Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, heading in enumerate(columns(result)):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows(result):
-        table.add_row(*row)
-    console.print(table)
+    console.print(terminal_table(columns(result), rows(result)))
     for sentence in sentences(result):
         console.print(sentence, markup=False, highlight=False)
+
+
+def terminal_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    """Table for a terminal: names in the first column, numbers at the right in the others."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _has_masks(result: Mapping[str, Any]) -> bool:
+    return any(run["segm_ap"] is not None for arm in result["arms"].values() for run in arm["runs"])
 
 
 def _change(arm: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:

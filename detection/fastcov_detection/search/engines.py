@@ -25,7 +25,7 @@ import torch
 
 from fastcov_detection.errors import ConfigError, RunError
 from fastcov_detection.progress import Bar, display
-from fastcov_detection.search.guard import train_guarded
+from fastcov_detection.search.guard import thread_limits, train_guarded
 
 _POLL_S = 0.25
 _TAIL_BYTES = 65_536
@@ -238,8 +238,7 @@ def threads_per_run(at_once: int) -> int:
 
 
 def _environment(slot: int, slots: int) -> dict[str, str]:
-    threads = str(threads_per_run(slots))
-    changes = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    changes = thread_limits(threads_per_run(slots))
     gpus = torch.cuda.device_count()
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

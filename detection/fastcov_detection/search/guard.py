@@ -46,7 +46,6 @@ def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
         )
     if (run / "run.json").exists():  # an earlier start ended before it could say so
         return 0
-    counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-P", "-m", "fastcov_detection.search.guard", sys.executable]
     with (run / "output.txt").open("ab") as output:
         output.write(f"started on node {os.uname().nodename}\n".encode())
@@ -56,9 +55,14 @@ def train_guarded(words: Sequence[str], folder: str, threads: int) -> int:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | counts | {"PYTHONSAFEPATH": "1"},
+            env=os.environ | thread_limits(threads) | {"PYTHONSAFEPATH": "1"},
         ) as process:
             return process.wait()
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment variables that set the CPU threads of a process."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
 
 
 def guard(words: Sequence[str]) -> int:

@@ -35,9 +35,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fastcov import History, Spectrum, load_history
@@ -52,6 +50,7 @@ from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.report.page import Block, Section, to_png, write_page
 from fastcov_detection.report.pictures import Curves, draw_dims
+from fastcov_detection.report.tables import terminal_table
 from fastcov_detection.search.verdicts import mean_and_error
 from fastcov_detection.studies.pretrain import RESULT as CLASSIFIER
 from fastcov_detection.studies.pretrain import PretrainResult
@@ -275,13 +274,8 @@ def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
     """Prints a line for each layer: dimensions and demands at the end, and the distance."""
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     headings, lines = comparison_rows(numbers)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
     console.print(f"a: {numbers['a']}", f"b: {numbers['b']}", sep="\n", markup=False)
-    console.print(table)
+    console.print(terminal_table(headings, lines))
     for sentence in lead_and_legend(numbers):
         console.print(sentence, markup=False, highlight=False)
 

@@ -11,21 +11,26 @@ from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torchvision.models import detection as torchvision_detection
 from torchvision.models import get_model, get_model_weights, list_models
 
 from fastcov_detection.config import DataConfig, ModelConfig
 from fastcov_detection.data.dataset import load_on_ranks
-from fastcov_detection.detector.build import PYRAMID_LEVELS, parse_name, save_widths
+from fastcov_detection.detector.build import (
+    anchor_options,
+    parse_name,
+    roi_align_options,
+    sampling_options,
+    save_widths,
+)
 from fastcov_detection.detector.modules import unusual_groups
 from fastcov_detection.detector.weights import read_state
 from fastcov_detection.distributed import pick_device, process_group, rank
 from fastcov_detection.errors import ConfigError, DataError, closest
 from fastcov_detection.files import write_file, write_text
+from fastcov_detection.report.tables import terminal_table
 from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.studies.rebuild import rebuild
 from fastcov_detection.train.evaluate import (
@@ -100,26 +105,10 @@ def describe(
         "options": {
             "num_classes": len(classes) + 1,
             "min_size": config.min_size,
-            "max_size": config.max_size,
-            "rpn_pre_nms_top_n_train": config.rpn_pre_nms_train,
-            "rpn_pre_nms_top_n_test": config.rpn_pre_nms_test,
-            "rpn_post_nms_top_n_train": config.rpn_post_nms_train,
-            "rpn_post_nms_top_n_test": config.rpn_post_nms_test,
-            "rpn_batch_size_per_image": config.rpn_batch,
-            "box_score_thresh": config.score_threshold,
-            "box_detections_per_img": config.detections_per_image,
-            "box_batch_size_per_image": config.roi_batch,
+            **sampling_options(config),
         },
-        "anchors": {
-            "sizes": [[size] for size in config.anchor_sizes],
-            "aspect_ratios": [list(config.anchor_ratios)] * len(config.anchor_sizes),
-        },
-        "roi_align": {
-            "featmap_names": list(PYRAMID_LEVELS),
-            "sampling_ratio": config.roi_sampling_ratio,
-            "canonical_scale": config.roi_canonical_scale,
-            "canonical_level": config.roi_canonical_level,
-        },
+        "anchors": anchor_options(config),
+        "roi_align": roi_align_options(config),
         "pools": {"box_roi_pool": 7} | ({"mask_roi_pool": 14} if predicts_masks else {}),
     }
 
@@ -304,10 +293,9 @@ def print_scores(
     ranked = classes.get("ap", {}) if kinds else {}
     aps = {name: [classes[f"{p}ap"][name] for p in kinds.values()] for name in ranked}
     for heading, lines in (("", rows), ("AP of class", aps)):
-        table = Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for kind in kinds:
-            table.add_column(kind, justify="right")
-        for name, values in lines.items():
-            table.add_row(name, *("-" if one is None else f"{one:.3f}" for one in values))
-        if lines:
-            (console or Console()).print(table)
+        cells = [
+            (name, *("-" if one is None else f"{one:.3f}" for one in values))
+            for name, values in lines.items()
+        ]
+        if cells:
+            (console or Console()).print(terminal_table((heading, *kinds), cells))

@@ -201,7 +201,7 @@ def open_folder(
     """
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f".{_FRESH}.*"):  # of a kill in the middle of writing
+        for path in folder.glob(f"{_FRESH}.*.tmp"):  # of a kill in the middle of writing
             path.unlink()
         if not resume:
             for one in (_FRESH, NEWEST, PREVIOUS, name, LAST, BEST):

@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     """
     done = _in_another_process(killed, tiny_run, body)
     assert done.returncode == -9, done.stderr
-    leftover = killed / ".checkpoint.pt.new.abcd"
+    leftover = killed / "checkpoint.pt.new.123.tmp"
     leftover.write_bytes(b"half of a checkpoint")
     assert [entry["step"] for entry in read_log(killed)] == [1, 2, 3, 4]
     assert not (killed / "run.json").exists()
