@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,15 @@ from fastcov_detection.files import write_text
 
 DPI = 130
 """Dots an inch of figures, which are shown dot by dot."""
+WIDE, NARROW = 8.2, 2.95
+"""Widths of figures in inches: for a page of 1080 pixels, and for a window of 420."""
 FONT = 15 * 72 / DPI
 """Points of every text in a figure: 15 pixels, as on the page."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a section: what is given is shown, in this order.
+    """Part of a section; its fields are shown in this order, empty ones left out.
 
     Columns whose heading is among ``words`` hold text, the others numbers. ``fold`` is the line
     that opens the block with a click; pictures of the gallery stand beside each other.
@@ -34,6 +36,8 @@ class Block:
     rows: Sequence[Sequence[str]] = ()
     words: Sequence[str] = ()
     picture: bytes = b""
+    narrow: bytes = b""
+    """Picture for windows below 700 pixels; without one, ``picture`` scrolls there."""
     caption: str = ""
     gallery: Sequence[bytes] = ()
     listing: str = ""
@@ -61,6 +65,18 @@ def write_page(path: Path, title: str, sections: Sequence[Section], footer: str)
     content = template.render(title=title, sections=shown, footer=footer)
     write_text(path, content.encode("utf-8", "replace").decode("utf-8"))
     return path
+
+
+def figure_block(draw: Callable[..., Figure], caption: str) -> Block:
+    """Block of a figure that is drawn at both widths, with text of one size.
+
+    Args:
+        draw: Function of ``width``, in inches, that draws the figure.
+        caption: Sentence under the figure.
+    """
+    return Block(
+        picture=to_png(draw(width=WIDE)), narrow=to_png(draw(width=NARROW)), caption=caption
+    )
 
 
 def to_png(figure: Figure) -> bytes:

@@ -1,7 +1,8 @@
-"""Figures of a search. Each function returns a figure that pyplot does not hold."""
+"""Figures of a search. Each function draws one of a width in inches, which pyplot does not hold."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastcov import Spectrum, WidthGroup
-from fastcov_detection.report.page import FONT
+from fastcov_detection.report.page import FONT, WIDE
 from fastcov_detection.search.arms import BASELINE, SEARCHED, Baseline, Searched, find_arm
 
 _FURTHER = ("#a3416b", "#2f8f8f", "#70563f", "#6b6b6b")
@@ -18,7 +19,8 @@ _GRID = "#e4e4e4"
 _LEAST_AP, _LEAST_SHARE = 0.1, 0.2
 _LEAST_RELATIVE = 1e-7
 _TRAINED, _BEFORE = "#1f78b4", "#e07b39"
-_PANELS = 3
+_COLUMN = 2.7  # inches of a panel, or of an entry of a legend
+_LETTERS = 13  # of a text, an inch
 
 Curves = tuple[str, Sequence[int], Sequence[Sequence[float]]]
 """Name of one side, its steps, and the values of each of its runs."""
@@ -36,13 +38,13 @@ def _own_colour(name: str) -> str | None:
     return arm.colour if arm.name == type(arm).stem else None
 
 
-def draw_accuracy(result: Mapping[str, Any], metric: str = "ap") -> Figure:
+def draw_accuracy(result: Mapping[str, Any], metric: str = "ap", width: float = WIDE) -> Figure:
     """AP against backbone parameters: a dot for each run, a diamond at the mean of several.
 
     Names stand in a column at the right, highest AP first, each joined to its arm by a line: arms
     that lie on one another keep names that do not.
     """
-    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(min(width, 6.6), 4.0), layout="constrained")
     ax = figure.add_subplot()
     arms = list(result["arms"])
     means: dict[str, tuple[float, float]] = {}
@@ -121,9 +123,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return found
 
 
-def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]], width: float = WIDE) -> Figure:
     """Training loss over steps, one line for each arm's first seed."""
-    figure = Figure(figsize=(6.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(min(width, 6.6), 4.0), layout="constrained")
     ax = figure.add_subplot()
     for name, points in curves.items():
         if points:
@@ -132,17 +134,18 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     ax.set_xlabel("training step", fontsize=FONT)
     ax.set_ylabel("loss", fontsize=FONT)
     ax.set_ylim(0, None)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(_columns(width) * 3, integer=True))
     _calm(ax)
-    ax.legend(fontsize=FONT, frameon=False)
+    _legend_above(ax, width)
     return figure
 
 
-def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
+def draw_widths(result: Mapping[str, Any], groups: Sequence[str], width: float = WIDE) -> Figure:
     """Widths of every arm relative to the baseline, one line for each group."""
     baseline = result["arms"][BASELINE]["widths"]
     others = [name for name in result["arms"] if name != BASELINE]
-    figure = Figure(figsize=(8.2, 1.3 + 0.23 * len(groups)), layout="constrained")
+    height = 1.1 + 0.23 * len(groups) + 0.2 * -(-len(others) // _columns(width))
+    figure = Figure(figsize=(width, height), layout="constrained")
     ax = figure.add_subplot()
     ax.axvline(1, color=Baseline.colour, linewidth=1)
     for name in others:
@@ -161,18 +164,9 @@ def draw_widths(result: Mapping[str, Any], groups: Sequence[str]) -> Figure:
     shown = SEARCHED if SEARCHED in others else (others or [BASELINE])[0]
     found = result["arms"][shown]["widths"]
     _annotate(ax, [f"{baseline[group]} → {found[group]}" for group in groups])
-    ax.set_xlabel("width / baseline's width", fontsize=FONT)
+    ax.set_xlabel(f"width / baseline's width\nat the right: {BASELINE} → {shown}", fontsize=FONT)
     ax.set_xlim(0, None)
-    ax.annotate(
-        f"{BASELINE} → {shown}",
-        (1.01, 1),
-        xytext=(0, 6),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=FONT,
-        color="#5b6770",
-    )
-    ax.legend(fontsize=FONT, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    _legend_above(ax, width)
     return figure
 
 
@@ -181,9 +175,10 @@ def draw_demand(
     trained: Mapping[str, float],
     untrained: Mapping[str, float] | None,
     rule: str,
+    width: float = WIDE,
 ) -> Figure:
     """Demand of every group as a share of its width, before and after training."""
-    figure = Figure(figsize=(8.2, 1.3 + 0.23 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(width, 1.5 + 0.23 * len(groups)), layout="constrained")
     ax = figure.add_subplot()
     lines = range(len(groups))
     shares = [trained[group.name] / group.width for group in groups]
@@ -195,9 +190,10 @@ def draw_demand(
     _name_lines(ax, [group.name for group in groups])
     _annotate(ax, [f"{trained[group.name]:.1f} of {group.width}" for group in groups])
     ax.set_xlim(0, 1)
+    ax.xaxis.set_major_locator(MaxNLocator(_columns(width) * 2))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
-    ax.set_xlabel(f"demand ({rule}) as a share of the width", fontsize=FONT)
-    ax.legend(fontsize=FONT, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.set_xlabel(f"demand ({rule}) / width", fontsize=FONT)
+    _legend_above(ax, width)
     return figure
 
 
@@ -205,11 +201,11 @@ def draw_stage_spectra(
     groups: Sequence[WidthGroup],
     trained: Mapping[str, Spectrum],
     untrained: Mapping[str, Spectrum] | None,
+    width: float = WIDE,
 ) -> Figure:
     """Spectra of the stages' outputs, trained and before training, on one scale."""
     stages = [group for group in groups if "." not in group.name]
-    figure = Figure(figsize=(1.3 + 2.1 * len(stages), 3.1), layout="constrained")
-    cells = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    figure, cells = _panels(len(stages), width, 2.4)
     widest = max(group.width for group in stages)
     for ax, group in zip(cells, stages, strict=True):
         for spectra, style in (
@@ -222,10 +218,8 @@ def draw_stage_spectra(
         ax.set_xlim(0.9, 1.1 * widest)
         ax.set_ylim(_LEAST_RELATIVE, 2)
         ax.set_title(f"{group.name}: {group.width}", fontsize=FONT)
-        ax.set_xlabel("rank", fontsize=FONT)
         _calm(ax)
-    cells[0].set_ylabel("eigenvalue / largest", fontsize=FONT)
-    cells[0].legend(fontsize=FONT, frameon=False, loc="lower left")
+    _name_panels(figure, cells[0], width, "rank", "eigenvalue / largest")
     return figure
 
 
@@ -234,6 +228,7 @@ def draw_dims(
     ceilings: Mapping[str, int],
     titles: Mapping[str, str],
     note: str,
+    width: float = WIDE,
 ) -> Figure:
     """Dimensions of every layer over two trainings; grey: the most that the layer can have.
 
@@ -242,11 +237,10 @@ def draw_dims(
             are drawn.
         ceilings: Largest dimension by layer.
         titles: Titles of the panels by layer.
-        note: Under the panels, about layers that are not drawn.
+        note: Sentence under the panels, about layers that are not drawn.
+        width: Inches.
     """
-    lines = max(1, -(-len(layers) // _PANELS))
-    figure = Figure(figsize=(8.2, 1.3 * lines + 0.6), layout="constrained")
-    cells = figure.subplots(lines, _PANELS, squeeze=False).flatten()
+    figure, cells = _panels(len(layers), width, 1.3)
     for ax, (name, sides) in zip(cells, layers.items(), strict=False):
         for (label, steps, runs), colour in zip(sides, (_TRAINED, _BEFORE), strict=True):
             low, high = (pick(zip(*runs, strict=True)) for pick in (_lowest, _highest))
@@ -260,13 +254,39 @@ def draw_dims(
         ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         _calm(ax)
-    for ax in cells[len(layers) :]:
-        ax.set_visible(False)
-    handles, labels = cells[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=FONT, frameon=False)
-    figure.supxlabel(f"training step\n{note}", fontsize=FONT)
-    figure.supylabel("dimension", fontsize=FONT)
+    told = "\n".join(textwrap.wrap(note, round(_LETTERS * width)))
+    _name_panels(figure, cells[0], width, f"training step\n{told}", "dimension")
     return figure
+
+
+def _columns(width: float) -> int:
+    return max(1, int(width // _COLUMN))
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+    """Figure of panels of a height, as many a line as the width has room for."""
+    columns = _columns(width)
+    lines = max(1, -(-count // columns))
+    figure = Figure(figsize=(width, height * lines + 0.8), layout="constrained")
+    cells = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    used = max(1, count)
+    for ax in cells[used:]:
+        ax.remove()
+    return figure, cells[:used]
+
+
+def _name_panels(figure: Figure, first: Axes, width: float, x_label: str, y_label: str) -> None:
+    handles, labels = first.get_legend_handles_labels()
+    columns = _columns(width)
+    style = {"fontsize": FONT, "frameon": False}
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, **style)
+    figure.supxlabel(x_label, fontsize=FONT)
+    figure.supylabel(y_label, fontsize=FONT)
+
+
+def _legend_above(ax: Axes, width: float) -> None:
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": _columns(width)}
+    ax.legend(fontsize=FONT, frameon=False, **place)
 
 
 def _lowest(values: Iterable[Sequence[float]]) -> list[float]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.files import write_file
 from fastcov_detection.progress import progress_bar
 from fastcov_detection.report import pictures
-from fastcov_detection.report.page import Block, Section, to_png, write_page
+from fastcov_detection.report.page import Block, Section, figure_block, write_page
 from fastcov_detection.report.tables import class_rows, coco_rows, columns, rows, sentences
 from fastcov_detection.search.arms import BASELINE, SEARCHED, UNTRAINED
 from fastcov_detection.search.folder import load_plan, load_spectra, measured_path, plan_path
@@ -122,15 +123,15 @@ class _Report:
             "ranges are at least those of what seeds change."
         )
         for metric in ("ap", "segm_ap") if "mask AP" in columns(self.result) else ("ap",):
-            drawn = pictures.draw_accuracy(self.result, metric)
-            blocks.append(Block(picture=to_png(drawn), caption=caption))
+            draw = partial(pictures.draw_accuracy, self.result, metric)
+            blocks.append(figure_block(draw, caption))
         curves = {
             arm: [(one["step"], one["loss"]) for one in read_log(run) if one["kind"] == "train"]
             for arm, run in self.first_runs.items()
         }
         if any(curves.values()):
-            losses = to_png(pictures.draw_losses(curves))
-            blocks.append(Block(picture=losses, caption="Training loss of each arm's first seed."))
+            draw = partial(pictures.draw_losses, curves)
+            blocks.append(figure_block(draw, "Training loss of each arm's first seed."))
         return blocks
 
     def _conditions(self) -> str:
@@ -191,11 +192,11 @@ class _Report:
             notes = (f"{note}." for note in plan.notes)
             blocks.append(Block(" ".join([text, *notes]), "note"))
         groups = [group.name for group in self.groups]
-        drawn = to_png(pictures.draw_widths(self.result, groups))
+        draw = partial(pictures.draw_widths, self.result, groups)
         caption = "Channels of every width group relative to the baseline."
         lines = [(group, *(str(arm["widths"][group]) for arm in arms.values())) for group in groups]
         table = Block(headings=("group", *arms), rows=lines, fold="all widths")
-        return [*blocks, Block(picture=drawn, caption=caption), table]
+        return [*blocks, figure_block(draw, caption), table]
 
     def demand(self) -> list[Block]:
         """Demand of every width group."""
@@ -207,23 +208,24 @@ class _Report:
             None if found is None else demand(found, self.groups, rule)
             for found in (trained, untrained)
         ]
-        drawn = to_png(pictures.draw_demand(self.groups, demands[0] or {}, demands[1], rule))
+        draw = partial(pictures.draw_demand, self.groups, demands[0] or {}, demands[1], rule)
         caption = "Share of its width that each group's feature maps use, from the measuring pass."
-        return [Block(picture=drawn, caption=caption)]
+        return [figure_block(draw, caption)]
 
     def spectra(self) -> list[Block]:
         """Spectra of the stages, and of every map."""
         trained = self._measured(BASELINE)
         if trained is None:
             return []
-        stages = pictures.draw_stage_spectra(self.groups, trained, self._measured(UNTRAINED))
+        untrained = self._measured(UNTRAINED)
+        draw = partial(pictures.draw_stage_spectra, self.groups, trained, untrained)
         caption = (
             "Spectra of the stages' outputs, relative to the largest eigenvalue; dashed: 1e-3."
         )
         short = {name.removeprefix("backbone.body."): one for name, one in trained.items()}
         every = png(spectra_grid(short))
         return [
-            Block(picture=to_png(stages), caption=caption),
+            figure_block(draw, caption),
             Block(picture=every, caption="Every measured feature map", fold="every feature map"),
         ]
 

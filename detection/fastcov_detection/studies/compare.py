@@ -48,7 +48,7 @@ from fastcov_detection.config import read_saved, read_values
 from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
-from fastcov_detection.report.page import Block, Section, to_png, write_page
+from fastcov_detection.report.page import NARROW, WIDE, Block, Section, to_png, write_page
 from fastcov_detection.report.pictures import Curves, draw_dims
 from fastcov_detection.report.tables import terminal_table
 from fastcov_detection.search.verdicts import mean_and_error
@@ -200,9 +200,13 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     titles = {name: starred(numbers, name) for name in drawn}
     note = f"grey: ceiling; {len(full)} of {len(layers)} layers end at it in both runs"
     note += ", and are not drawn" if len(drawn) < len(layers) else ""
-    dims = _write_small(folder / "dims.png", to_png(draw_dims(curves, tops, titles, note)))
+    dims, narrow = (
+        _small(to_png(draw_dims(curves, tops, titles, note, width))) for width in (WIDE, NARROW)
+    )
+    write_file(folder / "dims.png", lambda file: file.write(dims))
     if spectra:
-        spectra = _write_small(folder / "spectra.png", spectra)
+        spectra = _small(spectra)
+        write_file(folder / "spectra.png", lambda file: file.write(spectra))
     headings, lines = comparison_rows(numbers)
     caption = (
         "Dimension of the layers that do not end at their structural ceiling (grey, the smaller "
@@ -211,7 +215,7 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     lead, legend = lead_and_legend(numbers)
     sections = [
         Section("", [Block(lead, "lead"), Block(legend)]),
-        Section("Dimension over training", [Block(picture=dims, caption=caption)]),
+        Section("Dimension over training", [Block(picture=dims, narrow=narrow, caption=caption)]),
         Section("Layers", [Block(headings=headings, rows=lines)]),
     ]
     if spectra:
@@ -310,13 +314,12 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
     return f"{a} (a)", f"{b} (b)"
 
 
-def _write_small(path: Path, content: bytes) -> bytes:
-    """Writes a drawing with a palette of 64 colours, a third of the size for version control."""
+def _small(content: bytes) -> bytes:
+    """Drawing with a palette of 64 colours, a third of the size for version control."""
     packed = io.BytesIO()
     with Image.open(io.BytesIO(content)) as picture:
         small = picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MEDIANCUT)
         small.save(packed, format="PNG", optimize=True)
-    write_file(path, lambda file: file.write(packed.getvalue()))
     return packed.getvalue()
 
 
@@ -405,7 +408,8 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
     )
     write_text(out / FAMILIES, json.dumps(families.as_dict(), indent=2) + "\n")
     figure = _draw_families(histories[: len(a)], histories[len(a) :], families)
-    _write_small(out / "families.png", to_png(figure))
+    drawing = _small(to_png(figure))
+    write_file(out / "families.png", lambda file: file.write(drawing))
     return families
 
 

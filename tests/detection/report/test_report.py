@@ -3,8 +3,10 @@
 import html
 import io
 import itertools
+import re
 import subprocess
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from rich.console import Console
 from fastcov import Spectrum, WidthGroup
 from fastcov_detection.errors import ConfigError
 from fastcov_detection.report import pictures
-from fastcov_detection.report.page import Block, Section, to_png, write_page
+from fastcov_detection.report.page import Block, Section, figure_block, to_png, write_page
 from fastcov_detection.report.report import write_report
 from fastcov_detection.report.tables import columns, print_summary, rows, sentences
 from fastcov_detection.search.verdicts import compare_paired
@@ -236,16 +238,32 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
         Block(listing="x" * 500),
     ]
     page = write_page(tmp_path / "r.html", "title", [Section("heading", blocks)], "end")
+    read = "document.title = document.documentElement.scrollWidth + ' ' + document.images.length"
+    assert _seen(browser, tmp_path, page, width, read) == f"{width} 2"
+
+
+def _seen(browser, folder, page, width, read):
+    """Title that a script gives to a page in a window of a width."""
     inner = html.escape(page.read_text(encoding="utf-8"))
     frame = f'<iframe style="width:{width}px;height:6000px;border:0" srcdoc="{inner}"></iframe>'
-    read = "const inside = document.querySelector('iframe').contentDocument;"
-    read += "document.title = inside.documentElement.scrollWidth + ' ' + inside.images.length"
-    wrapper = tmp_path / "w.html"
-    wrapper.write_text(f"<title></title>{frame}<script>onload = () => {{ {read} }}</script>")
+    look = "const outer = document; { const document = outer.querySelector('iframe')"
+    look += f".contentDocument; {read}; outer.title = document.title }}"
+    wrapper = folder / "w.html"
+    wrapper.write_text(f"<title></title>{frame}<script>onload = () => {{ {look} }}</script>")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
     words = [browser, *flags, "--dump-dom", wrapper.as_uri()]
     shown = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert f"<title>{width} 2</title>" in shown
+    return re.search("<title>(.*?)</title>", shown)[1]
+
+
+@pytest.mark.parametrize("width", [420, 1200])
+def test_a_figure_keeps_the_size_of_its_text_and_does_not_scroll(browser, tmp_path, width):
+    block = figure_block(partial(pictures.draw_accuracy, _result()), "AP")
+    page = write_page(tmp_path / "r.html", "title", [Section("heading", [block])], "end")
+    read = "const image = document.images[0], frame = image.closest('div');"
+    read += "document.title = [image.naturalWidth == image.width, frame.scrollWidth"
+    read += " <= frame.clientWidth, document.images.length].join(' ')"
+    assert _seen(browser, tmp_path, page, width, read) == "true true 1"
 
 
 def test_headings_stand_over_their_cells(tmp_path):
