@@ -502,7 +502,7 @@ class Tracker:
                 stand at different steps.
         """
         if not isinstance(other, Tracker):
-            raise TypeError(f"other is a {type(other).__name__}, expected what fastcov.track gives")
+            raise TypeError(f"other is a {type(other).__name__}, expected a fastcov.Tracker")
         own, given = self.watcher, other.watcher
         for name in given.named():
             own.add_named(name)
@@ -656,7 +656,7 @@ class Tracker:
         *,
         kind: Literal["spectrum", "ridges", "dims", "demand"] = "spectrum",
     ) -> Any:
-        """Draws spectra, or what became of them over the snapshots; see :mod:`fastcov.show.plot`.
+        """Draws spectra of now or over the snapshots; see :mod:`fastcov.show.plot`.
 
         Args:
             layer: One of :meth:`names`; None draws all, which "ridges" cannot.

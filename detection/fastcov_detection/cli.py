@@ -342,7 +342,7 @@ def redraw(dir: str) -> None:
 
 
 def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> None:
-    """Compare the spectra of two families of runs with what seeds do.
+    """Compare the spectra of two families of runs beyond the effect of seeds.
 
     Args:
         a: Run folders.

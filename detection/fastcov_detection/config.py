@@ -274,8 +274,8 @@ class SearchConfig:
     peer_seeds: int = 1
     """Runs of arm ``torch-pruning``, which needs a second, larger training for each."""
     peer_steps: Literal["each", "shared"] = "each"
-    """Steps of its two trainings: as many as every arm has, or half of them each, so that what
-    is left has seen no more steps than any other network."""
+    """Steps of each of its two trainings: ``each``, as many as every arm has; ``shared``, half as
+    many, so that the pruned network has had no more steps than any other."""
     first_seed: int = 0
     """Seed of the first run; the others follow."""
     measure_images: int = 512

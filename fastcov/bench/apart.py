@@ -35,7 +35,7 @@ case leaves go to the next."""
 _OTHERS_S = 170.0  # the three compiled training steps, together as long
 _FULL_TIMES = 10
 _START_S = 12.0  # of a process: torch, a CUDA context, the machine's rates
-_GRACE_S = 20.0  # a contest that began in time may end, and what was measured is written
+_GRACE_S = 20.0  # for a contest that began in time to end, and for its rows to be written
 
 
 def shares(cases: Sequence[str], size: Size) -> dict[str, float]:

@@ -12,7 +12,15 @@ import torch
 
 from fastcov.bench.floors import Floor
 from fastcov.bench.machine import Rates, read_rates
-from fastcov.bench.timing import Call, Clock, interleave, mean_interval, quantiles, ran, ratios
+from fastcov.bench.timing import (
+    Call,
+    Clock,
+    interleave,
+    mean_interval,
+    quantiles,
+    ratios,
+    without_nan,
+)
 
 Size = Literal["tiny", "default", "full"]
 Statistic = Literal["median", "mean"]
@@ -25,7 +33,7 @@ class WrongResultError(AssertionError):
 
 @dataclass
 class Setting:
-    """Where and how large benchmarks run.
+    """Device and size of benchmarks, and the time at which they end.
 
     Attributes:
         device: CPU, or one GPU.
@@ -175,7 +183,7 @@ def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
     )
     rows = []
     for name, seconds in samples.items():
-        spread = quantiles(ran(seconds))
+        spread = quantiles(without_nan(seconds))
         paired = ratios(seconds, samples[contest.reference])
         if contest.statistic == "mean":
             ratio, low, high = mean_interval(paired)

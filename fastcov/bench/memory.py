@@ -14,8 +14,8 @@ def peak_bytes(device: torch.device, call: Callable[[], object]) -> int:
     """Highest number of tensor bytes alive at once while ``call`` runs, above the start.
 
     On a CPU from the allocator's own events, so that neither fragmentation nor other processes
-    count; on a GPU from torch's caching allocator, by what was asked of it: what it hands out is up
-    to 511 bytes more for a small tensor, and up to 1 MiB for one above 1 MiB.
+    count; on a GPU the bytes asked of torch's caching allocator, which hands out up to 511 bytes
+    more for a small tensor, and up to 1 MiB for one above 1 MiB.
     """
     if device.type == "cuda":
         # Another allocator of torch's reports only the bytes that it handed out.

@@ -230,7 +230,7 @@ def faster_rcnn(device: torch.device, is_tiny: bool) -> Training:
 
 
 def compile_backbone(model: nn.Module) -> Callable[..., Any]:
-    """A detector's forward with its backbone compiled: what follows has shapes that data decide."""
+    """A detector's forward with its backbone compiled; shapes of later parts depend on the data."""
     backbone: Any = model.backbone
     own_forward = backbone.forward
     run = compiled(lambda images: own_forward(images))

@@ -1,4 +1,4 @@
-"""Everyone else who can do this work, imported here and nowhere else.
+"""Peers: other libraries that can do this work, which no other file imports.
 
 A peer that cannot run is named with its reason, never silently left out.
 """

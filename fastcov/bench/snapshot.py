@@ -50,7 +50,8 @@ def _latency(setting: Setting) -> Contest:
     _, tracker = _tracked(setting)
     names = list(tracker.spectra())
 
-    dtype = torch.float64 if setting.device.type == "cpu" else torch.float32  # what ours works in
+    # The dtype in which fastcov solves.
+    dtype = torch.float64 if setting.device.type == "cpu" else torch.float32
 
     def linalg(_index: int) -> list[Tensor]:
         matrices = [tracker.covariance(name).to(dtype) for name in names]

@@ -39,7 +39,7 @@ int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuLaunchKernelEx(void) { return 0; }
 int cuTensorMapEncodeTiled(void) { return 0; }
 """
-# Only named by what Triton opens: nobody calls these.
+# Symbols that Triton's library needs to load, and that are never called.
 _UNCALLED = [
     "cuCtxGetLimit",
     "cuCtxSetCurrent",

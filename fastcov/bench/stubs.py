@@ -1,4 +1,4 @@
-"""Work that a hook starts, replaced by nothing: host time of the hook is left."""
+"""Stubs in place of the work that a hook starts, so that the hook's own host time is left."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _noted_launches() -> Iterator[list[str]]:
 
 
 def _forget_launches() -> None:
-    # Those of no program must not be found by others, nor theirs here.
+    # Launches of no program must not be reused outside the stubs, nor others' inside.
     from fastcov.kernels.job import cached_job
 
     cached_job.cache_clear()
@@ -181,7 +181,7 @@ def _stand_in_gpu() -> list[tuple[Any, str, Any]]:
 
 
 def _accumulate_again() -> Callable[..., int]:
-    # Asked for a part of the rows it compares the call with the last one, and declines.
+    # At a fraction below 1 the operator compares the call with the last one, and adds nothing.
     real = library.accumulate_again_
     return lambda *arguments: real(*arguments) and 0
 

@@ -24,8 +24,8 @@ _SHORTEST_SAMPLE_S = 5e-4  # a sample repeats a call until perf_counter's noise 
 _SHORTEST_EVENT_SAMPLE_S = 2e-4
 _MOST_CALLS = 2000
 # The device sleeps while the host enqueues, so that gaps between launches are not timed: at first
-# about 0.2 ms, then longer for a call whose launches take longer; what waits for the device itself
-# never gets ahead of it.
+# about 0.2 ms, then longer for a call whose launches take longer; a call that itself waits for the
+# device never gets ahead of it.
 _SLEEP_CYCLES = 400_000
 _LONGEST_SLEEP_CYCLES = 256 * _SLEEP_CYCLES
 
@@ -85,8 +85,8 @@ def mean_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     mean, n = math.fsum(samples) / len(samples), len(samples)
     if n < 2:
         return mean, mean, mean
-    deviation = math.sqrt(math.fsum((sample - mean) ** 2 for sample in samples) / (n - 1))
-    half = float(_stats().t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    stats = _stats()
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(samples))
     return mean, mean - half, mean + half
 
 
@@ -245,9 +245,9 @@ def interleave(
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Ratios of the rounds in which both contenders ran."""
-    return ran([one / other for one, other in zip(samples, reference, strict=True)])
+    return without_nan([one / other for one, other in zip(samples, reference, strict=True)])
 
 
-def ran(samples: Sequence[float]) -> list[float]:
+def without_nan(samples: Sequence[float]) -> list[float]:
     """Samples of the rounds in which the contender ran."""
     return [one for one in samples if not math.isnan(one)]

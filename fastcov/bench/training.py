@@ -1,4 +1,4 @@
-"""Contests of whole training steps: what tracking costs, in time and in memory."""
+"""Contests of whole training steps: time and memory that tracking costs."""
 
 from __future__ import annotations
 

@@ -55,10 +55,10 @@ class Updates:
         """Adds each step's share of the updates that were held back to the tracker's row.
 
         Args:
-            row: Its times and ratios grow; notes say by how much.
-            untracked: What the ratios refer to.
-            dtype: Of the rows.
-            setting: Where it ran.
+            row: Row whose times and ratios grow; its notes get the share.
+            untracked: Row that the ratios refer to.
+            dtype: Dtype of the layers' rows.
+            setting: Setting of the contest.
         """
         rare = self._rare()
         if not rare:

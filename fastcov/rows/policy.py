@@ -160,9 +160,9 @@ def rows_per_channel(loads: Sequence[LayerLoad]) -> float:
     .. math:: \sum_l k_l \frac{C_l (C_l + 1)}{2} = \text{budget} \cdot 3 \sum_l \text{macs}_l,
         \quad k_l = \min(N_l, \rho C_l)
 
-    A row of a sketched layer costs what its projection and the sketch's moment take, as
-    :attr:`LayerLoad.row_macs` says. Water-filling: layers that offer fewer than rho C rows are read
-    whole, and the flops that this leaves go to the others.
+    A row of a sketched layer costs :attr:`LayerLoad.row_macs`, for the projection and the sketch's
+    moment. Water-filling: layers that offer fewer than rho C rows are read whole, and the flops
+    that they leave go to the others.
 
     Args:
         loads: Loads of all layers in one step.

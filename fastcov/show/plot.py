@@ -208,7 +208,7 @@ def plot_ridges(
     """Ridge plot of a layer's eigenspectrum over training: one ridge a snapshot, the last in front.
 
     A ridge is the density of the eigenvalues over the logarithm of their ratio to the largest; all
-    ridges enclose the same area. What lies right of the dashed line counts as a dimension: dark
+    ridges enclose the same area. Eigenvalues right of the dashed line count as dimensions: dark
     blue to yellow over the training, grey left of it. The dim and the width stand at the right. Of
     many snapshots, 24 at most are drawn, evenly spaced among them, the last one always.
 

@@ -15,7 +15,7 @@ from fastcov.spectra.spectrum import Spectrum
 _ROUNDING_SHARE = 0.01  # of all eigenvalues but the first, that negative ones may sum up to
 _FARTHEST_MEAN = 1e3  # squared, in variances: 1e-5 of it is 1 %
 _MEAN_ROUNDING = 1e-12  # of a squared mean: rows that are all the same have no variance
-_FLOAT64_ROUNDING = 1e-12  # of the largest eigenvalue: what solving alone may bring
+_FLOAT64_ROUNDING = 1e-12  # of the largest eigenvalue: error of the solver
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _rounding_note(spectrum: Spectrum | None) -> list[str]:
 
 def _mean_note(layer: LayerFacts, spectrum: Spectrum | None) -> list[str]:
     # Moments are right within 1e-5 of their largest entry, about the shift: GPUs read 16-bit rows
-    # about 0, and under decay about the first rows' mean. A centred covariance is what is left.
+    # about 0, and under decay about the first rows' mean. A centred covariance is their difference.
     if spectrum is None or layer.mean_from_shift <= _MEAN_ROUNDING * layer.mean_square:
         return []
     variance = max(spectrum.total - layer.mean_square, 0.0)

@@ -20,7 +20,7 @@ HEAD_SHARE = 1 / 8
 """Eigenvalues that are estimated one by one, as a share of the sketch's width. Behind them a power
 law that starts at the last of them has what is left of the trace."""
 
-_ROUNDING = 1e-13  # of the largest eigenvalue: what rounding in float64 leaves of none
+_ROUNDING = 1e-13  # of the largest eigenvalue: size of a zero eigenvalue in float64
 _MOST_BOUNDED = 32  # eigenvalues that an interval is given for: the fewer, the tighter
 _CONFIDENCE = 0.95
 
@@ -75,7 +75,7 @@ def estimated_eigenvalues(
     if total <= 0 or seen <= 0:
         return values.new_zeros(channels), SketchFacts(width, 0.0)
     lower, upper = head_interval(values, total)
-    # Trace and eigenvalues of a sketch err together: the known trace takes out what is common.
+    # Trace and eigenvalues of a sketch err together: the known trace takes out the common error.
     scale = total / seen
     values = values * scale
     squares = min(max(squares * scale**2, total**2 / channels), total**2)
@@ -124,19 +124,18 @@ def _filled(head: Tensor, channels: int, total: float) -> Tensor:
 def head_interval(sketched: Tensor, total: float) -> tuple[Tensor, Tensor]:
     r"""95 % interval of the k largest eigenvalues of S, of all at once; k is 32 at most.
 
-    With t^2 = 2 ln(2 k / 0.05), and what the eigenvalues before i
-    leave of the trace, T_i:
+    With t^2 = 2 ln(2 k / 0.05), and T_i, the trace less the eigenvalues before i:
 
     .. math:: \frac{\sqrt{\ell_i} - \sqrt{T_i / r}}{1 + t/\sqrt r} \le \sqrt{\lambda_i} \le
         \frac{\sqrt{\ell_i}}{1 - \sqrt{i/r} - t/\sqrt r}
 
-    A theorem for R of Gaussian entries (Davidson and Szarek 2001); for signs it held in every case
-    that was tried. Of the covariance of the rows that were read: the error of reading few rows
-    comes on top.
+    A theorem for R of Gaussian entries (Davidson and Szarek 2001); for signs the interval held in
+    every case that was tried. S is the covariance of the rows that were read: the error of reading
+    few rows comes on top.
 
     Args:
         sketched: Eigenvalues of R^T S R, in any order. [r]
-        total: Trace of S, T_1: what is left of it bounds an end where r is too small.
+        total: Trace of S, T_1, which bounds the upper ends where r is too small.
 
     Returns:
         Lower and upper ends. [k] each

@@ -227,7 +227,7 @@ class Spectrum:
         Infinite where there are too few rows (see :func:`interval`). Above 256 channels the bound
         is that of :func:`interval`: never too narrow, and up to five times too wide.
 
-        Of a sketched spectrum, the wider side of :attr:`interval`: what the sketch may be off by,
+        Of a sketched spectrum, the wider side of :attr:`interval`: a bound on the sketch's error,
         without the error of the rows.
         """
         if self.sketch is not None:

@@ -1,4 +1,4 @@
-"""Sizes that decide whether rows are added at once or wait in a buffer, and what layers take.
+"""Sizes that decide whether rows are added at once or wait in a buffer, and memory of layers.
 
 Where a call brings few rows, reading and writing the float64 state costs more than the gram itself:
 such rows wait until they are many. The limit depends on the machine.

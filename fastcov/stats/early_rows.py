@@ -41,7 +41,7 @@ class EarlyRows:
         self.left_out = 0
 
     def limit(self, offered: int, channels: int, capacity: int) -> int:
-        """Most rows to keep of the next call: what a buffer has room for, and a share at least."""
+        """Most rows to keep of the next call: the room of a buffer, and a share at least."""
         kept = sum(call.rows.numel() for call in self.calls) // channels
         return max(capacity - kept, ceil(offered * _KEPT_SHARE))
 

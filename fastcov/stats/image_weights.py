@@ -10,7 +10,7 @@ from fastcov.stats.state import CovarianceState
 
 
 class ImageWeights:
-    """Sums of the running step at weight 1, and what earlier steps tell about its weight.
+    """Sums of the running step at weight 1, and the number of calls in earlier steps.
 
     Args:
         precision: Precision of the rows' products.

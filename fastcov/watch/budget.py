@@ -19,8 +19,8 @@ def sketch_of(
 ) -> int | None:
     """Channels of the sketch with which a model's layers fit into ``memory``; None for all.
 
-    Taps that turn out to share a tensor are counted each, and rows as large as the parameters: what
-    is then taken is no more than was promised.
+    An upper bound: taps that turn out to share a tensor are counted each, and rows are taken to be
+    of the parameters' dtype.
     """
     if memory is None:
         return None

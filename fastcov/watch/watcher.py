@@ -304,7 +304,7 @@ class Watcher:
         steps = self.steps
         self.is_reading = is_reading
         self.is_skipping = steps.is_inside and not is_reading
-        # No routes while a CUDA graph captures: each call is checked for what replays can repeat.
+        # No routes while a CUDA graph captures: each call is checked for being repeatable.
         self._gate.thread = steps.thread if is_reading and not steps.is_captured else 0
 
     def end_step(self) -> None:
@@ -460,7 +460,7 @@ class Watcher:
             self.pairs.observe_named(name, moved, self)
 
     def _knows(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
-        # No route while a graph is captured: each call is checked for what replays can repeat.
+        # No route while a graph is captured: each call is checked for being repeatable.
         if self.steps.is_captured or type(activation) is not Tensor or not is_undisturbed():
             return False
         return self.taps[tap].routes.take_known(activation, module, args)

@@ -510,7 +510,7 @@ class _Reader:
                 if self._more():
                     continue
                 raise self.error(error.msg) from None
-            # A number at the end of what was read may go on.
+            # A number at the end of the text may go on.
             if end == len(self.text) and self._more():
                 continue
             self.at = end

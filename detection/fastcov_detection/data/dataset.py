@@ -234,7 +234,7 @@ def with_short_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except DataError as error:
-        # A worker's error arrives with its traceback as text; the last line is what was raised.
+        # A worker's error arrives with its traceback as text; the last line is the error itself.
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):

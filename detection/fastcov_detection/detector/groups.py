@@ -11,7 +11,7 @@ Names of groups:
 - ``fpn``, ``box_head``, ``mask_head``: torchvision's constructors give these one width each
 
 A group's members are the feature maps that a layer reads, each named by the first layer that reads
-it: ``backbone.body.layer1.1.conv1:in`` is what :func:`fastcov.track` calls that tap with
+it: ``backbone.body.layer1.1.conv1:in`` is the name of the tap in :func:`fastcov.track` with
 ``where="input"``.
 """
 

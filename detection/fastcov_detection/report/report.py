@@ -120,7 +120,7 @@ class _Report:
             blocks.append(Block(headings=headings, rows=lines, fold=fold))
         caption = (
             "A dot is one run, a diamond the mean of several. Axes do not start at zero; their "
-            "ranges are at least those of what seeds change."
+            "ranges are at least as wide as seeds make a result differ."
         )
         for metric in ("ap", "segm_ap") if "mask AP" in columns(self.result) else ("ap",):
             draw = partial(pictures.draw_accuracy, self.result, metric)

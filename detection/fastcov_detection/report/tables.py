@@ -73,7 +73,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         found.append(f"{text}, from which nothing follows." if is_single else f"{text}.")
     if is_single:
         found.append(
-            "One seed shows that every step works and what each network costs; it cannot show "
+            "One seed shows that every step works and the cost of each network; it cannot show "
             "which network is more accurate, because a second seed could turn any of these "
             "differences round. Several seeds (search --seeds N) give paired differences with "
             "standard errors."

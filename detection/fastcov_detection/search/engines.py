@@ -54,7 +54,7 @@ class Job:
 
     def command(self, processes: int = 1) -> list[str]:
         """Command line that starts or resumes the run; torchrun's for several processes."""
-        # -P: the process imports what this one did, not a checkout that happens to lie here.
+        # -P: the process imports the installed package, not a checkout in the current folder.
         words = [sys.executable, "-P", "-m"]
         if processes > 1:
             shared = f"--nproc-per-node={processes}"
@@ -171,7 +171,7 @@ def _failure(job: Job, code: int) -> str:
     last = "\n  ".join(said[-12:]) or "(it said nothing)"
     return (
         f"{job.label} ended with exit status {code}; its last words in {output}:\n  {last}\n"
-        "Mend that and give the same command again: what is finished is not run again."
+        "Mend that and give the same command again: finished runs are not run again."
     )
 
 
@@ -350,7 +350,7 @@ class _Task:
         except self._ray.exceptions.RayError as error:
             raise RunError(
                 f"Ray gave the run of {self._output.parent} up ({' '.join(str(error).split())}); "
-                "give the same command again: what is finished is not run again"
+                "give the same command again: finished runs are not run again"
             ) from None
         return status
 

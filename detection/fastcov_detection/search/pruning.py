@@ -50,7 +50,7 @@ def check_peer(norm: str) -> None:
     if norm not in _NORMS:
         raise ConfigError(
             f"model.norm is {norm!r}: arm torch-pruning removes single channels, which changes "
-            f"what other norms compute; use {' or '.join(_NORMS)}, or leave the arm out"
+            f"the result of other norms; use {' or '.join(_NORMS)}, or leave the arm out"
         )
 
 

@@ -93,14 +93,14 @@ def run_search(
     Args:
         config: The search.
         folder: Its folder.
-        results: Folder that keeps what is small enough for version control (results, plans of
-            widths and spectra, no weights) as each run ends. What it holds already is not run
-            again, so a search goes on in a fresh clone.
+        results: Folder that gets files small enough for version control (results, plans of widths
+            and spectra, no weights) as each run ends. Runs in it are not run again, so a search
+            goes on in a fresh clone.
         engine: Where runs are trained; None: on this machine, ``config.jobs`` at a time.
         progress: Show bars.
 
     Returns:
-        What result.json holds.
+        Content of result.json.
 
     Raises:
         ConfigError: If settings are impossible, or the folder holds another search.
@@ -169,16 +169,16 @@ class _Search:
         self.device = pick_device(config.train.device)
         self.arms: dict[Arm, Prepared] = {}
         self.latency: dict[str, float] = {}
-        if (folder / "result.json").exists():  # what an earlier process measured
+        if (folder / "result.json").exists():  # latency of an earlier process
             recorded = read_result(folder)["arms"]
             self.latency = {n: a["latency_ms"] for n, a in recorded.items() if a["latency_ms"]}
 
     def run(self) -> dict[str, Any]:
-        """Every step of the search; what an earlier process finished is read, not repeated."""
+        """Runs every step of the search that no earlier process finished."""
         arms = [find_arm(name) for name in self.config.arms]
         baseline = self.arms[Baseline()] = Baseline().prepare(self)
-        # One run is what the widths follow from; others keep cores busy meanwhile. After that,
-        # seed by seed: whenever a search is stopped, what it has finished can be compared.
+        # The widths follow from one run; others keep cores busy. After that, seed by seed:
+        # whenever a search is stopped, its finished runs can be compared.
         self.train([baseline], self.seeds[: self.config.jobs])
         if any(arm.reads_spectra for arm in arms):
             # The report shows spectra of features whatever the rule reads.
@@ -191,7 +191,7 @@ class _Search:
                 self.arms[arm] = arm.prepare(self)
         if Searched() in self.arms:
             save_widths(self._all_widths(self.arms[Searched()]), self.folder / "widths.json")
-        # What is known already, from here or kept elsewhere, is recorded before anything is added.
+        # Finished runs, of this folder or restored, are recorded before others are added.
         self._record()
         self.train(list(self.arms.values()), self.seeds)
         self.latency = self._measure_latency() or self.latency
@@ -254,9 +254,9 @@ class _Search:
         return load_spectra(path)
 
     def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
-        """Trains the wider detector at some seeds, and leaves what pruning makes of each.
+        """Trains the wider detector at some seeds, prunes each, and leaves plans and weights.
 
-        It takes longer than any arm, so that the arms before it are trained first.
+        The arms before are trained first: this takes longer than any of them.
         """
         self.train(list(self.arms.values()), self.seeds)
         self._train_for_weights(wider, list(names))
@@ -274,7 +274,7 @@ class _Search:
             write_file(start_path(self.folder, name), lambda file, s=state: torch.save(s, file))
 
     def train(self, arms: Sequence[Prepared], seeds: Sequence[int]) -> None:
-        """Trains what is not finished of these arms, seed by seed."""
+        """Trains the unfinished runs of these arms, seed by seed."""
         run_jobs(
             [self._job(one, seed) for seed in seeds for one in arms if seed in one.plans],
             engine=self.engine,

@@ -259,7 +259,7 @@ def evaluate_detector(
         detector = open_detector(source, weights=weights, best=best)
         data = data or detector.data
         if data is None:
-            raise ConfigError(f"{source} does not say what data it is for; give --data FOLDER")
+            raise ConfigError(f"{source} does not name its data; give --data FOLDER")
         masks = has_masks(detector.model)
         val = load_on_ranks(data, with_masks=masks, progress=progress).val
         found = evaluate(

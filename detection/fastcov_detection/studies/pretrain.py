@@ -263,7 +263,7 @@ class _Pretraining:
         )
 
     def run(self) -> PretrainResult:
-        """Trains what is left, measures the accuracy, and leaves the result."""
+        """Trains the steps that are left, measures the accuracy, and writes the result."""
         loop, workers = self.loop, self.config.train.data.workers
         plan = BatchPlan(
             [1.0] * len(self.crops[0]),

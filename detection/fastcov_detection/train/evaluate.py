@@ -202,7 +202,7 @@ def _on_cpu(output: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {name: output[name].float().cpu() for name in ("boxes", "scores")}
     found["labels"] = output["labels"].cpu()
     if "masks" in output:
-        # A bit for each pixel: a quarter of what crosses from the device.
+        # One byte for each pixel crosses from the device, in place of four.
         found["masks"] = (output["masks"][:, 0] >= 0.5).cpu()
     return found
 

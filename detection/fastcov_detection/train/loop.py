@@ -179,7 +179,7 @@ class _Run:
         )
 
     def run(self) -> RunResult:
-        """Trains what is left, evaluates, and leaves the result."""
+        """Trains the steps that are left, evaluates, and writes the result."""
         loop = self.loop
         try:
             check_parts(self.config, world_size())
@@ -386,7 +386,7 @@ def evaluation_steps(config: TrainConfig, images: int) -> int:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """SGD or AdamW over what is trained; norms and biases without weight decay where so configured.
+    """SGD or AdamW of the trained parameters; norms and biases without weight decay if configured.
 
     Raises:
         ConfigError: If a value is out of range or nothing is left to train.
