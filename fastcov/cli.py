@@ -121,13 +121,14 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from fastcov.show.page import write_report  # needs the extra plot
+    from fastcov.show.page import last_statuses, write_report  # needs the extra plot
 
     history = fastcov.load_history(options.folder)
     page = write_report(
         options.out or options.folder / "report.html",
-        history,
+        last_statuses(history),
         options.title or f"fastcov: {options.folder}",
+        history=history,
     )
     print(f"{len(history)} snapshots of {len(history.layers())} layers: {page}")
 

@@ -1,4 +1,4 @@
-"""The command ``fastcov bench``: which cases run, and where their results go."""
+"""The command ``fastcov bench``: choice of cases, and files of their results."""
 
 from __future__ import annotations
 
@@ -195,13 +195,13 @@ def run_case(
     """Builds, checks and times every contest of a case.
 
     Args:
-        name: Of the case.
+        name: Name of the case.
         make_works: One of :data:`CASES`.
-        device: Where.
-        size: How much.
-        folder: Where the result is written anew after every contest, so that nothing measured is
-            lost; None writes nothing.
-        seconds: After which, counted from the first contest, none begins.
+        device: Device of the contests.
+        size: Size of the contests.
+        folder: Folder where the result is written anew after every contest, so that no
+            measurement is lost; None writes nothing.
+        seconds: Time after which no contest begins, counted from the first one.
 
     Returns:
         The result. A contest that failed, or for which time was up, is among its failures.

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from fastcov.bench.contest import Row
-from fastcov.bench.results import Result, find_row, load_results
+from fastcov.bench.contest import Row, find_row
+from fastcov.bench.results import Result, load_results
 
 _LEAST_DRIFT = 0.02  # never call less than 2 % a change
 _FEW_PEERS = 5  # fewer say little about the drift

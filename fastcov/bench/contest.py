@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,8 @@ from fastcov.bench.timing import (
 Size = Literal["tiny", "default", "full"]
 Statistic = Literal["median", "mean"]
 OURS = "fastcov"
+DEFAULT, EVERY_ROW = "fastcov, default", "fastcov, every row"
+"""Contenders: a tracker with default arguments, and one with ``rows="all"``."""
 
 
 class WrongResultError(AssertionError):
@@ -84,11 +86,11 @@ class Contest:
         statistic: Summary of the ratios. "mean" if a contender's cost lies in a few of the rounds,
             which a median would hide.
         clock: See :func:`fastcov.bench.timing.interleave`.
-        prepare: Called before each sample, outside the time.
+        prepare: Function that is called before each sample, outside the time.
         periods: Rounds per sample, of contenders that need fewer samples; see
             :func:`fastcov.bench.timing.interleave`.
         notes: Further numbers of a contender's row, by contender.
-        after: Called with the measured rows, to which it may add notes.
+        after: Function of the measured rows, to which it may add notes.
     """
 
     contenders: Mapping[str, Call]
@@ -157,6 +159,11 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Fields and ``floor_ratio``, for a JSON file."""
         return {**asdict(self), "floor_ratio": self.floor_ratio}
+
+
+def find_row(rows: Iterable[Row], work: str, contender: str) -> Row | None:
+    """Row of one contender on one piece of work; None if there is none."""
+    return next((r for r in rows if (r.work, r.contender) == (work, contender)), None)
 
 
 def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:

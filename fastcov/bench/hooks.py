@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
-from fastcov.bench.contest import Contest, Row, Setting, Work, WrongResultError
+from fastcov.bench.contest import (
+    DEFAULT,
+    EVERY_ROW,
+    Contest,
+    Row,
+    Setting,
+    Work,
+    WrongResultError,
+)
 from fastcov.bench.floors import resnet50_maps
 from fastcov.bench.models import HookTurns
 from fastcov.bench.stubs import KernelStubs, OperatorStubs, Stubs
@@ -25,8 +33,6 @@ from fastcov.stats.layer import Layer
 
 NO_HOOK = "no hook"
 EMPTY = "torch, an empty hook"
-DEFAULT = "fastcov, default"
-ALL = "fastcov, every row"
 INPUTS = "fastcov, default, inputs"
 _WARM_STEPS = 20
 _NO_ROW = 1  # share of the rows, in units of 2**-32
@@ -194,7 +200,7 @@ def _prepared(setting: Setting, model: nn.Module, image: Tensor, hooks: int) -> 
         added = launched["gram_kernel"]
         copied = launched["gather_counted_"] + launched["cursor_gather_kernel"]
         # Every row is added at once, but for maps that are too small.
-        is_right = added == launched["reduce_kernel"] and (added > 0) == (name == ALL)
+        is_right = added == launched["reduce_kernel"] and (added > 0) == (name == EVERY_ROW)
         if added + copied != hooks or not is_right:
             raise WrongResultError(f"{name}: not one kernel a hook, but {dict(launched)}")
     return _contest(setting, turns, stubs, partial(model, image), hooks)
@@ -205,7 +211,7 @@ def _attached(model: nn.Module) -> tuple[HookTurns, dict[str, fastcov.Tracker]]:
     turns.add(EMPTY, partial(_hook_emptily, model))
     trackers = {
         DEFAULT: turns.add(DEFAULT, partial(fastcov.track, model)),
-        ALL: turns.add(ALL, partial(fastcov.track, model, rows="all")),
+        EVERY_ROW: turns.add(EVERY_ROW, partial(fastcov.track, model, rows="all")),
         INPUTS: turns.add(INPUTS, partial(fastcov.track, model, where="input")),
     }
     return turns, trackers
@@ -224,7 +230,7 @@ def _contest(
             forward()
 
     return Contest(
-        dict.fromkeys((NO_HOOK, EMPTY, DEFAULT, ALL, INPUTS), run),
+        dict.fromkeys((NO_HOOK, EMPTY, DEFAULT, EVERY_ROW, INPUTS), run),
         reference=NO_HOOK,
         rounds=setting.rounds(1000),
         budget_s=10.0,

@@ -35,8 +35,8 @@ class Training:
     Attributes:
         model: Model to track.
         example: Input of the model, as fastcov.estimate takes it.
-        step: Runs one step through a forward (the model itself, or its compiled form) with the
-            given batch number.
+        step: Function of a forward (the model itself, or its compiled form) and a batch number
+            that runs one step.
         dtype: Dtype of the activations.
         compile_forward: Function from the model to its compiled forward, which has the hooks that
             the model has at its first call.
@@ -123,10 +123,10 @@ def supervised(
     """Training on given inputs: forward, backward, update.
 
     Args:
-        model: In training mode.
+        model: Model in training mode.
         batches: Inputs to rotate through: tensors, tuples of arguments or mappings of keywords.
         autocast: Dtype of autocast, None without.
-        optimizer: Of the model's parameters; SGD with momentum if None.
+        optimizer: Optimizer of the model's parameters; SGD with momentum if None.
     """
     if optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
@@ -264,7 +264,7 @@ def load_model(spec: str, device: torch.device) -> Training:
         spec: ``my_module:build``. ``build()`` returns ``(model, inputs)``, inputs as the model
             takes them (a tensor, a tuple of arguments, a mapping of keywords), or
             ``(model, step)``, where ``step()`` runs one whole training step of that model.
-        device: Where model and inputs are moved; a step() moves its own data.
+        device: Device that model and inputs are moved to; a step() moves its own data.
 
     Raises:
         ValueError: If it cannot be imported or returns something else.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fastcov.bench.contest import Row
 from fastcov.bench.targets import judge
+from fastcov.files import replacing
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +49,6 @@ class Result:
         Returns:
             The file.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.case}.json"
         content = {"schema_version": SCHEMA_VERSION, **vars(self)}
         content["rows"] = [_rounded(row.as_dict()) for row in self.rows]
@@ -63,9 +61,8 @@ class Result:
         content["targets"] = [
             _rounded(verdict.as_dict()) for verdict in verdicts if verdict.target.case == self.case
         ]
-        part = path.with_suffix(f".part{os.getpid()}")
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return path
 
 
@@ -96,11 +93,6 @@ def _load(path: Path) -> Result:
             f"{path} is no result of 'fastcov bench' ({type(error).__name__}: {error}); "
             "measure again with this version"
         ) from error
-
-
-def find_row(rows: Iterable[Row], work: str, contender: str) -> Row | None:
-    """Row of one contender on one piece of work; None if there is none."""
-    return next((r for r in rows if (r.work, r.contender) == (work, contender)), None)
 
 
 def _rounded(value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from fastcov.bench import hooks
-from fastcov.bench.contest import OURS, Row
+from fastcov.bench.contest import DEFAULT, EVERY_ROW, OURS, Row, find_row
 
 Kind = Literal["cpu", "cuda"]
 Measure = Literal[
@@ -51,7 +52,7 @@ class Target:
 
 
 def _steps(kind: Kind, cases: Iterable[str], default: float, every_row: float) -> list[Target]:
-    bounds = {"fastcov, default": default, "fastcov, every row": every_row}
+    bounds = {DEFAULT: default, EVERY_ROW: every_row}
     return [
         Target(kind, f"training-{case}", f"{case} training step", name, "times untracked", bound)
         for case in cases
@@ -60,7 +61,7 @@ def _steps(kind: Kind, cases: Iterable[str], default: float, every_row: float) -
 
 
 def _hooks(kind: Kind, work: str, default: float, every_row: float) -> list[Target]:
-    bounds = {hooks.DEFAULT: default, hooks.ALL: every_row, hooks.INPUTS: default}
+    bounds = {DEFAULT: default, EVERY_ROW: every_row, hooks.INPUTS: default}
     return [
         Target(kind, "hooks", work, name, "seconds per hook", bound)
         for name, bound in bounds.items()
@@ -186,10 +187,7 @@ def judge(kind: str, rows: Mapping[str, Sequence[Row]], device: str) -> list[Ver
 
 
 def _judged(target: Target, rows: Sequence[Row]) -> Verdict:
-    def find(contender: str) -> Row | None:
-        wanted = (target.work, contender)
-        return next((row for row in rows if (row.work, row.contender) == wanted), None)
-
+    find = partial(find_row, rows, target.work)
     row = find(target.contender)
     if row is None:
         return Verdict(target)

@@ -12,6 +12,8 @@ from torch import nn
 import fastcov
 from fastcov.bench import models, peers
 from fastcov.bench.contest import (
+    DEFAULT,
+    EVERY_ROW,
     Contest,
     Row,
     Setting,
@@ -33,8 +35,6 @@ from fastcov.stats.state import CovarianceState
 from fastcov.watch.select import Tap, find_taps, first_tensor
 
 UNTRACKED = "untracked"
-DEFAULT = "fastcov, default"
-ALL = "fastcov, every row"
 NAIVE = "naive hooks"
 DELVE = "delve"
 NETWORKS = ("resnet50", "vit", "faster_rcnn", "resnet50-compiled")
@@ -44,7 +44,7 @@ _BUDGET_S = {"cpu": 240.0, "cuda": 25.0}
 # A shared CPU's speed changes by more than the default may cost: most pairs are the default's.
 # Every row gets 40 pairs; peers, whose cost is far from every target, get ten.
 _FEWEST_ROUNDS = {"cpu": 80, "cuda": 24}
-_PERIODS = {"cpu": {ALL: 2, NAIVE: 8, DELVE: 8}, "cuda": {}}
+_PERIODS = {"cpu": {EVERY_ROW: 2, NAIVE: 8, DELVE: 8}, "cuda": {}}
 _WARM_STEPS = 3  # the first plans the sampling, the second is the first that follows the plan
 
 
@@ -80,13 +80,13 @@ def contest(training: Training, setting: Setting, *, is_compiled: bool = False) 
     memory = {} if is_compiled else _added_memory(training, turns, setting)
     trackers = {
         DEFAULT: turns.add(DEFAULT, partial(fastcov.track, model)),
-        ALL: turns.add(ALL, partial(fastcov.track, model, rows="all")),
+        EVERY_ROW: turns.add(EVERY_ROW, partial(fastcov.track, model, rows="all")),
     }
-    sets = [UNTRACKED, DEFAULT, ALL]
+    sets = [UNTRACKED, DEFAULT, EVERY_ROW]
     if is_compiled:
         setting.missing[f"{NAIVE}, {DELVE}"] = "measured in eager mode, where people use them"
     else:
-        kept = set(trackers[ALL].names())
+        kept = set(trackers[EVERY_ROW].names())
         taps = [pair for pair in find_taps(model, None, None, "output") if pair[0].name in kept]
         turns.add(NAIVE, partial(peers.hook_naively, taps))
         sets.append(NAIVE)
@@ -120,7 +120,7 @@ def contest(training: Training, setting: Setting, *, is_compiled: bool = False) 
         fewest_rounds=1 if setting.is_tiny else _FEWEST_ROUNDS[setting.device.type],
         # Full buffers are added within the timed steps of a GPU, all in the same few of them.
         statistic="mean" if setting.device.type == "cuda" else "median",
-        errors={ALL: error},
+        errors={EVERY_ROW: error},
         budget_s=_BUDGET_S[setting.device.type],
         prepare=prepare,
         periods=_PERIODS[setting.device.type],
@@ -198,8 +198,8 @@ def _check_counts(trackers: dict[str, fastcov.Tracker]) -> None:
     for name, tracker in trackers.items():
         if tracker.steps != _WARM_STEPS:
             raise WrongResultError(f"{name}: {tracker.steps} steps counted, {_WARM_STEPS} were run")
-    if not any(trackers[ALL].count(name) for name in trackers[ALL].names()):
-        raise WrongResultError(f"{ALL}: no row was read in {_WARM_STEPS} steps")
+    if not any(trackers[EVERY_ROW].count(name) for name in trackers[EVERY_ROW].names()):
+        raise WrongResultError(f"{EVERY_ROW}: no row was read in {_WARM_STEPS} steps")
 
 
 def _added_memory(
@@ -225,7 +225,7 @@ def _added_memory(
     training.step(model, 0)
     bare = peak(steps)
     notes: dict[str, dict[str, float]] = {}
-    for name, options in ((DEFAULT, {}), (ALL, {"rows": "all"})):
+    for name, options in ((DEFAULT, {}), (EVERY_ROW, {"rows": "all"})):
         added = peak(partial(tracked, **options)) - bare
         turns.install(UNTRACKED)
         turns.forget("memory")
@@ -252,9 +252,9 @@ def _finish(
     with torch.autocast(setting.device.type, dtype=autocast, enabled=autocast is not None):
         every_row = estimate(training.model, training.example, rows="all", training=True)
         default = estimate(training.model, training.example, training=True)
-    by_name[ALL].notes["estimate_bytes"] = every_row.memory_bytes
+    by_name[EVERY_ROW].notes["estimate_bytes"] = every_row.memory_bytes
     by_name[DEFAULT].notes["estimate_bytes"] = default.memory_bytes
     loads = [
         GramLoad(layer.rows_offered, layer.channels, training.dtype) for layer in every_row.layers
     ]
-    by_name[ALL].notes["gram_floor_s"] = gram_floor(loads, setting.rates).seconds
+    by_name[EVERY_ROW].notes["gram_floor_s"] = gram_floor(loads, setting.rates).seconds

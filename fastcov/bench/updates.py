@@ -24,20 +24,20 @@ class Updates:
     """The updates of one tracker, in or between the timed steps.
 
     Args:
-        tracker: After the steps that planned its sampling.
+        tracker: Tracker after the steps that planned its sampling.
     """
 
     def __init__(self, tracker: fastcov.Tracker) -> None:
         self._tracker = tracker
 
     def _rare(self) -> list[tuple[int, float]]:
-        # Channels, and steps between two updates, of each reader on whose layer they are rare.
+        # Channels, and steps between two updates, of each layer on which updates are rare.
         rare = []
-        for reader in self._tracker.watcher.taps.unique_layers:
-            if reader.state is None or not reader.fraction or reader.state.moment.is_cuda:
+        for layer in self._tracker.watcher.taps.unique_layers:
+            if layer.state is None or not layer.fraction or layer.state.moment.is_cuda:
                 continue  # added in one launch at the end of a step: the mean of all steps has it
-            channels, read = reader.state.channels, reader.offered_rows * reader.fraction
-            if reader.fraction == 1 and read >= reader.calls * direct_rows(channels, is_host=True):
+            channels, read = layer.state.channels, layer.offered_rows * layer.fraction
+            if layer.fraction == 1 and read >= layer.calls * direct_rows(channels, is_host=True):
                 continue  # added at once
             steps = buffer_rows(channels, is_host=True) / read if read else 0.0
             if steps > _RARE_STEPS:
@@ -48,8 +48,8 @@ class Updates:
         """Empties the buffers, outside the time: none is full in the step that follows."""
         if not self._rare():
             return
-        for reader in self._tracker.watcher.taps.unique_layers:
-            reader.flush()
+        for layer in self._tracker.watcher.taps.unique_layers:
+            layer.flush()
 
     def add_to(self, row: Row, untracked: Row, dtype: torch.dtype, setting: Setting) -> None:
         """Adds each step's share of the updates that were held back to the tracker's row.

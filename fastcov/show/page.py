@@ -100,7 +100,7 @@ def write_page(
 
 def write_report(
     path: str | os.PathLike[str],
-    history_or_statuses: History | Sequence[LayerStatus],
+    statuses: Sequence[LayerStatus],
     title: str = "fastcov report",
     *,
     history: History | None = None,
@@ -109,10 +109,9 @@ def write_report(
 
     Args:
         path: Path of the page; written to a temporary name, then renamed.
-        history_or_statuses: A history, whose last snapshot fills the table, or the statuses of a
-            tracker's layers.
+        statuses: Statuses of a tracker's layers, or those of :func:`last_statuses`.
         title: Heading.
-        history: Snapshots for the picture of dims over training, where statuses are given.
+        history: Snapshots for the pictures over training; None leaves them out.
 
     Returns:
         The page's path.
@@ -121,11 +120,6 @@ def write_report(
         ValueError: If there is no layer to report.
         OSError: If the page cannot be written; an older page there stays as it was.
     """
-    if isinstance(history_or_statuses, History):
-        history = history_or_statuses
-        statuses = _last_statuses(history)
-    else:
-        statuses = list(history_or_statuses)
     if not statuses:
         raise ValueError(f"no layer to report on {title!r}; take a snapshot after some steps")
     summary = Summary(statuses)
@@ -202,7 +196,8 @@ def write_comparison(
     return write_page(path, title, labels, sections)
 
 
-def _last_statuses(history: History) -> list[LayerStatus]:
+def last_statuses(history: History) -> list[LayerStatus]:
+    """Statuses of all layers of a history, with the spectra of its last snapshot."""
     last = history[-1].spectra if len(history) else {}
     statuses = []
     for name in history.layers():

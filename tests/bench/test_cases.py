@@ -23,7 +23,7 @@ from fastcov.bench import (
     results,
     training,
 )
-from fastcov.bench.contest import Setting, Size, WrongResultError, check
+from fastcov.bench.contest import DEFAULT, EVERY_ROW, Setting, Size, WrongResultError, check
 from fastcov.bench.memory import peak_bytes
 from fastcov.bench.timing import interleave
 from fastcov.ops import accumulate_
@@ -271,7 +271,7 @@ def test_hooks_case(tmp_path: Path) -> None:
     if importlib.util.find_spec("triton"):
         works += [hooks.GPU_PATH, hooks.HEADS_PATH]
     for work in works:
-        for name in (hooks.DEFAULT, hooks.ALL, hooks.INPUTS):
+        for name in (DEFAULT, EVERY_ROW, hooks.INPUTS):
             row = rows[work, name]
             assert 0 < row.notes["per_hook_s"] < 1e-2
 
@@ -293,7 +293,7 @@ def test_a_step_of_hooks_takes_a_few_times_as_long_as_empty_hooks() -> None:
     # Two cores of a Xeon, idle or with five processes on them: 2.5 to 3.2 times; 15 with a sum of
     # 2000 terms in Python in each hook. Without the compiled library 8 to 27.
     most = 5 if fastcov.backends()["cpu"].active else 50
-    for name in (hooks.DEFAULT, hooks.ALL, hooks.INPUTS):
+    for name in (DEFAULT, EVERY_ROW, hooks.INPUTS):
         assert least[hooks.EMPTY] < least[name] < most * least[hooks.EMPTY], (name, least)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastcov
 from fastcov.bench import hooks
-from fastcov.bench.contest import Setting, WrongResultError
+from fastcov.bench.contest import DEFAULT, EVERY_ROW, Setting, WrongResultError
 from fastcov.bench.peers import MissingPeerError
 from fastcov.bench.stubs import KernelStubs
 from fastcov.ops import library
@@ -50,8 +50,8 @@ def test_preparing_a_launch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     contest = hooks._gpu_path(TINY)
     for contender, expected in (
         (hooks.NO_HOOK, {}),
-        (hooks.DEFAULT, {"launch_": 53}),
-        (hooks.ALL, {"add": 53}),
+        (DEFAULT, {"launch_": 53}),
+        (EVERY_ROW, {"add": 53}),
         (hooks.INPUTS, {"launch_": 53}),
     ):
         prepared.clear()
@@ -109,7 +109,7 @@ def test_everything_on_the_host_is_timed_but_the_drivers_call(
     monkeypatch.setattr(library, "has_kernel", lambda *_: False)  # Triton's gather
     contest = hooks._gpu_path(TINY)
     assert contest.prepare is not None
-    for contender, launches in ((hooks.DEFAULT, 53), (hooks.ALL, 53 * 2)):
+    for contender, launches in ((DEFAULT, 53), (EVERY_ROW, 53 * 2)):
         contest.prepare(contender, 0)
         called.clear()
         contest.contenders[contender](0)
@@ -175,7 +175,7 @@ def test_python_that_prepares_a_launch_takes_its_time(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Job, "descriptor", slow)
     assert contest.prepare is not None
-    contest.prepare(hooks.ALL, 0)
+    contest.prepare(EVERY_ROW, 0)
     start = time.thread_time()
-    contest.contenders[hooks.ALL](0)
+    contest.contenders[EVERY_ROW](0)
     assert time.thread_time() - start > 2e-3

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import fastcov
-from fastcov.show.page import write_comparison, write_report
+from fastcov.show.page import last_statuses, write_comparison, write_report
 from fastcov.show.plot import DARK
 from fastcov.show.status import LayerStatus, Summary
 from fastcov.show.tables import comparison_legend, comparison_rows, text_table
@@ -54,6 +54,10 @@ def _history(names: list[str], power: float = 1.0, steps: int = 3) -> History:
         spectra = {name: _spectrum(16, power + 0.2 * step) for name in names}
         history.append(Snapshot(100 * step, float(step), spectra))
     return history
+
+
+def _write_history(path: Path, history: History) -> Path:
+    return write_report(path, last_statuses(history), HOSTILE, history=history)
 
 
 def test_summary_is_a_flat_dict_of_finite_floats() -> None:
@@ -180,7 +184,7 @@ def _written(path: Path, text: str) -> Path:
 
 def test_a_report_of_a_history(tmp_path: Path) -> None:
     history = _history(["conv1", HOSTILE])
-    path = write_report(tmp_path / "new" / "page.html", history, title=HOSTILE)
+    path = _write_history(tmp_path / "new" / "page.html", history)
     assert path == tmp_path / "new" / "page.html"
     page = _check_page(path, REPORT)
     assert page.texts.count(HOSTILE) == 3  # title, heading, the table's line
@@ -190,7 +194,7 @@ def test_a_report_of_a_history(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_report_page_in_a_browser(browser: str, tmp_path: Path) -> None:
-    path = write_report(tmp_path / "page.html", _history(["conv1", HOSTILE]), title=HOSTILE)
+    path = _write_history(tmp_path / "page.html", _history(["conv1", HOSTILE]))
     _check_in_a_browser(browser, path, tmp_path, HOSTILE, pictures=4)
 
 
@@ -211,7 +215,7 @@ def test_a_report_without_any_row_still_says_why(tmp_path: Path) -> None:
 def test_a_report_needs_layers_and_leaves_an_old_page_alone(tmp_path: Path) -> None:
     path = _written(tmp_path / "page.html", "old")
     with pytest.raises(ValueError, match="no layer to report"):
-        write_report(path, History())
+        _write_history(path, History())
     with pytest.raises(ValueError, match="no layer to report"):
         write_report(path, [])
     assert path.read_text() == "old"

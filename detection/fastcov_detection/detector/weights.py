@@ -47,7 +47,8 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
                 "the ImageNet weights are of a BatchNorm, model.norm is 'group'; set model.norm "
                 "to batch, sync or frozen, or model.init to random or to weights of a GroupNorm"
             )
-        state, source = _imagenet_state(depth), "the ImageNet weights"
+        stock = get_model_weights(f"resnet{depth}").DEFAULT
+        state, source = fetch_state(stock, "--init"), "the ImageNet weights"
     else:
         path = Path(config.init)
         path = path / "model.pt" if path.is_dir() else path
@@ -147,14 +148,22 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _imagenet_state(depth: int) -> dict[str, Tensor]:
-    weights = get_model_weights(f"resnet{depth}").DEFAULT
+def fetch_state(weights: Any, option: str) -> dict[str, Tensor]:
+    """State_dict of one of torchvision's weights, downloaded once.
+
+    Args:
+        weights: Entry of torchvision's enumeration of weights.
+        option: Option that takes a file of these weights, named in the error.
+
+    Raises:
+        ConfigError: If there is no connection.
+    """
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError) as error:
         raise ConfigError(
-            f"cannot fetch the ImageNet weights of resnet{depth} ({error}); download {weights.url} "
-            "on a machine with a connection and pass it as --init PATH"
+            f"cannot fetch torchvision's {weights} ({error}); download {weights.url} on a machine "
+            f"with a connection and give the file as {option}"
         ) from None
 
 

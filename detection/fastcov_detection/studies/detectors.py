@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import torch
 from rich.console import Console
@@ -26,7 +25,7 @@ from fastcov_detection.detector.build import (
     save_widths,
 )
 from fastcov_detection.detector.modules import unusual_groups
-from fastcov_detection.detector.weights import read_state
+from fastcov_detection.detector.weights import fetch_state, read_state
 from fastcov_detection.distributed import pick_device, process_group, rank
 from fastcov_detection.errors import ConfigError, DataError, closest
 from fastcov_detection.files import write_file, write_text
@@ -170,16 +169,7 @@ def open_detector(
 
 def _of_torchvision(name: str, weights: Path | None) -> Detector:
     stock = get_model_weights(name).DEFAULT
-    if weights is not None:
-        state = read_state(weights)
-    else:
-        try:
-            state = stock.get_state_dict(progress=False, check_hash=True)
-        except (URLError, OSError) as error:
-            raise ConfigError(
-                f"cannot fetch the weights of {name} ({error}); download {stock.url} on a machine "
-                "with a connection and give the file as --weights"
-            ) from None
+    state = fetch_state(stock, "--weights") if weights is None else read_state(weights)
     categories = stock.meta["categories"]
     model = get_model(name, weights=None, weights_backbone=None, num_classes=len(categories))
     try:

@@ -284,7 +284,7 @@ def test_imagenet_weights_that_cannot_be_fetched(
         raise URLError("no route")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(ConfigError, match=r"ImageNet weights of resnet18 .*--init PATH"):
+    with pytest.raises(ConfigError, match=r"torchvision's ResNet18_Weights.* as --init"):
         build_model(replace(tiny_model, init="imagenet"), num_classes=3)
 
 
