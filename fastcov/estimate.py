@@ -397,7 +397,7 @@ class _Survey:
         Args:
             sketch: Channels to which wider rows are projected; None keeps all.
         """
-        self._shared.diverged()
+        self._shared.split_diverged()
         macs = dict.fromkeys(self._tap_loads, 0)
         own = dict(self._tap_loads)
         for number, (tap, _) in enumerate(self.taps):

@@ -15,9 +15,9 @@ from fastcov.stats.device_buffer import flush_full_, is_table_of, make_flush_tab
 from fastcov.stats.layer import Layer
 
 _MOST_NAMED = 3  # reasons in a warning, and layers of each reason
-_held: list[Any] = []
-"""Tensors that captured graphs write into, kept forever: nobody tells when a graph is freed, and
-its replays would write to memory that a closed tracker's tensors left to others."""
+_kept_forever: list[Any] = []
+"""Tensors that captured graphs write into: nobody tells when a graph is freed, and its replays
+would write to memory that a closed tracker's tensors left to others."""
 
 
 class DeviceCounters:
@@ -92,12 +92,15 @@ class DeviceCounters:
         self.left_out = {}
         if not self.is_captured:
             self.is_captured = True
-            _held.append((self.step, self._table, [layer.state for layer in layers]))
+            _kept_forever.append((self.step, self._table, [layer.state for layer in layers]))
             for buffer in self._buffers:
                 buffer.is_captured = True
 
-    def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """True if a graph must not hold a call, or has left out an earlier call of the layer."""
+    def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
+        """Notes a call that a graph must not hold, and the reason; True if the call is left out.
+
+        So are all calls of the layer after one that was left out.
+        """
         if layer in self.left_out:
             return True
         if not (reason := why_not_replayed(layer, layout)):

@@ -45,7 +45,10 @@ class DeviceSampling:
         self._moves_left = 0
 
     def sizes(self, channels: int, rows: float, calls: int) -> tuple[int, int] | None:
-        """Threshold and most rows of a buffer for a step's rows; None where they are too many."""
+        """Threshold and most rows of a buffer for a step's rows.
+
+        None where these are too many, which ``why_on_host`` says from then on.
+        """
         sizes = device_buffer_rows(channels, rows, calls)
         if sizes is None:
             self.why_on_host = (
@@ -61,8 +64,8 @@ class DeviceSampling:
         self.buffer.step = step
         return True
 
-    def most_rows(self, wanted: int) -> int:
-        """Largest number of rows a step that any buffer was made for; counts one move."""
+    def begin_move(self, wanted: int) -> int:
+        """Counts a move to the device; rows a step that its buffer must hold, no fewer than any."""
         self._moves_left -= 1
         self._largest_capacity = max(self._largest_capacity, wanted)
         return self._largest_capacity

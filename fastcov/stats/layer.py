@@ -687,7 +687,7 @@ class Layer:
             step=step,
             threshold=threshold,
             first_threshold=ceil(threshold * self.buffer.first_fill),
-            most_rows=device.most_rows(most_rows),
+            most_rows=device.begin_move(most_rows),
             sampled=self._sampled,
             carry=self._carry,
             state_step=self.state_step,

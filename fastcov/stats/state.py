@@ -196,7 +196,7 @@ class CovarianceState:
     @property
     def squared_weight(self) -> Tensor:
         """Sum of the rows' squared weights; decay d multiplies it by d^2. []"""
-        with self._held():
+        with self._locked():
             squares, rows = self.excess.unbind()
             return squares + (self.count[0] - rows)
 
@@ -210,7 +210,7 @@ class CovarianceState:
         1e-150 to 1e150. []
         """
         # Neither square is formed: weights may have any size.
-        with self._held():
+        with self._locked():
             return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
     def covariance(self, centered: bool = False, correction: float = 0) -> Tensor:
@@ -229,7 +229,7 @@ class CovarianceState:
             ValueError: If ``correction`` is negative or not finite, or the state is sketched.
         """
         self._refuse_sketch("covariance")
-        with self._held():
+        with self._locked():
             matrix = covariance_of(self, centered)
             return matrix if correction == 0 else matrix * self._correcting(correction)
 
@@ -249,7 +249,7 @@ class CovarianceState:
 
     def spectral_parts(self, centered: bool = False) -> SpectralParts:
         """Matrix whose eigenvalues give the spectrum, trace and squares, without waiting."""
-        with self._held():
+        with self._locked():
             matrix = covariance_of(self, centered)
         if self.sketch is None:
             return SpectralParts(matrix, matrix.trace(), matrix.new_zeros(()))
@@ -271,7 +271,7 @@ class CovarianceState:
             >>> state.spectrum().eigenvalues
             tensor([4.5000, 0.5000], dtype=torch.float64)
         """
-        with self._held():
+        with self._locked():
             self._refuse_few_rows(correction)
             parts = self.spectral_parts(centered)
             factor = 1.0 if correction == 0 else float(self._correcting(correction))
@@ -349,10 +349,10 @@ class CovarianceState:
     def mean(self) -> Tensor:
         """Mean of the rows read, float64; a ValueError refuses a sketched state. [C]"""
         self._refuse_sketch("mean")
-        with self._held():
+        with self._locked():
             return self.sum / self.weight + self.shift
 
-    def _held(self) -> AbstractContextManager[object]:
+    def _locked(self) -> AbstractContextManager[object]:
         # Without the lock a reader could see a row's moment before its weight. torch.compile traces
         # no lock.
         return nullcontext() if torch.compiler.is_compiling() else self._lock
@@ -383,7 +383,7 @@ class CovarianceState:
         if row_weight is not None and row_weight.numel() * rows.shape[-1] != rows.numel():
             spread_weight = spread(row_weight, rows.shape[:-1])
             row_weight = row_weight if spread_weight is None else spread_weight
-        with self._held():
+        with self._locked():
             self._add(rows, row_weight, row_scale, decay, precision)
 
     def _add(

@@ -150,8 +150,8 @@ class SharedInputs:
         self.owner.pop(tap, None)
         self._never_shares.add(tap)
 
-    def diverged(self) -> list[int]:
-        """Followers called more or less often than their owner in this step; splits them."""
+    def split_diverged(self) -> list[int]:
+        """Splits the followers called more or less often than their owner in this step."""
         taps = [
             tap
             for tap, owner in self.owner.items()

@@ -164,8 +164,8 @@ class RunningStep(Protocol):
     def step(self) -> int:
         """Number of the step; waits for the device where replays are counted there."""
 
-    def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """True if the CUDA graph that is captured must not hold a call of a layer."""
+    def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
+        """Notes a call that the captured CUDA graph must not hold; True if it is left out."""
 
     def end_layers(self, layers: list[Layer]) -> None:
         """Ends the step of layers."""

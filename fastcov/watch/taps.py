@@ -140,9 +140,9 @@ class Taps:
         if watched.tap.position == "input":
             # Compiled code (no module) reuses memory behind the same tensor object: never shared.
             order = None if module is None or batch_dims else layout.order
-            if not self._reads_input(watched, activation, order, running):
+            if not self._join_or_part(watched, activation, order, running):
                 return
-        if running.steps.is_captured and running.leaves_out(watched.routes.layer, layout):
+        if running.steps.is_captured and running.leave_out(watched.routes.layer, layout):
             return
         is_plain = plain is activation and module is not None
         self._read_rows(
@@ -171,7 +171,7 @@ class Taps:
         module: nn.Module | None = None,
         args: Any = (),
     ) -> None:
-        if self._is_as_wide(watched.routes.layer, viewed.layout):
+        if self._check_width(watched.routes.layer, viewed.layout):
             weights = self.weights_of(watched, viewed.sizes, viewed.layout.device, mask)
             watched.routes.read(viewed, weights, is_kept=is_kept, module=module, args=args)
 
@@ -193,8 +193,8 @@ class Taps:
             return None
         return viewed
 
-    def _is_as_wide(self, layer: Layer, layout: ActivationLayout) -> bool:
-        # False where the channels differ from those of before: the layer is then given up.
+    def _check_width(self, layer: Layer, layout: ActivationLayout) -> bool:
+        # Gives the layer up where the channels differ from those of before, and returns False.
         if layer.state is None or layer.state.channels == layout.channels:
             return True
         reason = f"gave {layout.channels} channels after {layer.state.channels}"
@@ -250,10 +250,11 @@ class Taps:
 
     # layers that several taps share
 
-    def _reads_input(
+    def _join_or_part(
         self, watched: WatchedTap, tensor: Tensor, order: Order, running: RunningStep
     ) -> bool:
-        # False where another tap has read the same rows. No order: shares with nobody.
+        # Makes the tap share a layer, or no longer. False where another tap has read the rows.
+        # Without an order it shares with nobody.
         number = watched.number
         role = self.inputs.see(number, tensor, order, watched.routes.layer.total_calls > 0)
         if role == "splits":
@@ -267,7 +268,7 @@ class Taps:
 
     def end_step(self, running: RunningStep) -> None:
         """Parts the taps that have seen other tensors than the tap whose layer they share."""
-        for number in self.inputs.diverged():
+        for number in self.inputs.split_diverged():
             if not self._watched[number].is_given_up:
                 self._split(self._watched[number], running.step)
         for number in self.inputs.end_step():

@@ -424,7 +424,11 @@ class Watcher:
         try:
             if tap < 0:
                 self.pairs.observe(tap, activation, batch_dims, self)
-            elif module is None or batch_dims or not self._knows(tap, activation, module, args):
+            elif not (
+                module is not None
+                and batch_dims == 0
+                and self._take_known(tap, activation, module, args)
+            ):
                 is_wrapped = is_transformed()
                 with isolated() if has_modes() else nullcontext():
                     self.taps.read(
@@ -459,15 +463,15 @@ class Watcher:
         if get_ident() == self.steps.thread:
             self.pairs.observe_named(name, moved, self)
 
-    def _knows(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
+    def _take_known(self, tap: int, activation: Tensor, module: nn.Module, args: Any) -> bool:
         # No route while a graph is captured: each call is checked for being repeatable.
         if self.steps.is_captured or type(activation) is not Tensor or not is_undisturbed():
             return False
         return self.taps[tap].routes.take_known(activation, module, args)
 
-    def leaves_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """True if the CUDA graph that is captured must not hold a call of a layer."""
-        return self._counters is not None and self._counters.leaves_out(layer, layout)
+    def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
+        """Notes a call that the captured CUDA graph must not hold; True if it is left out."""
+        return self._counters is not None and self._counters.leave_out(layer, layout)
 
     def observe_gradient(self, tap: int, gradient: Tensor) -> None:
         """Reads the gradient of a tensor of compiled code."""
