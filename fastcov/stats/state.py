@@ -119,6 +119,10 @@ class CovarianceState:
             matrix: the state then takes about 4 r^2 bytes, and has a :meth:`spectrum` alone, whose
             trace is exact (docs/memory.md). None keeps all channels.
 
+    Raises:
+        ValueError: If ``channels`` is no whole number of at least 1, or ``sketch`` none from 2 to
+            C - 1.
+
     Attributes:
         sketch: Projection of the rows; None where all channels are kept. The tensors are then those
             of the projected rows, and have r + 1 channels.
@@ -138,6 +142,10 @@ class CovarianceState:
         *,
         sketch: int | None = None,
     ) -> None:
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(
+                f"channels={channels!r}: expected the length of a row, a whole number of at least 1"
+            )
         self.sketch = None if sketch is None else Sketch(channels, sketch)
         order = channels if self.sketch is None else self.sketch.width + 1
         # Tensors made under inference_mode could not be updated in training later.
@@ -554,7 +562,7 @@ class CovarianceState:
 
 
 def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> CovarianceState:
-    state = CovarianceState(0)
+    state = CovarianceState(1)
     state.tensors, state.sketch = tensors, sketch
     return state
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import fastcov
 from fastcov.ops import triangle
 from fastcov.stats.state import DECLARED, CovarianceState, StateTensors
 
@@ -460,3 +462,19 @@ def test_a_state_that_moves_under_inference_mode_can_be_updated_in_training() ->
     with torch.inference_mode():
         state.to("meta")
     assert not any(tensor.is_inference() for tensor in state.tensors)
+
+
+@pytest.mark.parametrize("channels", [0, -1, 2.5, True, "8", None])
+def test_a_length_that_no_row_has_is_refused(channels: Any) -> None:
+    with pytest.raises(ValueError, match=f"channels={channels!r}: expected the length of a row"):
+        CovarianceState(channels)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs_does_not_end_a_training() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
+    tracker = fastcov.track(model, rows="all", where="both")
+    model(torch.randn(8, 4)).sum().backward()
+    assert tracker.count("0") == 8
+    assert tracker.count("1") == 0
+    assert "1" not in tracker.spectra()

@@ -15,7 +15,7 @@ from fastcov_detection.detector.groups import width_groups
 from fastcov_detection.errors import ConfigError, DataError
 from fastcov_detection.search.folder import load_spectra
 from fastcov_detection.search.results import SCHEMA_VERSION
-from fastcov_detection.search.verdicts import compare_paired
+from fastcov_detection.search.verdicts import compare_paired, mean_and_error
 from fastcov_detection.studies.compare import permutation_test, read_families
 from fastcov_detection.studies.evidence import BEGIN, END, evidence, write_evidence
 from fastcov_detection.studies.primary import PLAN
@@ -191,21 +191,17 @@ def test_committed_results_hold_no_weights_and_no_absolute_path():
             assert '"/' not in text, path
 
 
-def test_the_readme_says_how_many_layers_end_alike():
-    folder = DETECTION / "results" / "scratch-pretrained"
-    layers = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["layers"]
-    with torch.device("meta"):
-        model = build_model(replace(preset("mini").model, num_classes=11))
-    ceilings = {
-        name: min(len(module.weight), module.weight[0].numel() + (module.bias is not None))
-        for name, module in model.backbone.named_modules()
-        if isinstance(module, torch.nn.Conv2d)
-    }
-    ends = {name: (one["dims_a"][-1], one["dims_b"][-1]) for name, one in layers.items()}
-    full = {name for name, dims in ends.items() if min(dims) >= ceilings[name]}
-    same = sum(a == b for name, (a, b) in ends.items() if name not in full)
-    assert f"{len(full)} of {len(layers)} layers end at their structural ceiling" in _readme()
-    assert f"of the other {len(layers) - len(full)}, {same} end with the same" in _readme()
+def test_the_readme_says_how_far_the_families_lie_apart():
+    found = read_families(DETECTION / "results" / "families")
+    told = [layer for layer in found.layers if not layer.is_at_ceiling]
+    full = len(found.layers) - len(told)
+    assert f"{full} of {len(found.layers)} layers end at their structural ceiling" in _readme()
+    assert f"In the other {len(told)}, final spectra" in _readme()
+    assert f"(p = {round(found.p * found.divisions)}/{found.divisions}," in _readme()
+    assert f"{sum(layer.p <= 0.05 for layer in told)} of the layers alone have p" in _readme()
+    for scores in (found.scores_a, found.scores_b):
+        mean, error = mean_and_error(scores)
+        assert f"{mean:.3f} ± {error:.3f}" in _readme()
 
 
 def _readme(name="README.md"):
