@@ -204,6 +204,14 @@ def test_the_readme_says_how_far_the_families_lie_apart():
         assert f"{mean:.3f} ± {error:.3f}" in _readme()
 
 
+def test_the_readme_says_how_far_classifiers_lie_from_detectors():
+    found = read_families(DETECTION / "results" / "classifier-detector")
+    told = [layer for layer in found.layers if not layer.is_at_ceiling]
+    alone = sum(layer.p <= 0.05 for layer in told)
+    share = f"{round(found.p * found.divisions)}/{found.divisions}"
+    assert f"p = {share} again, and {alone} of {len(told)} layers alone" in _readme()
+
+
 def _readme(name="README.md"):
     return " ".join((DETECTION / name).read_text(encoding="utf-8").split())
 
