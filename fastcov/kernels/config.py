@@ -255,7 +255,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
         GramConfig(64, 1, 64, 4, 3, residents=5),
         GramConfig(64, 2, 32, 8, 3, residents=4),
         GramConfig(64, 4, 32, 8, 3, residents=3),
-        GramConfig(64, 4, 32, 8, 3, left=2, right=2, residents=3),
+        GramConfig(64, 4, 32, 8, 3, left=2, right=2, residents=2),
     ),
     GramCase("sm_100", "direct", "planes"): (
         GramConfig(32, 1, 64, 4, 3, residents=7),
@@ -316,7 +316,7 @@ GRAM_CONFIGS: dict[GramCase, tuple[GramConfig, ...]] = {
         GramConfig(64, 2, 16, 8, 3, left=1, right=2, hoists=False),
     ),
     GramCase("sm_120", "split", "unaligned"): (
-        GramConfig(32, 1, 32, 4, 4, residents=3),
+        GramConfig(32, 1, 32, 4, 4, residents=4),
         GramConfig(64, 1, 32, 4, 4, residents=2),
         GramConfig(64, 2, 16, 8, 3, hoists=False),
         GramConfig(64, 2, 16, 8, 2, left=1, right=1, hoists=False),
