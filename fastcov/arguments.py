@@ -1,7 +1,8 @@
-"""Checks of arguments that :func:`fastcov.track` and :func:`fastcov.estimate` have in common."""
+"""Checks of arguments that public functions have in common."""
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable
@@ -125,6 +126,21 @@ def check_steps(argument: str, value: object) -> None:
     """Check that an argument is a number of steps, an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument}={value!r}: give a number of steps of at least 1")
+
+
+def whole_number(value: object) -> int | None:
+    """Int of the same value: of an int or an integer of numpy; None of anything else, as of a bool.
+
+    Example:
+        >>> whole_number(8), whole_number(8.0), whole_number(True)
+        (8, None, None)
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor or array of several values, or of another kind
+        return None
 
 
 def check_decay(decay: object) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def replacing(
 
     Args:
         path: Final name; its folder is made as needed.
-        temporary: Path in the same folder; None takes a name that no other process uses.
+        temporary: Path in the same folder; None takes a name that no other process uses, be
+            it on another machine that shares the folder.
         durable: True for a file that must outlive a power cut once the block has ended.
 
     Yields:
@@ -31,7 +33,7 @@ def replacing(
         whole
     """
     if temporary is None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -216,13 +216,13 @@ class Spectrum:
     def uncertainty(self) -> Tensor:
         r"""95 % bound on all :math:`|\hat\lambda_i - \lambda_i|` at once, float64. [C]
 
-        Promised for ``count`` independent Gaussian rows. Of simulated spectra of 12 channels, with
-        4 to 64 rows a channel, 97 to 98 % lay within on average; single ones 94 to 100 %, but 86 %
-        of steep exponential ones of 24 channels at 4 rows a channel. Eigenvalues do not tell how
-        their rows were related: correlated positions make the bound far too narrow (rows in groups
-        of 4 equal ones: hardly any within), heavy tails narrower than it should be. Where ``count``
-        is :func:`fastcov.spectra.uncertainty.gaussian_rows` of them it holds for 98 %, single
-        spectra 88 to 100 % (benchmarks/uncertainty_coverage.py makes a table).
+        Promised for ``count`` independent Gaussian rows: of simulated spectra of 12 channels with 4
+        to 64 rows a channel, 97 to 98 % lay within on average, single ones 94 to 100 %. Eigenvalues
+        do not tell how their rows were related: correlated positions make the bound far too narrow
+        (rows in groups of 4 equal ones: hardly any within), heavy tails narrower than it should be.
+        Where ``count`` is :func:`fastcov.spectra.uncertainty.gaussian_rows` of them, 96 to 99 % lay
+        within on average, single ones 88 to 100 %: the bound is too wide rather than too narrow
+        where single values have heavy tails (benchmarks/uncertainty_coverage.py makes a table).
 
         Infinite where there are too few rows (see :func:`interval`). Above 256 channels the bound
         is that of :func:`interval`: never too narrow, and up to five times too wide.

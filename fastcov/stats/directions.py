@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcov import ops
+from fastcov.arguments import whole_number
 
 
 class Directions(NamedTuple):
@@ -45,10 +46,11 @@ def directions_of(covariance: Tensor, k: int | None = None) -> Directions:
         (tensor([3.], dtype=torch.float64), tensor([[0.7071, 0.7071]], dtype=torch.float64))
     """
     channels = len(covariance)
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= channels):
+    kept = channels if k is None else whole_number(k)
+    if kept is None or not 1 <= kept <= channels:
         raise ValueError(f"k={k!r}: expected a number of directions from 1 to {channels}, or None")
     eigenvalues, vectors = ops.eigh(covariance)
-    eigenvalues, vectors = eigenvalues.flip(-1)[:k].clamp(min=0), vectors.flip(-1)[:, :k]
+    eigenvalues, vectors = eigenvalues.flip(-1)[:kept].clamp(min=0), vectors.flip(-1)[:, :kept]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return Directions(eigenvalues, vectors * torch.where(largest < 0, -1.0, 1.0))
 

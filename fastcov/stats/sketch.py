@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastcov.arguments import whole_number
 from fastcov.ops import aten
 
 _CHANNELS_AT_ONCE = 4096  # whose signs are converted to the rows' dtype at one time
@@ -52,13 +53,14 @@ class Sketch:
     """
 
     def __init__(self, channels: int, width: int) -> None:
-        if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width < channels:
+        kept = whole_number(width)
+        if kept is None or not 2 <= kept < channels:
             raise ValueError(
                 f"sketch={width!r}: expected a number of channels from 2 to {channels - 1}, fewer "
                 f"than the {channels} of a row"
             )
         self.channels = channels
-        self.width = width
+        self.width = kept
         self._signs: _Signs | None = None
         self._device: torch.device | None = None
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcov import ops
+from fastcov.arguments import whole_number
 from fastcov.ops import triangle
 from fastcov.ops.covariance import Precision, accumulate_, are_read, check_rows, covariance_of
 from fastcov.ops.library import operators
@@ -142,12 +143,13 @@ class CovarianceState:
         *,
         sketch: int | None = None,
     ) -> None:
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        length = whole_number(channels)
+        if length is None or length < 1:
             raise ValueError(
                 f"channels={channels!r}: expected the length of a row, a whole number of at least 1"
             )
-        self.sketch = None if sketch is None else Sketch(channels, sketch)
-        order = channels if self.sketch is None else self.sketch.width + 1
+        self.sketch = None if sketch is None else Sketch(length, sketch)
+        order = length if self.sketch is None else self.sketch.width + 1
         # Tensors made under inference_mode could not be updated in training later.
         with torch.inference_mode(False):
             self.tensors = StateTensors._make(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -464,9 +466,18 @@ def test_a_state_that_moves_under_inference_mode_can_be_updated_in_training() ->
     assert not any(tensor.is_inference() for tensor in state.tensors)
 
 
-@pytest.mark.parametrize("channels", [0, -1, 2.5, True, "8", None])
+def test_numpys_integers_are_numbers() -> None:
+    state = CovarianceState(cast(int, np.prod((2, 4))), sketch=cast(int, np.int64(3)))
+    assert (state.channels, state.sketch_width) == (8, 3)
+    assert type(state.channels) is int
+    assert type(state.sketch_width) is int
+    full = filled(torch.randn(20, 4))
+    assert full.directions(cast(int, np.int32(2))).vectors.shape == (4, 2)
+
+
+@pytest.mark.parametrize("channels", [0, -1, 2.5, np.float64(8), True, "8", None])
 def test_a_length_that_no_row_has_is_refused(channels: Any) -> None:
-    with pytest.raises(ValueError, match=f"channels={channels!r}: expected the length of a row"):
+    with pytest.raises(ValueError, match=re.escape(f"channels={channels!r}: expected the length")):
         CovarianceState(channels)
 
 

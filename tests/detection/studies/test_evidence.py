@@ -290,3 +290,7 @@ def test_the_main_page_says_what_the_records_say():
     assert _against_baseline("bccd", "uniform")[0]["verdict"] == "no loss"
     masks, _, _ = _against_baseline("mini-mask", "searched")
     assert masks["mean"] + masks["se"] < 0
+    families = read_families(DETECTION / "results" / "families")
+    told = [layer for layer in families.layers if not layer.is_at_ceiling]
+    alone = sum(layer.p <= 0.05 for layer in told)
+    assert f"in {alone} of {len(told)} layers they differ by more than seeds do" in text
