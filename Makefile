@@ -105,7 +105,7 @@ sanitize-gpu: setup  ## TOOL=memcheck|racecheck|synccheck over the eigenvalue ke
 gpu-session:  ## PART="build kernels test ..." (`list` shows all) on a GPU with the python3 there
 	@tools/gpu_session.sh $(or $(PART),$(shell tools/gpu_session.sh list))
 
-wheels: $(STAMPS)/environment  ## release wheel and Triton's resources, for all architectures; tagged honestly
+wheels: $(STAMPS)/environment  ## release wheel and Triton's resources, for the GPUs that torch serves; tagged honestly
 	@$(BIN)/python tools/build_release.py dist/release
 	@$(BIN)/python -m tests.kernels.aot --check 80 90 100 120
 	@$(BIN)/python tests/csrc/cuda_resources.py --spills

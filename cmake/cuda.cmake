@@ -21,23 +21,18 @@ find_file(cudart_static libcudart_static.a NO_DEFAULT_PATH REQUIRED
 # Registry packages keep headers one folder up from bin/ as well; a toolkit has them in targets/.
 set(cuda_includes "-I${cuda_folder}/include")
 
-execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known_codes
-                COMMAND_ERROR_IS_FATAL ANY)
-string(REGEX MATCHALL "sm_[0-9]+" known_codes "${known_codes}")
-set(known_archs)
-foreach(code IN LISTS known_codes)
-  string(REPLACE "sm_" "" arch "${code}")
-  if(arch GREATER_EQUAL 75)
-    list(APPEND known_archs ${arch})
-  endif()
-endforeach()
-list(SORT known_archs COMPARE NATURAL)
+# Those that torch's own CUDA 13 wheels hold; code for one serves all later of its major version
+# (86 for 89, 100 for 103, 120 for 121).
+set(wheel_archs 75 80 86 90 100 120)
 
 set(cuda_archs "$ENV{FASTCOV_CUDA_ARCHS}")
 string(REGEX REPLACE "[, ]+" ";" cuda_archs "${cuda_archs}")
 if(NOT cuda_archs)
-  set(cuda_archs ${known_archs})
+  set(cuda_archs ${wheel_archs})
 endif()
+execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known_codes
+                COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "[0-9]+" known_archs "${known_codes}")
 set(code_options)
 foreach(arch IN LISTS cuda_archs)
   if(NOT arch IN_LIST known_archs)

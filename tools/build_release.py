@@ -1,4 +1,4 @@
-"""Builds the release wheel for every architecture and tags it with what auditwheel measures."""
+"""Release wheel for the architectures of torch's own, tagged with what auditwheel measures."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def main() -> None:
     destination = Path(sys.argv[1])
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        # FASTCOV_CUDA_ARCHS empty: all that nvcc knows. A build folder of its own, so that the
-        # development wheel stays as it is.
+        # FASTCOV_CUDA_ARCHS empty: those of torch's own wheels. A build folder of its own, so that
+        # the development wheel stays as it is.
         run(
             *(sys.executable, "-m", "pip", "wheel", "-qq", str(ROOT), "--no-deps"),
             *("--no-build-isolation", "-w", folder, "-Cbuild-dir=build/release"),

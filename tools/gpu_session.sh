@@ -21,7 +21,7 @@
 # the interpreter (default python3); OUT the folder of results (default runs/gpu), in which each part that has ended leaves one
 # archive, PART.tgz, and one line in status.jsonl.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}

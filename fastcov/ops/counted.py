@@ -97,9 +97,12 @@ class CountedGather:
 
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.
-            NotImplementedError: If no compiled library serves its device.
         """
-        if not library.gather_counted_(self.prepared, rows):
+        try:
+            has_copied = library.gather_counted_(self.prepared, rows)
+        except NotImplementedError:  # of torch: no library serves the rows' device
+            has_copied = False
+        if not has_copied:
             raise ValueError(
                 f"rows of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}, are not laid "
                 "out as those that the gather was prepared for: prepare another"

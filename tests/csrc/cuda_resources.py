@@ -154,11 +154,10 @@ def compile_source(source: str, archs: tuple[int, ...]) -> ByArchitecture:
 
 
 def wheel_archs() -> tuple[int, ...]:
-    """Architectures that a wheel holds: those that nvcc knows, from sm_75 on."""
-    command = [compiler(), "--list-gpu-code"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    known = sorted({int(arch) for arch in re.findall(r"sm_(\d+)", text)})
-    return tuple(arch for arch in known if arch >= 75)
+    """Architectures that a wheel holds, as the build lists them."""
+    text = (CSRC.parent / "cmake" / "cuda.cmake").read_text("utf-8")
+    (listed,) = re.findall(r"^set\(wheel_archs ([0-9 ]+)\)$", text, re.MULTILINE)
+    return tuple(map(int, listed.split()))
 
 
 def check_spills() -> None:

@@ -308,11 +308,10 @@ def test_captured_update_replays_with_right_counts(dtype, channels):
     assert_same(state, expected, 1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_gpu_from_a_fresh_thread(dtype):
     """The thread has no current device and no context: launches must bring their own."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     found: list[Tensor] = []
 
     def run() -> None:

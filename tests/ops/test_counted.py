@@ -72,23 +72,16 @@ def test_every_row_comes_in_order_and_what_finds_no_room_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        (lambda rows: rows[:-1], ValueError, "prepare another"),
-        (lambda rows: rows.double(), ValueError, "prepare another"),
-        # torch finds no kernel for a device that no library serves, and names the operator.
-        (lambda rows: rows.to("meta"), NotImplementedError, "gather_counted_"),
-    ],
+    "wrong",
+    [lambda rows: rows[:-1], lambda rows: rows.double(), lambda rows: rows.to("meta")],
     ids=["size", "dtype", "device"],
 )
-def test_rows_that_were_not_prepared_for_are_an_error(
-    wrong: Callable[[Tensor], Tensor], error: type[Exception], message: str
-) -> None:
+def test_rows_that_were_not_prepared_for_are_an_error(wrong: Callable[[Tensor], Tensor]) -> None:
     rows, buffer = normal(40, 9), torch.zeros(50, 9)
     cursor = torch.zeros(8, dtype=torch.int64)
     marks, step = torch.zeros(50, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
     gather = CountedGather(buffer, marks, cursor, step, rows, 1 << 32)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match="prepare another"):
         gather.launch_(wrong(rows))
     assert not cursor.any()
     assert not buffer.any()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -51,6 +53,14 @@ def test_every_kernel_is_on_record() -> None:
                 for kernel, numbers in kernels.items():
                     assert numbers["spills"] == numbers["stack"] == 0, kernel
                     assert numbers["shared"] <= SHARED_OF_A_BLOCK, kernel
+
+
+def test_wheels_hold_the_architectures_of_torchs_own() -> None:
+    told = torch._C._cuda_getArchFlags()
+    assert told is not None
+    assert resources.wheel_archs() == tuple(
+        int(arch) for arch in re.findall(r"sm_(\d+)", told) if int(arch) >= 75
+    )
 
 
 def test_a_source_is_known_by_all_that_it_includes(tmp_path: Path) -> None:
