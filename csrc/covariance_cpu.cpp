@@ -193,10 +193,10 @@ void accumulate_(Tensor moment, Tensor sum, Tensor shift, Tensor weight, Tensor 
 int64_t accumulate_again_(Tensor cursor, Tensor moment, Tensor sum, Tensor shift, Tensor weight,
                           Tensor count, Tensor rows) {
   Cursor& at = Cursor::of(cursor);
-  if (!at.fits(rows) || at.fraction < kWhole) return -1;
-  const RowsView view = view_rows(rows, at.channel_dim);
+  if (!at.layout.fits(rows) || at.fraction < kWhole) return -1;
+  const RowsView view = view_rows(rows, at.layout.channel_dim);
   if (view.rows < 1) return -1;
-  accumulate_(moment, sum, shift, weight, count, rows, at.channel_dim, std::nullopt, 1, 1);
+  accumulate_(moment, sum, shift, weight, count, rows, at.layout.channel_dim, std::nullopt, 1, 1);
   at.count(view.rows, rows.size(0));
   return view.rows;
 }

@@ -11,31 +11,14 @@ namespace fastcov {
 constexpr int64_t kWhole = int64_t{1} << 32;  // the fraction 1
 constexpr int kMostDims = 5;
 
-// Fields in the order of fastcov/stats/cursor.py.
-struct Cursor {
-  int64_t calls;
-  int64_t offered;
-  int64_t positions;
-  int64_t fraction;
-  int64_t carry;
-  int64_t sampled;
-  int64_t fill;
-  int64_t limit;
-  int64_t phase;
+// Layout of a call, in the order of layout_numbers in fastcov/rows/layout.py.
+struct CallLayout {
   int64_t run_length;
   int64_t channel_dim;
   int64_t dtype;
   int64_t dims;
   int64_t size[kMostDims];
   int64_t stride[kMostDims];
-
-  static Cursor& of(const Tensor& numbers) {
-    STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && numbers.is_cpu() &&
-                        numbers.numel() == sizeof(Cursor) / sizeof(int64_t) &&
-                        numbers.is_contiguous(),
-                    "cursor must be contiguous int64 on the CPU, one value for each counter");
-    return *static_cast<Cursor*>(numbers.mutable_data_ptr());
-  }
 
   bool fits(const Tensor& rows) const {
     if (rows.dim() != dims || dims > kMostDims || code_of(rows.scalar_type()) != dtype)
@@ -59,6 +42,28 @@ struct Cursor {
       default:
         return -1;
     }
+  }
+};
+
+// Fields in the order of fastcov/stats/cursor.py.
+struct Cursor {
+  int64_t calls;
+  int64_t offered;
+  int64_t positions;
+  int64_t fraction;
+  int64_t carry;
+  int64_t sampled;
+  int64_t fill;
+  int64_t limit;
+  int64_t phase;
+  CallLayout layout;
+
+  static Cursor& of(const Tensor& numbers) {
+    STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && numbers.is_cpu() &&
+                        numbers.numel() == sizeof(Cursor) / sizeof(int64_t) &&
+                        numbers.is_contiguous(),
+                    "cursor must be contiguous int64 on the CPU, one value for each counter");
+    return *static_cast<Cursor*>(numbers.mutable_data_ptr());
   }
 
   void count(int64_t rows, int64_t images) {

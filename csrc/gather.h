@@ -29,17 +29,48 @@ inline void check_gather(const Tensor& buffer, const Tensor& rows, const RowsVie
                   "the samples do not fit the buffer");
 }
 
-// Gather that fastcov/ops/counted.py has prepared; null if `rows` does not have its layout.
+// Rows that a buffer on the device takes in one step, counted on the host.
+struct StepRoom {
+  int64_t offered;  // by the calls of the running step
+  int64_t most;     // to be copied
+};
+
+// Gather that fastcov/ops/counted.py has prepared.
+struct PreparedGather {
+  CountedGather at;
+  int64_t counters;  // address of the layer's Cursor; 0 where Python counts the call
+  int64_t room;      // address of the buffer's StepRoom; 0 there
+  CallLayout layout;
+
+  // True if `rows` have the prepared layout and find room, which counts the call.
+  bool takes(const Tensor& rows) const {
+    if (counters == 0) {
+      return rows.numel() == at.rows * at.channels &&
+             static_cast<int64_t>(rows.element_size()) == at.item_bytes;
+    }
+    if (!layout.fits(rows)) return false;
+    auto& counted = *reinterpret_cast<Cursor*>(counters);
+    auto& step = *reinterpret_cast<StepRoom*>(room);
+    const int64_t offered = step.offered + at.rows;
+    // Each call may round up by a row; more rows than this would overflow.
+    if (offered >= kWhole / 2 || (offered * at.fraction >> 32) + counted.calls + 1 > step.most) {
+      return false;
+    }
+    step.offered = offered;
+    counted.count(at.rows, rows.size(0));
+    return true;
+  }
+};
+
+// The gather if it takes `rows`; else null, with nothing counted.
 inline const CountedGather* counted_gather(const Tensor& prepared, const Tensor& rows) {
-  constexpr int64_t kFields = sizeof(CountedGather) / sizeof(int64_t);
+  constexpr int64_t kFields = sizeof(PreparedGather) / sizeof(int64_t);
   STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Long && prepared.is_cpu() &&
                       prepared.numel() == kFields && prepared.is_contiguous(),
                   "prepared must be contiguous int64 on the CPU, one value for each field");
-  const auto* const at = static_cast<const CountedGather*>(prepared.const_data_ptr());
-  const bool fits = rows.get_device_index() == at->device &&
-                    rows.numel() == at->rows * at->channels &&
-                    static_cast<int64_t>(rows.element_size()) == at->item_bytes;
-  return fits ? at : nullptr;
+  const auto& gather = *static_cast<const PreparedGather*>(prepared.const_data_ptr());
+  const bool is_taken = rows.get_device_index() == gather.at.device && gather.takes(rows);
+  return is_taken ? &gather.at : nullptr;
 }
 
 }  // namespace fastcov

@@ -69,17 +69,17 @@ void gather_(Tensor buffer, Tensor rows, int64_t buffer_row, int64_t first_sampl
 // or if too many are due.
 int64_t gather_again_(Tensor cursor, Tensor buffer, Tensor rows) {
   Cursor& at = Cursor::of(cursor);
-  if (!at.fits(rows)) return -1;
-  const RowsView view = view_rows(rows, at.channel_dim);
+  if (!at.layout.fits(rows)) return -1;
+  const RowsView view = view_rows(rows, at.layout.channel_dim);
   if (at.fraction <= 0 || at.fraction >= kWhole || view.rows < 1 || view.rows >= kWhole / 2) {
     return -1;
   }
   const int64_t total = view.rows * at.fraction + at.carry;
   const int64_t due = total / kWhole;
   if (due >= view.rows || due > kBufferRows * view.channels || at.fill + due > at.limit) return -1;
-  check_gather(buffer, rows, view, at.fill, at.sampled, due, at.run_length);
+  check_gather(buffer, rows, view, at.fill, at.sampled, due, at.layout.run_length);
   if (due > 0) {
-    const Sampling sampling = sampling_of(rows, view, at.sampled, at.run_length, at.phase);
+    const Sampling sampling = sampling_of(rows, view, at.sampled, at.layout.run_length, at.phase);
     copy_samples(buffer, view, sampling, at.fill, due);
   }
   at.count(view.rows, rows.size(0));

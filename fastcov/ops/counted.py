@@ -7,15 +7,18 @@ host twice as long to start.
 from __future__ import annotations
 
 from array import array
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcov.kernels.layout import VECTOR_BYTES, row_layout
 from fastcov.ops import library
+from fastcov.rows.view import MOST_DIMS
 
 _BLOCK_ROWS = 8  # kGatherRows in csrc/gather_counted.h
 _BLOCK_TILE = 32  # kGatherTile
+_CALL_FIELDS = 2 + 4 + 2 * MOST_DIMS  # two addresses and a CallLayout of csrc/cursor.h
 
 
 def blocks_of(most_rows: int, is_contiguous: bool) -> int:
@@ -27,6 +30,21 @@ def _exponent_bits(dtype: torch.dtype) -> int:
     """Bits that are all set where a value is infinite or NaN: those of infinity."""
     infinity = torch.tensor(float("inf"), dtype=dtype, device="cpu")
     return int(infinity.view(torch.int16 if dtype.itemsize == 2 else torch.int32))
+
+
+class CallCounters(NamedTuple):
+    """Counters on the host of calls that one operator counts and copies from.
+
+    Attributes:
+        layer: Counters of the layer: see fastcov/stats/cursor.py. int64 [FIELDS]
+        room: Rows that the calls of the running step have offered to the buffer, and the most that
+            may be copied in one step. int64 [2]
+        layout: Layout of the calls, as :func:`fastcov.rows.layout.layout_numbers` gives it.
+    """
+
+    layer: Tensor
+    room: Tensor
+    layout: array[int]
 
 
 class CountedGather:
@@ -44,12 +62,15 @@ class CountedGather:
         fraction: Share of the rows to read in units of 2**-32; 2**32 reads all, in order.
         run_length: Neighbouring positions read together.
         phase: Start of the sequence, 64 bits as a signed integer.
+        counters: Counters on the host, for calls that go to :attr:`prepared` at once; None where
+            the caller counts them, for :meth:`launch_`.
 
     Attributes:
-        prepared: Fields of CountedGather in csrc/gather_counted.h, int64.
+        prepared: Argument of the operator gather_counted_: the fields of PreparedGather in
+            csrc/gather.h, int64.
     """
 
-    __slots__ = ("_tensors", "prepared")
+    __slots__ = ("_alive", "prepared")
 
     def __init__(
         self,
@@ -61,6 +82,7 @@ class CountedGather:
         fraction: int,
         run_length: int = 1,
         phase: int = 0,
+        counters: CallCounters | None = None,
     ) -> None:
         layout = row_layout(rows)
         item = rows.element_size()
@@ -70,11 +92,15 @@ class CountedGather:
         alignment = buffer.data_ptr() | VECTOR_BYTES
         for stride in strides:
             alignment |= stride * item
-        self._tensors = (buffer, row_step, cursor, step)  # must live as long as their addresses
+        copied = (buffer, row_step, cursor, step)
+        self._alive = (*copied, counters)  # as long as their addresses are known
+        calls = (0,) * _CALL_FIELDS
+        if counters is not None:
+            calls = (counters.layer.data_ptr(), counters.room.data_ptr(), *counters.layout)
         numbers = array(
             "q",
             (
-                *(tensor.data_ptr() for tensor in self._tensors),
+                *(tensor.data_ptr() for tensor in copied),
                 rows.get_device(),
                 blocks_of(most, layout.stride_channel == 1),
                 item,
@@ -87,6 +113,7 @@ class CountedGather:
                 layout.rows,
                 layout.rows // rows.shape[0] if rows.dim() > 1 else layout.rows,
                 *geometry,
+                *calls,
             ),
         )
         with torch.inference_mode(False):
@@ -98,11 +125,7 @@ class CountedGather:
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.
         """
-        try:
-            has_copied = library.gather_counted_(self.prepared, rows)
-        except NotImplementedError:  # of torch: no library serves the rows' device
-            has_copied = False
-        if not has_copied:
+        if not library.gather_counted_(self.prepared, rows):
             raise ValueError(
                 f"rows of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}, are not laid "
                 "out as those that the gather was prepared for: prepare another"

@@ -91,13 +91,13 @@ _define(
     None,
 )
 # Copies the rows that are due, by counters on the device (ops/counted.py). Returns 0, with nothing
-# done, where the layout is not the prepared one. Host code, never traced.
+# done, where the layout is not the prepared one, or the buffer is full. Host code, never traced.
 _define("gather_counted_(Tensor(a!) prepared, Tensor rows) -> int", None)
-# Rows on another device, and sparse or nested ones, never have the layout of the last call, which
-# the CPU's kernel read.
-for _name in ("gather_again_", "accumulate_again_"):
+# Rows on a device that nothing compiled serves, and sparse or nested ones, never have the layout of
+# the last call, nor one that a gather was prepared for.
+for _name, _refusal in (("gather_again_", -1), ("accumulate_again_", -1), ("gather_counted_", 0)):
     for _key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
-        _LIBRARY.impl(_name, lambda *_: -1, _key)
+        _LIBRARY.impl(_name, lambda *_, _refusal=_refusal: _refusal, _key)
 
 
 def _eigvalsh_fake(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:

@@ -40,7 +40,7 @@ class ActivationLayout:
         device: Device of the rows.
         channel_dim: Dimension of :meth:`source` that holds the channels.
         numbers: Numbers that compiled operators compare, from :func:`layout_numbers`; None where
-            they cannot: on a GPU, or where the view changes the order of dimensions but for C.
+            the view changes the order of dimensions but for C.
         order: See the argument; None without an activation.
         key: Shape, strides and dtype, which tell this layout from others on the same device; None
             where the layout never repeats.
@@ -87,8 +87,7 @@ class ActivationLayout:
             # With all dimensions but C in order, operators take the activation without a view.
             if order[:-1] == tuple(sorted(order[:-1])):
                 self.channel_dim = order[-1]
-                if self._is_cpu:
-                    self.numbers = layout_numbers(activation, self.run_length, self.channel_dim)
+                self.numbers = layout_numbers(activation, self.run_length, self.channel_dim)
 
     def fits(self, value: Any) -> bool:
         """True if a value is a tensor of this layout, which must have a key."""
@@ -170,7 +169,7 @@ def layout_numbers(activation: Tensor, run_length: int, channel_dim: int) -> arr
     """Numbers by which compiled operators compare the layout of an activation.
 
     Run length, channel dimension, code of the dtype, number of dimensions, sizes and strides of at
-    most 5: the tail of the struct in csrc/cursor.h.
+    most 5: CallLayout in csrc/cursor.h.
     """
     unused = (0,) * (MOST_DIMS - activation.dim())
     head = (run_length, channel_dim, ROW_DTYPES[activation.dtype].code, activation.dim())

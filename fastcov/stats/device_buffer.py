@@ -6,6 +6,7 @@ fraction are in a cursor, the step is a tensor, addresses and sizes are in a tab
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcov.ops.backend import service_of
-from fastcov.ops.counted import CountedGather
+from fastcov.ops.counted import CallCounters, CountedGather
 from fastcov.ops.covariance import WeightedState
 from fastcov.rows.layout import ActivationLayout
 
@@ -41,8 +42,6 @@ class DeviceBuffer:
         device: Device of the rows.
         layer: State, memory and sizes as a flush takes them; another object after :meth:`grow`.
         step: See the argument.
-        most_rows: See the argument.
-        step_rows: Rows that the calls of the running step have offered.
         is_captured: True if a CUDA graph may hold the addresses.
     """
 
@@ -62,20 +61,34 @@ class DeviceBuffer:
         from fastcov.kernels import gather
 
         device = state.moment.device
-        self.most_rows = most_rows
         self.step = step
         self.dtype = dtype
         self.device = device
-        self.step_rows = 0
+        self._room = array("q", (0, most_rows))
         self.is_captured = False
         self._state = state
         self._first_threshold = first_threshold
         with torch.inference_mode(False):
+            self._room_tensor = torch.frombuffer(self._room, dtype=torch.int64)
             self._cursor = torch.zeros(gather.CURSOR_FIELDS, dtype=torch.int64, device=device)
         self._cursor[gather.SAMPLED.value] = sampled
         self._cursor[gather.CARRY.value] = carry
         self._cursor[gather.STATE_STEP.value] = state_step
         self._make_room(threshold, threshold + most_rows)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows that the calls of the running step have offered."""
+        return self._room[0]
+
+    @step_rows.setter
+    def step_rows(self, rows: int) -> None:
+        self._room[0] = rows
+
+    @property
+    def most_rows(self) -> int:
+        """Largest number of rows between two flushes."""
+        return self._room[1]
 
     def _make_room(self, threshold: int, capacity: int) -> None:
         from fastcov.kernels import flush
@@ -108,7 +121,7 @@ class DeviceBuffer:
         rows, row_step = self._buffer, self._row_step
         # Besides those of the running step, as many rows may wait as the old threshold allowed.
         room = max(threshold, len(rows) - self.most_rows) + most_rows
-        self.most_rows = most_rows
+        self._room[1] = most_rows
         self._first_threshold = min(self._first_threshold, threshold)
         self._make_room(threshold, room)
         self._buffer[: len(rows)].copy_(rows)
@@ -125,7 +138,30 @@ class DeviceBuffer:
 
         service = service_of(self.dtype, self.device)
         gather = CountedGather if service.has_compiled_gather else CursorGather
-        return gather(
+        return gather(*self._sample(activation, layout, fraction, phase))
+
+    def prepare_counted(
+        self,
+        activation: Tensor,
+        layout: ActivationLayout,
+        fraction: int,
+        phase: int,
+        counters: Tensor,
+    ) -> CountedGather | None:
+        """Prepared copy as of :meth:`prepare` by one operator, which counts the calls as well.
+
+        None where no compiled operator compares the layout. The counters are those of the layer.
+        """
+        service = service_of(self.dtype, self.device)
+        if not service.has_compiled_gather or layout.numbers is None:
+            return None
+        calls = CallCounters(counters, self._room_tensor, layout.numbers)
+        return CountedGather(*self._sample(activation, layout, fraction, phase), calls)
+
+    def _sample(
+        self, activation: Tensor, layout: ActivationLayout, fraction: int, phase: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int]:
+        return (
             self._buffer,
             self._row_step,
             self._cursor,

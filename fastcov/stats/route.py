@@ -10,6 +10,7 @@ Route               base: the layer decides in each call
 AddOnHost           every row, added by one operator that compares the layout itself
 SampleOnHost        the rows that are due, copied by one operator that compares the layout itself
 AddThroughInput     every row of an affine layer, added by way of its input
+SampleOnDevice      the rows that are due, copied on a GPU by one operator of the same kind
 LaunchAdd           every row, added by GPU launches that were prepared before
 LaunchSample        the rows that are due, copied by a GPU launch that was prepared before
 Closed              no call is read
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.ops import library
+from fastcov.ops.counted import CountedGather
 from fastcov.rows.layout import ActivationLayout, Key, ViewedRows, key_of
 from fastcov.rows.sequence import WHOLE
 from fastcov.stats.affine import AffineMap
@@ -169,6 +171,24 @@ class LaunchAdd(Route):
         return True
 
 
+class SampleOnDevice(Route):
+    """Route that copies the rows that are due into the device's buffer, by one operator."""
+
+    __slots__ = ("_gather", "_prepared")
+
+    def __init__(self, routes: Routes, layout: ActivationLayout, gather: CountedGather) -> None:
+        super().__init__(routes, layout)
+        self._gather = gather  # keeps what the operator knows by address
+        self._prepared = gather.prepared
+
+    def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
+        """See :meth:`Route.take`."""
+        # 0 where the layout differs, and where the buffer has no room for the rows.
+        if library.gather_counted_(self._prepared, value):
+            return True
+        return super().take(value, module, args)
+
+
 class LaunchSample(Route):
     """Route that copies the rows that are due into the device's buffer, by a prepared launch."""
 
@@ -241,6 +261,9 @@ def choose(routes: Routes, layout: ActivationLayout, value: Tensor) -> Route:
         add = library.accumulation_of(state, value, layout.channel_dim)
         return undecided if add is None else LaunchAdd(routes, layout, add)
     if buffer is not None and buffer.dtype is layout.dtype and buffer.device == layout.device:
+        gather = buffer.prepare_counted(value, layout, fraction, layer.phase, layer.cursor.tensor)
+        if gather is not None:
+            return SampleOnDevice(routes, layout, gather)
         return LaunchSample(routes, layout, buffer, value)
     is_small = layer.placement.waits(-(-layout.rows * fraction // WHOLE), is_whole=False)
     if repeats and fraction < WHOLE and is_small and layer.buffer.storage is not None:

@@ -25,12 +25,12 @@ CPU = torch.device("cpu")
 TINY = Setting(CPU, "tiny")
 
 
-def counted(calls: Counter[str], name: str, run: Callable[..., None]) -> Callable[..., None]:
+def counted(calls: Counter[str], name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """A function that counts its calls."""
 
-    def spied(*arguments: Any) -> None:
+    def spied(*arguments: Any) -> Any:
         calls[name] += 1
-        run(*arguments)
+        return run(*arguments)
 
     return spied
 
@@ -38,21 +38,21 @@ def counted(calls: Counter[str], name: str, run: Callable[..., None]) -> Callabl
 def test_preparing_a_launch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub in place of a launcher would hide the Python that prepares launches."""
     from fastcov.kernels import covariance, gather
-    from fastcov.ops import counted as compiled
+    from fastcov.ops import library
 
     prepared: Counter[str] = Counter()
-    for owner, name in (
-        (covariance.Accumulation, "add"),
-        (gather.CursorGather, "launch_"),
-        (compiled.CountedGather, "launch_"),
+    for owner, name, kind in (
+        (covariance.Accumulation, "add", "add"),
+        (gather.CursorGather, "launch_", "copy"),
+        (library, "gather_counted_", "copy"),
     ):
-        monkeypatch.setattr(owner, name, counted(prepared, name, getattr(owner, name)))
+        monkeypatch.setattr(owner, name, counted(prepared, kind, getattr(owner, name)))
     contest = hooks._gpu_path(TINY)
     for contender, expected in (
         (hooks.NO_HOOK, {}),
-        (DEFAULT, {"launch_": 53}),
+        (DEFAULT, {"copy": 53}),
         (EVERY_ROW, {"add": 53}),
-        (hooks.INPUTS, {"launch_": 53}),
+        (hooks.INPUTS, {"copy": 53}),
     ):
         prepared.clear()
         assert contest.prepare is not None

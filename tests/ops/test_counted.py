@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fastcov.ops import backend
-from fastcov.ops.counted import CountedGather
+from fastcov.ops.counted import CallCounters, CountedGather
+from fastcov.ops.library import gather_counted_
 from fastcov.ops.reference import gather_reference_
 from fastcov.rows.layout import ActivationLayout
 from fastcov.rows.sequence import fixed_point, rows_due
+from fastcov.stats.cursor import CALLS, OFFERED, POSITIONS, Cursor
 from fastcov.stats.device_buffer import DeviceBuffer
 from fastcov.stats.state import CovarianceState
 
@@ -108,3 +110,69 @@ def test_a_buffer_takes_the_operator_and_triton_without_a_library(
     layout = ActivationLayout(rows, rows, (0, 1, 2, 3))
     gather = buffer.prepare(rows, layout, fixed_point(0.5), phase=3)
     assert isinstance(gather, CountedGather) == is_compiled
+
+
+def _counted(rows: Tensor, most: int) -> tuple[CountedGather, Cursor, Tensor, Tensor]:
+    cursor, room = Cursor(), torch.tensor([0, most])
+    device_cursor, buffer = torch.zeros(8, dtype=torch.int64), torch.zeros(200, rows.shape[1])
+    layout = ActivationLayout(rows.permute(0, 2, 3, 1), rows, (0, 2, 3, 1))
+    assert layout.numbers is not None
+    gather = CountedGather(
+        buffer,
+        torch.zeros(200, dtype=torch.int32),
+        device_cursor,
+        torch.zeros((), dtype=torch.int64),
+        layout.view(rows),
+        fixed_point(0.5),
+        counters=CallCounters(cursor.tensor, room, layout.numbers),
+    )
+    return gather, cursor, room, device_cursor
+
+
+def test_one_operator_counts_the_call_on_the_host_and_copies() -> None:
+    rows = normal(2, 3, 4, 5)
+    gather, cursor, room, device_cursor = _counted(rows, most=100)
+    for call in (1, 2):
+        assert gather_counted_(gather.prepared, rows) == 1
+        assert cursor.numbers[CALLS] == call
+        assert cursor.numbers[OFFERED] == 40 * call
+        assert cursor.numbers[POSITIONS] == 20 * call
+        assert room.tolist() == [40 * call, 100]
+        assert int(device_cursor[FILL]) == 20 * call
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.transpose(2, 3),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.half(),
+        lambda x: x.view(torch.int32),
+        lambda x: x.flatten(1),
+        lambda x: x.to("meta"),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_mkldnn(),
+        lambda x: torch.nested.nested_tensor(list(x)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_another_layout_is_neither_counted_nor_copied(other: Callable[[Tensor], Tensor]) -> None:
+    rows = normal(2, 3, 4, 4)
+    gather, cursor, room, device_cursor = _counted(rows, most=100)
+    assert gather_counted_(gather.prepared, other(rows)) == 0
+    assert cursor.numbers[CALLS] == 0
+    assert room.tolist() == [0, 100]
+    assert not device_cursor.any()
+
+
+def test_what_finds_no_room_in_a_step_is_left_to_the_layer() -> None:
+    rows = normal(2, 3, 4, 5)
+    # Half of 40 rows a call, and each call may round up by one.
+    for most, calls in ((20, 0), (21, 1), (41, 1), (42, 2)):
+        gather, cursor, room, _ = _counted(rows, most)
+        taken = [gather_counted_(gather.prepared, rows) for _ in range(3)]
+        assert taken == [int(call < calls) for call in range(3)]
+        assert cursor.numbers[CALLS] == calls
+        assert room.tolist() == [40 * calls, most]
+    room[0] = 2**31 - 41  # more rows than 31 bits hold would overflow
+    assert gather_counted_(gather.prepared, rows) == 0
