@@ -24,7 +24,7 @@ from fastcov.ops.reference import count_tolerance, eigenvalue_tolerance, eigvals
 # Each band first, so that a run that is cut short has seen all of them.
 ORDERS = (2, 8, 17, 32, 33, 64, 128, 255, 256, 320, 512, 1024)
 ORDERS += (1, 3, 4, 5, 6, 7, 12, 16, 24, 48, 65, 100, 129, 180, 200, 2048, 257, 288, 321, 400, 511)
-ORDERS += (513, 700)
+ORDERS += (307, 513, 700)
 BANDS = ((1, 32), (33, 64), (65, 128), (129, 256), (257, 511), (512, 1024), (1025, 2048))
 BATCH = 20  # matrices side by side in vectors, and some left
 FEWER = ("cluster", "two clusters", "exchange", "flip", "reflector", "ones", "random", "covariance")
@@ -32,6 +32,7 @@ FEWER += (
     "dlatms mode 3",
     "Wilkinson",
     "glued Wilkinson",
+    "Hilbert",
 )  # above order 256, where a truth takes long
 
 Worst = dict[tuple[str, int], tuple[float, str]]

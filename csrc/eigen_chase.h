@@ -116,55 +116,61 @@ FASTCOV_INLINE Column<T> block_times(const T* block, const T* u) {
 }
 
 // One step of a sweep: applies `reflector` to rows and columns from r on. Column r then has entries
-// below row r + kTile again, and `reflector` becomes the one that frees it of them.
+// below row r + kTile again, or still has those that the sweep before left there, and `reflector`
+// becomes the one that frees it of them. Either reflector may be none: a sweep whose own column is
+// free may still meet the bulges of the sweep before.
 template <class T>
 void chase_step(const Band<T>& band, int r, BulgeReflector<T>& reflector) {
   constexpr int stride = Band<T>::stride;
   constexpr int lanes = kTileLanes<T>;
   using V = Pack<T, lanes>;
   const T half = reflector.inverse_half;
-  const Column<T> u = Column<T>::load(reflector.u);
-
-  T* const square = band.at(r, r);
-  alignas(64) T q[kTile];
-  Column<T> minus_q{};
-  minus_q.add(block_times(square, reflector.u), -half);
-  minus_q.add(u, T(-0.5) * half * minus_q.dot(u));
-  minus_q.store(q);
-  for (int j = 0; j < kTile; ++j) {
-    Column<T> column = Column<T>::load(square + j * stride);
-    column.add(minus_q, reflector.u[j]);
-    column.add(u, q[j]);
-    column.store(square + j * stride);
+  const bool is_live = half != T(0);
+  T* const below = band.at(r + kTile, r);
+  Column<T> minus_w{};
+  Column<T> first = Column<T>::load(below);
+  if (is_live) {
+    const Column<T> u = Column<T>::load(reflector.u);
+    T* const square = band.at(r, r);
+    alignas(64) T q[kTile];
+    Column<T> minus_q{};
+    minus_q.add(block_times(square, reflector.u), -half);
+    minus_q.add(u, T(-0.5) * half * minus_q.dot(u));
+    minus_q.store(q);
+    for (int j = 0; j < kTile; ++j) {
+      Column<T> column = Column<T>::load(square + j * stride);
+      column.add(minus_q, reflector.u[j]);
+      column.add(u, q[j]);
+      column.store(square + j * stride);
+    }
+    minus_w.add(block_times(below, reflector.u), -half);
+    first.add(minus_w, reflector.u[0]);
   }
 
   // The block below is multiplied by the old reflector from the right, and by the next one from the
   // left.
-  T* const below = band.at(r + kTile, r);
-  Column<T> minus_w{};
-  minus_w.add(block_times(below, reflector.u), -half);
   BulgeReflector<T> next;
-  Column<T> first = Column<T>::load(below);
-  first.add(minus_w, reflector.u[0]);
   reflect(first, below, next);
-  const Column<T> next_u = Column<T>::load(next.u);
-  alignas(64) T dots[kTile];
-  for (int j = 0; j < kTile; j += lanes) {
-    V terms[lanes];
-    FASTCOV_UNROLL
-    for (int c = 0; c < lanes; ++c) {
-      T* const entries = below + (j + c) * stride;
-      Column<T> column = Column<T>::load(entries);
-      if (j + c > 0) column.add(minus_w, reflector.u[j + c]);
-      column.store(entries);
-      terms[c] = column.terms(next_u);
+  if (is_live || next.inverse_half != T(0)) {
+    const Column<T> next_u = Column<T>::load(next.u);
+    alignas(64) T dots[kTile];
+    for (int j = 0; j < kTile; j += lanes) {
+      V terms[lanes];
+      FASTCOV_UNROLL
+      for (int c = 0; c < lanes; ++c) {
+        T* const entries = below + (j + c) * stride;
+        Column<T> column = Column<T>::load(entries);
+        if (j + c > 0) column.add(minus_w, reflector.u[j + c]);
+        column.store(entries);
+        terms[c] = column.terms(next_u);
+      }
+      store_pack(dots + j, sum_each<T>(terms) * -next.inverse_half);
     }
-    store_pack(dots + j, sum_each<T>(terms) * -next.inverse_half);
-  }
-  for (int j = 1; j < kTile; ++j) {
-    Column<T> column = Column<T>::load(below + j * stride);
-    column.add(next_u, dots[j]);
-    column.store(below + j * stride);
+    for (int j = 1; j < kTile; ++j) {
+      Column<T> column = Column<T>::load(below + j * stride);
+      column.add(next_u, dots[j]);
+      column.store(below + j * stride);
+    }
   }
   // The first row of this block belongs to a square of the next sweep, which reads both triangles.
   T* const mirrored = band.at(r, r + kTile);
@@ -223,10 +229,7 @@ void chase_sweep_range(const ChaseSpace<T>& space, int n, int sweep, int part, i
       T* const column = space.band.at(sweep + 1, sweep);
       reflect(Column<T>::load(column), column, reflector);
     }
-    // Without a reflector there is no bulge here, and none further down.
-    if (reflector.inverse_half != T(0)) {
-      chase_step(space.band, sweep + 1 + t * kTile, reflector);
-    }
+    chase_step(space.band, sweep + 1 + t * kTile, reflector);
     if (t + 1 == end && part + 1 < parts) {
       space.handed[(part + 1) * kHandedOver + sweep % kHandedOver] = reflector;
     }

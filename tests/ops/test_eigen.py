@@ -125,8 +125,26 @@ def test_around_the_boundaries_of_size_classes(n: int, family: str, dtype: torch
         check(eigvalsh(matrix.expand(5, n, n))[4], matrix)
 
 
-# On one thread float32 is reduced in two stages from 256 on, float64 from 768; on several both
-# from 512.
+def slow_decay(n: int) -> Tensor:
+    index = torch.arange(n, dtype=torch.float64)
+    return 1 / (index[:, None] + index + 1) ** 0.5
+
+
+# A sweep along the band that had nothing to do left the bulges of the sweep before where they were.
+@pytest.mark.parametrize(
+    ("family", "n", "dtype"),
+    [
+        *((hilbert, n, torch.float32) for n in (265, 268, 291, 307, 319)),
+        *((slow_decay, n, torch.float64) for n in (530, 590)),
+    ],
+    ids=str,
+)
+def test_low_rank_in_two_stages(family, n: int, dtype: torch.dtype) -> None:
+    matrix = family(n).to(dtype)
+    check(eigvalsh(matrix), matrix)
+
+
+# float32 is reduced in two stages from order 256 on, float64 from 512.
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
