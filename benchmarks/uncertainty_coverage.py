@@ -126,7 +126,7 @@ def _percent(shares: list[float]) -> str:
 
 
 def main() -> None:
-    """Simulates, prints the table and writes it after every row."""
+    """Command line: simulates, and writes the table after every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=400, help="draws of each cell")
     parser.add_argument("--channels", type=int, default=12, help="channels of a row")

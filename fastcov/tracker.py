@@ -148,7 +148,7 @@ class Tracker:
         return self.watcher.taps.names()
 
     def observe(self, name: str, tensor: Tensor, channel_dim: int = -1) -> None:
-        """Watches a tensor of the model's forward: a tap like any other, under a name.
+        """Tap on a tensor of the model's forward: like any other, under a name.
 
         To be called inside a forward of the model, in eager or compiled code; elsewhere, and in
         forwards that are no steps, nothing is read. A name may come several times in a step.
@@ -434,7 +434,7 @@ class Tracker:
     # snapshots, ranks and checkpoints
 
     def snapshot(self, step: int | None = None) -> Snapshot:
-        """Computes all spectra now and appends them to :attr:`history`.
+        """Snapshot of all spectra now, appended to :attr:`history`.
 
         Args:
             step: Label of the snapshot; None is the number of steps.
@@ -454,7 +454,7 @@ class Tracker:
         return snapshot
 
     def close(self) -> None:
-        """Removes every hook; the statistics stay readable, and captured graphs add to them."""
+        """Removal of every hook; the statistics stay readable, and captured graphs add to them."""
         self.watcher.close()
         self._snapshots.deliver()
 
@@ -463,7 +463,7 @@ class Tracker:
         return self.watcher.paused()
 
     def sync(self, group: dist.ProcessGroup | None = None) -> Tracker:
-        """Shows the statistics of all ranks together until the next step: the only collective.
+        """View of all ranks' statistics together until the next step: the only collective.
 
         Every rank must call this method. Each rank goes on collecting its own rows afterwards, so
         that another call counts nothing twice.
@@ -491,7 +491,7 @@ class Tracker:
         return self
 
     def merge(self, other: Tracker) -> None:
-        """Adds the rows of another tracker of the same layers, which stays as it is.
+        """Addition of the rows of another tracker of the same layers, which stays as it is.
 
         Args:
             other: Tracker of a model with these layers, on any device.
@@ -578,7 +578,7 @@ class Tracker:
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`.
+        """Return to the statistics of a :meth:`state_dict`.
 
         Args:
             state_dict: Result of :meth:`state_dict`.
@@ -627,7 +627,7 @@ class Tracker:
         self.history.truncate(self.steps + 1)
 
     def reset(self) -> None:
-        """Forgets every row and step; the shares of the rows that were planned stay."""
+        """Removal of every row and step; the shares of the rows that were planned stay."""
         self._show_own_rows()
         self.watcher.leave_device()
         self.watcher.step = 0
@@ -656,7 +656,7 @@ class Tracker:
         *,
         kind: Literal["spectrum", "ridges", "dims", "demand"] = "spectrum",
     ) -> Any:
-        """Draws spectra of now or over the snapshots; see :mod:`fastcov.show.plot`.
+        """Figure of the spectra of now or over the snapshots; see :mod:`fastcov.show.plot`.
 
         Args:
             layer: One of :meth:`names`; None draws all, which "ridges" cannot.
@@ -693,7 +693,7 @@ class Tracker:
         raise ValueError(f"kind={kind!r}: choose 'spectrum', 'ridges', 'dims' or 'demand'")
 
     def report(self, path: str | Path) -> Path:
-        """Writes one self-contained HTML page about every layer.
+        """Self-contained HTML page about every layer.
 
         Args:
             path: Path of the page; folders are made as needed.
@@ -732,7 +732,7 @@ def track(
     out: str | Path | None = None,
     replace: bool = False,
 ) -> Tracker:
-    """Watches the feature covariance of a model's layers while it trains.
+    """Tracker of the feature covariance of a model's layers, kept while it trains.
 
     Nothing else in the training loop changes. Call :func:`track` before the first compiled forward.
     Replays of a CUDA graph of whole steps are read if two steps have run eagerly before the

@@ -63,7 +63,7 @@ def train(
     restart: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Train one detector.
+    """Training of one detector.
 
     Args:
         settings: Settings of the run.
@@ -110,7 +110,7 @@ def evaluate(
     device: str = "auto",
     quiet: bool = False,
 ) -> None:
-    """Score a detector: COCO's twelve numbers, every class, and predictions as COCO results.
+    """Scores of a detector: COCO's twelve numbers, every class, and predictions as COCO JSON.
 
     Args:
         model: Run folder, exported folder, or the name of one of torchvision's detectors.
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def check(settings: TrainConfig, quiet: bool = False) -> None:
-    """List everything that is wrong with a data set.
+    """List of everything that is wrong with a data set.
 
     Args:
         settings: Settings of a run, of which those of the data are used.
@@ -171,7 +171,7 @@ def pretrain(
     restart: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Train a backbone on the data's objects as classes.
+    """Training of a backbone on the data's objects as classes.
 
     Args:
         settings: Settings of the run.
@@ -212,7 +212,7 @@ def search(
     gpus_per_run: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Search widths and compare the arms.
+    """Search of widths, and comparison of the arms.
 
     Args:
         settings: Settings of the search.
@@ -253,7 +253,7 @@ def planned(
     jobs: int = 2,
     quiet: bool = False,
 ) -> None:
-    """Run the planned comparison of one task, or its tuning.
+    """Planned comparison of one task, or its tuning.
 
     Args:
         task: Task of the plan.
@@ -279,7 +279,7 @@ def planned(
 
 
 def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bool = False) -> None:
-    """Run a whole search on two CPU cores in minutes.
+    """Whole search on two CPU cores, in minutes.
 
     Args:
         settings: Settings of every training run.
@@ -316,7 +316,7 @@ def _run_search(
 
 
 def compare(a: str, b: str, out: str | None = None) -> None:
-    """Compare the spectra of two runs over their training.
+    """Comparison of the spectra of two runs over their training.
 
     Args:
         a: Run folder.
@@ -331,7 +331,7 @@ def compare(a: str, b: str, out: str | None = None) -> None:
 
 
 def redraw(dir: str) -> None:
-    """Draw a comparison's figures and page again.
+    """Figures and page of a comparison, drawn again.
 
     Args:
         dir: Folder that a comparison was written to.
@@ -342,7 +342,7 @@ def redraw(dir: str) -> None:
 
 
 def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> None:
-    """Compare the spectra of two families of runs beyond the effect of seeds.
+    """Comparison of the spectra of two families of runs, beyond the effect of seeds.
 
     Args:
         a: Run folders.
@@ -357,7 +357,7 @@ def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> N
 
 
 def report(dir: str) -> None:
-    """Write a search's HTML page again.
+    """HTML page of a search, written again.
 
     Args:
         dir: Folder of a search.
@@ -371,7 +371,7 @@ def report(dir: str) -> None:
 
 
 def evidence(results: str, readme: str) -> None:
-    """Write tables of kept results in Markdown.
+    """Markdown tables of kept results.
 
     Args:
         results: Folder of kept results, for example detection/results.
@@ -384,7 +384,7 @@ def evidence(results: str, readme: str) -> None:
 
 
 def export(run: str, out: str, arm: str = "searched") -> None:
-    """Write a plain state_dict, widths and a rebuild script.
+    """Plain state_dict, widths and a rebuild script of a detector.
 
     Args:
         run: Run folder, or folder of a search.
@@ -407,7 +407,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; the process's exit status."""
+    """Command line: runs one command; returns the process's exit status."""
     words = sys.argv[1:] if words is None else list(words)
     try:
         with _stoppable():
@@ -426,7 +426,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_command(words: Sequence[str]) -> None:
-    """Parses the words of a command and runs it.
+    """Run of the command that the words name.
 
     Raises:
         ConfigError: If a word is unknown, with the closest names, or a value is impossible.

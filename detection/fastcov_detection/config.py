@@ -491,7 +491,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a configuration as JSON; the file appears whole or not at all."""
+    """JSON file of a configuration; it appears whole or not at all."""
     write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 

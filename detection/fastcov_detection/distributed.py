@@ -24,7 +24,7 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Meeting point of all processes: each waits for the others."""
     if world_size() > 1:
         dist.barrier()
 

@@ -45,14 +45,14 @@ class Updates:
         return rare
 
     def hold_back(self) -> None:
-        """Empties the buffers, outside the time: none is full in the step that follows."""
+        """Emptying of the buffers, untimed, so that none is full in the step that follows."""
         if not self._rare():
             return
         for layer in self._tracker.watcher.taps.unique_layers:
             layer.flush()
 
     def add_to(self, row: Row, untracked: Row, dtype: torch.dtype, setting: Setting) -> None:
-        """Adds each step's share of the updates that were held back to the tracker's row.
+        """Correction of the tracker's row by each step's share of the updates held back.
 
         Args:
             row: Row whose times and ratios grow; its notes get the share.

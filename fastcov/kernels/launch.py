@@ -128,7 +128,7 @@ class Launch:
         return cls(kernel, whole_grid, (*numbers, *(constants[n] for n in names)), options)
 
     def start(self, *tensors: Any) -> Any:
-        """Launches through Triton, which compiles the kernel if that has not been done.
+        """Launch through Triton, which compiles the kernel if that has not been done.
 
         Args:
             tensors: Tensors, descriptors or None in the kernel's order, and numbers that follow
@@ -166,7 +166,7 @@ class Starter:
         self.directly: Callable[..., None] | None = None
 
     def through_triton(self, *tensors: Any) -> None:
-        """Launches with Triton's own call, and keeps the compiled kernel."""
+        """Launch by Triton's own call, which keeps the compiled kernel."""
         launch, before = self._launch, self._compiled
         compiled = self._compiled = launch.start(*tensors)
         # Many launches are made only once, by a layout of rows that never comes again.

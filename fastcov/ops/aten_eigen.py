@@ -41,7 +41,7 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def eigvalsh(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:
-    """See :func:`fastcov.ops.reference.eigvalsh_reference`, for each of several batches.
+    """Plain-torch form of :func:`fastcov.ops.reference.eigvalsh_reference`, for several batches.
 
     ``is_alone`` changes nothing: LAPACK takes the matrices one by one.
     """
@@ -49,7 +49,7 @@ def eigvalsh(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:
 
 
 def eigh(matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """See :func:`fastcov.ops.reference.eigh_reference`, for each of several batches."""
+    """Plain-torch form of :func:`fastcov.ops.reference.eigh_reference`, for several batches."""
     values, vectors = [], []
     for matrix in matrices:
         scaled, finite, exponent = _prepare(matrix)

@@ -120,7 +120,7 @@ class CountedGather:
             self.prepared = torch.frombuffer(numbers, dtype=torch.int64)
 
     def launch_(self, rows: Tensor) -> None:
-        """Copies the rows that are due from a row view, or from its activation.
+        """Copy of the rows that are due, from a row view or from its activation.
 
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.

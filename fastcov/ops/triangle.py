@@ -96,7 +96,7 @@ def diagonal(tiles: Tensor, channels: int) -> Tensor:
 
 
 def clamp_diagonal_(tiles: Tensor, channels: int) -> None:
-    """Raises negative entries of the diagonal to 0: sums of squares, whatever rounding says."""
+    """Lower bound of 0 for the diagonal: sums of squares, whatever rounding says."""
     number = _on_diagonal(channels, tiles.device)
     squares = tiles[number]
     squares.diagonal(dim1=1, dim2=2).clamp_(min=0)

@@ -105,7 +105,7 @@ class AffineMap:
         row_scale: float = 1.0,
         decay: float = 1.0,
     ) -> bool:
-        """Adds a call's rows as :func:`fastcov.ops.accumulate_` does.
+        """Update of a state with a call's rows, as :func:`fastcov.ops.accumulate_` does.
 
         Returns False, with the state untouched, where the rows themselves must be read: on a GPU;
         in the first call, whose rows choose a shift; where the map does not explain the output, or
@@ -195,7 +195,7 @@ def _pays(rows: int, channels_in: int, channels_out: int) -> bool:
 def accumulate_mapped_(
     state: CovarianceState, source: AffineInput, row_scale: float = 1.0, decay: float = 1.0
 ) -> bool:
-    """Adds a call's output rows to a state on the CPU, from the second moments of the input rows.
+    """Update of a state on the CPU with output rows, from the input rows' second moments.
 
     Returns False, with the state untouched, where some rows are not finite, where float32 cannot
     hold the result, and where it may lose more than 2e-6 of the largest entry.

@@ -50,28 +50,28 @@ class Reader(Protocol):
         module: nn.Module | None = None,
         args: Any = (),
     ) -> None:
-        """Reads the activation of a call that no route has taken."""
+        """Reading of the activation of a call that no route has taken."""
 
     def refuse(self, tap: int, reason: str) -> None:
-        """Notes why an activation is not read."""
+        """Note why an activation is not read."""
 
     def fail(self, tap: int, error: Exception) -> None:
-        """Stops reading a tap's layer after an error."""
+        """End of the reading of a tap's layer, after an error."""
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
-        """Begins a forward of the root."""
+        """Start of a forward of the root."""
 
     def take_mask(self, mask: object) -> None:
-        """Sets the mask of the step that has begun."""
+        """Mask of the step that has begun."""
 
     def fail_all(self, error: Exception) -> None:
-        """Stops reading all layers."""
+        """End of the reading of all layers."""
 
     def end_step(self) -> None:
-        """Ends a forward of the root."""
+        """End of a forward of the root."""
 
     def close(self) -> None:
-        """Removes the hooks."""
+        """Removal of the hooks."""
 
 
 class Gate:
@@ -121,7 +121,7 @@ class Hook:
         return Hook, (None, self._tap)
 
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Reads a module's output."""
+        """Forward hook that reads a module's output."""
         # Cheaper than is_compiling(). Safe: values under torch.export are no plain tensors.
         if is_dynamo_compiling() or type(output) is not Tensor:
             self._pass_to_watcher(module, args, output)
@@ -138,7 +138,7 @@ class Hook:
             self._fail(error)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Reads a module's first input, positional or by keyword."""
+        """Forward hook that reads a module's first input, positional or by keyword."""
         if is_dynamo_compiling() or not args or type(args[0]) is not Tensor:
             self._pass_to_watcher(module, args, (args, kwargs))
             return
@@ -209,7 +209,7 @@ class StepHook:
         return StepHook, (None,)
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Begins a forward of the root, which is a step where its mode says so."""
+        """Start of a forward of the root, which is a step where its mode says so."""
         watcher = self.watcher
         if watcher is None or is_exporting():
             return
@@ -230,7 +230,7 @@ class StepHook:
             steps.is_on_stack = steps.is_on_stack or steps.thread == thread
 
     def begin_masked(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Begins a forward of the root whose arguments give the mask of its rows."""
+        """Start of a forward of the root whose arguments give the mask of its rows."""
         self.begin(module, args)
         watcher = self.watcher
         if watcher is None or watcher.mask is None or is_exporting():
@@ -249,7 +249,7 @@ class StepHook:
                 watcher.take_mask(mask)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends the forward; torch calls this hook after an exception too."""
+        """End of the forward; torch calls this hook after an exception too."""
         watcher = self.watcher
         if watcher is None or is_exporting():
             return

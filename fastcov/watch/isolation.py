@@ -41,7 +41,7 @@ def is_exporting() -> bool:
 
 
 def run_by_python(*hooks: Callable[..., Any]) -> None:
-    """Keeps Dynamo from compiling hooks by themselves.
+    """Decorator that keeps Dynamo from compiling hooks by themselves.
 
     torch.compile(module) compiles the module's forward, not its hooks. Dynamo would then meet the
     hooks one by one and compile each as a graph with guards of its own; told to skip them, it

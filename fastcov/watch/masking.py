@@ -106,7 +106,7 @@ class Masked(Route):
         self._weights_of = weights_of
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         if not self.layout.fits(value):
             return False
         weights = self._weights_of(self._sizes, self.layout.device)

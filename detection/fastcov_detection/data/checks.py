@@ -153,7 +153,7 @@ def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> Non
 
 
 def log_notes(findings: Iterable[Finding]) -> None:
-    """Logs the notes as warnings, one line for each kind and file."""
+    """Warnings of the notes, one line for each kind and file."""
     for group in _kinds(finding for finding in findings if not finding.is_fault):
         first, others = group[0], ", ".join(one.entry for one in group[1 : 1 + _EXAMPLES])
         more = len(group) - 1 - _EXAMPLES

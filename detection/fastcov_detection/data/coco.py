@@ -223,11 +223,11 @@ class Records(Sequence[ImageRecord]):
         return [self._ids[place] for place in self._chosen.tolist()]
 
     def drop_empty(self) -> None:
-        """Leaves out images that have no object to learn from."""
+        """Removal of the images that have no object to learn from."""
         self._chosen = self._chosen[self.counts() > 0]
 
     def set_paths(self, paths: Mapping[Any, Path]) -> None:
-        """Notes the file of every image where it differs from the name.
+        """Setter of the file of every image, kept where it differs from the name.
 
         Args:
             paths: Paths relative to the folder of images, by image id.
@@ -410,7 +410,7 @@ class _Entries(Collection[Any]):
 def read_lists(
     path: Path, names: Collection[str], see: Callable[[str, Any], None]
 ) -> tuple[dict[str, Collection[Any]], str]:
-    """Lists of a JSON file, which is read once, whole, for the places of the lists.
+    """Lists of a JSON file. The file is read once, whole, to find where each list stands.
 
     Args:
         path: Path of the file, whose top level is an object.
@@ -495,7 +495,7 @@ class _Reader:
                 return ""
 
     def take(self, character: str) -> None:
-        """Passes over a character."""
+        """Removal of the next character."""
         if self.next() != character:
             raise self.error(f"expected {character!r}")
         self.at += 1

@@ -158,7 +158,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return bool((self.records.counts() > 0).any())
 
     def drop_empty(self) -> None:
-        """Leaves out images without a single object to learn from."""
+        """Removal of the images without a single object to learn from."""
         self.records.drop_empty()
         if not len(self.records):
             raise DataError(f"{self.file.path} has no object that is not a crowd; nothing to learn")

@@ -45,7 +45,7 @@ _NO_WEIGHTS = (
 
 
 def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> Path:
-    """Writes ``report.html`` of a search, and the pictures of detections under ``pictures/``.
+    """Page ``report.html`` of a search, with the pictures of detections under ``pictures/``.
 
     Args:
         folder: Folder of a search that has a result.json.

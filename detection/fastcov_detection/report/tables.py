@@ -126,7 +126,7 @@ def _means(
 
 
 def print_summary(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the table and the sentences."""
+    """Printed table and sentences."""
     # Where no terminal says otherwise, the width that the table with spreads needs.
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     console.print(terminal_table(columns(result), rows(result)))

@@ -69,7 +69,7 @@ class Job:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keeps a second search, or a run that a killed search left behind, out of the folder.
+    """Context that keeps a second search, or a killed search's last run, out of the folder.
 
     Yields:
         The lock's file descriptor; child processes that inherit it hold the lock as well.
@@ -103,14 +103,14 @@ class Running(Protocol):
         """Exit status of the run; None while it goes on."""
 
     def stop(self) -> None:
-        """Ends the run, which resumes later."""
+        """End of the run, which resumes later."""
 
 
 class Engine(Protocol):
     """A place where runs are trained."""
 
     def start(self, job: Job) -> Running | None:
-        """Starts or queues a run; None where there is no room now."""
+        """Run that was started or queued; None where there is no room now."""
 
 
 def run_jobs(
@@ -120,7 +120,7 @@ def run_jobs(
     on_finish: Callable[[], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Runs the jobs that are not finished, and shows how far each run is.
+    """Runs of all jobs that are not finished, with a display of their progress.
 
     Args:
         jobs: Independent of each other.
@@ -191,7 +191,7 @@ class LocalEngine:
         self._slots: list[_Process | None] = [None] * self.at_once
 
     def start(self, job: Job) -> Running | None:
-        """Starts a run in the first free slot."""
+        """Run in the first free slot; None where there is none."""
         for slot, process in enumerate(self._slots):
             if process is None or process.status() is not None:
                 environment = _environment(slot, self.at_once)
@@ -222,7 +222,7 @@ class _Process:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Ends the process: by SIGTERM, ten seconds later by SIGKILL."""
+        """End of the process: by SIGTERM, ten seconds later by SIGKILL."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -311,7 +311,7 @@ class RayEngine:
         self.threads = max(1, threads)
 
     def start(self, job: Job) -> Running:
-        """Queues a run; the cluster starts it when it has room."""
+        """Run in the cluster's queue, which starts when the cluster has room."""
         job.run_dir.mkdir(parents=True, exist_ok=True)
         task = self._ray.remote(train_guarded).options(
             num_cpus=self.threads * max(1, self.gpus),
@@ -323,7 +323,7 @@ class RayEngine:
         return _Task(self._ray, task.remote(words, str(folder), self.threads), folder)
 
     def close(self) -> None:
-        """Leaves the cluster; one that was started here ends."""
+        """End of the connection, and of a cluster that was started here."""
         self._ray.shutdown()
 
 
@@ -355,7 +355,7 @@ class _Task:
         return status
 
     def stop(self) -> None:
-        """Ends the run's worker, whose training ends with it."""
+        """End of the run's worker, whose training ends with it."""
         self._ray.cancel(self._reference, force=True)
 
     def _size(self) -> int:

@@ -104,7 +104,7 @@ def layer_ceilings(run: Path) -> dict[str, int]:
 def compare_runs(
     a: str | os.PathLike[str], b: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> Numbers:
-    """Compares two runs and writes figures and numbers.
+    """Comparison of two runs, with its figures and numbers in a folder.
 
     Args:
         a: Folder of the first run; a folder of snapshots does as well.
@@ -156,7 +156,7 @@ def compare_runs(
 
 
 def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
-    """Writes figures and page of a comparison again, from ``comparison.json``.
+    """Figures and page of a comparison, drawn again from ``comparison.json``.
 
     Ceilings follow from the settings of the runs, which lie in the folder under their labels.
 
@@ -177,7 +177,7 @@ def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
 
 
 def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: bytes) -> None:
-    """Adds ceilings to the numbers, and writes them, their figures and the page."""
+    """Numbers with their ceilings, their figures and the page, written."""
     layers = numbers["layers"]
     for side, run in zip("ab", runs, strict=True):
         ceilings = layer_ceilings(run)
@@ -275,7 +275,7 @@ def comparison_rows(numbers: Numbers) -> tuple[tuple[str, ...], list[tuple[str, 
 
 
 def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
-    """Prints a line for each layer: dimensions and demands at the end, and the distance."""
+    """Printed lines, one a layer: dimensions and demands at the end, and the distance."""
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     headings, lines = comparison_rows(numbers)
     console.print(f"a: {numbers['a']}", f"b: {numbers['b']}", sep="\n", markup=False)
@@ -369,7 +369,7 @@ class Families:
 
 
 def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Families:
-    """Compares two families of finished runs and writes ``families.json`` and ``families.png``.
+    """Comparison of two families of finished runs, as ``families.json`` and ``families.png``.
 
     Args:
         a: Run folders of the first family, one for each seed.

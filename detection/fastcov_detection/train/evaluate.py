@@ -121,7 +121,7 @@ def evaluate(
 
 
 def write_predictions(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Writes the detections in COCO's results format, which every COCO tool reads.
+    """File of the detections in COCO's results format, which every COCO tool reads.
 
     Returns:
         ``predictions.bbox.json``, and ``predictions.segm.json`` with masks.
@@ -140,7 +140,7 @@ def has_masks(model: nn.Module) -> bool:
 
 
 def warn_of_limits(dataset: CocoDataset, detections_per_image: int) -> None:
-    """Warns of validation images with more objects than the detector returns or AP counts."""
+    """Warning of images with more objects than the detector returns or AP counts."""
     counts: list[int] = dataset.records.counts().tolist()
     most = max(counts, default=0)
     if most > detections_per_image:

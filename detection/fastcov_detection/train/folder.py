@@ -172,7 +172,7 @@ def read_result(folder: Path, kind: Callable[..., Result], name: str = RESULT) -
 def write_result(
     folder: Path, result: Any, identity: Mapping[str, Any], name: str = RESULT
 ) -> None:
-    """Writes a result, a dataclass, with the run's identity and the versions that made it."""
+    """File of a result, a dataclass, with the run's identity and the versions that made it."""
     kept = {key: value for key, value in asdict(result).items() if key != "run_dir"}
     content = {**identity, "result": kept, "made_by": made_by()}
     write_text(folder / name, json.dumps(content, indent=2) + "\n")
@@ -186,7 +186,7 @@ def open_folder(
     resume: bool,
     name: str = RESULT,
 ) -> Result | None:
-    """Prepares a run's folder; the result where the run has ended already.
+    """Preparation of a run's folder; the result where the run has ended already.
 
     Args:
         folder: Folder of the run.
@@ -228,7 +228,7 @@ def open_folder(
 
 
 def save_checkpoint(run_dir: Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint; the one before it stays as a second chance.
+    """File of a checkpoint; the one before it stays as a second chance.
 
     Args:
         run_dir: Folder of the run.
@@ -339,7 +339,7 @@ def check_same_run(
 
 
 def _resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path) -> None:
-    """Compares a checkpoint with the run that is asked for, and notes the settings that change."""
+    """Comparison of a checkpoint with the run asked for; settings that change are noted."""
     step = int(saved["step"])
     known = {key: saved.get(key) for key in identity}
     changes = check_same_run(known, identity, run_dir, reached=step)
