@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastcov import load_history
-from fastcov.show.figures import free_axes, png, spectra_grid
+from fastcov.show.figures import free_axes, png
 from fastcov.show.plot import plot_dims
 from fastcov.widths import demand
 from fastcov_detection import __version__
@@ -223,11 +223,15 @@ class _Report:
             "Spectra of the stages' outputs, relative to the largest eigenvalue; dashed: 1e-3."
         )
         short = {name.removeprefix("backbone.body."): one for name, one in trained.items()}
-        every = png(spectra_grid(short))
-        return [
-            figure_block(draw, caption),
-            Block(picture=every, caption="Every measured feature map", fold="every feature map"),
-        ]
+        panels = {
+            f"{name}: {one.dim()} of {one.channels}": {"trained": one}
+            for name, one in short.items()
+        }
+        every = figure_block(
+            partial(pictures.draw_spectra, panels),
+            "Every measured feature map; dimension: eigenvalues above 1e-3 of the largest.",
+        )
+        return [figure_block(draw, caption), replace(every, fold="every feature map")]
 
     def dynamics(self) -> list[Block]:
         """Live dimensions of the baseline while it trained."""

@@ -39,7 +39,6 @@ from rich.console import Console
 from torch import nn
 
 from fastcov import History, Spectrum, load_history
-from fastcov.show.figures import comparison_grid, png
 from fastcov.spectra.compare import compare_histories
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import spectral_distance
@@ -49,7 +48,7 @@ from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.report.page import NARROW, WIDE, Block, Section, to_png, write_page
-from fastcov_detection.report.pictures import Curves, draw_dims
+from fastcov_detection.report.pictures import Curves, draw_dims, draw_spectra
 from fastcov_detection.report.tables import terminal_table
 from fastcov_detection.search.verdicts import mean_and_error
 from fastcov_detection.studies.pretrain import RESULT as CLASSIFIER
@@ -62,6 +61,8 @@ _MOST_DIVISIONS = 20_000
 _THRESHOLD = 1e-3
 _COLOURS = 64
 _RECORD = "comparison.json"
+_WIDTHS = (WIDE, NARROW)
+_SPECTRA = ("spectra.png", "spectra-narrow.png")  # one a width
 
 Numbers = dict[str, Any]
 """Content of comparison.json: everything that figures and page show, by layer."""
@@ -109,8 +110,8 @@ def compare_runs(
     Args:
         a: Folder of the first run; a folder of snapshots does as well.
         b: Folder of the second run.
-        out: Folder that gets ``comparison.json``, ``comparison.html``, ``dims.png`` and
-            ``spectra.png``.
+        out: Folder that gets ``comparison.json``, ``comparison.html``, ``dims.png``,
+            ``spectra.png`` and ``spectra-narrow.png``.
 
     Returns:
         Content of comparison.json.
@@ -151,7 +152,11 @@ def compare_runs(
         "only_a": list(found.only_a),
         "only_b": list(found.only_b),
     }
-    _write(numbers, places, Path(out), png(comparison_grid(found, "spectra")))
+    panels = {
+        one.name: {f"a: {labels[0]}": one.end_a, f"b: {labels[1]}": one.end_b}
+        for one in found.layers
+    }
+    _write(numbers, places, Path(out), [_drawing(draw_spectra(panels, width)) for width in _WIDTHS])
     return numbers
 
 
@@ -171,13 +176,16 @@ def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
         raise DataError(
             f"{place / _RECORD} is no comparison ({error}); give two run folders to make one"
         ) from None
-    spectra = place / "spectra.png"
-    _write(numbers, runs, place, spectra.read_bytes() if spectra.exists() else b"")
+    spectra = [place / name for name in _SPECTRA]
+    _write(numbers, runs, place, [one.read_bytes() for one in spectra if one.exists()])
     return numbers
 
 
-def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: bytes) -> None:
-    """Numbers with their ceilings, their figures and the page, written."""
+def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: list[bytes]) -> None:
+    """Numbers with their ceilings, their figures and the page, written.
+
+    ``spectra`` holds pictures of two widths; those of an old comparison are one, or none.
+    """
     layers = numbers["layers"]
     for side, run in zip("ab", runs, strict=True):
         ceilings = layer_ceilings(run)
@@ -200,13 +208,10 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     titles = {name: starred(numbers, name) for name in drawn}
     note = f"grey: ceiling; {len(full)} of {len(layers)} layers end at it in both runs"
     note += ", and are not drawn" if len(drawn) < len(layers) else ""
-    dims, narrow = (
-        _small(to_png(draw_dims(curves, tops, titles, note, width))) for width in (WIDE, NARROW)
-    )
-    write_file(folder / "dims.png", lambda file: file.write(dims))
-    if spectra:
-        spectra = _small(spectra)
-        write_file(folder / "spectra.png", lambda file: file.write(spectra))
+    dims, narrow = (_drawing(draw_dims(curves, tops, titles, note, width)) for width in _WIDTHS)
+    _save(folder / "dims.png", dims)
+    for name, drawing in zip(_SPECTRA, spectra, strict=False):
+        _save(folder / name, drawing)
     headings, lines = comparison_rows(numbers)
     caption = (
         "Dimension of the layers that do not end at their structural ceiling (grey, the smaller "
@@ -220,7 +225,8 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     ]
     if spectra:
         every = "Spectra of every layer at the end"
-        sections.append(Section("Spectra", [Block(picture=spectra, caption=every, fold=every)]))
+        block = Block(picture=spectra[0], narrow=b"".join(spectra[1:]), caption=every, fold=every)
+        sections.append(Section("Spectra", [block]))
     title = f"{numbers['a']} (a) against {numbers['b']} (b)"
     write_page(folder / "comparison.html", title, sections, f"fastcov-detection {__version__}")
 
@@ -314,10 +320,14 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
     return f"{a} (a)", f"{b} (b)"
 
 
-def _small(content: bytes) -> bytes:
-    """Drawing with a palette of 64 colours, a third of the size for version control."""
+def _save(path: Path, content: bytes) -> None:
+    write_file(path, lambda file: file.write(content))
+
+
+def _drawing(figure: Figure) -> bytes:
+    """PNG with a palette of 64 colours, a third of the size for version control."""
     packed = io.BytesIO()
-    with Image.open(io.BytesIO(content)) as picture:
+    with Image.open(io.BytesIO(to_png(figure))) as picture:
         small = picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MEDIANCUT)
         small.save(packed, format="PNG", optimize=True)
     return packed.getvalue()
@@ -408,8 +418,7 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
     )
     write_text(out / FAMILIES, json.dumps(families.as_dict(), indent=2) + "\n")
     figure = _draw_families(histories[: len(a)], histories[len(a) :], families)
-    drawing = _small(to_png(figure))
-    write_file(out / "families.png", lambda file: file.write(drawing))
+    _save(out / "families.png", _drawing(figure))
     return families
 
 

@@ -132,8 +132,7 @@ def _draw(
     for edge, (_, colour, _) in zip(edges, boxes, strict=True):
         # Around a detection that lies on it, a missed object is still seen.
         wider = 2 if colour == MISSED else 0
-        left, top, right, bottom = edge
-        frame = (left - wider, top - wider, right + wider, bottom + wider)
+        frame = (*(low - wider for low in edge[:2]), *(high + wider for high in edge[2:]))
         pen.rectangle(frame, outline=colour, width=2)
     for edge, (_, colour, text) in zip(edges, boxes, strict=True):
         _label(pen, font, edge, colour, text, size)

@@ -201,7 +201,7 @@ def open_folder(
     """
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{_FRESH}.*.tmp"):  # of a kill in the middle of writing
+        for path in folder.glob(f"{_FRESH}.*.tmp"):  # left by a kill while writing
             path.unlink()
         if not resume:
             for one in (_FRESH, NEWEST, PREVIOUS, name, LAST, BEST):
@@ -309,7 +309,7 @@ def check_same_run(
     Raises:
         CheckpointError: Naming the first setting that differs.
     """
-    # A setting that came later had its default then.
+    # A setting that the saved run does not know is younger than the run: it had its default.
     complete = to_dict(read_saved(saved["config"]))
     before = comparable_settings({**saved, "config": complete})
     now = comparable_settings(wanted)
