@@ -112,7 +112,7 @@ def _driver_folder() -> str:
     library = Path(folder, "libcuda.so.1")
     options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
-    # Those that ask for a library of this name get the one that is open.
+    # Later requests for a library of this name get the one that is opened here.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return folder
 

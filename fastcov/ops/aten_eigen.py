@@ -33,8 +33,8 @@ def _restore(values: Tensor, finite: Tensor, exponent: Tensor) -> Tensor:
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
     scaled, finite, exponent = _prepare(matrix)
-    # As the compiled kernels do it (diagonal_shift in csrc/eigen_numeric.h): without the shift a
-    # reduction rounds the large entries of c (I + E) the same way at every step.
+    # The compiled kernels shift in the same way (diagonal_shift, csrc/eigen_numeric.h). Without the
+    # shift, a reduction rounds the large entries of c (I + E) the same way at every step.
     shift = torch.round(scaled.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * 1024) / 1024
     shifted = scaled - torch.diag_embed(shift.expand(scaled.shape[:-1]))
     return _restore(torch.linalg.eigvalsh(shifted) + shift, finite, exponent)

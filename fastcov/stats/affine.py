@@ -54,8 +54,8 @@ class AffineInput(NamedTuple):
     def explains(self, output: Tensor) -> bool:
         """True if up to 64 channels of one row of the output agree with the map of the input row.
 
-        They do not where the layer multiplied in reduced precision, or where other code has changed
-        the output.
+        False where the layer multiplied in reduced precision, or where other code has changed the
+        output.
         """
         rows = self.rows.movedim(self.channel_dim, -1)
         output = output.detach().movedim(self.channel_dim, -1)

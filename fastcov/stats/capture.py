@@ -79,7 +79,7 @@ class DeviceCounters:
 
     def begin_step(self, number: int, is_read: bool, decay: float | None) -> None:
         """Start of a step by the host's count; ``is_read`` tells if its activations are read."""
-        if self._is_inside_step:  # ended by an exception: its rows leave the buffers now
+        if self._is_inside_step:  # An exception ended the last step: empty its full buffers now.
             self.end_step(decay)
         self._is_inside_step = is_read
         if self.is_captured:
@@ -99,7 +99,7 @@ class DeviceCounters:
     def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
         """Note of a call that a graph must not hold, with the reason; True if it is left out.
 
-        So are all calls of the layer after one that was left out.
+        After one call that was left out, all later calls of the layer are left out too.
         """
         if layer in self.left_out:
             return True

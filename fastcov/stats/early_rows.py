@@ -46,7 +46,7 @@ class EarlyRows:
         return max(capacity - kept, ceil(offered * _KEPT_SHARE))
 
     def leave_out(self, weights: Tensor) -> None:
-        """Number of the rows of weight 0, added to ``nonfinite``; waits for a GPU."""
+        """Addition of the rows of weight 0 to :attr:`left_out`; waits for a GPU."""
         self.left_out += int((weights == 0).sum())
 
     def take(self) -> list[EarlyCall]:

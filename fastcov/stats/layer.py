@@ -754,7 +754,7 @@ class Layer:
         if self._image is not None:
             self._image.has_many_calls = saved["is_pooled"]
         if saved["state"] is not None:
-            # As it was saved, whatever memory= says now: on every rank, with rows or without.
+            # Every rank sketches as the saved layer did, whatever its own memory= asks for.
             sizes = saved["state"].get("sketch")
             self.sketch = None if sizes is None else int(sizes[1])
             if self.state is not None and self.state.sketch_width != self.sketch:

@@ -219,7 +219,7 @@ class CovarianceState:
         float64, at most the number of rows; NaN where no row was read. Valid for weights from
         1e-150 to 1e150. []
         """
-        # Neither square is formed: weights may have any size.
+        # The quotient comes before the product: a square of large weights could overflow.
         with self._locked():
             return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 

@@ -67,7 +67,7 @@ class Gradients:
         self._leaf_handles: list[Any] = []  # hooks on tensors that outlive the step
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither the function of the user, nor locks and hooks.
+        # Left out, because they cannot be pickled: the user's function, the lock and the hooks.
         return {**self.__dict__, "_unscale": None, "_lock": None, "_leaf_handles": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -572,7 +572,8 @@ class Watcher:
     def release(self) -> None:
         """Removal of hooks, routes and the reference to the tracker: the root is closed or gone.
 
-        They refer to each other, and would keep the statistics until Python looks for cycles.
+        The watcher and its routes refer to each other, and would keep the statistics until Python
+        looks for cycles.
         """
         self.on_step_end = _do_nothing
         for watched in self.taps:
