@@ -90,8 +90,8 @@ class Tracker:
         if rank == 0:
             check_out(out)
         self.snapshot_every = snapshot_every
-        # States of all ranks together, shown until the next step begins: until `steps_begun` is
-        # another number than here.
+        # States of all ranks together. They are shown until the next step begins, which changes
+        # `Watcher.steps_begun` from the number in `_synced_at`.
         self._synced: dict[str, CovarianceState] = {}
         self._synced_pairs: dict[str, CovarianceState] = {}
         self._synced_at = -1
@@ -177,8 +177,6 @@ class Tracker:
             watcher.observe_named(name, tensor, channel_dim, is_compiled=False)
         elif not is_exporting() and (not watcher.train_only or watcher.is_training()):
             torch.ops.fastcov.observe_named_(watcher.clock, name, tensor, channel_dim)
-
-    # statistics
 
     @torch.no_grad()
     def _state_or_none(self, name: str) -> CovarianceState | None:
@@ -348,7 +346,7 @@ class Tracker:
         return self._pending({n: s for n, s in states.items() if s is not None}, centered)
 
     def _own_states(self) -> dict[str, CovarianceState | None]:
-        # Of this rank; None where no row has come.
+        """States of this rank's own rows, by layer; None where no row was read."""
         self.watcher.settle()
         layers = self.watcher.taps.layers
         for layer in layers.values():
@@ -356,7 +354,7 @@ class Tracker:
         return {name: layer.state for name, layer in layers.items()}
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
-        # Copies of this step's numbers, with no reference to the tracker or its model.
+        """Spectra to compute, from copies of the numbers: without a reference to the model."""
         return PendingSpectra(states, centered, in_float64=self.watcher.precision == "float64")
 
     def summary(self) -> Summary:
@@ -430,8 +428,6 @@ class Tracker:
             # Gradients of the last step may still be on their way.
             has_calls_lately=layer.calls > 0 or tap.is_gradient,
         )
-
-    # snapshots, ranks and checkpoints
 
     def snapshot(self, step: int | None = None) -> Snapshot:
         """Snapshot of all spectra now, appended to :attr:`history`.
@@ -646,8 +642,6 @@ class Tracker:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    # plots and reports
 
     def plot(
         self,

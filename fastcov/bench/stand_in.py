@@ -87,7 +87,7 @@ class _Compiled:
 
 
 def _descriptor_metadata(kind: str) -> dict[str, Any]:
-    # Of bfloat16 in 128-byte rows of shared memory, as sm_90's matrix instructions read them.
+    """Descriptor of bfloat16 in 128-byte rows of shared memory, for sm_90's matrix instructions."""
     found = re.search(r"\[([\d, ]+)\]", kind)
     assert found is not None
     rows, _columns = map(int, found[1].split(","))
@@ -119,7 +119,7 @@ def _driver_folder() -> str:
 
 @cache
 def _driver() -> Any:
-    # Of one H100, whose number is that of a CPU's tensors.
+    """Properties of one H100, whose number is that of a CPU's tensors."""
     with mock.patch.object(knobs.nvidia, "libcuda_path", _driver_folder()):
         driver = CudaDriver()
     driver.get_current_device = lambda: -1

@@ -31,7 +31,7 @@ class Updates:
         self._tracker = tracker
 
     def _rare(self) -> list[tuple[int, float]]:
-        # Channels, and steps between two updates, of each layer on which updates are rare.
+        """Channels, and steps between two updates, of each layer on which updates are rare."""
         rare = []
         for layer in self._tracker.watcher.taps.unique_layers:
             if layer.state is None or not layer.fraction or layer.state.moment.is_cuda:

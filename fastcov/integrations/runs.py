@@ -128,7 +128,7 @@ def _restored(layer: Mapping[str, Any]) -> fastcov.CovarianceState:
 
 @contextlib.contextmanager
 def _beside_the_training(device: torch.device, copied: torch.cuda.Event) -> Iterator[None]:
-    # Context whose GPU work runs on a stream of its own, after the copies are made.
+    """Context whose GPU work runs on a stream of its own, after the copies are made."""
     side = torch.cuda.Stream(device)
     side.wait_event(copied)
     with torch.cuda.stream(side):

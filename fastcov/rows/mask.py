@@ -171,7 +171,7 @@ class RowMask:
 
 
 def _factors(mask: Tensor, weights: Tensor) -> Tensor:
-    # Factors by which the weights of each sequence sum up to the positions of an image.
+    """Factors by which the weights of each sequence sum up to the positions of an image."""
     flat = weights.flatten(1)
     positions = flat.shape[1]
     is_counted = torch.isfinite(flat) & (flat > 0)
@@ -184,7 +184,7 @@ def _factors(mask: Tensor, weights: Tensor) -> Tensor:
 
 
 def _sizes(numbers: Tensor) -> Tensor:
-    # How many positions of the image have the same number, by position; nothing waits for a GPU.
+    """Number of positions of the image with the same number; nothing waits for a GPU."""
     ordered, order = numbers.sort(dim=1)
     is_new = torch.zeros_like(ordered, dtype=torch.int64)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]

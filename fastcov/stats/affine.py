@@ -228,7 +228,7 @@ def accumulate_mapped_(
 
 
 def _spread_mean(source: AffineInput) -> Tensor:
-    # Mean of a few rows from all over the call, in the rows' dtype: subtracted exactly. [C_in]
+    """Mean of a few rows of the call, in the rows' dtype: rows subtract it exactly. [C_in]"""
     sample = source.rows.new_empty(SHIFT_ROWS, source.weight.shape[1])
     library.gather_(sample, source.rows, 0, 0, SHIFT_ROWS, 1, 0, source.channel_dim)
     return sample.mean(0, dtype=torch.float64).float()

@@ -149,8 +149,6 @@ class Layer:
         self._forget_device()
         self.set_fraction(fraction)
 
-    # listeners
-
     def listen(self, listener: Callable[[], None]) -> None:
         """Registration of a method that :meth:`changed` calls; its object is not kept alive."""
         self._listeners.append(WeakMethod(listener))
@@ -171,8 +169,6 @@ class Layer:
     def total_calls(self) -> int:
         """Calls of all steps."""
         return self.earlier_calls + self.calls
-
-    # one step
 
     def begin_step(self, step: int) -> None:
         """Start of a step's counters."""
@@ -417,11 +413,9 @@ class Layer:
             self._serve()
         return self.state
 
-    # how rows are added
-
     @property
     def _is_for_kernels(self) -> bool:
-        # False where rows are converted or projected before the kernels see them.
+        """False where rows are converted or projected before the kernels see them."""
         is_sketched = self.state is not None and self.state.sketch is not None
         return self.precision == "split" and not is_sketched
 
@@ -461,7 +455,7 @@ class Layer:
         source: RowSource | None = None,
         at_once: bool = False,
     ) -> None:
-        # All rows of the call: at once where these are many, else through the buffer.
+        """Reading of all rows of a call: at once where these are many, else through the buffer."""
         count = layout.rows
         if at_once or count >= self._placement().direct:
             last = None if self.decay is None else self.buffer.last_step
@@ -576,7 +570,7 @@ class Layer:
         return self.early.limit(layout.rows, layout.channels, placement.capacity)
 
     def _decay_until(self, step: int) -> float:
-        # Factor that brings the state to a step; the caller applies it.
+        """Factor that brings the state to a step; the caller applies it."""
         steps = step - self.state_step
         if steps <= 0:
             return 1.0
@@ -634,8 +628,6 @@ class Layer:
         last = self.buffer.last_step
         self._accumulate(rows, self.state_step if last is None else last, row_weight)
         self.buffer.clear()
-
-    # counters on the device
 
     def _forget_device(self) -> None:
         why_on_host = ""
@@ -707,8 +699,6 @@ class Layer:
         if self.on_device.buffer is not None:
             return self.on_device.buffer.counters()
         return self._sampled, self._carry, self.state_step
-
-    # merging and saving
 
     def __getstate__(self) -> dict[str, Any]:
         # Listeners belong to routes, routes to hooks: a copy has none.

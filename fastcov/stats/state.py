@@ -244,7 +244,7 @@ class CovarianceState:
             return matrix if correction == 0 else matrix * self._correcting(correction)
 
     def _correcting(self, correction: float) -> Tensor:
-        # Factor on a covariance whose divisor is the weight.
+        """Factor on a covariance whose divisor is the weight."""
         if not (math.isfinite(correction) and correction >= 0):
             raise ValueError(f"correction={correction}: expected a finite number of at least 0")
         left = 1 - correction / self.effective_count
@@ -501,7 +501,7 @@ class CovarianceState:
                     own.add_(declared.scaled(part, scale))
 
     def _declared(self, others: StateTensors) -> Iterator[tuple[Declared, Tensor, Tensor]]:
-        # Triples of declaration, own tensor and the tensor of another state.
+        """Triples of declaration, own tensor and the tensor of another state."""
         return zip(DECLARED.values(), self.tensors, others, strict=True)
 
     def reset(self) -> None:
@@ -570,7 +570,7 @@ def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> Covariance
 
 
 def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
-    # Second moment and sum of the same rows about another shift, as new tensors.
+    """Second moment and sum of the same rows about another shift, as new tensors."""
     step = tensors.shift - shift
     moment = tensors.moment + triangle.translation(step, tensors.sum, tensors.weight)
     triangle.clamp_diagonal_(moment, len(step))
@@ -585,7 +585,7 @@ def _settled(tensors: StateTensors) -> StateTensors:
 
 
 def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
-    # Tensors of a saved state, from a file of any origin, moved to the devices of `own`.
+    """Tensors of a saved state, from a file of any origin, moved to the devices of `own`."""
     given = dict(state_dict)
     if "excess" not in given:
         given["excess"] = None

@@ -57,7 +57,7 @@ class MaskSource:
 
 
 def _place_of(name: str, model: nn.Module) -> int | None:
-    # Place among the positional arguments; None where the forward takes the name as a keyword only.
+    """Place among the positional arguments; None for a name that is a keyword only."""
     names: list[str] = []
     takes_any = False
     inside: nn.Module | None = model

@@ -102,8 +102,6 @@ class Taps:
         """Names of the watched tensors, in the model's order."""
         return [each.tap.name for each in self._watched]
 
-    # reading
-
     def read(
         self,
         watched: WatchedTap,
@@ -176,7 +174,7 @@ class Taps:
             watched.routes.read(viewed, weights, is_kept=is_kept, module=module, args=args)
 
     def _view(self, watched: WatchedTap, plain: Tensor, batch_dims: int) -> ViewedRows | None:
-        # None where the tensor has no rows, or where the tap cannot read them.
+        """View of a tensor; None where the tensor has no rows, or the tap cannot read them."""
         tap = watched.tap
         viewed = view_rows(plain, tap.layout, tap.batched_rank, batch_dims)
         if viewed is None:
@@ -194,7 +192,7 @@ class Taps:
         return viewed
 
     def _check_width(self, layer: Layer, layout: ActivationLayout) -> bool:
-        # Gives the layer up where the channels differ from those of before, and returns False.
+        """False, and the layer is given up, where the channels differ from earlier ones."""
         if layer.state is None or layer.state.channels == layout.channels:
             return True
         reason = f"gave {layout.channels} channels after {layer.state.channels}"
@@ -212,8 +210,6 @@ class Taps:
             reason = f"ignores the mask: {list(mask.shape)} fits no rows of {list(sizes)}"
             self.notes.setdefault(watched.tap.name, reason)
         return weights
-
-    # taps that are not read
 
     def skip_wide(self, name: str, channels: int) -> None:
         """Note that a tensor has too many channels."""
@@ -247,8 +243,6 @@ class Taps:
             if watched.tap.name == name and watched.tap.position != "named":
                 found = found or module_note(root, watched.tap.module_name, watched.module())
         return found
-
-    # layers that several taps share
 
     def _join_or_part(
         self, watched: WatchedTap, tensor: Tensor, order: Order, running: RunningStep

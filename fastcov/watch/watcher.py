@@ -229,8 +229,6 @@ class Watcher:
         """Names of the tensors that the user has named."""
         return list(self._named)
 
-    # steps
-
     @property
     def step(self) -> int:
         """Steps so far, read or not."""
@@ -342,7 +340,7 @@ class Watcher:
             self.taps.fail(layer, error, self.step)
 
     def _plan(self, layers: list[Layer]) -> dict[str, float]:
-        # Shares of the rows to read, for layers that have just had their first step.
+        """Shares of the rows to read, for layers that have just had their first step."""
         new = {
             layer.name
             for layer in layers
@@ -389,8 +387,6 @@ class Watcher:
     def _note_left_out(self, reasons: Mapping[Layer, str]) -> None:
         self.taps.note_left_out(reasons)
         warn_left_out(reasons)
-
-    # activations that no route took
 
     def observe(
         self,
@@ -527,8 +523,6 @@ class Watcher:
         """True unless the root is in evaluation mode."""
         root = self.root()
         return root is None or root.training
-
-    # saving and closing
 
     def leave_device(self) -> None:
         """Move of all counters back to the host, waiting for the device.

@@ -30,7 +30,7 @@ from fastcov_detection.search.guard import thread_limits, train_guarded
 _POLL_S = 0.25
 _TAIL_BYTES = 65_536
 _GRACE_S = 10.0
-_STARTS = 10
+_MOST_RESTARTS = 10
 """Times that a run is started again after the loss of its worker or node."""
 
 
@@ -178,8 +178,8 @@ def _failure(job: Job, code: int) -> str:
 class LocalEngine:
     """Processes of this machine, ``at_once`` at a time.
 
-    They share the CPU cores evenly, and the GPUs in turn (several processes on one GPU where there
-    are more processes than GPUs).
+    The processes share the CPU cores evenly, and the GPUs in turn (several processes on one GPU
+    where there are more processes than GPUs).
 
     Args:
         at_once: Processes side by side.
@@ -316,7 +316,7 @@ class RayEngine:
         task = self._ray.remote(train_guarded).options(
             num_cpus=self.threads * max(1, self.gpus),
             num_gpus=self.gpus,
-            max_retries=_STARTS,
+            max_retries=_MOST_RESTARTS,
             name=job.label,
         )
         folder, words = job.run_dir.resolve(), job.command(self.gpus)[1:]
