@@ -67,13 +67,11 @@ class Tracker:
     Args:
         model: Root module.
         taps: Tensors to watch.
-        snapshot_every: See :func:`fastcov.track`.
-        out: See :func:`fastcov.track`.
+        snapshot_every, out: See :func:`fastcov.track`.
         options: Further arguments of :class:`fastcov.watch.watcher.Watcher`.
 
     Attributes:
         watcher: Hooks and layers.
-        snapshot_every: See :func:`fastcov.track`.
     """
 
     def __init__(

@@ -203,7 +203,7 @@ def workspace(partial, partial_entries, notes_entries):
 
 @triton.jit
 def begin_update(ends, count):
-    """Head of an update's notes: the state had seen no row (or had), and the token."""
+    """Facts behind an update's notes: if the state had seen no row, and the update's token."""
     tl.store(ends, (tl.load(count) == 0).to(tl.int32))
     tl.store(ends + 1, update_token(count))
 

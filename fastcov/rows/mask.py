@@ -98,8 +98,8 @@ def weighted_parts(rows: Tensor, weights: Tensor) -> Iterator[WeightedRows]:
     """Parts of rows that are to be added one after the other, in the cheapest form.
 
     On a CPU the rows of a weight above 0 are copied, a few MB at a time: without weights they are
-    added in a third of the time, and rows that are left out take none. A GPU would have to be
-    waited for.
+    added in a third of the time, and rows that are left out take none. On a GPU nothing is copied:
+    the host would wait for the number of such rows.
 
     Args:
         rows: Any strides. [B, ..., C]

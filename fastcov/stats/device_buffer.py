@@ -41,7 +41,6 @@ class DeviceBuffer:
         dtype: Dtype of the rows.
         device: Device of the rows.
         layer: State, memory and sizes as a flush takes them; another object after :meth:`grow`.
-        step: See the argument.
         is_captured: True if a CUDA graph may hold the addresses.
     """
 

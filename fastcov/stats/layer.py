@@ -92,7 +92,6 @@ class Layer:
         calls: Calls of the running step; after its end, of the last one.
         offered_rows: Rows that these calls offered.
         earlier_calls: Calls of the steps before.
-        phase: See the argument.
         fraction: Share of the rows to read, as given or planned.
         state: Sums of the rows read; None before the first.
         buffer: Rows that wait, with counters on the host.

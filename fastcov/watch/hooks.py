@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module as module_hooks
 
+from fastcov.ops.library import Observer
 from fastcov.rows.view import unreadable_type
 from fastcov.stats.route import Routes
 from fastcov.watch.isolation import (
@@ -29,7 +30,7 @@ from fastcov.watch.taps import Taps
 REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
 
 
-class Reader(Protocol):
+class Reader(Observer, Protocol):
     """Methods and attributes that hooks use of :class:`fastcov.watch.watcher.Watcher`."""
 
     root: Callable[[], nn.Module | None]
@@ -52,23 +53,14 @@ class Reader(Protocol):
     ) -> None:
         """Reading of the activation of a call that no route has taken."""
 
-    def refuse(self, tap: int, reason: str) -> None:
-        """Note why an activation is not read."""
-
     def fail(self, tap: int, error: Exception) -> None:
         """End of the reading of a tap's layer, after an error."""
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
         """Start of a forward of the root."""
 
-    def take_mask(self, mask: object) -> None:
-        """Mask of the step that has begun."""
-
     def fail_all(self, error: Exception) -> None:
         """End of the reading of all layers."""
-
-    def end_step(self) -> None:
-        """End of a forward of the root."""
 
     def close(self) -> None:
         """Removal of the hooks."""
@@ -104,7 +96,6 @@ class Hook:
         gate: Switch that all hooks of the tracker share.
 
     Attributes:
-        watcher: See the argument.
         routes: Routes of the tap, set by the watcher.
     """
 

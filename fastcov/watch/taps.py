@@ -62,7 +62,6 @@ class Taps:
         forward_layers: Layers of activations.
         gradient_layers: Layers of gradients.
         inputs: Record of the inputs that taps have seen.
-        max_channels: See the argument.
     """
 
     def __init__(self, new_layer: Callable[[str, int], Layer], max_channels: int) -> None:

@@ -62,13 +62,10 @@ class Watcher:
         taps: Tensors to watch, from :func:`fastcov.watch.select.find_taps`.
         policy: Sampling policy: the share of the rows that each layer reads.
         every: Period of reading: steps 0, every, 2 * every, ... are read.
-        weighting: See :class:`fastcov.stats.layer.Layer`.
-        decay: See :class:`fastcov.stats.layer.Layer`.
+        weighting, decay, precision, sketch: See :class:`fastcov.stats.layer.Layer`.
         max_channels: Wider layers are skipped and listed in ``notes``.
         train_only: True if only forwards in training mode are steps.
         on_step_end: Called when a step that was read has ended.
-        precision: See :class:`fastcov.stats.layer.Layer`.
-        sketch: See :class:`fastcov.stats.layer.Layer`.
         mask: Source of the mask of the rows; None reads every row.
         unscale: Function that gives the factor by which the loss is scaled; None is 1.
         of: Kind of tensor to read of the tensors that the user names: activations, gradients, both.
@@ -80,8 +77,6 @@ class Watcher:
         steps_begun: Steps that were begun and read, including those that an exception ended.
         is_reading: True inside a step that is read.
         is_skipping: True inside a forward of the root that is not read.
-        mask: See the argument.
-        of: See the argument.
         gradients: Reader of the gradients.
         pairs: Pairs of tensors, by names.
         row_mask: Mask of the rows of the running step; None where every row is read.
