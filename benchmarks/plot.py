@@ -191,9 +191,9 @@ def conditions(result: Result, link: str, said: set[str]) -> str:
     meaning = "Medians; in brackets the 95 % interval of the median ratio."
     if any(row.statistic == "mean" for row in result.rows):
         meaning = "Median times, mean ratios; in brackets the mean's 95 % interval."
-    told = "" if meaning in said else f" {meaning}"
+    addition = "" if meaning in said else f" {meaning}"
     said.update((about, meaning))
-    return "; ".join(parts) + f".{told}"
+    return "; ".join(parts) + f".{addition}"
 
 
 def overhead_svg(results: Results) -> str:

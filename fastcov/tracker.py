@@ -128,9 +128,9 @@ class Tracker:
         # Snapshots of two runs in one history would read as one training.
         if not self._owns_history:
             self._owns_history = True
-            if (apart := self._snapshots.history.start_anew()) is not None:
+            if (target := self._snapshots.history.start_anew()) is not None:
                 warnings.warn(
-                    f"the snapshots of an earlier run were moved to {apart}: a run is continued "
+                    f"the snapshots of an earlier run were moved to {target}: a run is continued "
                     "by load_state_dict() before its first snapshot",
                     stacklevel=3,
                 )

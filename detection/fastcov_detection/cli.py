@@ -273,9 +273,11 @@ def planned(
         return
     once, twice = run_tuning(task, *places, jobs=jobs, progress=not quiet)
     print_summary(once)
-    for one in criteria(task, once, twice):
-        numbers = "no runs" if one.mean is None else f"{one.mean:+.3f}, n = {one.n}"
-        print(f"{'met' if one.is_met else 'NOT met'}: {one.asks} ({numbers})")
+    for criterion in criteria(task, once, twice):
+        numbers = (
+            "no runs" if criterion.mean is None else f"{criterion.mean:+.3f}, n = {criterion.n}"
+        )
+        print(f"{'met' if criterion.is_met else 'NOT met'}: {criterion.asks} ({numbers})")
 
 
 def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bool = False) -> None:
@@ -461,9 +463,9 @@ def command_parser(words: Sequence[str] = (), only: str | None = None) -> Argume
     commands = parser.add_subcommands(dest="command")
     for name in COMMANDS if only is None else (only,):
         run = COMMANDS[name]
-        said = (run.__doc__ or "").split("\n")[0]
+        summary = (run.__doc__ or "").split("\n")[0]
         settings = get_type_hints(run).get("settings")
-        about = said if settings is None else f"{said} {_ABOUT_SETTINGS}"
+        about = summary if settings is None else f"{summary} {_ABOUT_SETTINGS}"
         own = ArgumentParser(description=about, exit_on_error=False)
         own.add_function_arguments(run, as_positional=True, skip={"settings"})
         if settings is not None:
@@ -473,7 +475,7 @@ def command_parser(words: Sequence[str] = (), only: str | None = None) -> Argume
             if settings is not TrainConfig:
                 own.add_class_arguments(settings, skip={"train"})
             own.set_defaults(_defaults(words))
-        commands.add_subcommand(name, own, help=said)
+        commands.add_subcommand(name, own, help=summary)
     return parser
 
 
@@ -531,8 +533,9 @@ def _plain_words(command: str, words: Sequence[str]) -> list[str]:
         elif short in _SHORT and _SHORT[short] in hints:
             short = _SHORT[short]
         if short not in hints:
+            options = [f"--{known}" for known in hints]
             raise ConfigError(
-                f"unknown option '--{name}'{closest(f'--{short}', [f'--{one}' for one in hints])} "
+                f"unknown option '--{name}'{closest(f'--{short}', options)} "
                 f"See fastcov-detection {command} --help."
             )
         hint = hints[short]

@@ -90,7 +90,7 @@ def load_tile(
 
 @triton.jit
 def multiply(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """Sum plus left @ right. The interpreter multiplies bfloat16 wrongly: there in float32."""
+    """``sums`` plus left @ right. The interpreter multiplies bfloat16 wrongly: there in float32."""
     if IS_INTERPRETED:
         product = tl.dot(left.to(tl.float32), right.to(tl.float32), sums)
     elif MODE == IEEE:
@@ -135,7 +135,7 @@ def multiply_parts(
     MODE: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Sum plus left @ right, both in three parts; the products left out are below 2**-23.
+    """``sums`` plus left @ right, both in three parts; the products left out are below 2**-23.
 
     The small products are summed apart, and added with rounding: in the chain of the large ones
     each would be another truncation, or fall below the last bit.
@@ -151,7 +151,7 @@ def multiply_parts(
 
 @triton.jit
 def multiply_tiles(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """Sum plus left @ right, float32 operands split if MODE says so. [M, K] @ [K, N]."""
+    """``sums`` plus left @ right, float32 operands split if MODE says so. [M, K] @ [K, N]."""
     if MODE == SPLIT:
         left_high, left_middle, left_low = split(left, IS_INTERPRETED)
         right_high, right_middle, right_low = split(right, IS_INTERPRETED)

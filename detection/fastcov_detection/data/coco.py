@@ -258,18 +258,18 @@ class CocoFile:
             size = [image.height, image.width]
             images.append({"id": image.image_id, "width": image.width, "height": image.height})
             nothing = {"size": size, "counts": [image.height * image.width]}
-            for one in (*image.annotations, *image.unlearned):
+            for annotation in (*image.annotations, *image.unlearned):
                 entry = {
                     # pycocotools takes annotation 0 for "no match".
                     "id": len(annotations) + 1,
                     "image_id": image.image_id,
-                    "category_id": one.category_id,
-                    "bbox": list(one.box),
-                    "area": one.area,
-                    "iscrowd": int(one.is_crowd),
+                    "category_id": annotation.category_id,
+                    "bbox": list(annotation.box),
+                    "area": annotation.area,
+                    "iscrowd": int(annotation.is_crowd),
                 }
-                if one.segmentation is not None or with_masks:
-                    entry["segmentation"] = one.segmentation or nothing
+                if annotation.segmentation is not None or with_masks:
+                    entry["segmentation"] = annotation.segmentation or nothing
                 annotations.append(entry)
         truth = COCO()
         truth.dataset = {
@@ -295,7 +295,7 @@ def build_file(
         with_masks: Keep segmentations.
     """
     kept = (category for category in sheet.categories if category["id"] not in left_out)
-    names = {int(one["id"]): str(one.get("name", one["id"])) for one in kept}
+    names = {int(category["id"]): str(category.get("name", category["id"])) for category in kept}
     return CocoFile(sheet.path, Records(sheet, with_masks), dict(sorted(names.items())))
 
 
@@ -404,7 +404,7 @@ class _Entries(Collection[Any]):
             yield from _Reader(file, self.place).entries()
 
     def __contains__(self, entry: object) -> bool:
-        return any(entry == one for one in self)
+        return any(entry == other for other in self)
 
 
 def read_lists(

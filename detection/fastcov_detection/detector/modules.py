@@ -239,7 +239,7 @@ class Float32Anchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors of every image. [A, 4] each"""
         # Only size, type and device of a map are read.
-        shapes = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in feature_maps]
+        shapes = [level.new_empty(level.shape[-2:], dtype=torch.float32) for level in feature_maps]
         anchors: list[Tensor] = super().forward(image_list, shapes)
         return anchors
 
@@ -250,7 +250,7 @@ class Float32RPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Scores and box offsets of every level."""
         scores, offsets = super().forward(x)
-        return [one.float() for one in scores], [one.float() for one in offsets]
+        return [level.float() for level in scores], [level.float() for level in offsets]
 
 
 class Float32BoxPredictor(FastRCNNPredictor):

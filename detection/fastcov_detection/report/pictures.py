@@ -29,8 +29,8 @@ Curves = tuple[str, Sequence[int], Sequence[Sequence[float]]]
 
 def colour_of(name: str, names: Sequence[str]) -> str:
     """Colour of an arm, the same in every figure of these arms."""
-    own = {one: _own_colour(one) for one in names}
-    further = [one for one in names if own[one] is None]
+    own = {arm: _own_colour(arm) for arm in names}
+    further = [arm for arm in names if own[arm] is None]
     return own[name] or _FURTHER[further.index(name) % len(_FURTHER)]
 
 
@@ -227,7 +227,7 @@ def draw_spectra(
         height: Inches of a panel.
     """
     figure, cells = _panels(len(panels), width, height)
-    widest = max(one.channels for spectra in panels.values() for one in spectra.values())
+    widest = max(spectrum.channels for spectra in panels.values() for spectrum in spectra.values())
     for ax, (title, spectra) in zip(cells, panels.items(), strict=True):
         for (label, spectrum), colour in zip(spectra.items(), (_TRAINED, _BEFORE), strict=False):
             _draw_spectrum(ax, spectrum, {"color": colour, "label": label})
@@ -272,8 +272,8 @@ def draw_dims(
         ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         _calm(ax)
-    told = "\n".join(textwrap.wrap(note, round(_LETTERS * width)))
-    _name_panels(figure, cells[0], f"training step\n{told}", "dimension")
+    wrapped = "\n".join(textwrap.wrap(note, round(_LETTERS * width)))
+    _name_panels(figure, cells[0], f"training step\n{wrapped}", "dimension")
     return figure
 
 
@@ -324,11 +324,11 @@ def _legend_above(ax: Axes, width: float) -> None:
 
 
 def _lowest(values: Iterable[Sequence[float]]) -> list[float]:
-    return [min(one) for one in values]
+    return [min(step_values) for step_values in values]
 
 
 def _highest(values: Iterable[Sequence[float]]) -> list[float]:
-    return [max(one) for one in values]
+    return [max(step_values) for step_values in values]
 
 
 def _draw_spectrum(ax: Axes, spectrum: Spectrum, style: Mapping[str, Any]) -> None:

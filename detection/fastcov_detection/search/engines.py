@@ -167,8 +167,8 @@ def _report(job: Job, bar: Bar, is_done: bool) -> None:
 
 def _failure(job: Job, code: int) -> str:
     output = job.run_dir / "output.txt"
-    said = output.read_text(errors="replace").strip().splitlines() if output.exists() else []
-    last = "\n  ".join(said[-12:]) or "(it said nothing)"
+    lines = output.read_text(errors="replace").strip().splitlines() if output.exists() else []
+    last = "\n  ".join(lines[-12:]) or "(it said nothing)"
     return (
         f"{job.label} ended with exit status {code}; its last words in {output}:\n  {last}\n"
         "Mend that and give the same command again: finished runs are not run again."
@@ -290,9 +290,9 @@ class RayEngine:
         try:
             self._ray.init(address=address or "local", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise RunError(
-                f"no Ray cluster at {address!r} ({said}); start one with ray start --head, or "
+                f"no Ray cluster at {address!r} ({reason}); start one with ray start --head, or "
                 "leave --address out for one on this machine"
             ) from None
         finally:

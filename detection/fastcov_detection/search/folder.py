@@ -90,7 +90,7 @@ def load_plan(path: Path) -> WidthPlan:
 
 def save_spectra(spectra: Mapping[str, Spectrum], path: Path) -> None:
     """File (.npz) of eigenvalues by name, each with the rows read and the trace."""
-    arrays = {name: one.eigenvalues.numpy() for name, one in spectra.items()}
+    arrays = {name: spectrum.eigenvalues.numpy() for name, spectrum in spectra.items()}
     arrays |= {f"{name}{_SCALARS}": np.array([s.count, s.total]) for name, s in spectra.items()}
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **arrays)

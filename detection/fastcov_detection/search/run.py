@@ -276,7 +276,7 @@ class _Search:
     def train(self, arms: Sequence[Prepared], seeds: Sequence[int]) -> None:
         """Training of the unfinished runs of these arms, seed by seed."""
         run_jobs(
-            [self._job(one, seed) for seed in seeds for one in arms if seed in one.plans],
+            [self._job(arm, seed) for seed in seeds for arm in arms if seed in arm.plans],
             engine=self.engine,
             # A long search can be read, and stopped, after every run.
             on_finish=self._record,

@@ -129,20 +129,20 @@ def compare_runs(
     except ValueError as error:
         raise DataError(f"cannot compare {a} with {b}: {error}") from None
     layers: dict[str, dict[str, Any]] = {
-        one.name: {
-            "steps_a": one.steps_a,
-            "dims_a": one.dims_a,
-            "width_a": one.end_a.channels,
-            "dof_a": one.end_a.dof(),
-            "steps_b": one.steps_b,
-            "dims_b": one.dims_b,
-            "width_b": one.end_b.channels,
-            "dof_b": one.end_b.dof(),
-            "distance": one.distance,
-            "common_steps": one.common_steps,
-            "distances": one.distances,
+        layer.name: {
+            "steps_a": layer.steps_a,
+            "dims_a": layer.dims_a,
+            "width_a": layer.end_a.channels,
+            "dof_a": layer.end_a.dof(),
+            "steps_b": layer.steps_b,
+            "dims_b": layer.dims_b,
+            "width_b": layer.end_b.channels,
+            "dof_b": layer.end_b.dof(),
+            "distance": layer.distance,
+            "common_steps": layer.common_steps,
+            "distances": layer.distances,
         }
-        for one in found.layers
+        for layer in found.layers
     }
     numbers: Numbers = {
         "a": labels[0],
@@ -153,8 +153,8 @@ def compare_runs(
         "only_b": list(found.only_b),
     }
     panels = {
-        one.name: {f"a: {labels[0]}": one.end_a, f"b: {labels[1]}": one.end_b}
-        for one in found.layers
+        layer.name: {f"a: {labels[0]}": layer.end_a, f"b: {labels[1]}": layer.end_b}
+        for layer in found.layers
     }
     _write(numbers, places, Path(out), [_drawing(draw_spectra(panels, width)) for width in _WIDTHS])
     return numbers
@@ -177,7 +177,7 @@ def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
             f"{place / _RECORD} is no comparison ({error}); give two run folders to make one"
         ) from None
     spectra = [place / name for name in _SPECTRA]
-    _write(numbers, runs, place, [one.read_bytes() for one in spectra if one.exists()])
+    _write(numbers, runs, place, [path.read_bytes() for path in spectra if path.exists()])
     return numbers
 
 
@@ -196,15 +196,15 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: lis
     numbers["at_ceiling"] = sorted(full)
     write_text(folder / _RECORD, json.dumps(numbers, indent=2) + "\n")
     # Panels of layers at their ceiling would be flat lines; they are counted instead.
-    drawn = {name: one for name, one in layers.items() if name not in full} or layers
+    drawn = {name: layer for name, layer in layers.items() if name not in full} or layers
     curves: dict[str, list[Curves]] = {
         name: [
-            (f"{side}: {numbers[side]}", one[f"steps_{side}"], [one[f"dims_{side}"]])
+            (f"{side}: {numbers[side]}", layer[f"steps_{side}"], [layer[f"dims_{side}"]])
             for side in "ab"
         ]
-        for name, one in drawn.items()
+        for name, layer in drawn.items()
     }
-    tops = {name: max(one["ceiling_a"], one["ceiling_b"]) for name, one in drawn.items()}
+    tops = {name: max(layer["ceiling_a"], layer["ceiling_b"]) for name, layer in drawn.items()}
     titles = {name: starred(numbers, name) for name in drawn}
     note = f"grey: ceiling; {len(full)} of {len(layers)} layers end at it in both runs"
     note += ", and are not drawn" if len(drawn) < len(layers) else ""
@@ -244,9 +244,10 @@ def starred(numbers: Numbers, name: str) -> str:
 def lead_and_legend(numbers: Numbers) -> tuple[str, str]:
     """Result of a comparison in words, and the meaning of its columns."""
     layers, full = numbers["layers"], set(numbers["at_ceiling"])
-    free = [one for name, one in layers.items() if name not in full]
-    same = sum(one["dims_a"][-1] == one["dims_b"][-1] for one in free)
-    nearer = sum(one["distances"][-1] < one["distances"][0] for one in free if one["distances"])
+    free = [layer for name, layer in layers.items() if name not in full]
+    same = sum(layer["dims_a"][-1] == layer["dims_b"][-1] for layer in free)
+    distances = [layer["distances"] for layer in free if layer["distances"]]
+    nearer = sum(over_steps[-1] < over_steps[0] for over_steps in distances)
     return (
         f"{len(full)} of {len(layers)} layers (marked *) end at their structural ceiling in both "
         "runs, the smaller of a layer's inputs and outputs, which tells nothing about training; of "
@@ -304,9 +305,9 @@ def _history(run: Path) -> History:
 def _as_backbone(classifier: History) -> History:
     """A classifier's snapshots, its layers named as those of a detector's backbone."""
     renamed = History()
-    for one in classifier:
-        spectra = {f"body.{name}": spectrum for name, spectrum in one.spectra.items()}
-        renamed.append(Snapshot(one.step, one.wall_s, spectra))
+    for snapshot in classifier:
+        spectra = {f"body.{name}": spectrum for name, spectrum in snapshot.spectra.items()}
+        renamed.append(Snapshot(snapshot.step, snapshot.wall_s, spectra))
     return renamed
 
 
@@ -461,7 +462,7 @@ def permutation_test(
         between = (is_between * distances).sum(1) / is_between.sum(1)
         within = (~is_between * distances).sum(1) / (~is_between).sum(1)
         separations.append(between - within)
-        dims = [one.dim(_THRESHOLD) for one in of_layer]
+        dims = [spectrum.dim(_THRESHOLD) for spectrum in of_layer]
         means = float(between[0]), float(within[0]), _p_value(separations[-1])
         layers.append(LayerFamilies(name, ceilings[name], dims[:size_a], dims[size_a:], *means))
     free = [s for s, layer in zip(separations, layers, strict=True) if not layer.is_at_ceiling]

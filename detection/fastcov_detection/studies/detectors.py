@@ -284,7 +284,7 @@ def print_scores(
     aps = {name: [classes[f"{p}ap"][name] for p in kinds.values()] for name in ranked}
     for heading, lines in (("", rows), ("AP of class", aps)):
         cells = [
-            (name, *("-" if one is None else f"{one:.3f}" for one in values))
+            (name, *("-" if value is None else f"{value:.3f}" for value in values))
             for name, values in lines.items()
         ]
         if cells:

@@ -204,10 +204,10 @@ def open_folder(
         for path in folder.glob(f"{_FRESH}.*.tmp"):  # left by a kill while writing
             path.unlink()
         if not resume:
-            for one in (_FRESH, NEWEST, PREVIOUS, name, LAST, BEST):
-                (folder / one).unlink(missing_ok=True)
-            for one in ("spectra", "tensorboard"):
-                shutil.rmtree(folder / one, ignore_errors=True)
+            for file_name in (_FRESH, NEWEST, PREVIOUS, name, LAST, BEST):
+                (folder / file_name).unlink(missing_ok=True)
+            for folder_name in ("spectra", "tensorboard"):
+                shutil.rmtree(folder / folder_name, ignore_errors=True)
     barrier()
     finished: Any = read_result(folder, kind, name)
     if finished is not None:
@@ -329,12 +329,12 @@ def check_same_run(
             continue  # runs of earlier versions did not record their data
         if key.startswith("data."):
             half, what = key.removeprefix("data.").split("_")
-            told = f"on other data: the {what} of {half} have changed since"
+            difference = f"on other data: the {what} of {half} have changed since"
         elif key == "config.steps":
-            told = f"that has done {reached} steps, more than the {new} asked for"
+            difference = f"that has done {reached} steps, more than the {new} asked for"
         else:
-            told = f"with {key} = {old!r}, now it is {new!r}"
-        raise CheckpointError(f"{run_dir} holds a run {told}; {_START_OVER}")
+            difference = f"with {key} = {old!r}, now it is {new!r}"
+        raise CheckpointError(f"{run_dir} holds a run {difference}; {_START_OVER}")
     return changes
 
 
@@ -345,9 +345,9 @@ def _resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path)
     changes = check_same_run(known, identity, run_dir, reached=step)
     earlier = saved.get("changes") or []
     if changes:
-        told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
+        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
         text = "%s goes on from step %d with %s; the rate follows the schedule of these settings"
-        log.warning(text, run_dir, step, told)
+        log.warning(text, run_dir, step, listed)
         earlier = [*earlier, {"step": step, **changes}]
     if earlier:
         identity["changes"] = earlier

@@ -68,7 +68,7 @@ class Logbook:
             return {}
         names = list(self.window[0])
         table = torch.stack(
-            [torch.stack([one[name].float() for name in names]) for one in self.window]
+            [torch.stack([losses[name].float() for name in names]) for losses in self.window]
         )
         values = average_over_ranks(table.double()).cpu()
         bad = (~values.isfinite()).nonzero()
