@@ -182,7 +182,7 @@ class SampleOnDevice(Route):
         self._prepared = gather.prepared
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         # 0 where the layout differs, and where the buffer has no room for the rows.
         if library.gather_counted_(self._prepared, value):
             return True
