@@ -212,9 +212,7 @@ _WATCHED: Any = _Watched  # autograd's functions have no types
 
 
 class GradientHook:
-    """Forward hook of the tap of a gradient. A copy (deepcopy, pickle) has no watcher and does
-    nothing.
-    """
+    """Forward hook of a gradient's tap. A copy (deepcopy, pickle) has no watcher, and is idle."""
 
     def __init__(self, watcher: GradientReader | None, tap: int) -> None:
         self.watcher = watcher
