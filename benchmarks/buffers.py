@@ -27,7 +27,7 @@ LEAST_S = 0.02
 
 
 def main() -> None:
-    """Measures and writes the table."""
+    """Command line: measures, prints the table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path)

@@ -39,7 +39,7 @@ Worst = dict[tuple[str, int], tuple[float, str]]
 
 
 def main() -> int:
-    """Measures, prints the table and writes it."""
+    """Command line: measures, prints the table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--largest", type=int, default=2048, help="largest order")
     parser.add_argument("--out", type=Path, help="file for the table, in Markdown")

@@ -56,7 +56,7 @@ class Cell:
         self.shortest = [float("inf"), float("inf")]
 
     def sample(self, first: int) -> None:
-        """Times both once, that of index ``first`` before the other."""
+        """Sample of both times, that of index ``first`` before the other."""
         torch.set_num_threads(self.threads)
         if self.repeats == 0:
             # First calls are slow: of several, the shortest tells how many fill a sample.
@@ -84,7 +84,7 @@ class Cell:
 
 
 def main() -> int:
-    """Times, prints the tables and writes them."""
+    """Command line: times, prints the tables and writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget-s", type=float, default=900.0, help="seconds for all samples")
     parser.add_argument("--least", type=float, default=0.95, help="ratio that cells must reach")

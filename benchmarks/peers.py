@@ -1,4 +1,4 @@
-"""Which peers can take part on this machine, and why the others cannot."""
+"""Peers that can take part on this machine, and the reasons why the others cannot."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fastcov.bench import Setting, peers
 
 
 def main() -> None:
-    """Starts every peer once and says what became of it."""
+    """Start of every peer, once, with one printed line on each."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(torch.device(kind), "tiny")
     found = []

@@ -168,7 +168,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
 
 
 def conditions(result: Result, link: str, said: set[str]) -> str:
-    """Where and how a table was measured; what ``said`` holds is not said again on a page."""
+    """Place and method of a measurement, without the words that ``said`` already holds."""
     machine, rates = result.machine, result.rates
     versions = machine["versions"]
     peers = ", ".join(
@@ -191,9 +191,9 @@ def conditions(result: Result, link: str, said: set[str]) -> str:
     meaning = "Medians; in brackets the 95 % interval of the median ratio."
     if any(row.statistic == "mean" for row in result.rows):
         meaning = "Median times, mean ratios; in brackets the mean's 95 % interval."
-    told = "" if meaning in said else f" {meaning}"
+    addition = "" if meaning in said else f" {meaning}"
     said.update((about, meaning))
-    return "; ".join(parts) + f".{told}"
+    return "; ".join(parts) + f".{addition}"
 
 
 def overhead_svg(results: Results) -> str:
@@ -319,7 +319,7 @@ def render(text: str, root: Path, folder: Path) -> tuple[str, dict[Path, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites or checks pages.
+    """Command line: rewrites pages, or checks them.
 
     Returns:
         0; 1 if ``--check`` found a difference; 2 if a table cannot be made.

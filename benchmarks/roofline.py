@@ -142,7 +142,7 @@ def parsed_layers(text: str, dtype: str = "bfloat16") -> list[Layer]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the floors of layers; without any, those of ResNet-50 at two sizes."""
+    """Command line: prints the floors of layers; without any, those of ResNet-50 at two sizes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("layers", nargs="*", help="ROWSxCHANNELS or ROWSxCHANNELS*COUNT")
     parser.add_argument("--gpu", action="append", choices=sorted(GPUS), help="default: H200, H100")

@@ -136,7 +136,7 @@ def cell(values: list[float], shows_bias: bool) -> str:
 
 
 def main() -> int:
-    """Measures, prints the table and writes it."""
+    """Command line: measures, prints the table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--channels", type=int, default=1024)
     parser.add_argument("--trials", type=int, default=24)

@@ -126,7 +126,7 @@ def _percent(shares: list[float]) -> str:
 
 
 def main() -> None:
-    """Simulates, prints the table and writes it after every row."""
+    """Command line: simulates, and writes the table after every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=400, help="draws of each cell")
     parser.add_argument("--channels", type=int, default=12, help="channels of a row")
@@ -156,10 +156,10 @@ def main() -> None:
             cells = " | ".join(f"{100 * share:.1f}" for share in shares)
             table.append(f"| {name} | {rows} | {cells} |")
             means = ", ".join(f"{one} {_percent(found)}" for one, found in by_family.items())
-            told = [share for found in by_family.values() for share in found]
+            shares = [share for found in by_family.values() for share in found]
             summary = (
                 f"Mean of the kinds of rows that the bound is told of: {means}. Of single spectra: "
-                f"{100 * min(told):.1f} to {100 * max(told):.1f}."
+                f"{100 * min(shares):.1f} to {100 * max(shares):.1f}."
             )
             text = "\n".join([*head, "", summary, "", *table, ""])
             if options.out:

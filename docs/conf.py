@@ -111,27 +111,27 @@ def with_site_links(text: str, source: Path, folder: Path) -> str:
 
 
 def rewrite_links(app: Sphinx, name: str, content: list[str]) -> None:
-    """Gives a page of docs/ links that hold on the site, as Sphinx reads it."""
+    """Links of a page of docs/ that hold on the site, in place of those of the repository."""
     source = DOCS / f"{name}.md"
     if COPIES not in source.parents:
         content[0] = with_site_links(content[0], source, source.parent)
 
 
 def write_inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
-    """Writes a formula in a sentence as MathML, which browsers show without a script."""
+    """MathML of a formula in a sentence, which browsers show without a script."""
     writer.body.append(tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=False))
     raise nodes.SkipNode
 
 
 def write_formula(writer: HTML5Translator, node: nodes.math_block) -> None:
-    """Writes a formula of its own as MathML."""
+    """MathML of a formula of its own."""
     formula = tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=True)
     writer.body.append(f'<div class="formula">{formula}</div>')
     raise nodes.SkipNode
 
 
 def setup(app: Sphinx) -> None:
-    """Copies the repository's pages, and shows drawings in Mermaid as their text."""
+    """Entry point of Sphinx: copies the repository's pages, and shows Mermaid drawings as text."""
     COPIES.mkdir(exist_ok=True)
     for page, name in REPOSITORY_PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")

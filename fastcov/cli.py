@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["bench"]:
-            return _bench(arguments[1:])
+            return int(importlib.import_module("fastcov.bench").main(arguments[1:]))
         options = _parser().parse_args(arguments)
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
@@ -113,11 +113,6 @@ def _doctor(_: argparse.Namespace) -> None:
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
-
-
-def _bench(arguments: list[str]) -> int:
-    bench = importlib.import_module("fastcov.bench")
-    return int(bench.main(arguments))
 
 
 def _report(options: argparse.Namespace) -> None:

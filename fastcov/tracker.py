@@ -67,13 +67,11 @@ class Tracker:
     Args:
         model: Root module.
         taps: Tensors to watch.
-        snapshot_every: See :func:`fastcov.track`.
-        out: See :func:`fastcov.track`.
+        snapshot_every, out: See :func:`fastcov.track`.
         options: Further arguments of :class:`fastcov.watch.watcher.Watcher`.
 
     Attributes:
         watcher: Hooks and layers.
-        snapshot_every: See :func:`fastcov.track`.
     """
 
     def __init__(
@@ -90,8 +88,8 @@ class Tracker:
         if rank == 0:
             check_out(out)
         self.snapshot_every = snapshot_every
-        # States of all ranks together, shown until the next step begins: until `steps_begun` is
-        # another number than here.
+        # States of all ranks together. They are shown until the next step begins, which changes
+        # `Watcher.steps_begun` from the number in `_synced_at`.
         self._synced: dict[str, CovarianceState] = {}
         self._synced_pairs: dict[str, CovarianceState] = {}
         self._synced_at = -1
@@ -130,9 +128,9 @@ class Tracker:
         # Snapshots of two runs in one history would read as one training.
         if not self._owns_history:
             self._owns_history = True
-            if (apart := self._snapshots.history.start_anew()) is not None:
+            if (target := self._snapshots.history.start_anew()) is not None:
                 warnings.warn(
-                    f"the snapshots of an earlier run were moved to {apart}: a run is continued "
+                    f"the snapshots of an earlier run were moved to {target}: a run is continued "
                     "by load_state_dict() before its first snapshot",
                     stacklevel=3,
                 )
@@ -148,7 +146,7 @@ class Tracker:
         return self.watcher.taps.names()
 
     def observe(self, name: str, tensor: Tensor, channel_dim: int = -1) -> None:
-        """Watches a tensor of the model's forward: a tap like any other, under a name.
+        """Tap on a tensor of the model's forward: like any other, under a name.
 
         To be called inside a forward of the model, in eager or compiled code; elsewhere, and in
         forwards that are no steps, nothing is read. A name may come several times in a step.
@@ -177,8 +175,6 @@ class Tracker:
             watcher.observe_named(name, tensor, channel_dim, is_compiled=False)
         elif not is_exporting() and (not watcher.train_only or watcher.is_training()):
             torch.ops.fastcov.observe_named_(watcher.clock, name, tensor, channel_dim)
-
-    # statistics
 
     @torch.no_grad()
     def _state_or_none(self, name: str) -> CovarianceState | None:
@@ -348,7 +344,7 @@ class Tracker:
         return self._pending({n: s for n, s in states.items() if s is not None}, centered)
 
     def _own_states(self) -> dict[str, CovarianceState | None]:
-        # Of this rank; None where no row has come.
+        """States of this rank's own rows, by layer; None where no row was read."""
         self.watcher.settle()
         layers = self.watcher.taps.layers
         for layer in layers.values():
@@ -356,7 +352,7 @@ class Tracker:
         return {name: layer.state for name, layer in layers.items()}
 
     def _pending(self, states: dict[str, CovarianceState], centered: bool) -> PendingSpectra:
-        # Copies of this step's numbers, with no reference to the tracker or its model.
+        """Spectra to compute, from copies of the numbers: without a reference to the model."""
         return PendingSpectra(states, centered, in_float64=self.watcher.precision == "float64")
 
     def summary(self) -> Summary:
@@ -431,10 +427,8 @@ class Tracker:
             has_calls_lately=layer.calls > 0 or tap.is_gradient,
         )
 
-    # snapshots, ranks and checkpoints
-
     def snapshot(self, step: int | None = None) -> Snapshot:
-        """Computes all spectra now and appends them to :attr:`history`.
+        """Snapshot of all spectra now, appended to :attr:`history`.
 
         Args:
             step: Label of the snapshot; None is the number of steps.
@@ -454,7 +448,7 @@ class Tracker:
         return snapshot
 
     def close(self) -> None:
-        """Removes every hook; the statistics stay readable, and captured graphs add to them."""
+        """Removal of every hook; the statistics stay readable, and captured graphs add to them."""
         self.watcher.close()
         self._snapshots.deliver()
 
@@ -463,7 +457,7 @@ class Tracker:
         return self.watcher.paused()
 
     def sync(self, group: dist.ProcessGroup | None = None) -> Tracker:
-        """Shows the statistics of all ranks together until the next step: the only collective.
+        """View of all ranks' statistics together until the next step: the only collective.
 
         Every rank must call this method. Each rank goes on collecting its own rows afterwards, so
         that another call counts nothing twice.
@@ -491,7 +485,7 @@ class Tracker:
         return self
 
     def merge(self, other: Tracker) -> None:
-        """Adds the rows of another tracker of the same layers, which stays as it is.
+        """Addition of the rows of another tracker of the same layers, which stays as it is.
 
         Args:
             other: Tracker of a model with these layers, on any device.
@@ -578,7 +572,7 @@ class Tracker:
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`.
+        """Return to the statistics of a :meth:`state_dict`.
 
         Args:
             state_dict: Result of :meth:`state_dict`.
@@ -627,7 +621,7 @@ class Tracker:
         self.history.truncate(self.steps + 1)
 
     def reset(self) -> None:
-        """Forgets every row and step; the shares of the rows that were planned stay."""
+        """Removal of every row and step; the shares of the rows that were planned stay."""
         self._show_own_rows()
         self.watcher.leave_device()
         self.watcher.step = 0
@@ -647,8 +641,6 @@ class Tracker:
     ) -> None:
         self.close()
 
-    # plots and reports
-
     def plot(
         self,
         layer: str | None = None,
@@ -656,7 +648,7 @@ class Tracker:
         *,
         kind: Literal["spectrum", "ridges", "dims", "demand"] = "spectrum",
     ) -> Any:
-        """Draws spectra of now or over the snapshots; see :mod:`fastcov.show.plot`.
+        """Figure of the spectra of now or over the snapshots; see :mod:`fastcov.show.plot`.
 
         Args:
             layer: One of :meth:`names`; None draws all, which "ridges" cannot.
@@ -693,7 +685,7 @@ class Tracker:
         raise ValueError(f"kind={kind!r}: choose 'spectrum', 'ridges', 'dims' or 'demand'")
 
     def report(self, path: str | Path) -> Path:
-        """Writes one self-contained HTML page about every layer.
+        """Self-contained HTML page about every layer.
 
         Args:
             path: Path of the page; folders are made as needed.
@@ -732,7 +724,7 @@ def track(
     out: str | Path | None = None,
     replace: bool = False,
 ) -> Tracker:
-    """Watches the feature covariance of a model's layers while it trains.
+    """Tracker of the feature covariance of a model's layers, kept while it trains.
 
     Nothing else in the training loop changes. Call :func:`track` before the first compiled forward.
     Replays of a CUDA graph of whole steps are read if two steps have run eagerly before the

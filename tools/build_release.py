@@ -53,7 +53,7 @@ def policy(name: str) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Writes the wheel into the folder given as argument and says what it is."""
+    """Command line: writes the wheel into a folder and prints its name."""
     destination = Path(sys.argv[1])
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

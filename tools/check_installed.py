@@ -1,4 +1,4 @@
-"""Says what the installed fastcov runs on; fails unless it is the wheel with its CPU library."""
+"""Check of the installed fastcov: fails unless it is the wheel with its CPU library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fastcov
 
 
 def main() -> None:
-    """Prints one line a backend."""
+    """Command line: prints one line a backend."""
     if "site-packages" not in fastcov.__file__:
         sys.exit(f"fastcov is imported from {fastcov.__file__}, not from the installed wheel")
     for name, backend in fastcov.backends().items():

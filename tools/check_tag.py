@@ -1,4 +1,4 @@
-"""Ends a release whose tag is not the version: ``python tools/check_tag.py v0.1.0``."""
+"""Check that a release's tag is the version: ``python tools/check_tag.py v0.1.0``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = (
 
 
 def main(arguments: list[str]) -> int:
-    """Compares the tag with the version in each file.
+    """Command line: compares the tag with the version in each file.
 
     Returns:
         0; 1 if a file states another version, which is printed with the remedy.

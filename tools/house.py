@@ -117,7 +117,7 @@ def picture() -> str:
 
 
 def main() -> int:
-    """Writes or checks the picture."""
+    """Command line: writes or checks the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Writes constraints.txt: what pyproject.toml asks for, and all that needs, as installed here."""
+"""Pins of constraints.txt: the needs of pyproject.toml, and theirs, as installed here."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def closure(requirements: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Pins into constraints.txt."""
+    """Command line: writes constraints.txt."""
     pins = closure(wanted())
     text = (
         "# The development environment (make setup): Python 3.11, x86-64 Linux.\n"

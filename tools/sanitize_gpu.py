@@ -1,4 +1,4 @@
-"""Runs CUDA kernels on a GPU under one tool of compute-sanitizer: memory, races or barriers."""
+"""Check of CUDA kernels on a GPU by one tool of compute-sanitizer: memory, races or barriers."""
 
 from __future__ import annotations
 

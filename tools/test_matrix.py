@@ -1,4 +1,4 @@
-"""Runs the operator and tracker tests on the wheel under further Pythons and torch versions.
+"""Operator and tracker tests of the wheel under further Pythons and torch versions.
 
 Each pair has an environment of its own in build/matrix, kept for the next run. A Python that this
 machine lacks is named and left out; at least one must be there.
@@ -61,7 +61,7 @@ def check(python: str, version: str, torch: str, wheel: Path) -> int:
 
 
 def main() -> None:
-    """Tests the wheel of the folder given as argument; further arguments select Pythons."""
+    """Command line: tests the wheel of a folder; further arguments select Pythons."""
     (wheel,) = Path(sys.argv[1]).resolve().glob("fastcov_torch-*.whl")
     selected = sys.argv[2:]
     results = {}

@@ -81,13 +81,13 @@ def write_photographs(root: Path) -> None:
 
 
 def ours(dataset: CocoDataset, config: DataConfig) -> Callable[[int], object]:
-    """Loads one image as a training run does."""
+    """One image, loaded as a training run does."""
     view = AugmentedView(dataset, training_transform(config))
     return lambda number: view[Draw(number % IMAGES, number)]
 
 
 def theirs(dataset: CocoDataset, transforms: list[v2.Transform]) -> Callable[[int], object]:
-    """Loads one image and varies it by torchvision's transforms."""
+    """One image, loaded and varied by torchvision's transforms."""
     transform = v2.Compose(transforms) if transforms else None
 
     def load(number: int) -> object:
@@ -143,7 +143,7 @@ def table(rows: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    """Measures, writes the record, and the table where a file is given for it."""
+    """Command line: measures, writes the record, and the table where a file is given for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("detection/results/loader.json"))
     parser.add_argument("--readme", type=Path, help="file whose marked part is replaced")

@@ -63,7 +63,7 @@ def train(
     restart: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Train one detector.
+    """Training of one detector.
 
     Args:
         settings: Settings of the run.
@@ -110,7 +110,7 @@ def evaluate(
     device: str = "auto",
     quiet: bool = False,
 ) -> None:
-    """Score a detector: COCO's twelve numbers, every class, and predictions as COCO results.
+    """Scores of a detector: COCO's twelve numbers, every class, and predictions as COCO JSON.
 
     Args:
         model: Run folder, exported folder, or the name of one of torchvision's detectors.
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def check(settings: TrainConfig, quiet: bool = False) -> None:
-    """List everything that is wrong with a data set.
+    """List of everything that is wrong with a data set.
 
     Args:
         settings: Settings of a run, of which those of the data are used.
@@ -171,7 +171,7 @@ def pretrain(
     restart: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Train a backbone on the data's objects as classes.
+    """Training of a backbone on the data's objects as classes.
 
     Args:
         settings: Settings of the run.
@@ -212,7 +212,7 @@ def search(
     gpus_per_run: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Search widths and compare the arms.
+    """Search of widths, and comparison of the arms.
 
     Args:
         settings: Settings of the search.
@@ -253,7 +253,7 @@ def planned(
     jobs: int = 2,
     quiet: bool = False,
 ) -> None:
-    """Run the planned comparison of one task, or its tuning.
+    """Planned comparison of one task, or its tuning.
 
     Args:
         task: Task of the plan.
@@ -273,13 +273,15 @@ def planned(
         return
     once, twice = run_tuning(task, *places, jobs=jobs, progress=not quiet)
     print_summary(once)
-    for one in criteria(task, once, twice):
-        numbers = "no runs" if one.mean is None else f"{one.mean:+.3f}, n = {one.n}"
-        print(f"{'met' if one.is_met else 'NOT met'}: {one.asks} ({numbers})")
+    for criterion in criteria(task, once, twice):
+        numbers = (
+            "no runs" if criterion.mean is None else f"{criterion.mean:+.3f}, n = {criterion.n}"
+        )
+        print(f"{'met' if criterion.is_met else 'NOT met'}: {criterion.asks} ({numbers})")
 
 
 def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bool = False) -> None:
-    """Run a whole search on two CPU cores in minutes.
+    """Whole search on two CPU cores, in minutes.
 
     Args:
         settings: Settings of every training run.
@@ -316,7 +318,7 @@ def _run_search(
 
 
 def compare(a: str, b: str, out: str | None = None) -> None:
-    """Compare the spectra of two runs over their training.
+    """Comparison of the spectra of two runs over their training.
 
     Args:
         a: Run folder.
@@ -331,7 +333,7 @@ def compare(a: str, b: str, out: str | None = None) -> None:
 
 
 def redraw(dir: str) -> None:
-    """Draw a comparison's figures and page again.
+    """Figures and page of a comparison, drawn again.
 
     Args:
         dir: Folder that a comparison was written to.
@@ -342,7 +344,7 @@ def redraw(dir: str) -> None:
 
 
 def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> None:
-    """Compare the spectra of two families of runs beyond the effect of seeds.
+    """Comparison of the spectra of two families of runs, beyond the effect of seeds.
 
     Args:
         a: Run folders.
@@ -357,7 +359,7 @@ def families(*, a: list[Path], b: list[Path], out: Path = Path("families")) -> N
 
 
 def report(dir: str) -> None:
-    """Write a search's HTML page again.
+    """HTML page of a search, written again.
 
     Args:
         dir: Folder of a search.
@@ -371,7 +373,7 @@ def report(dir: str) -> None:
 
 
 def evidence(results: str, readme: str) -> None:
-    """Write tables of kept results in Markdown.
+    """Markdown tables of kept results.
 
     Args:
         results: Folder of kept results, for example detection/results.
@@ -384,7 +386,7 @@ def evidence(results: str, readme: str) -> None:
 
 
 def export(run: str, out: str, arm: str = "searched") -> None:
-    """Write a plain state_dict, widths and a rebuild script.
+    """Plain state_dict, widths and a rebuild script of a detector.
 
     Args:
         run: Run folder, or folder of a search.
@@ -407,7 +409,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; the process's exit status."""
+    """Command line: runs one command; returns the process's exit status."""
     words = sys.argv[1:] if words is None else list(words)
     try:
         with _stoppable():
@@ -426,7 +428,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_command(words: Sequence[str]) -> None:
-    """Parses the words of a command and runs it.
+    """Run of the command that the words name.
 
     Raises:
         ConfigError: If a word is unknown, with the closest names, or a value is impossible.
@@ -461,9 +463,9 @@ def command_parser(words: Sequence[str] = (), only: str | None = None) -> Argume
     commands = parser.add_subcommands(dest="command")
     for name in COMMANDS if only is None else (only,):
         run = COMMANDS[name]
-        said = (run.__doc__ or "").split("\n")[0]
+        summary = (run.__doc__ or "").split("\n")[0]
         settings = get_type_hints(run).get("settings")
-        about = said if settings is None else f"{said} {_ABOUT_SETTINGS}"
+        about = summary if settings is None else f"{summary} {_ABOUT_SETTINGS}"
         own = ArgumentParser(description=about, exit_on_error=False)
         own.add_function_arguments(run, as_positional=True, skip={"settings"})
         if settings is not None:
@@ -473,7 +475,7 @@ def command_parser(words: Sequence[str] = (), only: str | None = None) -> Argume
             if settings is not TrainConfig:
                 own.add_class_arguments(settings, skip={"train"})
             own.set_defaults(_defaults(words))
-        commands.add_subcommand(name, own, help=said)
+        commands.add_subcommand(name, own, help=summary)
     return parser
 
 
@@ -531,8 +533,9 @@ def _plain_words(command: str, words: Sequence[str]) -> list[str]:
         elif short in _SHORT and _SHORT[short] in hints:
             short = _SHORT[short]
         if short not in hints:
+            options = [f"--{known}" for known in hints]
             raise ConfigError(
-                f"unknown option '--{name}'{closest(f'--{short}', [f'--{one}' for one in hints])} "
+                f"unknown option '--{name}'{closest(f'--{short}', options)} "
                 f"See fastcov-detection {command} --help."
             )
         hint = hints[short]

@@ -491,7 +491,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a configuration as JSON; the file appears whole or not at all."""
+    """JSON file of a configuration; it appears whole or not at all."""
     write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
@@ -511,8 +511,8 @@ def read_values(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"no configuration at {path}; check the path") from None
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{path} is neither JSON nor YAML ({said}); save it again") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is neither JSON nor YAML ({reason}); save it again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not settings by name")
     return values

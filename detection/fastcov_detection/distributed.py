@@ -24,7 +24,7 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Meeting point of all processes: each waits for the others."""
     if world_size() > 1:
         dist.barrier()
 
@@ -38,7 +38,7 @@ def gather_to_first(value: Value) -> list[Value] | None:
         return [value]
     gathered: list[Value | None] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(value, gathered)
-    return None if gathered is None else [one for one in gathered if one is not None]
+    return None if gathered is None else [item for item in gathered if item is not None]
 
 
 def from_first(value: Value | None) -> Value:

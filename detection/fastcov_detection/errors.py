@@ -23,7 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 class LossError(RuntimeError):
-    """Training has left the finite numbers."""
+    """Training whose loss is no longer a finite number."""
 
 
 class RunError(RuntimeError):

@@ -15,7 +15,7 @@ from fastcov_detection import __version__
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file by a function that fills a temporary one, which is then renamed.
+    """File filled under a temporary name by a function, then renamed.
 
     Raises:
         OSError: If the folder cannot be written or the disk is full; ``path`` is as it was.
@@ -30,7 +30,7 @@ def write_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) 
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text; see :func:`write_file`."""
+    """Text file in UTF-8; see :func:`write_file`."""
     write_file(path, lambda file: file.write(text.encode("utf-8")))
 
 

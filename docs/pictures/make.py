@@ -76,7 +76,7 @@ def axes(height: float) -> Axes:
 
 
 def main(folder: Path, steps: int) -> None:
-    """Writes every picture."""
+    """Command line: writes every picture."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def build(widths: dict[str, int]) -> nn.Sequential:
 
 # 2. Cost of the widths: multiply-accumulates of one image.
 def macs(widths: dict[str, int]) -> int:
-    """Those of the convolutions on maps of 64 and 16 positions, and of the classifier."""
+    """MACs of the convolutions on maps of 64 and 16 positions, and of the classifier."""
     stem, body, tail = widths["stem"], widths["body"], widths["tail"]
     return 9 * (64 * stem + 16 * stem * body + 16 * body * tail) + 10 * tail
 

@@ -1,4 +1,4 @@
-"""Where a ResNet-50 is wider than what it carries: ``python resnet50.py FOLDER_OF_IMAGES``.
+"""Widths that a ResNet-50 uses of those it has: ``python resnet50.py FOLDER_OF_IMAGES``.
 
 Without a folder random weights and random images show that the script works, not what it finds.
 """

@@ -60,7 +60,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``fastcov bench``.
+    """Command ``fastcov bench``.
 
     Args:
         argv: Arguments after ``bench``; None takes the process's.
@@ -192,7 +192,7 @@ def run_case(
     folder: Path | None = None,
     seconds: float = math.inf,
 ) -> Result:
-    """Builds, checks and times every contest of a case.
+    """Result of a case: every contest built, checked and timed.
 
     Args:
         name: Name of the case.

@@ -167,7 +167,7 @@ def find_row(rows: Iterable[Row], work: str, contender: str) -> Row | None:
 
 
 def measure(work: str, contest: Contest, setting: Setting) -> list[Row]:
-    """Times a contest's contenders in one interleaved run.
+    """Times of a contest's contenders in one interleaved run.
 
     Args:
         work: Name of the piece of work.

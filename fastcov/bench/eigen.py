@@ -142,7 +142,7 @@ def _separate(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _worst_error(eigenvalues: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[float, float]:
-    # The error that is largest relative to its bar, and this bar.
+    """The error that is largest relative to its bar, and this bar."""
     worst = (0.0, 1.0)
     for values, matrix in zip(eigenvalues, matrices, strict=True):
         order = matrix.shape[-1]

@@ -34,12 +34,12 @@ def cluster(n: int, center: float = 1.001, coupling: float = 0.01) -> Tensor:
 
 
 def _two_clusters(n: int) -> Tensor:
-    # Of opposite sign: the mean of the diagonal is near neither.
+    """Eigenvalues of opposite sign: the mean of the diagonal is near neither."""
     return torch.block_diag(cluster(n - n // 2), -cluster(n // 2, 0.91)) if n > 1 else cluster(n)
 
 
 def _exchange(n: int) -> Tensor:
-    # Large entries off the diagonal: row i of the identity is exchanged with row i + n/2.
+    """Large entries off the diagonal: row i of the identity is exchanged with row i + n/2."""
     order = torch.arange(n).roll(n // 2) if n % 2 == 0 else torch.arange(n).flip(0)
     return 1.001 * (torch.eye(n, dtype=_F64)[order] + 0.01 / n)
 

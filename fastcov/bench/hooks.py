@@ -132,7 +132,7 @@ class Heads(nn.Sequential):
         self.train()
 
     def forward(self, _given: Tensor) -> None:
-        """Calls all layers for one level after the other."""
+        """Calls of all layers for one level after the other."""
         for given in self.levels:
             level = given
             for layer in self:

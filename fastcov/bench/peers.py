@@ -197,9 +197,6 @@ def _delve() -> Any:
     return package
 
 
-# whole models
-
-
 def hook_naively(taps: Sequence[tuple[Tap, nn.Module]]) -> dict[str, Tensor]:
     """Full-gram hooks as people write them: a float32 addmm of every position.
 

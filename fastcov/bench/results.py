@@ -44,7 +44,7 @@ class Result:
     failures: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        """Writes ``folder/case.json``: to a temporary name, then renamed.
+        """File ``folder/case.json``, written under a temporary name, then renamed.
 
         Returns:
             The file.

@@ -87,7 +87,7 @@ class _Compiled:
 
 
 def _descriptor_metadata(kind: str) -> dict[str, Any]:
-    # Of bfloat16 in 128-byte rows of shared memory, as sm_90's matrix instructions read them.
+    """Descriptor of bfloat16 in 128-byte rows of shared memory, for sm_90's matrix instructions."""
     found = re.search(r"\[([\d, ]+)\]", kind)
     assert found is not None
     rows, _columns = map(int, found[1].split(","))
@@ -112,14 +112,14 @@ def _driver_folder() -> str:
     library = Path(folder, "libcuda.so.1")
     options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
-    # Those that ask for a library of this name get the one that is open.
+    # Later requests for a library of this name get the one that is opened here.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return folder
 
 
 @cache
 def _driver() -> Any:
-    # Of one H100, whose number is that of a CPU's tensors.
+    """Properties of one H100, whose number is that of a CPU's tensors."""
     with mock.patch.object(knobs.nvidia, "libcuda_path", _driver_folder()):
         driver = CudaDriver()
     driver.get_current_device = lambda: -1

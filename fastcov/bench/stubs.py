@@ -148,7 +148,7 @@ class KernelStubs(Stubs):
 
 @contextmanager
 def _noted_launches() -> Iterator[list[str]]:
-    # Names of the kernels that are launched inside, through Triton's hooks.
+    """Names of the kernels that are launched inside, through Triton's hooks."""
     from triton import knobs
 
     names: list[str] = []

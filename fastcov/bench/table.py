@@ -71,7 +71,7 @@ def note_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def print_result(result: Result) -> None:
-    """Prints a case: its rows, the machine's rates, and the reasons of missing contenders."""
+    """Printed case: its rows, the machine's rates, and the reasons of missing contenders."""
     title = f"{result.case} on {result.machine['device']}"
     if result.rows:
         print_table(title, HEADERS, list(map(cells, result.rows)))
@@ -123,7 +123,7 @@ def _in_unit(measure: Measure, value: float) -> str:
 
 
 def print_targets(verdicts: Sequence[Verdict], device: str) -> None:
-    """Prints every target beside the measured value; nothing where a device kind has none."""
+    """Printed targets beside the measured values; nothing where a device kind has none."""
     if not verdicts:
         return
     title = f"targets on {device or 'no device'}"
@@ -133,7 +133,7 @@ def print_targets(verdicts: Sequence[Verdict], device: str) -> None:
 
 
 def print_changes(changes: Changes) -> None:
-    """Prints a comparison: rows that moved beyond noise first."""
+    """Printed comparison: rows that moved beyond noise first."""
     headers = ("case", "work", "contender", "A", "B", "B / A", "verdict")
     lines = [
         (

@@ -141,7 +141,7 @@ class DeviceClock:
 def _device_sample(
     device: torch.device, call: Call, first: int, calls: int, cycles: int
 ) -> tuple[float, bool]:
-    # Seconds per call, and True if every call was enqueued before the device began.
+    """Seconds per call, and True if every call was enqueued before the device began."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     sleep: Callable[[int], None] = torch.cuda._sleep

@@ -31,7 +31,7 @@ class Updates:
         self._tracker = tracker
 
     def _rare(self) -> list[tuple[int, float]]:
-        # Channels, and steps between two updates, of each layer on which updates are rare.
+        """Channels, and steps between two updates, of each layer on which updates are rare."""
         rare = []
         for layer in self._tracker.watcher.taps.unique_layers:
             if layer.state is None or not layer.fraction or layer.state.moment.is_cuda:
@@ -45,14 +45,14 @@ class Updates:
         return rare
 
     def hold_back(self) -> None:
-        """Empties the buffers, outside the time: none is full in the step that follows."""
+        """Emptying of the buffers, untimed, so that none is full in the step that follows."""
         if not self._rare():
             return
         for layer in self._tracker.watcher.taps.unique_layers:
             layer.flush()
 
     def add_to(self, row: Row, untracked: Row, dtype: torch.dtype, setting: Setting) -> None:
-        """Adds each step's share of the updates that were held back to the tracker's row.
+        """Correction of the tracker's row by each step's share of the updates held back.
 
         Args:
             row: Row whose times and ratios grow; its notes get the share.

@@ -55,7 +55,7 @@ class FastcovCallback(Callback):
         return {**self.__dict__, "_run": None, "_trained": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepares for a fit: ends an earlier one. Other stages, as evaluation, change nothing."""
+        """Preparation of a fit; ends an earlier one. Evaluation and other stages change nothing."""
         if stage == TrainerFn.FITTING:
             if self._run is not None:
                 self._run.leave()
@@ -63,7 +63,7 @@ class FastcovCallback(Callback):
             self._has_checkpoint, self._checkpoint_statistics = False, None
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Keeps the checkpoint's statistics until the model is ready; a running fit loads them.
+        """Statistics of a checkpoint, kept until the model is ready; a running fit loads them.
 
         A tuner makes a running fit load: it saves a checkpoint, trains, and loads the checkpoint.
         """
@@ -83,7 +83,7 @@ class FastcovCallback(Callback):
             self._run.load(saved)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts tracking: the model is ready."""
+        """Start of the tracking: the model is ready."""
         saved = self._initial_statistics(trainer, pl_module)
         self._is_starting, self._checkpoint_statistics = False, None
 
@@ -104,12 +104,12 @@ class FastcovCallback(Callback):
         self._trained = (weakref.ref(trainer), weakref.ref(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the step that a resumed training continues from."""
+        """Setter of the step that a resumed training continues from."""
         if self._run is not None:
             self._run.start(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Copies the statistics where a summary is due; sends finished summaries to the loggers."""
+        """Copy of the statistics where a summary is due; finished summaries go to the loggers."""
         if self._run is None:
             return
         if self._run.tracker.steps == 0:
@@ -117,29 +117,29 @@ class FastcovCallback(Callback):
         self._run.after_batch(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Stores all ranks' statistics; every rank saves, so the collective is safe."""
+        """Checkpoint of all ranks' statistics; every rank saves, so the collective is safe."""
         if self._is_starting:  # a tuner's callback saves before on_fit_start() of this one
             checkpoint[self._key(trainer)] = self._initial_statistics(trainer, pl_module)
         elif self._run is not None:
             checkpoint[self._key(trainer)] = self._run.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sends the remaining summaries to the loggers, which are closed after this."""
+        """Delivery of the remaining summaries to the loggers, which are closed after this."""
         if self._run is not None:
             self._run.deliver()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes the hooks; the statistics stay readable."""
+        """Removal of the hooks; the statistics stay readable."""
         if self._run is not None:
             self._run.end()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Removes the hooks; the statistics stay readable."""
+        """Removal of the hooks; the statistics stay readable."""
         if self._run is not None:
             self._run.leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Removes the hooks of a fit that ended without ``on_fit_end``."""
+        """Removal of the hooks of a fit that ended without ``on_fit_end``."""
         if self._run is not None:
             self._run.leave()
 

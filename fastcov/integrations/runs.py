@@ -128,7 +128,7 @@ def _restored(layer: Mapping[str, Any]) -> fastcov.CovarianceState:
 
 @contextlib.contextmanager
 def _beside_the_training(device: torch.device, copied: torch.cuda.Event) -> Iterator[None]:
-    # Context whose GPU work runs on a stream of its own, after the copies are made.
+    """Context whose GPU work runs on a stream of its own, after the copies are made."""
     side = torch.cuda.Stream(device)
     side.wait_event(copied)
     with torch.cuda.stream(side):
@@ -160,7 +160,7 @@ _Waiting = deque[tuple[_Mark, "Future[_Result]"]]
 
 
 def _store(history: History, mark: _Mark, result: Future[_Result]) -> Summary | None:
-    """Waits for the spectra of a mark, stores them if the mark says so, and returns the summary.
+    """Summary of a mark, after waiting for its spectra and storing them if the mark says so.
 
     None where computing the spectra failed.
     """
@@ -209,7 +209,7 @@ class _Marks:
         weakref.finalize(tracker, _store_rest, history, self._waiting)
 
     def take(self, tracker: fastcov.Tracker, step: int, is_logged: bool, is_stored: bool) -> None:
-        """Takes a mark: copies the statistics and has the worker compute their spectra.
+        """New mark: a copy of the statistics, whose spectra the worker computes.
 
         While earlier marks fill ``ROOM_BYTES``, a mark that is only logged is dropped, and one that
         is stored waits.
@@ -225,12 +225,12 @@ class _Marks:
         self._waiting.append((mark, self._worker.submit(_solve, mark)))
 
     def deliver(self, waits: bool = False) -> None:
-        """Delivers the finished marks; all marks if ``waits``."""
+        """Delivery of the finished marks; of all marks if ``waits``."""
         while self._waiting and (waits or self._waiting[0][1].done()):
             self._deliver_first()
 
     def close(self) -> None:
-        """Stores the snapshots that wait and ends the worker; loggers get nothing any more."""
+        """End of the worker, with all snapshots stored; loggers get nothing any more."""
         _store_rest(self._history, self._waiting)
         if self._worker is not None:
             self._worker.shutdown(wait=False)
@@ -340,13 +340,11 @@ class TrackedRun:
         history.truncate(0)
 
     def start(self, step: int) -> None:
-        """Sets the number of optimizer steps before the first batch of this run."""
+        """Setter of the number of optimizer steps before the first batch of this run."""
         self._step = step
 
     def after_batch(self, step: int) -> None:
-        """Takes the marks that are due after so many optimizer steps, and delivers the finished
-        ones.
-        """
+        """Marks due after so many optimizer steps, taken; the finished ones are delivered."""
         if not self.is_open:
             return
         self._marks.deliver()
@@ -367,7 +365,7 @@ class TrackedRun:
             self._marks.take(self.tracker, step, is_logged, is_stored)
 
     def deliver(self) -> None:
-        """Delivers all marks, waiting for their spectra."""
+        """Delivery of all marks, after waiting for their spectra."""
         self._marks.deliver(waits=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -375,12 +373,12 @@ class TrackedRun:
         return self.tracker.sync().state_dict()
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Goes back to saved statistics; later rows are forgotten."""
+        """Return to saved statistics; later rows are forgotten."""
         self.tracker.load_state_dict(dict(saved))
         self._tracked_step = self.tracker.steps
 
     def end(self) -> None:
-        """Delivers all marks and removes the hooks; the statistics stay readable."""
+        """End of the run: all marks delivered, hooks removed; the statistics stay readable."""
         if self.is_open:
             self.has_ended = True
             try:
@@ -389,7 +387,7 @@ class TrackedRun:
                 self._close()
 
     def leave(self) -> None:
-        """Removes the hooks of a run that an exception ended, and keeps its snapshots."""
+        """Removal of the hooks of a run that an exception ended; its snapshots are kept."""
         if self.is_open:
             self._close()
 

@@ -8,7 +8,7 @@ import fastcov
 def write_tensorboard(
     writer: Any, tracker: fastcov.Tracker, step: int, *, figures: bool = False
 ) -> None:
-    """Writes the summary of a tracker as scalars, one group a measure.
+    """Scalars of a tracker's summary in TensorBoard, one group a measure.
 
     Args:
         writer: ``torch.utils.tensorboard.SummaryWriter``, or any object with the same

@@ -66,7 +66,7 @@ class FastcovCallback(TrainerCallback):
         return {**self.__dict__, "_run": None, "_trainer": None}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts tracking, after removing the hooks of a training that was interrupted."""
+        """Start of the tracking, after the hooks of an interrupted training are removed."""
         trainer, checkpoint = _training_now()
         self._trainer = None if trainer is None else weakref.ref(trainer)
         reporters = _reporters(trainer)
@@ -96,33 +96,33 @@ class FastcovCallback(TrainerCallback):
         self.tracker = self._run.tracker
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes a snapshot that is due between two optimizer steps."""
+        """Snapshot that is due between two optimizer steps."""
         self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Copies the statistics where a summary is due; delivers finished summaries."""
+        """Copy of the statistics where a summary is due; delivery of finished summaries."""
         if self._run is not None:
             self._run.after_batch(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        """Delivers the remaining summaries with the Trainer's last log, before reporters close."""
+        """Delivery of the last summaries with the Trainer's last log, before reporters close."""
         if self._run is not None and logs is not None and "train_loss" in logs:
             self._run.deliver()
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stores the statistics before the checkpoint is sent to the hub."""
+        """File of the statistics, written before the checkpoint is sent to the hub."""
         # The Trainer calls this in process 0 alone, where a collective would wait forever.
         if not (dist.is_available() and dist.is_initialized()):
             self._store(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stores all processes' statistics in the checkpoint."""
+        """File of all processes' statistics in the checkpoint."""
         self._store(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Removes the hooks; the statistics stay readable."""
+        """Removal of the hooks; the statistics stay readable."""
         if self._run is not None:
             self._run.end()
 

@@ -14,7 +14,7 @@ except ImportError as error:
 def log_wandb(
     run: Any, tracker: fastcov.Tracker, step: int | None = None, *, figures: bool = False
 ) -> None:
-    """Logs the summary of a tracker under ``fastcov/``.
+    """Log of a tracker's summary under ``fastcov/``.
 
     Warns where ``step`` lies before a step that was logged: wandb drops such values.
 

@@ -35,7 +35,7 @@ def launch_accumulate_(
     precision: Mode = "split",
     architecture: Architecture | None = None,
 ) -> None:
-    """Adds rows to a state: see :func:`fastcov.ops.reference.accumulate_reference_`.
+    """Launches that add rows: see :func:`fastcov.ops.reference.accumulate_reference_`.
 
     Args:
         moment: float64, contiguous: see :mod:`fastcov.ops.triangle`. [tiles, 32, 32]
@@ -95,7 +95,7 @@ class _Prepared:
         self.directly: _Update | None = None
 
     def through_triton(self, rows: Tensor, row_weight: Tensor | None) -> None:
-        """Launches the kernels with Triton's own call, and keeps what has been compiled.
+        """Launches by Triton's own call, which keep the compiled kernels.
 
         Args:
             rows: Rows to add.
@@ -225,7 +225,7 @@ class Accumulation:
         return prepared
 
     def add(self, rows: Tensor, row_weight: Tensor | None = None) -> None:
-        """Launches the kernels that add rows [..., C], laid out as in the calls before.
+        """Launches that add rows [..., C], laid out as in the calls before.
 
         Weights of the rows [N] are given in all calls or in none.
         """

@@ -408,7 +408,7 @@ def _on_device(values: list[list[int]], dtype: torch.dtype, device: torch.device
 def launch_flush_(
     table: FlushTable, step: Tensor, *, decay: float = 1.0, force: bool = False
 ) -> None:
-    """Adds every full buffer to its state and empties it.
+    """Launches that add every full buffer to its state and empty it.
 
     Row r of a buffer weighs ``row_scale * decay ** (step - row_step[r])``; the state before is
     multiplied by ``decay ** (step - its last step)``. Rows marked -1 are counted as skipped.

@@ -60,7 +60,7 @@ def copy_rows(
     COLUMNS: tl.constexpr,
     IS_DEEP: tl.constexpr,
 ):
-    """Copies one row a sample, and marks it with the step, or -1 where a value is not finite."""
+    """Copy of one row a sample, marked with the step, or -1 where a value is not finite."""
     if IS_ORDERED:
         start = sample
         offset = sample * 0
@@ -243,7 +243,7 @@ def launch_gather_(
     run_length: int = 1,
     phase: int = 0,
 ) -> None:
-    """Copies sampled rows: see :func:`fastcov.ops.reference.gather_reference_`.
+    """Launch that copies sampled rows: see :func:`fastcov.ops.reference.gather_reference_`.
 
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]
@@ -287,7 +287,7 @@ def launch_cursor_gather_(
     run_length: int = 1,
     phase: int = 0,
 ) -> None:
-    """Copies the rows that are due, with all counters on the device: see :class:`CursorGather`."""
+    """Launch that copies due rows, with all counters on the device: see :class:`CursorGather`."""
     gather = CursorGather(buffer, row_step, cursor, step, rows, fraction, run_length, phase)
     gather.launch_(rows)
 
@@ -351,7 +351,7 @@ class CursorGather:
             self._starter = Starter(launch, rows.get_device())
 
     def launch_(self, rows: Tensor) -> None:
-        """Copies the rows that are due from a row view, or from its activation."""
+        """Copy of the rows that are due, from a row view or from its activation."""
         starter = self._starter
         if starter is None:
             return

@@ -82,7 +82,7 @@ class Job:
 
 
 def mode_of(dtype: torch.dtype, is_weighted: bool, precision: Mode = "split") -> Mode:
-    """How rows are multiplied: exactly where they are low precision and unweighted."""
+    """Mode of multiplication: exact where the rows are low precision and unweighted."""
     if not ROW_DTYPES[dtype].is_centred:
         return "split" if is_weighted else "direct"
     return precision

@@ -114,7 +114,7 @@ class LauncherCall:
 
 
 def _noting(launcher: Any) -> tuple[Any, Callable[..., None]]:
-    """Copy of a launcher that notes what it would call, and the function in C that it would."""
+    """Copy of a launcher that notes the C function and arguments it would call."""
     seen: list[tuple[Any, ...]] = []
 
     def note(*given: Any) -> None:

@@ -86,7 +86,7 @@ def is_address_aligned(rows: Tensor) -> bool:
 
 
 def row_layout(rows: Tensor) -> RowLayout:
-    """Describes a row view by its strides; reads no element.
+    """Layout of a row view by its strides; no element is read.
 
     Args:
         rows: Up to four leading dimensions, any strides. [..., C]

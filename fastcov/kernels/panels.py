@@ -219,7 +219,7 @@ def add_step(
     LOADS_TWICE: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Adds one step's moments of left with right panels, and for a triangle its column sums."""
+    """Addition of one step's moments of left with right panels; column sums in a triangle."""
     origin, _image, position = locate(rows, step, geometry, STEP, False)
     if LOADS_TWICE:
         # Where one buffer cannot serve as left and right operand (sm_80's pipeline), the
@@ -430,7 +430,7 @@ def keep_chain(
     EDGE: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Stores or adds accumulators into one chunk's slot; notes columns that are not finite."""
+    """Accumulators stored in, or added to, one chunk's slot; non-finite columns are noted."""
     edges = tl.cdiv(channels, EDGE)
     keep_panels(
         partial,
@@ -504,7 +504,7 @@ def keep_panels(
     EDGE: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Stores or adds accumulators into one chunk's packed triangle of blocks."""
+    """Accumulators stored in, or added to, one chunk's packed triangle of blocks."""
     # Blocks first, then places inside one that are constant but for the thread: few addresses.
     place = tl.arange(0, PANEL) % EDGE
     block = tl.arange(0, PANEL) // EDGE

@@ -77,7 +77,7 @@ def gram_plan(
     architecture: Architecture,
     chain_rows: int,
 ) -> Plan:
-    """Chunks for gram_kernel: the fewest clocks that the model foresees."""
+    """Plan of chunks for gram_kernel: the fewest clocks that the model foresees."""
     return _gram_plan(
         config,
         layout.channels,
@@ -92,7 +92,7 @@ def gram_plan(
 def block_plan(
     edge: int, step: int, layout: RowLayout, architecture: Architecture, chain_rows: int
 ) -> Plan:
-    """Chunks for block_kernel: about eight programs a multiprocessor."""
+    """Plan of chunks for block_kernel: about eight programs a multiprocessor."""
     edges = -(-layout.channels // edge)
     blocks = edges * (edges + 1) // 2
     steps = layout.images * -(-layout.positions // step)

@@ -90,7 +90,7 @@ def load_tile(
 
 @triton.jit
 def multiply(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """Adds left @ right. The interpreter multiplies bfloat16 wrongly: there in float32."""
+    """``sums`` plus left @ right. The interpreter multiplies bfloat16 wrongly: there in float32."""
     if IS_INTERPRETED:
         product = tl.dot(left.to(tl.float32), right.to(tl.float32), sums)
     elif MODE == IEEE:
@@ -135,7 +135,7 @@ def multiply_parts(
     MODE: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """Adds left @ right, both in three parts; the products left out are below 2**-23 of it.
+    """``sums`` plus left @ right, both in three parts; the products left out are below 2**-23.
 
     The small products are summed apart, and added with rounding: in the chain of the large ones
     each would be another truncation, or fall below the last bit.
@@ -151,7 +151,7 @@ def multiply_parts(
 
 @triton.jit
 def multiply_tiles(left, right, sums, MODE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """Adds left @ right, float32 operands split if MODE says so. [M, K] @ [K, N]."""
+    """``sums`` plus left @ right, float32 operands split if MODE says so. [M, K] @ [K, N]."""
     if MODE == SPLIT:
         left_high, left_middle, left_low = split(left, IS_INTERPRETED)
         right_high, right_middle, right_low = split(right, IS_INTERPRETED)
@@ -179,7 +179,7 @@ def is_finite(values):
 
 @triton.jit
 def keep(address, values, mask, ADDS: tl.constexpr):
-    """Stores into entries that no other program touches, or adds to what they hold.
+    """Values stored in, or added to, entries that no other program touches.
 
     The addition is L2's, rounded to nearest, and in the order of the calls. A value that several
     threads hold alike is added once.
@@ -203,7 +203,7 @@ def workspace(partial, partial_entries, notes_entries):
 
 @triton.jit
 def begin_update(ends, count):
-    """Writes behind the notes of an update: whether the state had seen no row, and its token."""
+    """Facts behind an update's notes: if the state had seen no row, and the update's token."""
     tl.store(ends, (tl.load(count) == 0).to(tl.int32))
     tl.store(ends + 1, update_token(count))
 
@@ -216,7 +216,7 @@ def update_token(count):
 
 @triton.jit
 def note_broken(ends, count):
-    """Notes that the update has met a row that is not finite."""
+    """Note that the update has met a row that is not finite."""
     tl.store(ends + 2, update_token(count))
 
 
@@ -232,14 +232,14 @@ def has_broken(ends):
 
 @triton.jit
 def start_next(OVERLAPS: tl.constexpr):
-    """Lets the next launch of an update come while this one runs: it waits before it reads."""
+    """Permission for the update's next launch to come early: it waits before it reads."""
     if OVERLAPS:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(OVERLAPS: tl.constexpr):
-    """Waits until all that the launch before has written can be read."""
+    """Wait until all values written by the launch before can be read."""
     if OVERLAPS:
         gdc_wait()
 

@@ -8,7 +8,7 @@ TILE = tl.constexpr(32)
 
 @triton.jit
 def triangle_entry(row, column):
-    """Where the entries of rows and columns are, as int64; no row's tile is above the diagonal."""
+    """Offsets of entries by row and column, as int64; no row's tile is above the diagonal."""
     edge = row // TILE
     tile = edge * (edge + 1) // 2 + column // TILE
     inside = row % TILE * TILE + column % TILE

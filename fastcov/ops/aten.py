@@ -75,7 +75,7 @@ def follow_mean_(
     flat: Tensor,
     row_weight: Tensor | None = None,
 ) -> None:
-    """Moves the shift of a state to the mean of rows to come, where the two are far apart.
+    """Move of a state's shift to the mean of rows to come, where the two are far apart.
 
     Sums about a shift that is far from the rows cancel. At least one row comes [N, C]; those of
     weight 0 are passed over. No host synchronisation.
@@ -114,7 +114,7 @@ def accumulate_(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    """See :func:`fastcov.ops.reference.accumulate_reference_`."""
+    """Plain-torch form of :func:`fastcov.ops.reference.accumulate_reference_`."""
     rows = channels_to_end(rows, channel_dim)
     flat = rows.reshape(-1, rows.shape[-1])
     if len(flat) == 0:
@@ -169,7 +169,7 @@ def accumulate_in_float64_(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    """Adds rows of any dtype converted to float64, a few MiB at a time, by a given operator.
+    """Addition of rows in float64, a few MiB at a time, by a given operator.
 
     Other arguments are those of the operator.
     """
@@ -202,7 +202,7 @@ def accumulate_affine_(
     row_scale: float,
     decay: float,
 ) -> Tensor:
-    """Adds the rows that an affine map makes of input rows, from the inputs' second moment.
+    """Addition of the rows that an affine map makes, from the inputs' second moment.
 
     Args:
         moment: Tensor of the state: see :class:`fastcov.ops.covariance.MomentState`.
@@ -297,7 +297,7 @@ def gather_(
     phase: int,
     channel_dim: int = -1,
 ) -> None:
-    """See :func:`fastcov.ops.reference.gather_reference_`."""
+    """Plain-torch form of :func:`fastcov.ops.reference.gather_reference_`."""
     rows = channels_to_end(rows, channel_dim)
     channels = rows.shape[-1]
     images = rows.shape[0] if rows.dim() > 1 else 1

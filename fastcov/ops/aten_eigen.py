@@ -33,15 +33,15 @@ def _restore(values: Tensor, finite: Tensor, exponent: Tensor) -> Tensor:
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
     scaled, finite, exponent = _prepare(matrix)
-    # As the compiled kernels do it (diagonal_shift in csrc/eigen_numeric.h): without the shift a
-    # reduction rounds the large entries of c (I + E) the same way at every step.
+    # The compiled kernels shift in the same way (diagonal_shift, csrc/eigen_numeric.h). Without the
+    # shift, a reduction rounds the large entries of c (I + E) the same way at every step.
     shift = torch.round(scaled.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * 1024) / 1024
     shifted = scaled - torch.diag_embed(shift.expand(scaled.shape[:-1]))
     return _restore(torch.linalg.eigvalsh(shifted) + shift, finite, exponent)
 
 
 def eigvalsh(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:
-    """See :func:`fastcov.ops.reference.eigvalsh_reference`, for each of several batches.
+    """Plain-torch form of :func:`fastcov.ops.reference.eigvalsh_reference`, for several batches.
 
     ``is_alone`` changes nothing: LAPACK takes the matrices one by one.
     """
@@ -49,7 +49,7 @@ def eigvalsh(matrices: list[Tensor], is_alone: bool = False) -> list[Tensor]:
 
 
 def eigh(matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """See :func:`fastcov.ops.reference.eigh_reference`, for each of several batches."""
+    """Plain-torch form of :func:`fastcov.ops.reference.eigh_reference`, for several batches."""
     values, vectors = [], []
     for matrix in matrices:
         scaled, finite, exponent = _prepare(matrix)

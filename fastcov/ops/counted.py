@@ -50,7 +50,7 @@ class CallCounters(NamedTuple):
 class CountedGather:
     """Repeated copy of the rows that are due, with all counters on the device.
 
-    It takes the same arguments as :class:`fastcov.kernels.gather.CursorGather` and does the same.
+    Arguments and results are those of :class:`fastcov.kernels.gather.CursorGather`.
 
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]
@@ -120,7 +120,7 @@ class CountedGather:
             self.prepared = torch.frombuffer(numbers, dtype=torch.int64)
 
     def launch_(self, rows: Tensor) -> None:
-        """Copies the rows that are due from a row view, or from its activation.
+        """Copy of the rows that are due, from a row view or from its activation.
 
         Raises:
             ValueError: If it has another size, dtype or device than the rows prepared for.

@@ -63,7 +63,7 @@ def accumulate_(
     decay: float = 1.0,
     precision: Precision = "split",
 ) -> None:
-    r"""Adds feature rows to a running second moment, in place.
+    r"""Update of a running second moment with feature rows, in place.
 
     .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T
 

@@ -161,7 +161,7 @@ def eigh(A: Tensor | Sequence[Tensor]) -> Eigensystem | list[Eigensystem]:
             _raise_explained(error, [A])
         return Eigensystem(values[0], vectors[0])
     matrices = _check_sequence(A)
-    # What is not torch's is one call.
+    # All matrices that the own operator solves go into one call.
     own = iter(_eigh([matrix for matrix in matrices if not _is_for_torch(matrix)]))
     return [_eigh_by_torch(matrix) if _is_for_torch(matrix) else next(own) for matrix in matrices]
 

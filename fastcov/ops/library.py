@@ -163,25 +163,25 @@ class Observer(Protocol):
     """Receiver of the step operators' calls: a watcher, found by its number."""
 
     def begin_step(self) -> None:
-        """Starts a step."""
+        """Start of a step."""
 
     def take_mask(self, mask: object) -> None:
-        """Sets the mask of the step that has begun."""
+        """Mask of the step that has begun."""
 
     def observe(self, tap: int, activation: Tensor, batch_dims: int = 0) -> None:
-        """Reads one activation, which has ``batch_dims`` vmapped dimensions in front."""
+        """Reading of one activation, which has ``batch_dims`` vmapped dimensions in front."""
 
     def observe_named(self, name: str, tensor: Tensor, channel_dim: int) -> None:
-        """Reads a tensor that the user's forward names, in compiled code."""
+        """Reading of a tensor that the user's forward names, in compiled code."""
 
     def observe_gradient(self, tap: int, gradient: Tensor) -> None:
-        """Reads the gradient of one activation."""
+        """Reading of the gradient of one activation."""
 
     def refuse(self, tap: int, reason: str) -> None:
-        """Notes why an activation is not read."""
+        """Note why an activation is not read."""
 
     def end_step(self) -> None:
-        """Ends a step."""
+        """End of a step."""
 
 
 # Hooks of a compiled model reach their watcher through these operators. They are opaque, so that

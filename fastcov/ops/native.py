@@ -154,7 +154,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def load_cpu() -> str:
-    """Opens libfastcov_cpu.so; returns its name and instruction set.
+    """Name and instruction set of libfastcov_cpu.so, opened here.
 
     Raises:
         UnavailableError: If the library is missing, excluded, or does not load.
@@ -166,7 +166,7 @@ def load_cpu() -> str:
 
 
 def load_cuda() -> str:
-    """Opens libfastcov_cuda.so; returns its name and the version of its CUDA.
+    """Name and CUDA version of libfastcov_cuda.so, opened here.
 
     Raises:
         UnavailableError: If the library is missing, excluded, does not load, or does not fit torch,
@@ -201,7 +201,7 @@ def load_cuda() -> str:
 
 @cache
 def load() -> None:
-    """Opens the libraries that can be opened, once. Never fails: :func:`status` has the reasons."""
+    """Opening of all libraries that can be opened, once. Failures are left to :func:`status`."""
     for name, open_library in (("cpu", load_cpu), ("cuda", load_cuda)):
         try:
             _status[name] = Backend(True, open_library())

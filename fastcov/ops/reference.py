@@ -67,7 +67,7 @@ def accumulate_reference_(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    r"""Adds rows to a running second moment about a shift.
+    r"""Update of a running second moment about a shift with rows.
 
     .. math:: M \leftarrow d M + \sum_r w_r (x_r - s)(x_r - s)^T, \quad
         m \leftarrow d m + \sum_r w_r (x_r - s), \quad W \leftarrow d W + \sum_r w_r
@@ -122,7 +122,7 @@ def accumulate_affine_reference_(
     row_scale: float = 1.0,
     decay: float = 1.0,
 ) -> None:
-    r"""Adds rows y = A x + b to a running second moment, from that of the x, which weigh 1.
+    r"""Update of a running second moment with rows y = A x + b, from that of the x, of weight 1.
 
     .. math:: M \leftarrow d M + w (A \Sigma A^T + N \mu \mu^T), \quad
         \mu = A \bar x + b - s
@@ -202,7 +202,7 @@ def gather_reference_(
     run_length: int = 1,
     phase: int = 0,
 ) -> None:
-    """Copies sampled rows into a buffer.
+    """Copy of sampled rows into a buffer.
 
     Args:
         buffer: Destination, the rows' dtype. [capacity, C]

@@ -24,8 +24,9 @@ def is_transforming() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: the answer at the
-# time of tracing. A compiled graph is guarded by the transforms that it was traced in.
+# The mark that torch.compiler.assume_constant_result sets, without importing the compiler: the
+# answer is taken at the time of tracing. A compiled graph is guarded by the transforms that it
+# was traced in.
 vars(is_transforming)["_dynamo_marked_constant"] = True
 
 

@@ -96,7 +96,7 @@ def diagonal(tiles: Tensor, channels: int) -> Tensor:
 
 
 def clamp_diagonal_(tiles: Tensor, channels: int) -> None:
-    """Raises negative entries of the diagonal to 0: sums of squares, whatever rounding says."""
+    """Lower bound of 0 for the diagonal: sums of squares, whatever rounding says."""
     number = _on_diagonal(channels, tiles.device)
     squares = tiles[number]
     squares.diagonal(dim1=1, dim2=2).clamp_(min=0)
@@ -104,15 +104,13 @@ def clamp_diagonal_(tiles: Tensor, channels: int) -> None:
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
-    """Triangle [tiles, 32, 32] of the products ``left[i] * right[j]`` of two vectors' entries. [C]
-    each
-    """
+    """Triangle [tiles, 32, 32] of the products ``left[i] * right[j]`` of two vectors. [C] each"""
     rows, columns = _spread(torch.stack((left, right)))
     return rows[0] * columns[1]
 
 
 def translation(step: Tensor, total: Tensor, weight: Tensor | float) -> Tensor:
-    r"""Triangle of what a second moment gains where every row grows by a vector.
+    r"""Triangle of the second moment's gain where every row grows by a vector.
 
     .. math:: s t^T + t s^T + w s s^T
 

@@ -27,7 +27,7 @@ class RowDtype(NamedTuple):
         dtype: The dtype.
         code: Number that stands for the dtype in a layout's numbers; csrc/cursor.h has the same.
         is_centred: True if Triton's kernels subtract the shift from rows before they multiply.
-            They need not where products of uncentred rows are exact in float32.
+            False where products of uncentred rows are exact in float32.
         triton_name: Name in triton.language; None where Triton's kernels do not take the dtype.
         chain_rows: Rows that may be added up one by one in float32 (float64 for float64 rows), by
             architecture. On a GPU the products of unweighted rows decide: those of bfloat16, and of

@@ -41,7 +41,6 @@ class ActivationLayout:
         channel_dim: Dimension of :meth:`source` that holds the channels.
         numbers: Numbers that compiled operators compare, from :func:`layout_numbers`; None where
             the view changes the order of dimensions but for C.
-        order: See the argument; None without an activation.
         key: Shape, strides and dtype, which tell this layout from others on the same device; None
             where the layout never repeats.
     """

@@ -98,8 +98,8 @@ def weighted_parts(rows: Tensor, weights: Tensor) -> Iterator[WeightedRows]:
     """Parts of rows that are to be added one after the other, in the cheapest form.
 
     On a CPU the rows of a weight above 0 are copied, a few MB at a time: without weights they are
-    added in a third of the time, and rows that are left out take none. A GPU would have to be
-    waited for.
+    added in a third of the time, and rows that are left out take none. On a GPU nothing is copied:
+    the host would wait for the number of such rows.
 
     Args:
         rows: Any strides. [B, ..., C]
@@ -171,7 +171,7 @@ class RowMask:
 
 
 def _factors(mask: Tensor, weights: Tensor) -> Tensor:
-    # Factors by which the weights of each sequence sum up to the positions of an image.
+    """Factors by which the weights of each sequence sum up to the positions of an image."""
     flat = weights.flatten(1)
     positions = flat.shape[1]
     is_counted = torch.isfinite(flat) & (flat > 0)
@@ -184,7 +184,7 @@ def _factors(mask: Tensor, weights: Tensor) -> Tensor:
 
 
 def _sizes(numbers: Tensor) -> Tensor:
-    # How many positions of the image have the same number, by position; nothing waits for a GPU.
+    """Number of positions of the image with the same number; nothing waits for a GPU."""
     ordered, order = numbers.sort(dim=1)
     is_new = torch.zeros_like(ordered, dtype=torch.int64)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]

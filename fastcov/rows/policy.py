@@ -87,7 +87,7 @@ class Auto:
     def fractions(
         self, new: Mapping[str, LayerLoad], everything: Mapping[str, LayerLoad]
     ) -> dict[str, float]:
-        """See :class:`Policy`."""
+        """Implementation of :meth:`Policy.fractions`."""
         if new and self.rho is None:
             self.rho = rows_per_channel(list(everything.values()))
         rho = self.rho or 0.0
@@ -105,7 +105,7 @@ class Share:
     def fractions(
         self, new: Mapping[str, LayerLoad], everything: Mapping[str, LayerLoad]
     ) -> dict[str, float]:
-        """See :class:`Policy`."""
+        """Implementation of :meth:`Policy.fractions`."""
         del everything
         assert self.first_fraction is not None
         return dict.fromkeys(new, self.first_fraction)
@@ -123,7 +123,7 @@ class Fixed:
     def fractions(
         self, new: Mapping[str, LayerLoad], everything: Mapping[str, LayerLoad]
     ) -> dict[str, float]:
-        """See :class:`Policy`."""
+        """Implementation of :meth:`Policy.fractions`."""
         del everything
         return {name: min(1.0, self._rows / load.rows) for name, load in new.items()}
 

@@ -92,9 +92,7 @@ def draw_relative(ax: Axes, spectrum: Spectrum, **style: Any) -> float:
 
 
 def place_legend(ax: Axes, size: float, labels: Sequence[str] | None = None) -> None:
-    """Legend where the fewest points are, readable where it must cover some; of all labels or of
-    some.
-    """
+    """Legend of all labels or of some, where the fewest points are, and readable above them."""
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     chosen = list(handles) if labels is None else labels
     ax.legend(

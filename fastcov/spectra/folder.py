@@ -163,7 +163,7 @@ class HistoryFolder:
         self._known_bytes = end
 
     def _remove_orphans(self) -> None:
-        """Remove spectra that no line names: their numbers follow the last snapshot's in a row."""
+        """Removal of spectra that no line names: their numbers follow the last snapshot's."""
         for index in itertools.count(len(self.steps)):
             orphans = [path for path in self._spectra_paths(index) if path.exists()]
             if not orphans:
@@ -172,7 +172,7 @@ class HistoryFolder:
                 path.unlink(missing_ok=True)
 
     def _roll_back(self, spectra_path: Path) -> None:
-        """Undo a failed append as far as the disk allows; the next append repairs the rest."""
+        """Repair after a failed append, as far as the disk allows; the next append ends it."""
         try:
             if self.lines_path.exists() and self.lines_path.stat().st_size > self._lines_end:
                 self._cut_lines(self._lines_end)

@@ -126,13 +126,13 @@ class History:
         if self.folder is None or not len(self):
             return None
         numbers = itertools.count(1)
-        apart = next(p for n in numbers if not (p := self.folder / f"earlier-{n}").exists())
-        apart.mkdir()
+        target = next(p for n in numbers if not (p := self.folder / f"earlier-{n}").exists())
+        target.mkdir()
         # The lines go first: without them the spectra are leftovers that the next append replaces.
         for name in ("history.jsonl", "spectra"):
-            (self.folder / name).rename(apart / name)
+            (self.folder / name).rename(target / name)
         self._store = HistoryFolder(self.folder)
-        return apart
+        return target
 
 
 class _Memory:

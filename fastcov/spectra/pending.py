@@ -83,7 +83,7 @@ class SnapshotQueue:
         self.deliver(most_pending=_MOST_PENDING_SNAPSHOTS)
 
     def deliver(self, most_pending: int = 0) -> None:
-        """Append of all that is ready; waits for the oldest while more than so many are pending."""
+        """Delivery of all that is ready; waits for the oldest while too many are pending."""
         while self._pending and (
             len(self._pending) > most_pending or self._pending[0][2].is_ready()
         ):
@@ -96,7 +96,7 @@ class SnapshotQueue:
                 warnings.warn(f"no snapshot at step {step}, {reason}", stacklevel=2)
 
     def poll(self) -> None:
-        """Append of all that is ready; waits for nothing."""
+        """Delivery of all that is ready; waits for nothing."""
         self.deliver(most_pending=len(self._pending))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _leading(values: Tensor, count: int) -> Tensor:
     width = len(values)
     largest = []
     for index in range(count):
-        # Only smaller ones: close larger ones would add nothing but noise.
+        # Gaps to smaller eigenvalues alone: close larger ones would add nothing but noise.
         gaps = (values[index] - values[index + 1 :]).clamp(min=1e-9 * float(values[index]))
         inverse = float((1 / gaps).sum())
         largest.append((width - 1) / inverse if inverse else float(values[index]))

@@ -87,7 +87,7 @@ def error_bound(eigenvalues: Tensor, count: int) -> Tensor:
 
 
 def _factors(channels: int, count: int) -> Tensor:
-    # Triangular factors of covariances of white rows (Bartlett): the same ones in every call.
+    """Triangular factors of covariances of white rows (Bartlett): the same ones in every call."""
     generator = torch.Generator("cpu").manual_seed(0)
     samples = _SAMPLES if channels <= _NARROW else _FEW_SAMPLES
     here: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}

@@ -54,8 +54,8 @@ class AffineInput(NamedTuple):
     def explains(self, output: Tensor) -> bool:
         """True if up to 64 channels of one row of the output agree with the map of the input row.
 
-        They do not where the layer multiplied in reduced precision, or where other code has changed
-        the output.
+        False where the layer multiplied in reduced precision, or where other code has changed the
+        output.
         """
         rows = self.rows.movedim(self.channel_dim, -1)
         output = output.detach().movedim(self.channel_dim, -1)
@@ -105,7 +105,7 @@ class AffineMap:
         row_scale: float = 1.0,
         decay: float = 1.0,
     ) -> bool:
-        """Adds a call's rows as :func:`fastcov.ops.accumulate_` does.
+        """Update of a state with a call's rows, as :func:`fastcov.ops.accumulate_` does.
 
         Returns False, with the state untouched, where the rows themselves must be read: on a GPU;
         in the first call, whose rows choose a shift; where the map does not explain the output, or
@@ -195,7 +195,7 @@ def _pays(rows: int, channels_in: int, channels_out: int) -> bool:
 def accumulate_mapped_(
     state: CovarianceState, source: AffineInput, row_scale: float = 1.0, decay: float = 1.0
 ) -> bool:
-    """Adds a call's output rows to a state on the CPU, from the second moments of the input rows.
+    """Update of a state on the CPU with output rows, from the input rows' second moments.
 
     Returns False, with the state untouched, where some rows are not finite, where float32 cannot
     hold the result, and where it may lose more than 2e-6 of the largest entry.
@@ -228,7 +228,7 @@ def accumulate_mapped_(
 
 
 def _spread_mean(source: AffineInput) -> Tensor:
-    # Mean of a few rows from all over the call, in the rows' dtype: subtracted exactly. [C_in]
+    """Mean of a few rows of the call, in the rows' dtype: rows subtract it exactly. [C_in]"""
     sample = source.rows.new_empty(SHIFT_ROWS, source.weight.shape[1])
     library.gather_(sample, source.rows, 0, 0, SHIFT_ROWS, 1, 0, source.channel_dim)
     return sample.mean(0, dtype=torch.float64).float()

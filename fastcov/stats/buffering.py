@@ -66,7 +66,7 @@ def direct_rows(channels: int, is_host: bool) -> int:
     """
     if not is_host:
         return buffer_rows(channels)
-    # As many as fill a buffer gain nothing by a copy into it.
+    # Rows that fill a buffer on their own gain nothing by a copy into it.
     return min(math.ceil(_HOST_ROWS_PER_CHANNEL * channels), buffer_rows(channels, is_host=True))
 
 

@@ -78,8 +78,8 @@ class DeviceCounters:
         )
 
     def begin_step(self, number: int, is_read: bool, decay: float | None) -> None:
-        """Moves to a step of the host's count; ``is_read`` tells if its activations are read."""
-        if self._is_inside_step:  # ended by an exception: its rows leave the buffers now
+        """Start of a step by the host's count; ``is_read`` tells if its activations are read."""
+        if self._is_inside_step:  # An exception ended the last step: empty its full buffers now.
             self.end_step(decay)
         self._is_inside_step = is_read
         if self.is_captured:
@@ -88,7 +88,7 @@ class DeviceCounters:
             self.step.fill_(number)
 
     def begin_capture(self, layers: Sequence[Layer]) -> None:
-        """Prepares for a CUDA graph that captures the step about to begin."""
+        """Preparation for a CUDA graph that captures the step about to begin."""
         self.left_out = {}
         if not self.is_captured:
             self.is_captured = True
@@ -97,9 +97,9 @@ class DeviceCounters:
                 buffer.is_captured = True
 
     def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """Notes a call that a graph must not hold, and the reason; True if the call is left out.
+        """Note of a call that a graph must not hold, with the reason; True if it is left out.
 
-        So are all calls of the layer after one that was left out.
+        After one call that was left out, all later calls of the layer are left out too.
         """
         if layer in self.left_out:
             return True
@@ -111,9 +111,7 @@ class DeviceCounters:
         return True
 
     def end_step(self, decay: float | None) -> None:
-        """Adds the full buffers of all layers to their states, decayed by a factor a step: one
-        launch.
-        """
+        """Addition of all layers' full buffers to their states, decayed a step: one launch."""
         if self._table is not None:
             if not is_table_of(self._table, self._buffers):
                 self._table = make_flush_table(self._buffers)
@@ -150,7 +148,7 @@ def why_not_replayed(layer: Layer, layout: ActivationLayout) -> str:
 
 
 def warn_left_out(reasons: Mapping[Layer, str]) -> None:
-    """Gives one warning about the layers that a graph does not hold, if there are any."""
+    """Warning about the layers that a graph does not hold, if there are any."""
     if not reasons:
         return
     layers: dict[str, list[str]] = {}

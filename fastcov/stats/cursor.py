@@ -52,7 +52,7 @@ class Cursor:
             self.tensor = torch.frombuffer(self.numbers, dtype=torch.int64)
 
     def expect(self, layout: ActivationLayout) -> None:
-        """Sets the layout that operators compare the next calls with."""
+        """Setter of the layout that operators compare the next calls with."""
         assert layout.numbers is not None
         self.numbers[LAYOUT:] = layout.numbers
         self.layout = layout

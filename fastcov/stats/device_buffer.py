@@ -41,7 +41,6 @@ class DeviceBuffer:
         dtype: Dtype of the rows.
         device: Device of the rows.
         layer: State, memory and sizes as a flush takes them; another object after :meth:`grow`.
-        step: See the argument.
         is_captured: True if a CUDA graph may hold the addresses.
     """
 
@@ -113,7 +112,7 @@ class DeviceBuffer:
         self._table = flush.FlushTable([self.layer])
 
     def grow(self, threshold: int, most_rows: int) -> None:
-        """Makes room for larger steps; rows that wait stay, and nothing waits for the device.
+        """Growth for larger steps; rows that wait stay, and nothing waits for the device.
 
         Sizes are those of the constructor, the second not less than before. Launches prepared
         before write into the old memory: they must be prepared anew, and so must tables of flushes.
@@ -173,7 +172,7 @@ class DeviceBuffer:
         )
 
     def flush(self, decay: float) -> None:
-        """Adds all rows to the state, be the buffer full or not, decayed by a factor a step."""
+        """Addition of all rows to the state, be the buffer full or not, decayed a step."""
         from fastcov.kernels.flush import launch_flush_
 
         launch_flush_(self._table, self.step, decay=decay, force=True)
@@ -203,7 +202,7 @@ def is_table_of(table: FlushTable, buffers: Sequence[DeviceBuffer]) -> bool:
 
 
 def flush_full_(table: FlushTable, step: Tensor, decay: float) -> None:
-    """Adds the full buffers of a table to their states, with one factor of decay a step."""
+    """Addition of a table's full buffers to their states, with one factor of decay a step."""
     from fastcov.kernels.flush import launch_flush_
 
     launch_flush_(table, step, decay=decay)

@@ -27,7 +27,7 @@ class DeviceSampling:
         self.forget()
 
     def forget(self, why_on_host: str = "") -> None:
-        """Forgets the moves: experience with one device says nothing about another.
+        """Reset of the moves: experience with one device says nothing about another.
 
         A reason given has the host count on any device.
         """
@@ -41,7 +41,7 @@ class DeviceSampling:
         return self.buffer is None and self._moves_left > 0
 
     def stay_on_host(self) -> None:
-        """Has the host count from now on."""
+        """Return to the host's count, from now on."""
         self._moves_left = 0
 
     def sizes(self, channels: int, rows: float, calls: int) -> tuple[int, int] | None:
@@ -65,7 +65,7 @@ class DeviceSampling:
         return True
 
     def begin_move(self, wanted: int) -> int:
-        """Counts a move to the device; rows a step that its buffer must hold, no fewer than any."""
+        """Start of a move to the device; returns the rows a step that its buffer must hold."""
         self._moves_left -= 1
         self._largest_capacity = max(self._largest_capacity, wanted)
         return self._largest_capacity
@@ -92,7 +92,7 @@ class DeviceSampling:
         return True
 
     def check_not_captured(self, layout: ActivationLayout) -> None:
-        """Refuses to leave a buffer that a CUDA graph writes into.
+        """Refusal to leave a buffer that a CUDA graph writes into.
 
         Raises:
             RuntimeError: If a captured graph holds the buffer.

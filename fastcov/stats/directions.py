@@ -68,7 +68,7 @@ def inverse_of(covariance: Tensor, damping: float) -> Tensor:
 
 
 def _raised(covariance: Tensor, name: str, value: float) -> tuple[Tensor, Tensor]:
-    # Eigenvalues with a number added to each, all regular, and their vectors.
+    """Eigenvalues with a number added to each, and their vectors; refused where one is near 0."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value}: expected a finite number of at least 0, such as 1e-5")
     eigenvalues, vectors = directions_of(covariance)

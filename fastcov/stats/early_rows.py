@@ -46,16 +46,16 @@ class EarlyRows:
         return max(capacity - kept, ceil(offered * _KEPT_SHARE))
 
     def leave_out(self, weights: Tensor) -> None:
-        """Counts the rows of weight 0; waits for a GPU."""
+        """Addition of the rows of weight 0 to :attr:`left_out`; waits for a GPU."""
         self.left_out += int((weights == 0).sum())
 
     def take(self) -> list[EarlyCall]:
-        """Takes out all calls."""
+        """Removal and return of all calls."""
         taken, self.calls = self.calls, []
         return taken
 
     def to(self, device: torch.device) -> None:
-        """Moves the rows, which a first step that an exception has ended may have left."""
+        """Move of the rows, which a first step that an exception has ended may have left."""
         for call in self.calls:
             call.rows = call.rows.to(device)
             call.weights = None if call.weights is None else call.weights.to(device)

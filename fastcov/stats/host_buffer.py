@@ -90,12 +90,12 @@ class HostBuffer:
         return self.storage
 
     def mark(self, rows: int, step: int) -> None:
-        """Counts rows that were written into the storage, and keeps their step."""
+        """Count and step of rows that were written into the storage."""
         self.fill += rows
         self.mark_step(rows, step)
 
     def mark_step(self, rows: int, step: int) -> None:
-        """Keeps the step of rows that an operator has counted already."""
+        """Step of rows that an operator has counted already."""
         if not self.is_marked:
             return
         if self._spans and self._spans[-1].step == step:
@@ -104,13 +104,13 @@ class HostBuffer:
             self._spans.append(_Span(rows, step, 1.0))
 
     def weigh(self, step: int, weight: float) -> None:
-        """Sets the weight of a step's rows, if the last rows are of that step."""
+        """Setter of the weight of a step's rows, if the last rows are of that step."""
         if self._spans and self._spans[-1].step == step:
             self._spans[-1].weight = weight
             self._spans[-1].is_weighed = True
 
     def take_unweighed(self) -> Tensor | None:
-        """Takes out the rows of the last step, if :meth:`weigh` has not been called for them."""
+        """Removal of the rows of the last step, if :meth:`weigh` has not been called for them."""
         if not self._spans or self._spans[-1].is_weighed or self.storage is None:
             return None
         end = self.fill
@@ -126,20 +126,20 @@ class HostBuffer:
         return _filled(weights, [span.rows for span in self._spans], device)
 
     def clear(self) -> None:
-        """Drops the rows; the storage stays, and the next fill uses all of it."""
+        """Removal of the rows; the storage stays, and the next fill uses all of it."""
         self.fill = 0
         self._spans = []
         self.limit = self._capacity
 
     def stagger(self) -> None:
-        """Limits the next fill to ``first_fill``: for when all buffers are emptied at one moment.
+        """Limit of ``first_fill`` for the next fill, when all buffers are emptied at one moment.
 
         Buffers that fill at one rate would else be full in the same step again.
         """
         self.limit = ceil(self._capacity * self.first_fill)
 
     def release(self) -> None:
-        """Drops the rows and the storage: for when the next rows have another dtype or device."""
+        """Removal of rows and storage, for when the next rows have another dtype or device."""
         self.storage = None
         self._views.clear()
         self._capacity = 0

@@ -42,14 +42,14 @@ class ImageWeights:
         weights: Tensor | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Adds rows to the sums of the running step, which are made like those of a state."""
+        """Update of the running step's sums with rows; they are made like those of a state."""
         if self.sums is None:
             sketch = state.sketch_width
             self.sums = CovarianceState(state.channels, rows.device, sketch=sketch)
         self.sums.update(rows, weights, row_scale=scale, precision=self._precision)
 
     def count_calls(self, calls: int) -> None:
-        """Notes the number of calls of a step that has ended.
+        """Number of calls of a step that has ended.
 
         Several are noted for good: a first call that is taken for the only one weighs too much in a
         step of two.
@@ -57,7 +57,7 @@ class ImageWeights:
         self.has_many_calls = self.has_many_calls is True or calls > 1
 
     def end_step(self, state: CovarianceState, row_weight: float, decay: float) -> None:
-        """Gives the step's rows their weight, in a state that the decay brings to this step."""
+        """Weight of the step's rows, given in a state that the decay brings to this step."""
         if self.is_in_state:
             state.scale_(row_weight)
             self.is_in_state = False
@@ -70,11 +70,11 @@ class ImageWeights:
                 self.sums = None
 
     def to(self, device: torch.device) -> None:
-        """Moves the sums."""
+        """Move of the sums."""
         if self.sums is not None:
             self.sums.to(device)
 
     def reset(self) -> None:
-        """Forgets the rows; the experience with calls stays."""
+        """Removal of the rows; the experience with calls stays."""
         if self.sums is not None:
             self.sums.reset()

@@ -92,7 +92,6 @@ class Layer:
         calls: Calls of the running step; after its end, of the last one.
         offered_rows: Rows that these calls offered.
         earlier_calls: Calls of the steps before.
-        phase: See the argument.
         fraction: Share of the rows to read, as given or planned.
         state: Sums of the rows read; None before the first.
         buffer: Rows that wait, with counters on the host.
@@ -149,20 +148,18 @@ class Layer:
         self._forget_device()
         self.set_fraction(fraction)
 
-    # listeners
-
     def listen(self, listener: Callable[[], None]) -> None:
-        """Registers a method that :meth:`changed` calls; its object is not kept alive."""
+        """Registration of a method that :meth:`changed` calls; its object is not kept alive."""
         self._listeners.append(WeakMethod(listener))
 
     def changed(self) -> None:
-        """Tells the listeners that state, buffer, fraction, dtype or device changed."""
+        """Message to the listeners: state, buffer, fraction, dtype or device changed."""
         for listener in self._listeners:
             if (call := listener()) is not None:
                 call()
 
     def set_fraction(self, fraction: float | None) -> None:
-        """Sets the share of the rows to read; None leaves it open until :meth:`plan`."""
+        """Setter of the share of rows to read; None leaves it open until :meth:`plan`."""
         self.fraction = fraction
         self._fixed_fraction = 0 if fraction is None else fixed_point(fraction)
         self.changed()
@@ -172,10 +169,8 @@ class Layer:
         """Calls of all steps."""
         return self.earlier_calls + self.calls
 
-    # one step
-
     def begin_step(self, step: int) -> None:
-        """Starts the counters of a step."""
+        """Start of a step's counters."""
         # Not by the attributes: they take 0.1 us each, of every layer in every step.
         numbers = self.cursor.numbers
         self.step = step
@@ -188,7 +183,7 @@ class Layer:
     def read(
         self, activation: Tensor, layout: ActivationLayout, source: RowSource | None = None
     ) -> None:
-        """Reads the rows of one call, or the sample that is due.
+        """Reading of the rows of one call, or of the sample that is due.
 
         Args:
             activation: The call's activation; a row view where the layout has no key. [B, ..., C]
@@ -240,7 +235,7 @@ class Layer:
             self.prepare(layout.channels, layout.device)
 
     def read_weighted(self, activation: Tensor, layout: ActivationLayout, weights: Tensor) -> None:
-        """Reads the rows of one call, or the sample that is due, each with a weight. [B, ...]
+        """Reading of one call's rows, or of the sample due, each with a weight. [B, ...]
 
         Rows of weight 0 are not read.
         """
@@ -258,7 +253,7 @@ class Layer:
             self.add_drawn(draw, rows, self.drawn_weights(draw, weights))
 
     def draw(self, layout: ActivationLayout) -> Draw:
-        """Counts a call, and tells which of its rows are due, with all counters on the host.
+        """Draw of a call: its rows that are due, with all counters on the host.
 
         The caller reads these rows (:meth:`drawn`) and passes them to :meth:`add_drawn`.
         """
@@ -300,7 +295,7 @@ class Layer:
         return self.drawn(draw, column, ActivationLayout(column))[:, 0]
 
     def add_drawn(self, draw: Draw, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Adds the rows [N, C] of a draw, or keeps them until the fraction to read is known."""
+        """Addition of a draw's rows [N, C], kept until the fraction to read is known."""
         layout = ActivationLayout(rows)
         self._expect(layout)
         if self.fraction is None:
@@ -351,7 +346,7 @@ class Layer:
             self._accumulate_weighted(*taken, waiting.step)
 
     def end_step(self) -> None:
-        """Settles the weights of the step's rows, whose number is known now."""
+        """End of a step: its number of rows is known now, so their weights are settled."""
         image = self._image
         if image is None or self.calls == 0 or self.fraction is None:
             return
@@ -366,7 +361,7 @@ class Layer:
             image.end_step(self.state, row_weight, decay)
 
     def plan(self, fraction: float) -> None:
-        """Sets the share of the rows to read, and reads this share of the first step's rows."""
+        """Choice of the share of rows to read; reads this share of the first step's rows."""
         self.set_fraction(fraction)
         for call in self.early.take():
             self._read_early(call)
@@ -417,11 +412,9 @@ class Layer:
             self._serve()
         return self.state
 
-    # how rows are added
-
     @property
     def _is_for_kernels(self) -> bool:
-        # False where rows are converted or projected before the kernels see them.
+        """False where rows are converted or projected before the kernels see them."""
         is_sketched = self.state is not None and self.state.sketch is not None
         return self.precision == "split" and not is_sketched
 
@@ -461,7 +454,7 @@ class Layer:
         source: RowSource | None = None,
         at_once: bool = False,
     ) -> None:
-        # All rows of the call: at once where these are many, else through the buffer.
+        """Reading of all rows of a call: at once where these are many, else through the buffer."""
         count = layout.rows
         if at_once or count >= self._placement().direct:
             last = None if self.decay is None else self.buffer.last_step
@@ -576,7 +569,7 @@ class Layer:
         return self.early.limit(layout.rows, layout.channels, placement.capacity)
 
     def _decay_until(self, step: int) -> float:
-        # Factor that brings the state to a step; the caller applies it.
+        """Factor that brings the state to a step; the caller applies it."""
         steps = step - self.state_step
         if steps <= 0:
             return 1.0
@@ -615,7 +608,7 @@ class Layer:
         self.dtype = dtype
 
     def flush(self) -> None:
-        """Adds the rows that wait to the state."""
+        """Addition of the rows that wait to the state."""
         if self.on_device.buffer is not None:
             self.on_device.buffer.flush(self.decay or 1.0)
         self._flush_full()
@@ -634,8 +627,6 @@ class Layer:
         last = self.buffer.last_step
         self._accumulate(rows, self.state_step if last is None else last, row_weight)
         self.buffer.clear()
-
-    # counters on the device
 
     def _forget_device(self) -> None:
         why_on_host = ""
@@ -658,7 +649,7 @@ class Layer:
         )
 
     def use_device_buffer(self, step: Tensor) -> DeviceBuffer | None:
-        """Moves the counters to the device, so that CUDA graphs can replay the sampling.
+        """Move of the counters to the device, so that CUDA graphs can replay the sampling.
 
         Only where rows go through a buffer, every row weighs the same, and a step brings no more
         rows than :func:`fastcov.stats.buffering.device_buffer_limit`; else None. The caller keeps
@@ -696,7 +687,7 @@ class Layer:
         return device.buffer
 
     def leave_device(self) -> None:
-        """Moves the counters back to the host, waiting for the device."""
+        """Move of the counters back to the host, waiting for the device."""
         if self.on_device.buffer is not None:
             self.flush()
             self._sampled, self._carry, self.state_step = self.on_device.buffer.counters()
@@ -708,14 +699,12 @@ class Layer:
             return self.on_device.buffer.counters()
         return self._sampled, self._carry, self.state_step
 
-    # merging and saving
-
     def __getstate__(self) -> dict[str, Any]:
         # Listeners belong to routes, routes to hooks: a copy has none.
         return {**self.__dict__, "_listeners": []}
 
     def merge(self, other: Layer, step: int) -> None:
-        """Adds the rows that another layer has read, with both decayed up to ``step``."""
+        """Addition of the rows that another layer has read, both decayed up to ``step``."""
         self.flush()
         other.flush()
         if other.state is None:
@@ -744,9 +733,7 @@ class Layer:
         }
 
     def load_state_dict(self, saved: dict[str, Any], with_rows: bool = True) -> None:
-        """Continues from :meth:`state_dict`; without rows, from the fraction and sampling position
-        alone.
-        """
+        """Return to a :meth:`state_dict`; without rows, to fraction and sampling position alone."""
         self.reset()
         self.set_fraction(saved["fraction"])
         self.state_step = saved["state_step"]
@@ -756,7 +743,7 @@ class Layer:
         if self._image is not None:
             self._image.has_many_calls = saved["is_pooled"]
         if saved["state"] is not None:
-            # As it was saved, whatever memory= says now: on every rank, with rows or without.
+            # Every rank sketches as the saved layer did, whatever its own memory= asks for.
             sizes = saved["state"].get("sketch")
             self.sketch = None if sizes is None else int(sizes[1])
             if self.state is not None and self.state.sketch_width != self.sketch:
@@ -769,7 +756,7 @@ class Layer:
             self.prepare(saved["channels"], device).load_state_dict(saved["state"])
 
     def reset(self) -> None:
-        """Forgets every row; the fraction to read and the sampling position stay."""
+        """Removal of every row; the fraction to read and the sampling position stay."""
         self.leave_device()
         self._forget_device()
         if self.state is not None:

@@ -9,7 +9,7 @@ from fastcov.stats.buffering import SKETCH_ROWS, buffer_rows, direct_rows
 
 
 class Placement:
-    """Answers for one layer: where the rows of its calls go.
+    """Destination of the rows of a layer's calls.
 
     Args:
         channels: Length of a row.

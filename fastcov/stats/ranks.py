@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fastcov.stats.state import DECLARED, CovarianceState
 
@@ -51,7 +50,8 @@ def sync_states(
     dist.all_reduce(flat, group=group)
     totals = flat.split([tensor.numel() for tensor in summed])
     for tensor, total in zip(summed, totals, strict=True):
-        _take_(tensor, total)
+        values = total if tensor.is_floating_point() else total.round()
+        tensor.copy_(values.view(tensor.shape))
     return merged
 
 
@@ -70,12 +70,6 @@ def _share_shifts(states: Sequence[CovarianceState], group: dist.ProcessGroup | 
             shift = torch.where(rank[layer] > 0, rank[start:stop], shift)
         state.translate_(shift)
         start = stop
-
-
-def _take_(tensor: Tensor, values: Tensor) -> None:
-    if not tensor.is_floating_point():
-        values = values.round()
-    tensor.copy_(values.view(tensor.shape))
 
 
 def sync_named_states(

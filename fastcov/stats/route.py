@@ -67,7 +67,7 @@ class Route:
         self.layout = layout
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """Reads a call; False, with nothing done, where the tensor has another layout.
+        """Reading of a call; False, with nothing done, where the tensor has another layout.
 
         The tensor is one that the module returned or was given; ``args`` are those of its forward.
         """
@@ -91,7 +91,7 @@ class AddOnHost(Route):
         self._state = (state.moment, state.sum, state.shift, state.weight, state.count)
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         cursor = self._cursor
         if cursor.layout is not self.layout:
             if not self.layout.fits(value):
@@ -117,7 +117,7 @@ class SampleOnHost(Route):
         self._mark_step = buffer.mark_step if buffer.is_marked else None
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         cursor = self._cursor
         if cursor.layout is not self.layout:
             if not self.layout.fits(value):
@@ -138,7 +138,7 @@ class AddThroughInput(Route):
     __slots__ = ()
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         if not self.layout.fits(value):
             return False
         self.layer.read(value, self.layout, self._routes.source(module, args, value))
@@ -158,7 +158,7 @@ class LaunchAdd(Route):
         self._add = add
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         layout = self.layout
         if not layout.fits(value):
             return False
@@ -182,7 +182,7 @@ class SampleOnDevice(Route):
         self._prepared = gather.prepared
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         # 0 where the layout differs, and where the buffer has no room for the rows.
         if library.gather_counted_(self._prepared, value):
             return True
@@ -204,7 +204,7 @@ class LaunchSample(Route):
         self._launch_ = gather.launch_
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         layout = self.layout
         if not layout.fits(value):
             return False
@@ -302,21 +302,21 @@ class Routes:
         return len(self._known)
 
     def read_through(self, affine: AffineMap, is_unchanged: Callable[[nn.Module], bool]) -> None:
-        """Reads rows by way of the module's inputs, where that is cheaper and exact.
+        """Permission to read rows by way of the module's inputs, where cheaper and exact.
 
         The predicate tells that no other hook may have changed a module's output.
         """
         self._affine, self._is_unchanged = affine, is_unchanged
 
     def assign(self, layer: Layer) -> None:
-        """Makes the tap feed a layer."""
+        """Assignment of a layer, which the tap feeds from now on."""
         if layer is not self.layer:
             self.layer = layer
             layer.listen(self.reconsider)
         self.close()
 
     def close(self) -> None:
-        """Forgets all layouts: the next call goes the whole way."""
+        """Removal of all layouts: the next call goes the whole way."""
         # Entries follow themselves and each other: they would keep the layer until Python looks
         # for cycles.
         for known in self._known.values():
@@ -325,18 +325,18 @@ class Routes:
         self.last = START
 
     def release(self) -> None:
-        """Lets go of the hook and of all layouts: the tap is read no more."""
+        """Removal of the hook and of all layouts: the tap is read no more."""
         self.close()
         self.wrap = None
         self._is_unchanged = _is_unknown
 
     def follow(self, route: Route) -> None:
-        """Takes one route for all calls, whatever their layout."""
+        """One route for all calls, whatever their layout."""
         self.close()
         self.last = Known(None, route)
 
     def reconsider(self) -> None:
-        """Drops the choices but keeps the layouts: the next call of each chooses anew."""
+        """Removal of the choices, not of the layouts: the next call of each chooses anew."""
         for known in self._known.values():
             assert known.layout is not None
             known.route = self._wrapped(Route(self, known.layout))
@@ -345,7 +345,7 @@ class Routes:
         return route if self.wrap is None else self.wrap(route)
 
     def take_known(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """Takes the route of a call whose layout is known; see :meth:`Route.take`.
+        """Reading of a call whose layout is known; see :meth:`Route.take`.
 
         The layout is expected after the last one from now on: the heads of a detector see the
         levels of a pyramid in the same order in every step.
@@ -374,7 +374,7 @@ class Routes:
         module: nn.Module | None = None,
         args: Any = (),
     ) -> None:
-        """Reads a call the whole way.
+        """Reading of a call the whole way.
 
         Args:
             viewed: Rows of the call.
@@ -402,7 +402,7 @@ class Routes:
         self.last = known
 
     def settle(self, layout: ActivationLayout, value: Tensor) -> None:
-        """Chooses a route for a layout again, after a call that the layer decided about."""
+        """Route of a layout, chosen again after a call that the layer decided about."""
         route = choose(self, layout, value)
         if type(route) is not Route and layout.key is not None:
             known = self._known.get(layout.key)

@@ -118,7 +118,7 @@ class Sketch:
 
 
 def _matrices(rows: Tensor) -> Iterator[Tensor]:
-    # Parts [N, C] whose rows follow each other; only parts of maps with channels first are copied.
+    """Parts [N, C] whose rows follow each other; only maps with channels first are copied."""
     if rows.dim() <= 2:
         yield rows.reshape(-1, rows.shape[-1])
         return

@@ -60,7 +60,7 @@ class Declared(NamedTuple):
         return tensor * factor**self.power if self.power else tensor
 
     def scale_(self, tensor: Tensor, factor: float) -> None:
-        """Does :meth:`scaled` in place."""
+        """In-place form of :meth:`scaled`."""
         if isinstance(self.power, tuple):
             for entry, power in zip(tensor.unbind(), self.power, strict=True):
                 entry.mul_(factor**power)
@@ -219,7 +219,7 @@ class CovarianceState:
         float64, at most the number of rows; NaN where no row was read. Valid for weights from
         1e-150 to 1e150. []
         """
-        # Neither square is formed: weights may have any size.
+        # The quotient comes before the product: a square of large weights could overflow.
         with self._locked():
             return torch.minimum(self.weight * (self.weight / self.squared_weight), self.count[0])
 
@@ -244,7 +244,7 @@ class CovarianceState:
             return matrix if correction == 0 else matrix * self._correcting(correction)
 
     def _correcting(self, correction: float) -> Tensor:
-        # Factor on a covariance whose divisor is the weight.
+        """Factor on a covariance whose divisor is the weight."""
         if not (math.isfinite(correction) and correction >= 0):
             raise ValueError(f"correction={correction}: expected a finite number of at least 0")
         left = 1 - correction / self.effective_count
@@ -376,7 +376,7 @@ class CovarianceState:
         decay: float = 1.0,
         precision: Precision = "split",
     ) -> None:
-        """Adds rows as :func:`fastcov.ops.accumulate_` does; several threads may do so at once.
+        """Update with rows, as by :func:`fastcov.ops.accumulate_`; threads may call it at once.
 
         Threads may also read, save, load and merge the state meanwhile.
 
@@ -450,7 +450,7 @@ class CovarianceState:
         operators.assign_(self.excess, torch.stack([squares + added, self.count[0].double()]))
 
     def translate_(self, shift: Tensor) -> None:
-        """Replaces the shift [C], and the sums by those of the same rows about the new shift."""
+        """Replacement of the shift [C], and of the sums by those about the new shift."""
         with self._lock:
             moment, sum = _about(self.tensors, shift)
             self.moment.copy_(moment)
@@ -458,7 +458,7 @@ class CovarianceState:
             self.shift.copy_(shift)
 
     def scale_(self, factor: float) -> None:
-        """Multiplies every row's weight."""
+        """Multiplication of every row's weight."""
         with self._lock:
             for declared, tensor, settled in self._declared(_settled(self.tensors)):
                 if settled is not tensor:
@@ -466,7 +466,7 @@ class CovarianceState:
                 declared.scale_(tensor, factor)  # in place: moments are large
 
     def merge(self, other: CovarianceState, scale: float = 1.0) -> None:
-        """Adds the rows of another state, which stays as it is.
+        """Addition of the rows of another state, which stays as it is.
 
         Args:
             other: State of as many channels, on any device.
@@ -501,17 +501,17 @@ class CovarianceState:
                     own.add_(declared.scaled(part, scale))
 
     def _declared(self, others: StateTensors) -> Iterator[tuple[Declared, Tensor, Tensor]]:
-        # Triples of declaration, own tensor and the tensor of another state.
+        """Triples of declaration, own tensor and the tensor of another state."""
         return zip(DECLARED.values(), self.tensors, others, strict=True)
 
     def reset(self) -> None:
-        """Forgets every row."""
+        """Removal of every row."""
         with self._lock:
             for tensor in self.tensors:
                 tensor.zero_()
 
     def to(self, device: torch.device | str) -> CovarianceState:
-        """Moves the tensors, in place."""
+        """Move of the tensors, in place."""
         # Tensors made under inference_mode could not be updated in training later.
         with self._lock, torch.inference_mode(False):
             self.tensors = StateTensors._make(tensor.to(device) for tensor in self.tensors)
@@ -539,7 +539,7 @@ class CovarianceState:
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`, whole or not at all: everything is checked before.
+        """Return to a :meth:`state_dict`, whole or not at all: everything is checked before.
 
         Files of older versions load too: they hold ``moment`` as a square, of which the lower half
         is read. Where they hold no ``excess``, the rows are taken to weigh the same, so that
@@ -570,7 +570,7 @@ def _state_of(tensors: StateTensors, sketch: Sketch | None = None) -> Covariance
 
 
 def _about(tensors: StateTensors, shift: Tensor) -> tuple[Tensor, Tensor]:
-    # Second moment and sum of the same rows about another shift, as new tensors.
+    """Second moment and sum of the same rows about another shift, as new tensors."""
     step = tensors.shift - shift
     moment = tensors.moment + triangle.translation(step, tensors.sum, tensors.weight)
     triangle.clamp_diagonal_(moment, len(step))
@@ -585,7 +585,7 @@ def _settled(tensors: StateTensors) -> StateTensors:
 
 
 def _checked(state_dict: Mapping[str, Any], own: StateTensors) -> StateTensors:
-    # Tensors of a saved state, from a file of any origin, moved to the devices of `own`.
+    """Tensors of a saved state, from a file of any origin, moved to the devices of `own`."""
     given = dict(state_dict)
     if "excess" not in given:
         given["excess"] = None

@@ -30,7 +30,7 @@ class WeightedBuffer:
         return self._rows is not None and self.fill + rows <= len(self._rows)
 
     def add(self, rows: Tensor, weights: Tensor, step: int, capacity: int) -> None:
-        """Copies rows [N, C] and weights [N] of a step behind those that wait.
+        """Copy of rows [N, C] and weights [N] of a step, put behind those that wait.
 
         All are of one dtype and device until :meth:`take`. New storage has room for ``capacity``
         rows, or for more where more must wait.
@@ -56,20 +56,20 @@ class WeightedBuffer:
         self._rows, self._weights = grown, weights
 
     def move_to(self, step: int) -> None:
-        """Decays the weights up to a later step."""
+        """Decay of the weights up to a later step."""
         if step > self.step:
             if self._decay is not None and self.fill and self._weights is not None:
                 self._weights[: self.fill] *= self._decay ** (step - self.step)
             self.step = step
 
     def settle(self, scale: float) -> None:
-        """Multiplies the weights of the rows that came since the last call: they are final."""
+        """Factor for the weights of the rows since the last call, which are final then."""
         if self._weights is not None and self._settled < self.fill:
             self._weights[self._settled : self.fill] *= scale
         self._settled = self.fill
 
     def take_unsettled(self) -> tuple[Tensor, Tensor] | None:
-        """Takes out rows and weights that :meth:`settle` has not met; valid until more come."""
+        """Removal of rows and weights that :meth:`settle` has not met; valid until more come."""
         if self._settled == self.fill or self._rows is None or self._weights is None:
             return None
         taken = slice(self._settled, self.fill)
@@ -77,7 +77,7 @@ class WeightedBuffer:
         return self._rows[taken], self._weights[taken]
 
     def take(self) -> tuple[Tensor, Tensor] | None:
-        """Takes out all rows and weights, valid until more come; None without."""
+        """Removal of all rows and weights, valid until more come; None without."""
         taken = slice(0, self.fill)
         self.fill = self._settled = 0
         if taken.stop == 0 or self._rows is None or self._weights is None:
@@ -85,6 +85,6 @@ class WeightedBuffer:
         return self._rows[taken], self._weights[taken]
 
     def release(self) -> None:
-        """Drops the rows and the storage: for when the next rows have another dtype or device."""
+        """Removal of rows and storage, for when the next rows have another dtype or device."""
         self._rows = self._weights = None
         self.fill = self._settled = 0

@@ -73,7 +73,7 @@ def module_note(model: nn.Module | None, name: str, module: nn.Module | None) ->
 
 
 def _short(count: int) -> str:
-    # Three significant digits and a unit, from 10,000 on.
+    """Text of a number: from 10,000 on, three significant digits and a unit."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**4)):
         if count >= size:
             return f"{count / (10**3 if unit == 'k' else size):.3g}{unit}"

@@ -67,7 +67,7 @@ class Gradients:
         self._leaf_handles: list[Any] = []  # hooks on tensors that outlive the step
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither the function of the user, nor locks and hooks.
+        # Left out, because they cannot be pickled: the user's function, the lock and the hooks.
         return {**self.__dict__, "_unscale": None, "_lock": None, "_leaf_handles": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Gradients:
         self._lock = Lock()
 
     def begin_step(self, is_read: bool, running: RunningStep) -> None:
-        """Ends the step before, and begins the one whose forward begins."""
+        """End of the step before, and start of the one whose forward begins."""
         self.settle(running)
         self.is_reading = is_read
         self._loss_scale = None
@@ -87,7 +87,7 @@ class Gradients:
                 layer.begin_step(running.steps.done)
 
     def settle(self, running: RunningStep) -> None:
-        """Ends the step of the gradients that have come, so that they can be shown."""
+        """End of the step of the gradients that have come, so that they can be shown."""
         if not self._is_settled:
             with self._lock, outside_modes():
                 self._is_settled = True
@@ -96,7 +96,7 @@ class Gradients:
     def watch(
         self, tap: int, tensor: Tensor, running: RunningStep, channel_dim: int | None = None
     ) -> None:
-        """Reads the gradient of a tensor of the running step, once it comes.
+        """Reading of the gradient of a tensor of the running step, once it comes.
 
         The channels' dimension is given for tensors that the user names; else the tap's layout
         tells.
@@ -121,7 +121,7 @@ class Gradients:
             notes.setdefault(name, _NO_GRADIENT)
 
     def observe(self, tap: int, gradient: Tensor, running: RunningStep) -> None:
-        """Reads the gradient of a tensor of compiled code."""
+        """Reading of the gradient of a tensor of compiled code."""
         if self.is_reading:
             self._take(self._taps[tap], running, running.row_mask, gradient)
 
@@ -135,7 +135,7 @@ class Gradients:
         )
 
     def close(self) -> None:
-        """Reads no more gradients, those of the last forward among them."""
+        """End of the reading of gradients, those of the last forward among them."""
         self._is_closed = True
 
     def _take(
@@ -212,9 +212,7 @@ _WATCHED: Any = _Watched  # autograd's functions have no types
 
 
 class GradientHook:
-    """Forward hook of the tap of a gradient. A copy (deepcopy, pickle) has no watcher and does
-    nothing.
-    """
+    """Forward hook of a gradient's tap. A copy (deepcopy, pickle) has no watcher, and is idle."""
 
     def __init__(self, watcher: GradientReader | None, tap: int) -> None:
         self.watcher = watcher
@@ -226,9 +224,7 @@ class GradientHook:
         return GradientHook, (None, self._tap)
 
     def output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Watches the gradient of a module's output; in compiled code returns a copy that replaces
-        it.
-        """
+        """Hook on the gradient of a module's output; compiled code gets a copy in its place."""
         watcher = self.watcher
         if watcher is None:
             return None
@@ -246,7 +242,7 @@ class GradientHook:
         return _WATCHED.apply(output, watcher.clock, self._key)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Watches the gradient of a module's first input, positional or by keyword."""
+        """Hook on the gradient of a module's first input, positional or by keyword."""
         watcher = self.watcher
         if watcher is None:
             return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module as module_hooks
 
+from fastcov.ops.library import Observer
 from fastcov.rows.view import unreadable_type
 from fastcov.stats.route import Routes
 from fastcov.watch.isolation import (
@@ -29,7 +30,7 @@ from fastcov.watch.taps import Taps
 REPLICA = "runs as a replica of nn.DataParallel, which is not read: use DistributedDataParallel"
 
 
-class Reader(Protocol):
+class Reader(Observer, Protocol):
     """Methods and attributes that hooks use of :class:`fastcov.watch.watcher.Watcher`."""
 
     root: Callable[[], nn.Module | None]
@@ -50,28 +51,19 @@ class Reader(Protocol):
         module: nn.Module | None = None,
         args: Any = (),
     ) -> None:
-        """Reads the activation of a call that no route has taken."""
-
-    def refuse(self, tap: int, reason: str) -> None:
-        """Notes why an activation is not read."""
+        """Reading of the activation of a call that no route has taken."""
 
     def fail(self, tap: int, error: Exception) -> None:
-        """Stops reading a tap's layer after an error."""
+        """End of the reading of a tap's layer, after an error."""
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
-        """Begins a forward of the root."""
-
-    def take_mask(self, mask: object) -> None:
-        """Sets the mask of the step that has begun."""
+        """Start of a forward of the root."""
 
     def fail_all(self, error: Exception) -> None:
-        """Stops reading all layers."""
-
-    def end_step(self) -> None:
-        """Ends a forward of the root."""
+        """End of the reading of all layers."""
 
     def close(self) -> None:
-        """Removes the hooks."""
+        """Removal of the hooks."""
 
 
 class Gate:
@@ -104,7 +96,6 @@ class Hook:
         gate: Switch that all hooks of the tracker share.
 
     Attributes:
-        watcher: See the argument.
         routes: Routes of the tap, set by the watcher.
     """
 
@@ -121,7 +112,7 @@ class Hook:
         return Hook, (None, self._tap)
 
     def output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Reads a module's output."""
+        """Forward hook that reads a module's output."""
         # Cheaper than is_compiling(). Safe: values under torch.export are no plain tensors.
         if is_dynamo_compiling() or type(output) is not Tensor:
             self._pass_to_watcher(module, args, output)
@@ -138,7 +129,7 @@ class Hook:
             self._fail(error)
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Reads a module's first input, positional or by keyword."""
+        """Forward hook that reads a module's first input, positional or by keyword."""
         if is_dynamo_compiling() or not args or type(args[0]) is not Tensor:
             self._pass_to_watcher(module, args, (args, kwargs))
             return
@@ -209,7 +200,7 @@ class StepHook:
         return StepHook, (None,)
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Begins a forward of the root, which is a step where its mode says so."""
+        """Start of a forward of the root, which is a step where its mode says so."""
         watcher = self.watcher
         if watcher is None or is_exporting():
             return
@@ -230,7 +221,7 @@ class StepHook:
             steps.is_on_stack = steps.is_on_stack or steps.thread == thread
 
     def begin_masked(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Begins a forward of the root whose arguments give the mask of its rows."""
+        """Start of a forward of the root whose arguments give the mask of its rows."""
         self.begin(module, args)
         watcher = self.watcher
         if watcher is None or watcher.mask is None or is_exporting():
@@ -249,7 +240,7 @@ class StepHook:
                 watcher.take_mask(mask)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends the forward; torch calls this hook after an exception too."""
+        """End of the forward; torch calls this hook after an exception too."""
         watcher = self.watcher
         if watcher is None or is_exporting():
             return

@@ -25,7 +25,7 @@ _graph_task = torch._C._current_graph_task_id
 
 
 def is_undisturbed() -> bool:
-    """True if neither :func:`has_modes` nor :func:`is_recomputing` is: one call, 0.3 us."""
+    """True outside of modes, transforms and backward passes; all tests in one call, 0.3 us."""
     return (
         _graph_task() == -1
         and _dispatch_modes() == 0
@@ -41,7 +41,7 @@ def is_exporting() -> bool:
 
 
 def run_by_python(*hooks: Callable[..., Any]) -> None:
-    """Keeps Dynamo from compiling hooks by themselves.
+    """Mark on hooks that keeps Dynamo from compiling each by itself.
 
     torch.compile(module) compiles the module's forward, not its hooks. Dynamo would then meet the
     hooks one by one and compile each as a graph with guards of its own; told to skip them, it

@@ -71,7 +71,7 @@ def _sequence_layout(module: Any) -> Layout:
 
 
 def _attribute(of_output: str, of_input: str) -> Callable[[Any, Position], int]:
-    # Channels, read from one of two attributes of the module.
+    """Channels, read from one of two attributes of the module."""
     return lambda module, side: int(getattr(module, of_output if side == "output" else of_input))
 
 

@@ -57,7 +57,7 @@ class MaskSource:
 
 
 def _place_of(name: str, model: nn.Module) -> int | None:
-    # Place among the positional arguments; None where the forward takes the name as a keyword only.
+    """Place among the positional arguments; None for a name that is a keyword only."""
     names: list[str] = []
     takes_any = False
     inside: nn.Module | None = model
@@ -106,7 +106,7 @@ class Masked(Route):
         self._weights_of = weights_of
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`Route.take`."""
+        """Implementation of :meth:`Route.take`."""
         if not self.layout.fits(value):
             return False
         weights = self._weights_of(self._sizes, self.layout.device)

@@ -60,7 +60,7 @@ class Pair:
     _waiting: deque[_Waiting] = field(default_factory=deque)
 
     def see(self, side: Side, viewed: ViewedRows, mask: RowMask | None) -> None:
-        """Takes one call of one side; each waits for the call of the other side that is due."""
+        """Call of one side, which waits for the call of the other side that is due."""
         if self.is_stopped:
             return
         tensor, layout, sizes = viewed
@@ -94,26 +94,26 @@ class Pair:
         self.layer.add_drawn(first.draw, joint, first.weights)
 
     def merge(self, other: Pair, step: int) -> None:
-        """Adds the rows of the same pair in another tracker, with both decayed up to ``step``."""
+        """Addition of the rows of the same pair in another tracker, both decayed up to ``step``."""
         if self.channels == (0, 0):
             self.channels = other.channels
         self.layer.merge(other.layer, step)
 
     def stop(self, reason: str) -> None:
-        """Reads no more calls; the note says why."""
+        """End of the reading; the note says why."""
         self.note = reason
         self.is_stopped = True
         self._waiting.clear()
 
     def end_step(self) -> None:
-        """Drops the calls that found no other one."""
+        """Removal of the calls that found no other one."""
         if self._waiting:
             missing = self.names[1 - self._waiting[0].side]
             self.note = self.note or f"no call of {missing!r} came for some of the other's"
             self._waiting.clear()
 
     def begin_step(self, step: int) -> None:
-        """Starts a step."""
+        """Start of a step."""
         self._waiting.clear()
         self.layer.begin_step(step)
 
@@ -174,32 +174,30 @@ class Pairs(Mapping[tuple[str, str], Pair]):
         return [_Leg(pair, pair.names.index(tap.name), tap) for pair in pairs]
 
     def begin_step(self, step: int) -> None:
-        """Starts a step."""
+        """Start of a step."""
         for pair in self._pairs.values():
             pair.begin_step(step)
 
     def end_step(self) -> None:
-        """Drops the calls that found no other one."""
+        """Removal of the calls that found no other one."""
         for pair in self._pairs.values():
             pair.end_step()
 
     def observe(self, leg: int, activation: Tensor, batch_dims: int, running: RunningStep) -> None:
-        """Reads one activation of a leg; arguments as of
-        :meth:`fastcov.watch.watcher.Watcher.observe`.
-        """
+        """Reading of one activation of a leg; arguments as of :meth:`.Watcher.observe`."""
         self._observe(self._legs[-1 - leg], activation, batch_dims, running)
 
     def observe_named(self, name: str, tensor: Tensor, running: RunningStep) -> None:
-        """Reads a tensor that the user's forward names, its channels last."""
+        """Reading of a tensor that the user's forward names, its channels last."""
         for leg in self._legs_of(named_tap(name)):
             self._observe(leg, tensor, 0, running)
 
     def refuse(self, leg: int, reason: str) -> None:
-        """Notes why an activation of a leg is not read."""
+        """Note why an activation of a leg is not read."""
         self._legs[-1 - leg].pair.note = reason
 
     def fail(self, leg: int, error: Exception) -> None:
-        """Stops reading a leg's pair after an error."""
+        """End of the reading of a leg's pair, after an error."""
         self._legs[-1 - leg].pair.stop(f"{type(error).__name__}: {error}")
 
     def _observe(

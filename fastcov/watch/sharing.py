@@ -71,7 +71,7 @@ class SharedInputs:
         self._past_first_step: set[int] = set()  # taps that get no new followers
 
     def end_step(self) -> list[int]:
-        """Forgets the tensors of a step, and returns the taps whose first step this was."""
+        """Removal of a step's tensors; returns the taps whose first step this was."""
         new = [
             tap
             for tap, sightings in self._sightings.items()
@@ -82,11 +82,11 @@ class SharedInputs:
         return new
 
     def settle(self, tap: int) -> None:
-        """Notes that the first step of a tap was in an earlier run."""
+        """Note that the first step of a tap was in an earlier run."""
         self._past_first_step.add(tap)
 
     def forget_step(self) -> None:
-        """Forgets the tensors of a step that may not have ended."""
+        """Removal of the tensors of a step that may not have ended."""
         for sightings in self._sightings.values():
             sightings.clear()
         self._calling_taps.clear()
@@ -96,7 +96,7 @@ class SharedInputs:
         return tap not in self._past_first_step or tap in self.owner.values()
 
     def note(self, tap: int, tensor: Tensor, order: Order) -> None:
-        """Notes that a tap has just seen a tensor."""
+        """Note that a tap has just seen a tensor."""
         self._sightings[tap].append(_Sighting(tensor, order))
         self._calling_taps.append(tap)
 
@@ -146,12 +146,12 @@ class SharedInputs:
         return None
 
     def split(self, tap: int) -> None:
-        """Ends a tap's sharing, for good."""
+        """End of a tap's sharing, for good."""
         self.owner.pop(tap, None)
         self._never_shares.add(tap)
 
     def split_diverged(self) -> list[int]:
-        """Splits the followers called more or less often than their owner in this step."""
+        """End of the sharing of followers called more or less often than their owner."""
         taps = [
             tap
             for tap, owner in self.owner.items()
@@ -173,7 +173,7 @@ class Leading(Route):
         self._order = order
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`fastcov.stats.route.Route.take`."""
+        """Implementation of :meth:`fastcov.stats.route.Route.take`."""
         if not self._route.take(value, module, args):
             return False
         self._note(value, self._order)
@@ -195,7 +195,7 @@ class Following(Route):
         self._order = order
 
     def take(self, value: Tensor, module: nn.Module, args: Any) -> bool:
-        """See :meth:`fastcov.stats.route.Route.take`."""
+        """Implementation of :meth:`fastcov.stats.route.Route.take`."""
         del module, args
         inputs = self._inputs
         if value.dim() != len(self._order):

@@ -69,7 +69,7 @@ class Steps:
         return self._depth > 0
 
     def begin(self, counts: bool, is_nested: bool, can_replay: bool = False) -> bool:
-        """Starts a forward.
+        """Start of a forward.
 
         Args:
             counts: True if the root's mode makes the forward a step.
@@ -106,7 +106,7 @@ class Steps:
         return self._depth == 1
 
     def abandon(self) -> None:
-        """Forgets a forward that was interrupted, in whatever thread."""
+        """Removal of a forward that was interrupted, in whatever thread."""
         self._depth = 0
         self.is_running = False
         self._exception_before = None
@@ -122,7 +122,7 @@ class Steps:
         return is_new
 
     def end(self) -> bool:
-        """Ends a forward, after an exception too; True if a step is done."""
+        """End of a forward, after an exception too; True if a step is done."""
         if self._depth == 0 or threading.get_ident() != self.thread or is_recomputing():
             return False
         self._depth -= 1
@@ -165,10 +165,10 @@ class RunningStep(Protocol):
         """Number of the step; waits for the device where replays are counted there."""
 
     def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """Notes a call that the captured CUDA graph must not hold; True if it is left out."""
+        """Note of a call that the captured CUDA graph must not hold; True if it is left out."""
 
     def end_layers(self, layers: list[Layer]) -> None:
-        """Ends the step of layers."""
+        """End of the step of layers."""
 
 
 def _is_alive(thread: int) -> bool:

@@ -62,7 +62,6 @@ class Taps:
         forward_layers: Layers of activations.
         gradient_layers: Layers of gradients.
         inputs: Record of the inputs that taps have seen.
-        max_channels: See the argument.
     """
 
     def __init__(self, new_layer: Callable[[str, int], Layer], max_channels: int) -> None:
@@ -89,7 +88,7 @@ class Taps:
         return iter(self._watched)
 
     def add(self, tap: Tap, module: Callable[[], nn.Module | None]) -> WatchedTap:
-        """Adds a tap that feeds a new layer."""
+        """New tap that feeds a new layer."""
         layer = self._new_layer(tap.name, len(self))
         watched = WatchedTap(len(self), tap, module, Routes(layer))
         self._watched.append(watched)
@@ -102,8 +101,6 @@ class Taps:
         """Names of the watched tensors, in the model's order."""
         return [each.tap.name for each in self._watched]
 
-    # reading
-
     def read(
         self,
         watched: WatchedTap,
@@ -114,7 +111,7 @@ class Taps:
         args: Any,
         running: RunningStep,
     ) -> None:
-        """Reads an activation the whole way, by no known layout.
+        """Reading of an activation the whole way, by no known layout.
 
         Args:
             watched: Tap of the activation.
@@ -157,7 +154,7 @@ class Taps:
     def read_gradient(
         self, watched: WatchedTap, plain: Tensor, mask: RowMask | None, is_kept: bool
     ) -> None:
-        """Reads a gradient, a dense tensor, by no known layout."""
+        """Reading of a gradient, a dense tensor, by no known layout."""
         viewed = self._view(watched, plain, 0)
         if viewed is not None:
             self._read_rows(watched, viewed, mask, is_kept)
@@ -176,7 +173,7 @@ class Taps:
             watched.routes.read(viewed, weights, is_kept=is_kept, module=module, args=args)
 
     def _view(self, watched: WatchedTap, plain: Tensor, batch_dims: int) -> ViewedRows | None:
-        # None where the tensor has no rows, or where the tap cannot read them.
+        """View of a tensor; None where the tensor has no rows, or the tap cannot read them."""
         tap = watched.tap
         viewed = view_rows(plain, tap.layout, tap.batched_rank, batch_dims)
         if viewed is None:
@@ -194,7 +191,7 @@ class Taps:
         return viewed
 
     def _check_width(self, layer: Layer, layout: ActivationLayout) -> bool:
-        # Gives the layer up where the channels differ from those of before, and returns False.
+        """False, and the layer is given up, where the channels differ from earlier ones."""
         if layer.state is None or layer.state.channels == layout.channels:
             return True
         reason = f"gave {layout.channels} channels after {layer.state.channels}"
@@ -213,20 +210,18 @@ class Taps:
             self.notes.setdefault(watched.tap.name, reason)
         return weights
 
-    # taps that are not read
-
     def skip_wide(self, name: str, channels: int) -> None:
-        """Notes that a tensor has too many channels."""
+        """Note that a tensor has too many channels."""
         self.notes[name] = f"skipped: {channels} channels > max_channels={self.max_channels}"
 
     def fail(self, layer: Layer, error: Exception, step: int) -> None:
-        """Stops reading a layer after an error, with a warning."""
+        """End of the reading of a layer after an error, with a warning."""
         message = f"{type(error).__name__}: {error}"
         self.give_up(layer, f"not read since step {step}, {message}")
         warnings.warn(f"fastcov no longer reads layer {layer.name!r}: {message}", stacklevel=4)
 
     def give_up(self, layer: Layer, reason: str) -> None:
-        """Stops reading a layer: its taps take no more calls."""
+        """End of the reading of a layer: its taps take no more calls."""
         for watched in self._watched:
             if watched.routes.layer is layer:
                 watched.is_given_up = True
@@ -234,7 +229,7 @@ class Taps:
                 self.notes[watched.tap.name] = reason
 
     def note_left_out(self, reasons: Mapping[Layer, str]) -> None:
-        """Notes why replays of a CUDA graph do not read some layers."""
+        """Note why replays of a CUDA graph do not read some layers."""
         for watched in self._watched:
             if watched.routes.layer in reasons and not watched.is_given_up:
                 reason = reasons[watched.routes.layer]
@@ -247,8 +242,6 @@ class Taps:
             if watched.tap.name == name and watched.tap.position != "named":
                 found = found or module_note(root, watched.tap.module_name, watched.module())
         return found
-
-    # layers that several taps share
 
     def _join_or_part(
         self, watched: WatchedTap, tensor: Tensor, order: Order, running: RunningStep
@@ -267,7 +260,7 @@ class Taps:
         return role != "shares"
 
     def end_step(self, running: RunningStep) -> None:
-        """Parts the taps that have seen other tensors than the tap whose layer they share."""
+        """End of the sharing of taps that have seen other tensors than their layer's own tap."""
         for number in self.inputs.split_diverged():
             if not self._watched[number].is_given_up:
                 self._split(self._watched[number], running.step)
@@ -304,7 +297,7 @@ class Taps:
     def load(
         self, layers: Mapping[str, dict[str, Any]], shared: Mapping[str, str], with_rows: bool
     ) -> None:
-        """Continues with saved layers, shared as they were, and by no other taps.
+        """Return to saved layers, shared as they were, and by no other taps.
 
         Args:
             layers: Results of :meth:`fastcov.stats.layer.Layer.state_dict`, by name.
@@ -331,7 +324,7 @@ class Taps:
             by_name[owner].routes.reconsider()
 
     def share_no_more_than(self, other: Taps) -> None:
-        """Parts taps that share a layer here, but not among other taps.
+        """End of the sharing of taps that share a layer here, but not among other taps.
 
         Each keeps the rows that it shows.
         """

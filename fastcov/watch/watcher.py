@@ -62,13 +62,10 @@ class Watcher:
         taps: Tensors to watch, from :func:`fastcov.watch.select.find_taps`.
         policy: Sampling policy: the share of the rows that each layer reads.
         every: Period of reading: steps 0, every, 2 * every, ... are read.
-        weighting: See :class:`fastcov.stats.layer.Layer`.
-        decay: See :class:`fastcov.stats.layer.Layer`.
+        weighting, decay, precision, sketch: See :class:`fastcov.stats.layer.Layer`.
         max_channels: Wider layers are skipped and listed in ``notes``.
         train_only: True if only forwards in training mode are steps.
         on_step_end: Called when a step that was read has ended.
-        precision: See :class:`fastcov.stats.layer.Layer`.
-        sketch: See :class:`fastcov.stats.layer.Layer`.
         mask: Source of the mask of the rows; None reads every row.
         unscale: Function that gives the factor by which the loss is scaled; None is 1.
         of: Kind of tensor to read of the tensors that the user names: activations, gradients, both.
@@ -80,8 +77,6 @@ class Watcher:
         steps_begun: Steps that were begun and read, including those that an exception ended.
         is_reading: True inside a step that is read.
         is_skipping: True inside a forward of the root that is not read.
-        mask: See the argument.
-        of: See the argument.
         gradients: Reader of the gradients.
         pairs: Pairs of tensors, by names.
         row_mask: Mask of the rows of the running step; None where every row is read.
@@ -229,8 +224,6 @@ class Watcher:
         """Names of the tensors that the user has named."""
         return list(self._named)
 
-    # steps
-
     @property
     def step(self) -> int:
         """Steps so far, read or not."""
@@ -249,7 +242,7 @@ class Watcher:
         return max(1, -(-self.step // self.every))
 
     def begin_step(self, counts: bool = True, is_nested: bool = False) -> None:
-        """Begins a forward of the root module; see :meth:`fastcov.watch.steps.Steps.begin`."""
+        """Start of a forward of the root module; see :meth:`fastcov.watch.steps.Steps.begin`."""
         counters, steps = self._counters, self.steps
         can_replay = (
             counters is not None and counters.is_warm and self.every == 1 and self.mask is None
@@ -284,7 +277,7 @@ class Watcher:
             self.pairs.begin_step(steps.done)
 
     def take_mask(self, mask: object) -> None:
-        """Sets the mask of the step that has begun; None where the forward was given none."""
+        """Mask of the step that has begun; None where the forward was given none."""
         if not self.is_reading or mask is None:
             return
         try:
@@ -294,7 +287,7 @@ class Watcher:
             self.fail_all(error)
 
     def fail_all(self, error: Exception) -> None:
-        """Stops reading all layers after an error that concerns them all."""
+        """End of the reading of all layers, after an error that concerns them all."""
         reason = f"not read since step {self.step}, {type(error).__name__}: {error}"
         for layer in self.taps.unique_layers:
             self.taps.give_up(layer, reason)
@@ -308,7 +301,7 @@ class Watcher:
         self._gate.thread = steps.thread if is_reading and not steps.is_captured else 0
 
     def end_step(self) -> None:
-        """Ends a forward of the root module; called after an exception too."""
+        """End of a forward of the root module; called after an exception too."""
         was_reading = self.is_reading
         is_done = self.steps.end()
         self._set_reading(was_reading and self.steps.is_running)
@@ -326,7 +319,7 @@ class Watcher:
             self.on_step_end()
 
     def end_layers(self, layers: list[Layer]) -> None:
-        """Ends the step of layers: plans the new ones, and settles the weights of rows."""
+        """End of the step of layers: plans the new ones, and settles the weights of rows."""
         fractions = self._plan(layers)
         # Layers with a share and rows of equal weight have nothing to settle.
         for layer in layers:
@@ -342,7 +335,7 @@ class Watcher:
             self.taps.fail(layer, error, self.step)
 
     def _plan(self, layers: list[Layer]) -> dict[str, float]:
-        # Shares of the rows to read, for layers that have just had their first step.
+        """Shares of the rows to read, for layers that have just had their first step."""
         new = {
             layer.name
             for layer in layers
@@ -390,8 +383,6 @@ class Watcher:
         self.taps.note_left_out(reasons)
         warn_left_out(reasons)
 
-    # activations that no route took
-
     def observe(
         self,
         tap: int,
@@ -401,7 +392,7 @@ class Watcher:
         module: nn.Module | None = None,
         args: Any = (),
     ) -> None:
-        """Reads one activation.
+        """Reading of one activation.
 
         Args:
             tap: Number of the tap in ``taps``.
@@ -440,7 +431,7 @@ class Watcher:
     def observe_named(
         self, name: str, tensor: Tensor, channel_dim: int, is_compiled: bool = True
     ) -> None:
-        """Reads a tensor that the user's forward names: see :meth:`fastcov.Tracker.observe`."""
+        """Reading of a tensor that the user's forward names: see :meth:`.Tracker.observe`."""
         check_observed(name, tensor, channel_dim)
         if is_recomputing():
             gradient = self._named.get(name, (None, None))[1]
@@ -470,15 +461,15 @@ class Watcher:
         return self.taps[tap].routes.take_known(activation, module, args)
 
     def leave_out(self, layer: Layer, layout: ActivationLayout) -> bool:
-        """Notes a call that the captured CUDA graph must not hold; True if it is left out."""
+        """Note of a call that the captured CUDA graph must not hold; True if it is left out."""
         return self._counters is not None and self._counters.leave_out(layer, layout)
 
     def observe_gradient(self, tap: int, gradient: Tensor) -> None:
-        """Reads the gradient of a tensor of compiled code."""
+        """Reading of the gradient of a tensor of compiled code."""
         self.gradients.observe(tap, gradient, self)
 
     def settle(self) -> None:
-        """Ends the step of the gradients that have come, so that they can be shown."""
+        """End of the step of the gradients that have come, so that they can be shown."""
         self.gradients.settle(self)
 
     def _weights_of(
@@ -509,14 +500,14 @@ class Watcher:
         return [*lines, coverage(root, modules)] if root is not None else lines
 
     def refuse(self, tap: int, reason: str) -> None:
-        """Notes why an activation is not read."""
+        """Note why an activation is not read."""
         if tap < 0:
             self.pairs.refuse(tap, reason)
         else:
             self.taps.notes[self.taps[tap].tap.name] = reason
 
     def fail(self, tap: int, error: Exception) -> None:
-        """Stops reading a tap's layer after an error."""
+        """End of the reading of a tap's layer, after an error."""
         if tap < 0:
             self.pairs.fail(tap, error)
         else:
@@ -528,10 +519,8 @@ class Watcher:
         root = self.root()
         return root is None or root.training
 
-    # saving and closing
-
     def leave_device(self) -> None:
-        """Moves all counters back to the host, waiting for the device.
+        """Move of all counters back to the host, waiting for the device.
 
         Raises:
             RuntimeError: If a captured CUDA graph writes into this tracker.
@@ -560,7 +549,7 @@ class Watcher:
         self._handles = []
 
     def close(self) -> None:
-        """Removes every hook; the statistics stay readable, and captured graphs add to them."""
+        """Removal of every hook; the statistics stay readable, and captured graphs add to them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -570,9 +559,10 @@ class Watcher:
         self.release()
 
     def release(self) -> None:
-        """Drops hooks, routes and the reference to the tracker: the root is closed or gone.
+        """Removal of hooks, routes and the reference to the tracker: the root is closed or gone.
 
-        They refer to each other, and would keep the statistics until Python looks for cycles.
+        The watcher and its routes refer to each other, and would keep the statistics until Python
+        looks for cycles.
         """
         self.on_step_end = _do_nothing
         for watched in self.taps:

@@ -93,10 +93,10 @@ class Frame(NamedTuple):
         if not segmentations:
             return np.zeros((0, down, across), dtype=np.uint8)
         codes = [
-            rle.merge(rle.frPyObjects(self._moved(one), down, across))
-            if isinstance(one, list)
-            else self._recoded(to_rle(one, height, width))
-            for one in segmentations
+            rle.merge(rle.frPyObjects(self._moved(segmentation), down, across))
+            if isinstance(segmentation, list)
+            else self._recoded(to_rle(segmentation, height, width))
+            for segmentation in segmentations
         ]
         found: NDArray[np.uint8] = rle.decode(codes).transpose(2, 0, 1)
         if self.canvas != (self.width, self.height):
@@ -115,7 +115,9 @@ class Frame(NamedTuple):
         start -= factor * (self.left, self.top)
         if (start == 0).all() and (factor == 1).all():
             return polygons
-        return [(np.reshape(one, (-1, 2)) * factor + start).ravel().tolist() for one in polygons]
+        return [
+            (np.reshape(polygon, (-1, 2)) * factor + start).ravel().tolist() for polygon in polygons
+        ]
 
     def _recoded(self, code: Any) -> Any:
         """An RLE of the image as an RLE of the canvas."""
@@ -186,7 +188,7 @@ class Augmentation:
             return image
         chance, size = torch.rand(2, 5, generator=generator).tolist()
         order = torch.randperm(3, generator=generator).tolist()
-        is_on = [one < self.photometric for one in chance]
+        is_on = [value < self.photometric for value in chance]
         if not any(is_on):
             return image
         bright, contrast, saturation = (

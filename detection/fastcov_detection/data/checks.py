@@ -153,9 +153,9 @@ def refuse_faults(findings: Iterable[Finding], shown: int | None = SHOWN) -> Non
 
 
 def log_notes(findings: Iterable[Finding]) -> None:
-    """Logs the notes as warnings, one line for each kind and file."""
+    """Warnings of the notes, one line for each kind and file."""
     for group in _kinds(finding for finding in findings if not finding.is_fault):
-        first, others = group[0], ", ".join(one.entry for one in group[1 : 1 + _EXAMPLES])
+        first, others = group[0], ", ".join(finding.entry for finding in group[1 : 1 + _EXAMPLES])
         more = len(group) - 1 - _EXAMPLES
         tail = f" and {more} more" if more > 0 else ""
         text = f"{first.file}: {len(group)} times: {first.entry} {first.text}, so {others}{tail}"
@@ -236,8 +236,8 @@ def check_split(split: Split, *, progress: bool = True) -> Checked:
         DataError: If the folder of the images is missing.
     """
     listed, findings = list_images(split)
-    paths = {one.image_id: one.path for one in listed if one.path is not None}
-    names = [(one.file_name, one.bytes) for one in listed]
+    paths = {image.image_id: image.path for image in listed if image.path is not None}
+    names = [(image.file_name, image.bytes) for image in listed]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     cache = _cache_path(split, listed)
     try:
@@ -273,23 +273,23 @@ def synthetic_roots(sheets: Sequence[Sheet]) -> dict[int, Finding]:
     categories = list(_dicts(sheets[0].categories))
     used = {key for sheet in sheets for key in sheet.used_categories}
     roots = {}
-    for one in categories:
-        key, name, above = one.get("id"), one.get("name"), one.get("supercategory")
+    for category in categories:
+        key, name, above = category.get("id"), category.get("name"), category.get("supercategory")
         others = [other for other in categories if other.get("id") != key]
         is_top = is_id(key) and key not in used and above in ("none", None, "")
         if is_top and others and all(other.get("supercategory") == name for other in others):
             text = "is every other category's supercategory and has no object"
-            told = text, "it is no class of its own", False, f"category {key}"
-            roots[key] = Finding(str(sheets[0].path), "root", *told)
+            details = text, "it is no class of its own", False, f"category {key}"
+            roots[key] = Finding(str(sheets[0].path), "root", *details)
     return roots
 
 
 def _check_headers(split: Split, listed: Sequence[ListedImage], advance: Advance) -> list[Finding]:
     findings: list[Finding] = []
     headers: list[Header] = []
-    present = [one for one in listed if one.path is not None]
+    present = [image for image in listed if image.path is not None]
     advance(len(listed) - len(present))
-    places = [split.images_dir / (one.path or one.file_name) for one in present]
+    places = [split.images_dir / (image.path or image.file_name) for image in present]
     with ThreadPoolExecutor(_READERS) as pool:
         for image, header in zip(present, pool.map(_read_or_refuse, places), strict=True):
             advance(1)
@@ -313,7 +313,7 @@ def _read_or_refuse(path: Path) -> Header | UnreadableError:
 
 
 def _missing(split: Split, finder: ImageFinder, listed: Sequence[ListedImage]) -> Iterator[Finding]:
-    missing = [one for one in listed if one.path is None]
+    missing = [image for image in listed if image.path is None]
     if len(missing) > _MOST_MISSING:
         first = missing[0].file_name
         text = (
@@ -323,21 +323,23 @@ def _missing(split: Split, finder: ImageFinder, listed: Sequence[ListedImage]) -
         remedy = "give the folder that holds them, or download them again"
         yield Finding(str(split.images_dir), "is_there", text, remedy, True, "")
         return
-    for one in missing:
-        text = f"is not in {split.images_dir}{finder.suggestions(one.file_name)}"
+    for image in missing:
+        text = f"is not in {split.images_dir}{finder.suggestions(image.file_name)}"
         problem = Problem(text, "download it again, or take it out of the annotations")
-        yield _about(split, problem, "is_there", one.entry)
+        yield _about(split, problem, "is_there", image.entry)
 
 
 def _renamed(split: Split, listed: Sequence[ListedImage]) -> Iterator[Finding]:
-    renamed = [one for one in listed if one.path and str(one.path) != str(Path(one.file_name))]
-    counts = Counter(one.path for one in renamed)
-    for one in renamed:
-        text = f"is read from {one.path}, the only file that its name can mean"
-        yield _about(split, _note(text, "write that name to be sure"), "is_named", one.entry)
-        if counts[one.path] > 1:
-            problem = Problem(f"is read from {one.path}, as another image is", "write true names")
-            yield _about(split, problem, "is_one_file", one.entry)
+    renamed = [
+        image for image in listed if image.path and str(image.path) != str(Path(image.file_name))
+    ]
+    counts = Counter(image.path for image in renamed)
+    for image in renamed:
+        text = f"is read from {image.path}, the only file that its name can mean"
+        yield _about(split, _note(text, "write that name to be sure"), "is_named", image.entry)
+        if counts[image.path] > 1:
+            problem = Problem(f"is read from {image.path}, as another image is", "write true names")
+            yield _about(split, problem, "is_one_file", image.entry)
 
 
 def _found(split: Split, kind: str, *arguments: Any) -> list[Finding]:
@@ -354,7 +356,7 @@ def _about(split: Split, problem: Problem, check: str, entry: str | None = None)
 
 
 def _cache_path(split: Split, listed: Sequence[ListedImage]) -> Path:
-    images = [(str(one.path), one.bytes, one.changed_ns) for one in listed]
+    images = [(str(image.path), image.bytes, image.changed_ns) for image in listed]
     parts = [_VERSION, DECODER, split.name, split.sheet.digest, str(split.sheet.path)]
     parts += [str(split.images_dir), split.with_masks, split.turn, images]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -794,9 +796,9 @@ def _halves_differ(train: Split, val: Split) -> Located:
 def _classes_are_trained(train: Split, val: Split) -> Located:
     names = _category_names(train.sheet)
     unseen = val.sheet.used_categories - train.sheet.used_categories
-    told = [name for key, name in names.items() if key in unseen]
-    if told:
-        text = f"has no object of {', '.join(told[:5])}, which {val.sheet.path} has"
+    missing = [name for key, name in names.items() if key in unseen]
+    if missing:
+        text = f"has no object of {', '.join(missing[:5])}, which {val.sheet.path} has"
         yield train, _note(text, "such classes will score 0")
 
 

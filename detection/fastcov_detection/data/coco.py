@@ -223,11 +223,11 @@ class Records(Sequence[ImageRecord]):
         return [self._ids[place] for place in self._chosen.tolist()]
 
     def drop_empty(self) -> None:
-        """Leaves out images that have no object to learn from."""
+        """Removal of the images that have no object to learn from."""
         self._chosen = self._chosen[self.counts() > 0]
 
     def set_paths(self, paths: Mapping[Any, Path]) -> None:
-        """Notes the file of every image where it differs from the name.
+        """Setter of the file of every image, kept where it differs from the name.
 
         Args:
             paths: Paths relative to the folder of images, by image id.
@@ -258,18 +258,18 @@ class CocoFile:
             size = [image.height, image.width]
             images.append({"id": image.image_id, "width": image.width, "height": image.height})
             nothing = {"size": size, "counts": [image.height * image.width]}
-            for one in (*image.annotations, *image.unlearned):
+            for annotation in (*image.annotations, *image.unlearned):
                 entry = {
                     # pycocotools takes annotation 0 for "no match".
                     "id": len(annotations) + 1,
                     "image_id": image.image_id,
-                    "category_id": one.category_id,
-                    "bbox": list(one.box),
-                    "area": one.area,
-                    "iscrowd": int(one.is_crowd),
+                    "category_id": annotation.category_id,
+                    "bbox": list(annotation.box),
+                    "area": annotation.area,
+                    "iscrowd": int(annotation.is_crowd),
                 }
-                if one.segmentation is not None or with_masks:
-                    entry["segmentation"] = one.segmentation or nothing
+                if annotation.segmentation is not None or with_masks:
+                    entry["segmentation"] = annotation.segmentation or nothing
                 annotations.append(entry)
         truth = COCO()
         truth.dataset = {
@@ -295,7 +295,7 @@ def build_file(
         with_masks: Keep segmentations.
     """
     kept = (category for category in sheet.categories if category["id"] not in left_out)
-    names = {int(one["id"]): str(one.get("name", one["id"])) for one in kept}
+    names = {int(category["id"]): str(category.get("name", category["id"])) for category in kept}
     return CocoFile(sheet.path, Records(sheet, with_masks), dict(sorted(names.items())))
 
 
@@ -404,13 +404,13 @@ class _Entries(Collection[Any]):
             yield from _Reader(file, self.place).entries()
 
     def __contains__(self, entry: object) -> bool:
-        return any(entry == one for one in self)
+        return any(entry == other for other in self)
 
 
 def read_lists(
     path: Path, names: Collection[str], see: Callable[[str, Any], None]
 ) -> tuple[dict[str, Collection[Any]], str]:
-    """Lists of a JSON file, which is read once, whole, for the places of the lists.
+    """Lists of a JSON file. The file is read once, whole, to find where each list stands.
 
     Args:
         path: Path of the file, whose top level is an object.
@@ -495,7 +495,7 @@ class _Reader:
                 return ""
 
     def take(self, character: str) -> None:
-        """Passes over a character."""
+        """Removal of the next character."""
         if self.next() != character:
             raise self.error(f"expected {character!r}")
         self.at += 1

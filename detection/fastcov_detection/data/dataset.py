@@ -128,7 +128,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             "image_id": record.image_id,
         }
         if self.with_masks:
-            outlines = [one.segmentation for one in objects]
+            outlines = [annotation.segmentation for annotation in objects]
             masks = frame.masks(outlines, record.height, record.width)
             target["masks"] = torch.from_numpy(masks)
         return torch.from_numpy(pixels).permute(2, 0, 1), target
@@ -158,7 +158,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return bool((self.records.counts() > 0).any())
 
     def drop_empty(self) -> None:
-        """Leaves out images without a single object to learn from."""
+        """Removal of the images without a single object to learn from."""
         self.records.drop_empty()
         if not len(self.records):
             raise DataError(f"{self.file.path} has no object that is not a crowd; nothing to learn")
@@ -201,7 +201,7 @@ def load_data(config: DataConfig, *, with_masks: bool = False, progress: bool = 
     content = {}
     if config.name != "mini":
         content = {f"{name}_annotations": split.sheet.digest for name, split in splits.items()}
-        content |= {f"{name}_images": one.images_digest for name, one in checked.items()}
+        content |= {f"{name}_images": half.images_digest for name, half in checked.items()}
     return LoadedData(train, val, train.class_names, content)
 
 
@@ -253,7 +253,9 @@ def _read_alone(images_dir: Path, annotations: Path, with_masks: bool) -> CocoFi
     refuse_faults(findings)
     log_notes(findings)
     file = build_file(split.sheet)
-    file.images.set_paths({one.image_id: one.path for one in listed if one.path is not None})
+    file.images.set_paths(
+        {image.image_id: image.path for image in listed if image.path is not None}
+    )
     return file
 
 
@@ -271,7 +273,7 @@ def _find_and_check(
     if missing:
         raise DataError("\n  ".join(dict.fromkeys(missing)))
     checked = {name: check_split(split, progress=progress) for name, split in splits.items()}
-    findings = [finding for one in checked.values() for finding in one.findings]
+    findings = [finding for half in checked.values() for finding in half.findings]
     findings += check_pair(*splits.values())
     findings += synthetic_roots([split.sheet for split in splits.values()]).values()
     if splits["train"].sheet.path == splits["val"].sheet.path:  # each finding once

@@ -136,8 +136,8 @@ class ImageFinder:
 
     def find(self, name: str) -> Path | None:
         """The file of a name, relative to the folder; None where there is none, or several."""
-        for one in (name, *_spellings(name)):
-            found = _exact(self.folder, one)
+        for spelling in (name, *_spellings(name)):
+            found = _exact(self.folder, spelling)
             if found is not None:
                 return found
         places = self._files().get(_fold(_last_part(name)), [])
@@ -218,7 +218,7 @@ def _spellings(name: str) -> list[str]:
     # Label Studio serves local files as /data/local-files/?d=FOLDER/NAME.
     plain = plain.split("?d=")[-1]
     known = [plain, unquote(plain)]
-    return [one for part in known for one in (part, part.lstrip("./"), _last_part(part))]
+    return [spelling for part in known for spelling in (part, part.lstrip("./"), _last_part(part))]
 
 
 def _last_part(name: str) -> str:

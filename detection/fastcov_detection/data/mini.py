@@ -51,7 +51,7 @@ _PHOTOGRAPHS = (
 
 @dataclass(frozen=True)
 class _Sources:
-    """What one split may use."""
+    """Digits and photographs that one split may use."""
 
     glyphs: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -60,7 +60,7 @@ class _Sources:
 
 
 class _Object(NamedTuple):
-    """What is pasted: values [H, W, 3] or [3], opacity in [0, 1] [H, W], and the class."""
+    """Object to paste: values [H, W, 3] or [3], opacity in [0, 1] [H, W], and the class."""
 
     values: NDArray[np.float64]
     opacity: NDArray[np.float64]
@@ -70,7 +70,7 @@ class _Object(NamedTuple):
 def make_mini(
     root: str | os.PathLike[str], config: MiniConfig | None = None, *, progress: bool = True
 ) -> Path:
-    """Builds the data set in COCO layout, unless it is there already with the same parameters.
+    """Data set in COCO layout, built unless it is there with the same parameters.
 
     Args:
         root: Folder to build: ``train2017/``, ``val2017/`` and ``annotations/instances_*.json``. It
@@ -139,7 +139,7 @@ def _holds(target: Path, config: MiniConfig) -> bool:
 
 
 def _replace_folder(partial: Path, target: Path, config: MiniConfig) -> None:
-    """Puts the new folder in the old one's place; of two builders at once, the first one wins."""
+    """Move of the new folder to the old one's place; of two builders the first one wins."""
     if target.exists():
         retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
         target.replace(retired)

@@ -76,7 +76,7 @@ def default_widths(config: ModelConfig) -> dict[str, int]:
 
 
 def check_widths(config: ModelConfig, widths: Mapping[str, int] | None) -> dict[str, int]:
-    """Completes widths with the configuration's own.
+    """Widths of every group: those given, the others from the configuration.
 
     Raises:
         WidthsError: If a group does not exist in this detector or a width is not a positive
@@ -108,7 +108,7 @@ def build_model(
     *,
     num_classes: int | None = None,
 ) -> FasterRCNN:
-    """Builds a detector.
+    """Detector of a configuration.
 
     Args:
         config: Everything but the widths.
@@ -245,12 +245,12 @@ def _freeze(body: IntermediateLayerGetter, config: ModelConfig) -> None:
 
 
 def save_widths(widths: Mapping[str, int], path: str | os.PathLike[str]) -> None:
-    """Writes widths as JSON, one group a line."""
+    """JSON file of widths, one group a line."""
     write_text(path, json.dumps(dict(widths), indent=2) + "\n")
 
 
 def load_widths(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Reads widths that :func:`save_widths` or a search wrote.
+    """Widths from a file of :func:`save_widths` or of a search.
 
     Raises:
         WidthsError: If the file is missing or does not hold integers by group name.
@@ -284,7 +284,7 @@ class Cost:
 
 
 def count_cost(model: GeneralizedRCNN, image_size: int | tuple[int, int]) -> Cost:
-    """Counts parameters and multiply-accumulates.
+    """Parameters and multiply-accumulates of a detector, counted on the built model.
 
     The backbone, the feature pyramid and the RPN head run on one image of a fixed size, the heads
     on a fixed number of regions: 1000 boxes and 100 masks, fewer where the configuration keeps
@@ -317,7 +317,7 @@ def count_cost(model: GeneralizedRCNN, image_size: int | tuple[int, int]) -> Cos
 
 
 class Costs:
-    """Costs of detectors of any widths, each counted once, on the meta device.
+    """Cache of the costs of detectors by widths, counted on the meta device.
 
     Args:
         model: Everything but the widths, with the number of classes.
@@ -361,7 +361,7 @@ def _run(module: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def _counting(model: nn.Module) -> Iterator[None]:
-    """Puts every module into eval(), takes the norms out, and undoes both."""
+    """Context in which every module is in eval() and the norms are left out."""
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in modes if isinstance(module, NORMS)]
     model.eval()

@@ -198,7 +198,7 @@ def _made_width(layer: nn.Module) -> int:
 
 
 def _merge(axes: dict[fx.Node, _Axis], kept: _Axis, other: _Axis) -> _Axis:
-    """Joins two axes; the one that appeared first stays."""
+    """Union of two axes, under the one that appeared first."""
     if kept is other:
         return kept
     if next(axis for axis in axes.values() if axis is kept or axis is other) is other:

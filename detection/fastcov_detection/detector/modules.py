@@ -221,7 +221,7 @@ def build_resnet(
 
 
 def _initialise(resnet: nn.Module, zero_init_last_norm: bool) -> None:
-    """Gives a ResNet torchvision's initial state."""
+    """Initial state of a ResNet, as torchvision sets it."""
     for module in resnet.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -239,7 +239,7 @@ class Float32Anchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors of every image. [A, 4] each"""
         # Only size, type and device of a map are read.
-        shapes = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in feature_maps]
+        shapes = [level.new_empty(level.shape[-2:], dtype=torch.float32) for level in feature_maps]
         anchors: list[Tensor] = super().forward(image_list, shapes)
         return anchors
 
@@ -250,7 +250,7 @@ class Float32RPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Scores and box offsets of every level."""
         scores, offsets = super().forward(x)
-        return [one.float() for one in scores], [one.float() for one in offsets]
+        return [level.float() for level in scores], [level.float() for level in offsets]
 
 
 class Float32BoxPredictor(FastRCNNPredictor):
@@ -263,7 +263,7 @@ class Float32BoxPredictor(FastRCNNPredictor):
 
 
 class BatchTransform(GeneralizedRCNNTransform):
-    """Normalises, resizes and pads images as torchvision does, to the same bits.
+    """Transform that normalises, resizes and pads images as torchvision does, to the same bits.
 
     Images of one shape whose edges are those of the configuration, and multiples of 32, need
     neither resizing nor padding: they are stacked and normalised in one go, where torchvision
@@ -273,7 +273,7 @@ class BatchTransform(GeneralizedRCNNTransform):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Any]] | None = None
     ) -> tuple[ImageList, list[dict[str, Any]] | None]:
-        """Prepares a batch; see torchvision's ``GeneralizedRCNNTransform.forward``."""
+        """Batch for the detector; see torchvision's ``GeneralizedRCNNTransform.forward``."""
         if not self._are_ready(images):
             prepared: tuple[ImageList, list[dict[str, Any]] | None] = super().forward(
                 images, targets
@@ -330,7 +330,7 @@ class _WeightedRows(torch.autograd.Function):
 
 
 class RowRoIAlign(MultiScaleRoIAlign):
-    """Pools regions from a feature pyramid: torchvision's arguments, and its values up to rounding.
+    """Pooling of regions of a feature pyramid, equal to torchvision's up to rounding.
 
     Raises:
         ValueError: If ``sampling_ratio`` is below 1.
@@ -347,7 +347,7 @@ class RowRoIAlign(MultiScaleRoIAlign):
     def forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Pools regions.
+        """Pooled regions.
 
         Args:
             x: Pyramid levels by name. [B, C, H, W]

@@ -28,7 +28,7 @@ _PREFIXES = ("backbone.body.", "body.", "module.", "")
 
 
 def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> None:
-    """Loads the weights that ``config.init`` names into a ResNet body.
+    """Start of a ResNet body from the weights that ``config.init`` names.
 
     Args:
         body: Children conv1, bn1, layer1 to layer4.
@@ -57,7 +57,7 @@ def initialise_backbone(body: nn.Module, config: ModelConfig, depth: int) -> Non
 
 
 def load_start(model: nn.Module, path: Path, class_names: Sequence[str] = ()) -> str:
-    """Loads the weights of a whole detector.
+    """Start of a whole detector from the weights of another.
 
     Class heads of another number of classes are not refused: of the 91 classes of torchvision's
     own detectors, those of the same name are taken, whatever their places; a class without a
@@ -126,7 +126,7 @@ def _with_class_heads(
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads a state_dict without pickle.
+    """State_dict of a file, read without pickle.
 
     Raises:
         ConfigError: If the file is missing, truncated, or holds anything but tensors by name.

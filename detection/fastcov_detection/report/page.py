@@ -53,7 +53,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], footer: str) -> Path:
-    """Writes the page; it appears whole or not at all."""
+    """HTML file of a page; it appears whole or not at all."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -21,6 +21,7 @@ _LEAST_RELATIVE = 1e-7
 _TRAINED, _BEFORE = "#1f78b4", "#e07b39"
 _COLUMN = 2.7  # inches of a panel, or of an entry of a legend
 _LETTERS = 13  # of a text, an inch
+_LINE = 0.17  # inches of a line of text
 
 Curves = tuple[str, Sequence[int], Sequence[Sequence[float]]]
 """Name of one side, its steps, and the values of each of its runs."""
@@ -28,8 +29,8 @@ Curves = tuple[str, Sequence[int], Sequence[Sequence[float]]]
 
 def colour_of(name: str, names: Sequence[str]) -> str:
     """Colour of an arm, the same in every figure of these arms."""
-    own = {one: _own_colour(one) for one in names}
-    further = [one for one in names if own[one] is None]
+    own = {arm: _own_colour(arm) for arm in names}
+    further = [arm for arm in names if own[arm] is None]
     return own[name] or _FURTHER[further.index(name) % len(_FURTHER)]
 
 
@@ -204,22 +205,39 @@ def draw_stage_spectra(
     width: float = WIDE,
 ) -> Figure:
     """Spectra of the stages' outputs, trained and before training, on one scale."""
-    stages = [group for group in groups if "." not in group.name]
-    figure, cells = _panels(len(stages), width, 2.4)
-    widest = max(group.width for group in stages)
-    for ax, group in zip(cells, stages, strict=True):
-        for spectra, style in (
-            (trained, {"color": Searched.colour, "label": "trained"}),
-            (untrained, {"color": _BEFORE, "label": "before training"}),
-        ):
-            if spectra is not None:
-                _draw_spectrum(ax, spectra[group.members[0]], style)
+    sides = {"trained": trained} | ({} if untrained is None else {"before training": untrained})
+    panels = {
+        f"{group.name}: {group.width}": {
+            label: spectra[group.members[0]] for label, spectra in sides.items()
+        }
+        for group in groups
+        if "." not in group.name
+    }
+    return draw_spectra(panels, width, 2.4)
+
+
+def draw_spectra(
+    panels: Mapping[str, Mapping[str, Spectrum]], width: float = WIDE, height: float = 1.4
+) -> Figure:
+    """Spectra relative to their largest eigenvalue, in panels on one scale; dashed: 1e-3.
+
+    Args:
+        panels: Up to two spectra by label, by the panel's title.
+        width: Inches of the figure.
+        height: Inches of a panel.
+    """
+    figure, cells = _panels(len(panels), width, height)
+    widest = max(spectrum.channels for spectra in panels.values() for spectrum in spectra.values())
+    for ax, (title, spectra) in zip(cells, panels.items(), strict=True):
+        for (label, spectrum), colour in zip(spectra.items(), (_TRAINED, _BEFORE), strict=False):
+            _draw_spectrum(ax, spectrum, {"color": colour, "label": label})
         ax.axhline(1e-3, color="#8a8a8a", linestyle="--", linewidth=0.8)
         ax.set_xlim(0.9, 1.1 * widest)
         ax.set_ylim(_LEAST_RELATIVE, 2)
-        ax.set_title(f"{group.name}: {group.width}", fontsize=FONT)
+        ax.minorticks_off()  # most of the time that fifty panels take
+        ax.set_title(title, fontsize=FONT)
         _calm(ax)
-    _name_panels(figure, cells[0], width, "rank", "eigenvalue / largest")
+    _name_panels(figure, cells[0], "rank", "eigenvalue / largest")
     return figure
 
 
@@ -254,8 +272,8 @@ def draw_dims(
         ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         _calm(ax)
-    told = "\n".join(textwrap.wrap(note, round(_LETTERS * width)))
-    _name_panels(figure, cells[0], width, f"training step\n{told}", "dimension")
+    wrapped = "\n".join(textwrap.wrap(note, round(_LETTERS * width)))
+    _name_panels(figure, cells[0], f"training step\n{wrapped}", "dimension")
     return figure
 
 
@@ -267,7 +285,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[A
     """Figure of panels of a height, as many a line as the width has room for."""
     columns = _columns(width)
     lines = max(1, -(-count // columns))
-    figure = Figure(figsize=(width, height * lines + 0.8), layout="constrained")
+    figure = Figure(figsize=(width, height * lines + 1.0))
     cells = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
     used = max(1, count)
     for ax in cells[used:]:
@@ -275,13 +293,29 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[A
     return figure, cells[:used]
 
 
-def _name_panels(figure: Figure, first: Axes, width: float, x_label: str, y_label: str) -> None:
+def _name_panels(figure: Figure, first: Axes, x_label: str, y_label: str) -> None:
+    """Legend and labels around panels, and spaces in inches: an automatic layout takes minutes."""
+    width, height = figure.get_size_inches()
+    grid = first.get_gridspec()
+    lines, columns = grid.nrows, grid.ncols
     handles, labels = first.get_legend_handles_labels()
-    columns = _columns(width)
     style = {"fontsize": FONT, "frameon": False}
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, **style)
-    figure.supxlabel(x_label, fontsize=FONT)
-    figure.supylabel(y_label, fontsize=FONT)
+    figure.legend(handles, labels, loc="upper left", ncols=columns, **style)
+    figure.supxlabel(x_label, fontsize=FONT, y=0.05 / height)
+    figure.supylabel(y_label, fontsize=FONT, x=0.05 / width)
+    left, between_columns, between_lines = 0.8, 0.6, 0.5
+    top = 0.4 + _LINE * -(-len(labels) // columns)
+    bottom = 0.4 + _LINE * (1 + x_label.count("\n"))
+    panel_width = (width - left - 0.1 - between_columns * (columns - 1)) / columns
+    panel_height = (height - top - bottom - between_lines * (lines - 1)) / lines
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - 0.1 / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=between_columns / panel_width,
+        hspace=between_lines / panel_height,
+    )
 
 
 def _legend_above(ax: Axes, width: float) -> None:
@@ -290,11 +324,11 @@ def _legend_above(ax: Axes, width: float) -> None:
 
 
 def _lowest(values: Iterable[Sequence[float]]) -> list[float]:
-    return [min(one) for one in values]
+    return [min(step_values) for step_values in values]
 
 
 def _highest(values: Iterable[Sequence[float]]) -> list[float]:
-    return [max(one) for one in values]
+    return [max(step_values) for step_values in values]
 
 
 def _draw_spectrum(ax: Axes, spectrum: Spectrum, style: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastcov import load_history
-from fastcov.show.figures import free_axes, png, spectra_grid
+from fastcov.show.figures import free_axes, png
 from fastcov.show.plot import plot_dims
 from fastcov.widths import demand
 from fastcov_detection import __version__
@@ -45,7 +45,7 @@ _NO_WEIGHTS = (
 
 
 def write_report(folder: str | os.PathLike[str], *, progress: bool = False) -> Path:
-    """Writes ``report.html`` of a search, and the pictures of detections under ``pictures/``.
+    """Page ``report.html`` of a search, with the pictures of detections under ``pictures/``.
 
     Args:
         folder: Folder of a search that has a result.json.
@@ -102,16 +102,16 @@ class _Report:
 
     def outcome(self) -> list[Block]:
         """AP beside parameters, and the conclusions from the numbers."""
-        said = sentences(self.result)
+        statements = sentences(self.result)
         has_spread = any(len(arm["runs"]) > 1 for arm in self.result["arms"].values())
         blocks = [
-            Block(said[0], "lead"),
+            Block(statements[0], "lead"),
             Block(headings=columns(self.result), rows=rows(self.result)),
             Block(self._conditions(), "note"),
         ]
         if has_spread:
             blocks.append(self._comparisons())
-        blocks.append(Block(said[-1]))
+        blocks.append(Block(statements[-1]))
         for title, (headings, lines) in (
             ("COCO's twelve numbers", coco_rows(self.result)),
             ("AP of every class", class_rows(self.result)),
@@ -126,7 +126,11 @@ class _Report:
             draw = partial(pictures.draw_accuracy, self.result, metric)
             blocks.append(figure_block(draw, caption))
         curves = {
-            arm: [(one["step"], one["loss"]) for one in read_log(run) if one["kind"] == "train"]
+            arm: [
+                (entry["step"], entry["loss"])
+                for entry in read_log(run)
+                if entry["kind"] == "train"
+            ]
             for arm, run in self.first_runs.items()
         }
         if any(curves.values()):
@@ -150,13 +154,13 @@ class _Report:
         headings = ("arm", "against", "metric", "mean difference", "standard error", "n", "verdict")
         lines = [
             (
-                *(one["arm"], one["versus"], one["metric"]),
-                f"{one['mean']:+.4f}",
-                "-" if one["se"] is None else f"{one['se']:.4f}",
-                str(one["n"]),
-                verdict_of(one),
+                *(comparison["arm"], comparison["versus"], comparison["metric"]),
+                f"{comparison['mean']:+.4f}",
+                "-" if comparison["se"] is None else f"{comparison['se']:.4f}",
+                str(comparison["n"]),
+                verdict_of(comparison),
             )
-            for one in self.result["comparisons"]
+            for comparison in self.result["comparisons"]
         ]
         return Block(headings=headings, rows=lines, words=("against", "metric", "verdict"))
 
@@ -174,7 +178,9 @@ class _Report:
                 content = _png(in_grid(drawn, 3))
                 write_file(path, lambda file, c=content: file.write(c))
                 text = f"{arm}, first seed, validation images:"
-                blocks.append(Block(text, caption=arm, gallery=[_png(one) for one in drawn]))
+                blocks.append(
+                    Block(text, caption=arm, gallery=[_png(picture) for picture in drawn])
+                )
         return [note, *blocks] if blocks else [Block(_NO_WEIGHTS, "note")]
 
     def widths(self) -> list[Block]:
@@ -222,12 +228,18 @@ class _Report:
         caption = (
             "Spectra of the stages' outputs, relative to the largest eigenvalue; dashed: 1e-3."
         )
-        short = {name.removeprefix("backbone.body."): one for name, one in trained.items()}
-        every = png(spectra_grid(short))
-        return [
-            figure_block(draw, caption),
-            Block(picture=every, caption="Every measured feature map", fold="every feature map"),
-        ]
+        short = {
+            name.removeprefix("backbone.body."): spectrum for name, spectrum in trained.items()
+        }
+        panels = {
+            f"{name}: {spectrum.dim()} of {spectrum.channels}": {"trained": spectrum}
+            for name, spectrum in short.items()
+        }
+        every = figure_block(
+            partial(pictures.draw_spectra, panels),
+            "Every measured feature map; dimension: eigenvalues above 1e-3 of the largest.",
+        )
+        return [figure_block(draw, caption), replace(every, fold="every feature map")]
 
     def dynamics(self) -> list[Block]:
         """Live dimensions of the baseline while it trained."""

@@ -79,11 +79,11 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             "standard errors."
         )
         return found
-    for one in result["comparisons"]:
-        spread = "" if one["se"] is None else f" ± {one['se']:.4f}"
+    for comparison in result["comparisons"]:
+        spread = "" if comparison["se"] is None else f" ± {comparison['se']:.4f}"
         found.append(
-            f"{one['arm']} against {one['versus']}, {one['metric']}: {one['mean']:+.4f}{spread} "
-            f"(n = {one['n']}): {verdict_of(one)}."
+            f"{comparison['arm']} against {comparison['versus']}, {comparison['metric']}: "
+            f"{comparison['mean']:+.4f}{spread} (n = {comparison['n']}): {verdict_of(comparison)}."
         )
     found.append(
         'Differences are paired by seed, ± one standard error; "no loss" means that their '
@@ -126,7 +126,7 @@ def _means(
 
 
 def print_summary(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the table and the sentences."""
+    """Printed table and sentences."""
     # Where no terminal says otherwise, the width that the table with spreads needs.
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     console.print(terminal_table(columns(result), rows(result)))

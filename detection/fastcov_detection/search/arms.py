@@ -72,10 +72,10 @@ class Search(Protocol):
         """Spectra that a rule reads of the baseline before it is trained."""
 
     def train(self, arms: Sequence[Prepared], seeds: Sequence[int]) -> None:
-        """Trains runs of arms that others are derived from."""
+        """Training of the runs of arms that others are derived from."""
 
     def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
-        """Trains a wider detector, prunes it, and leaves the plan and weights of the pruned one."""
+        """Pruning of a trained wider detector: plan and weights of the pruned one."""
 
 
 def given_plan(
@@ -134,7 +134,7 @@ class Arm(ABC):
 
     @classmethod
     def check(cls, config: SearchConfig) -> None:
-        """Refuses a search in which this arm is impossible; most arms are possible in every one."""
+        """Refusal of a search in which this arm is impossible; most arms are always possible."""
         return
 
     @abstractmethod
@@ -199,7 +199,7 @@ class Ruled(Arm):
 
     @property
     def turn(self) -> int:
-        """Arms of the main rule come before those of further ones."""
+        """Place in the order of arms: those of the main rule come before those of further ones."""
         return 0 if self.rule is None else 1
 
     @classmethod
@@ -374,7 +374,7 @@ class Pruned(Arm):
 
     @classmethod
     def check(cls, config: SearchConfig) -> None:
-        """Refuses a missing pruner, and norms that it does not prune."""
+        """Refusal of a missing pruner, and of norms that it does not prune."""
         check_peer(config.train.model.norm)
 
     def prepare(self, search: Search) -> Prepared:
@@ -410,7 +410,7 @@ class PrunedFromScratch(Arm):
 
     @classmethod
     def check(cls, config: SearchConfig) -> None:
-        """Refuses a missing pruner, and norms that it does not prune."""
+        """Refusal of a missing pruner, and of norms that it does not prune."""
         Pruned.check(config)
 
     def prepare(self, search: Search) -> Prepared:

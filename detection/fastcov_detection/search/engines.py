@@ -30,7 +30,7 @@ from fastcov_detection.search.guard import thread_limits, train_guarded
 _POLL_S = 0.25
 _TAIL_BYTES = 65_536
 _GRACE_S = 10.0
-_STARTS = 10
+_MOST_RESTARTS = 10
 """Times that a run is started again after the loss of its worker or node."""
 
 
@@ -69,7 +69,7 @@ class Job:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keeps a second search, or a run that a killed search left behind, out of the folder.
+    """Context that keeps a second search, or a killed search's last run, out of the folder.
 
     Yields:
         The lock's file descriptor; child processes that inherit it hold the lock as well.
@@ -103,14 +103,14 @@ class Running(Protocol):
         """Exit status of the run; None while it goes on."""
 
     def stop(self) -> None:
-        """Ends the run, which resumes later."""
+        """End of the run, which resumes later."""
 
 
 class Engine(Protocol):
     """A place where runs are trained."""
 
     def start(self, job: Job) -> Running | None:
-        """Starts or queues a run; None where there is no room now."""
+        """Run that was started or queued; None where there is no room now."""
 
 
 def run_jobs(
@@ -120,7 +120,7 @@ def run_jobs(
     on_finish: Callable[[], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Runs the jobs that are not finished, and shows how far each run is.
+    """Runs of all jobs that are not finished, with a display of their progress.
 
     Args:
         jobs: Independent of each other.
@@ -167,8 +167,8 @@ def _report(job: Job, bar: Bar, is_done: bool) -> None:
 
 def _failure(job: Job, code: int) -> str:
     output = job.run_dir / "output.txt"
-    said = output.read_text(errors="replace").strip().splitlines() if output.exists() else []
-    last = "\n  ".join(said[-12:]) or "(it said nothing)"
+    lines = output.read_text(errors="replace").strip().splitlines() if output.exists() else []
+    last = "\n  ".join(lines[-12:]) or "(it said nothing)"
     return (
         f"{job.label} ended with exit status {code}; its last words in {output}:\n  {last}\n"
         "Mend that and give the same command again: finished runs are not run again."
@@ -178,8 +178,8 @@ def _failure(job: Job, code: int) -> str:
 class LocalEngine:
     """Processes of this machine, ``at_once`` at a time.
 
-    They share the CPU cores evenly, and the GPUs in turn (several processes on one GPU where there
-    are more processes than GPUs).
+    The processes share the CPU cores evenly, and the GPUs in turn (several processes on one GPU
+    where there are more processes than GPUs).
 
     Args:
         at_once: Processes side by side.
@@ -191,7 +191,7 @@ class LocalEngine:
         self._slots: list[_Process | None] = [None] * self.at_once
 
     def start(self, job: Job) -> Running | None:
-        """Starts a run in the first free slot."""
+        """Run in the first free slot; None where there is none."""
         for slot, process in enumerate(self._slots):
             if process is None or process.status() is not None:
                 environment = _environment(slot, self.at_once)
@@ -222,7 +222,7 @@ class _Process:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Ends the process: by SIGTERM, ten seconds later by SIGKILL."""
+        """End of the process: by SIGTERM, ten seconds later by SIGKILL."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -290,9 +290,9 @@ class RayEngine:
         try:
             self._ray.init(address=address or "local", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise RunError(
-                f"no Ray cluster at {address!r} ({said}); start one with ray start --head, or "
+                f"no Ray cluster at {address!r} ({reason}); start one with ray start --head, or "
                 "leave --address out for one on this machine"
             ) from None
         finally:
@@ -311,19 +311,19 @@ class RayEngine:
         self.threads = max(1, threads)
 
     def start(self, job: Job) -> Running:
-        """Queues a run; the cluster starts it when it has room."""
+        """Run in the cluster's queue, which starts when the cluster has room."""
         job.run_dir.mkdir(parents=True, exist_ok=True)
         task = self._ray.remote(train_guarded).options(
             num_cpus=self.threads * max(1, self.gpus),
             num_gpus=self.gpus,
-            max_retries=_STARTS,
+            max_retries=_MOST_RESTARTS,
             name=job.label,
         )
         folder, words = job.run_dir.resolve(), job.command(self.gpus)[1:]
         return _Task(self._ray, task.remote(words, str(folder), self.threads), folder)
 
     def close(self) -> None:
-        """Leaves the cluster; one that was started here ends."""
+        """End of the connection, and of a cluster that was started here."""
         self._ray.shutdown()
 
 
@@ -355,7 +355,7 @@ class _Task:
         return status
 
     def stop(self) -> None:
-        """Ends the run's worker, whose training ends with it."""
+        """End of the run's worker, whose training ends with it."""
         self._ray.cancel(self._reference, force=True)
 
     def _size(self) -> int:

@@ -69,12 +69,12 @@ def start_path(folder: Path, name: str) -> Path:
 
 
 def save_plan(plan: WidthPlan, path: Path) -> None:
-    """Writes a plan as JSON; ``--widths`` reads the file."""
+    """JSON file of a plan; ``--widths`` reads it."""
     write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
 
 
 def load_plan(path: Path) -> WidthPlan:
-    """Reads a plan that :func:`save_plan` wrote.
+    """Plan from a file of :func:`save_plan`.
 
     Raises:
         ConfigError: If the file does not hold a plan.
@@ -89,8 +89,8 @@ def load_plan(path: Path) -> WidthPlan:
 
 
 def save_spectra(spectra: Mapping[str, Spectrum], path: Path) -> None:
-    """Writes eigenvalues by name as .npz, and beside each the rows read and the trace."""
-    arrays = {name: one.eigenvalues.numpy() for name, one in spectra.items()}
+    """File (.npz) of eigenvalues by name, each with the rows read and the trace."""
+    arrays = {name: spectrum.eigenvalues.numpy() for name, spectrum in spectra.items()}
     arrays |= {f"{name}{_SCALARS}": np.array([s.count, s.total]) for name, s in spectra.items()}
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **arrays)
@@ -98,7 +98,7 @@ def save_spectra(spectra: Mapping[str, Spectrum], path: Path) -> None:
 
 
 def load_spectra(path: Path) -> dict[str, Spectrum]:
-    """Reads spectra that :func:`save_spectra` wrote, without pickle.
+    """Spectra from a file of :func:`save_spectra`, read without pickle.
 
     Raises:
         DataError: If the file is missing, damaged or larger than spectra can be.
@@ -125,7 +125,7 @@ def load_spectra(path: Path) -> dict[str, Spectrum]:
 
 
 def check_same_search(folder: Path, config: SearchConfig) -> None:
-    """Refuses a folder that holds another search.
+    """Refusal of a folder that holds another search.
 
     Raises:
         ConfigError: Naming the first setting that differs.
@@ -170,7 +170,7 @@ def check_same_data(folder: Path, content: Mapping[str, str]) -> None:
 
 
 def restore(kept: Path, folder: Path) -> list[Path]:
-    """Copies the files that an earlier search kept and this folder lacks.
+    """Copy of the files that an earlier search kept and this folder lacks.
 
     Returns:
         Paths of the copied files, relative to the folder.
@@ -193,7 +193,7 @@ def restore(kept: Path, folder: Path) -> list[Path]:
 
 
 def keep(folder: Path, kept: Path) -> None:
-    """Copies the files that are new or have changed since the last call; each appears whole."""
+    """Copy of the files that are new or changed since the last call; each appears whole."""
     for path in _files(folder):
         target = kept / path
         if not target.exists() or target.read_bytes() != (folder / path).read_bytes():

@@ -91,7 +91,7 @@ def guard(words: Sequence[str]) -> int:
 
 
 def _end_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent of this process dies."""
+    """Request to the kernel for SIGTERM when the parent of this process dies."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 

@@ -93,7 +93,7 @@ def measure_spectra(
             spectra = tracker.spectra()
             return {member: spectra[member] for member in members}
         count = min(images, len(dataset))
-        return {one: _summed_over_positions(tracker, one, count) for one in members}
+        return {member: _summed_over_positions(tracker, member, count) for member in members}
 
 
 def _summed_over_positions(tracker: fastcov.Tracker, member: str, images: int) -> fastcov.Spectrum:

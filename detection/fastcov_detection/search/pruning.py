@@ -66,7 +66,7 @@ def prune_to_budget(
     macs: Callable[[Mapping[str, int]], float],
     budget: float,
 ) -> Pruned:
-    """Removes the weakest channels of the ResNet, as few as bring the detector to its budget.
+    """Removal of the ResNet's weakest channels, as few as bring the detector to its budget.
 
     Args:
         model: Trained detector, which stays as it is.

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class ArmRecord:
-    """Costs of one arm, and the results of its runs."""
+    """Record of one arm: its costs, and the results of its runs."""
 
     name: str
     widths: dict[str, int]
@@ -119,7 +119,7 @@ def macs_input(model: ModelConfig, image_size: int) -> dict[str, Any]:
 def write_result(
     path: Path, arms: Sequence[ArmRecord], comparisons: Sequence[Comparison], counted_on: Any
 ) -> dict[str, Any]:
-    """Writes result.json and returns its content."""
+    """Content of result.json, after it was written."""
     result = {
         "schema_version": SCHEMA_VERSION,
         "macs_input": counted_on,
@@ -132,7 +132,7 @@ def write_result(
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Reads a search's result.json.
+    """Content of a search's result.json.
 
     Raises:
         ConfigError: If it is missing, damaged or of another version.

@@ -88,7 +88,7 @@ def run_search(
     engine: Engine | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs a width search to its end, or goes on with one.
+    """Width search, from its start or from where it was left, to its end.
 
     Args:
         config: The search.
@@ -174,7 +174,7 @@ class _Search:
             self.latency = {n: a["latency_ms"] for n, a in recorded.items() if a["latency_ms"]}
 
     def run(self) -> dict[str, Any]:
-        """Runs every step of the search that no earlier process finished."""
+        """Run of every step of the search that no earlier process finished."""
         arms = [find_arm(name) for name in self.config.arms]
         baseline = self.arms[Baseline()] = Baseline().prepare(self)
         # The widths follow from one run; others keep cores busy. After that, seed by seed:
@@ -254,7 +254,7 @@ class _Search:
         return load_spectra(path)
 
     def prune(self, wider: Prepared, names: Mapping[int, str]) -> None:
-        """Trains the wider detector at some seeds, prunes each, and leaves plans and weights.
+        """Pruned detectors, one a seed, from trained wider ones: their plans and weights.
 
         The arms before are trained first: this takes longer than any of them.
         """
@@ -274,9 +274,9 @@ class _Search:
             write_file(start_path(self.folder, name), lambda file, s=state: torch.save(s, file))
 
     def train(self, arms: Sequence[Prepared], seeds: Sequence[int]) -> None:
-        """Trains the unfinished runs of these arms, seed by seed."""
+        """Training of the unfinished runs of these arms, seed by seed."""
         run_jobs(
-            [self._job(one, seed) for seed in seeds for one in arms if seed in one.plans],
+            [self._job(arm, seed) for seed in seeds for arm in arms if seed in arm.plans],
             engine=self.engine,
             # A long search can be read, and stopped, after every run.
             on_finish=self._record,
@@ -284,7 +284,7 @@ class _Search:
         )
 
     def _train_for_weights(self, prepared: Prepared, seeds: Sequence[int]) -> None:
-        """Trains runs whose weights are needed: results alone, kept elsewhere, do not do."""
+        """Training of runs whose weights are needed: results kept elsewhere do not do."""
         for seed in seeds:
             run = self._run_dir(prepared, seed)
             if not has_weights(run):
@@ -312,7 +312,7 @@ class _Search:
             return dict(build_model(self.model, prepared.first_plan.widths).widths)
 
     def _record(self) -> dict[str, Any]:
-        """Writes result.json from the runs that are finished."""
+        """File result.json, from the runs that are finished."""
         records = []
         for arm, prepared in self.arms.items():
             runs = [self._result(prepared, seed) for seed in prepared.plans]

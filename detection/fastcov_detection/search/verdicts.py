@@ -62,7 +62,7 @@ def compare_paired(
     others: Mapping[int, float],
     question: Question,
 ) -> Comparison | None:
-    """Compares two arms by the seeds they share.
+    """Comparison of two arms by the seeds they share.
 
     Args:
         arm: Name of the first arm.

@@ -39,7 +39,6 @@ from rich.console import Console
 from torch import nn
 
 from fastcov import History, Spectrum, load_history
-from fastcov.show.figures import comparison_grid, png
 from fastcov.spectra.compare import compare_histories
 from fastcov.spectra.snapshot import Snapshot
 from fastcov.spectra.spectrum import spectral_distance
@@ -49,7 +48,7 @@ from fastcov_detection.detector.build import build_model, load_widths
 from fastcov_detection.errors import DataError
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.report.page import NARROW, WIDE, Block, Section, to_png, write_page
-from fastcov_detection.report.pictures import Curves, draw_dims
+from fastcov_detection.report.pictures import Curves, draw_dims, draw_spectra
 from fastcov_detection.report.tables import terminal_table
 from fastcov_detection.search.verdicts import mean_and_error
 from fastcov_detection.studies.pretrain import RESULT as CLASSIFIER
@@ -62,6 +61,8 @@ _MOST_DIVISIONS = 20_000
 _THRESHOLD = 1e-3
 _COLOURS = 64
 _RECORD = "comparison.json"
+_WIDTHS = (WIDE, NARROW)
+_SPECTRA = ("spectra.png", "spectra-narrow.png")  # one a width
 
 Numbers = dict[str, Any]
 """Content of comparison.json: everything that figures and page show, by layer."""
@@ -104,13 +105,13 @@ def layer_ceilings(run: Path) -> dict[str, int]:
 def compare_runs(
     a: str | os.PathLike[str], b: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> Numbers:
-    """Compares two runs and writes figures and numbers.
+    """Comparison of two runs, with its figures and numbers in a folder.
 
     Args:
         a: Folder of the first run; a folder of snapshots does as well.
         b: Folder of the second run.
-        out: Folder that gets ``comparison.json``, ``comparison.html``, ``dims.png`` and
-            ``spectra.png``.
+        out: Folder that gets ``comparison.json``, ``comparison.html``, ``dims.png``,
+            ``spectra.png`` and ``spectra-narrow.png``.
 
     Returns:
         Content of comparison.json.
@@ -128,20 +129,20 @@ def compare_runs(
     except ValueError as error:
         raise DataError(f"cannot compare {a} with {b}: {error}") from None
     layers: dict[str, dict[str, Any]] = {
-        one.name: {
-            "steps_a": one.steps_a,
-            "dims_a": one.dims_a,
-            "width_a": one.end_a.channels,
-            "dof_a": one.end_a.dof(),
-            "steps_b": one.steps_b,
-            "dims_b": one.dims_b,
-            "width_b": one.end_b.channels,
-            "dof_b": one.end_b.dof(),
-            "distance": one.distance,
-            "common_steps": one.common_steps,
-            "distances": one.distances,
+        layer.name: {
+            "steps_a": layer.steps_a,
+            "dims_a": layer.dims_a,
+            "width_a": layer.end_a.channels,
+            "dof_a": layer.end_a.dof(),
+            "steps_b": layer.steps_b,
+            "dims_b": layer.dims_b,
+            "width_b": layer.end_b.channels,
+            "dof_b": layer.end_b.dof(),
+            "distance": layer.distance,
+            "common_steps": layer.common_steps,
+            "distances": layer.distances,
         }
-        for one in found.layers
+        for layer in found.layers
     }
     numbers: Numbers = {
         "a": labels[0],
@@ -151,12 +152,16 @@ def compare_runs(
         "only_a": list(found.only_a),
         "only_b": list(found.only_b),
     }
-    _write(numbers, places, Path(out), png(comparison_grid(found, "spectra")))
+    panels = {
+        layer.name: {f"a: {labels[0]}": layer.end_a, f"b: {labels[1]}": layer.end_b}
+        for layer in found.layers
+    }
+    _write(numbers, places, Path(out), [_drawing(draw_spectra(panels, width)) for width in _WIDTHS])
     return numbers
 
 
 def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
-    """Writes figures and page of a comparison again, from ``comparison.json``.
+    """Figures and page of a comparison, drawn again from ``comparison.json``.
 
     Ceilings follow from the settings of the runs, which lie in the folder under their labels.
 
@@ -171,13 +176,16 @@ def redraw_comparison(folder: str | os.PathLike[str]) -> Numbers:
         raise DataError(
             f"{place / _RECORD} is no comparison ({error}); give two run folders to make one"
         ) from None
-    spectra = place / "spectra.png"
-    _write(numbers, runs, place, spectra.read_bytes() if spectra.exists() else b"")
+    spectra = [place / name for name in _SPECTRA]
+    _write(numbers, runs, place, [path.read_bytes() for path in spectra if path.exists()])
     return numbers
 
 
-def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: bytes) -> None:
-    """Adds ceilings to the numbers, and writes them, their figures and the page."""
+def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: list[bytes]) -> None:
+    """Numbers with their ceilings, their figures and the page, written.
+
+    ``spectra`` holds pictures of two widths; those of an old comparison are one, or none.
+    """
     layers = numbers["layers"]
     for side, run in zip("ab", runs, strict=True):
         ceilings = layer_ceilings(run)
@@ -188,25 +196,22 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     numbers["at_ceiling"] = sorted(full)
     write_text(folder / _RECORD, json.dumps(numbers, indent=2) + "\n")
     # Panels of layers at their ceiling would be flat lines; they are counted instead.
-    drawn = {name: one for name, one in layers.items() if name not in full} or layers
+    drawn = {name: layer for name, layer in layers.items() if name not in full} or layers
     curves: dict[str, list[Curves]] = {
         name: [
-            (f"{side}: {numbers[side]}", one[f"steps_{side}"], [one[f"dims_{side}"]])
+            (f"{side}: {numbers[side]}", layer[f"steps_{side}"], [layer[f"dims_{side}"]])
             for side in "ab"
         ]
-        for name, one in drawn.items()
+        for name, layer in drawn.items()
     }
-    tops = {name: max(one["ceiling_a"], one["ceiling_b"]) for name, one in drawn.items()}
+    tops = {name: max(layer["ceiling_a"], layer["ceiling_b"]) for name, layer in drawn.items()}
     titles = {name: starred(numbers, name) for name in drawn}
     note = f"grey: ceiling; {len(full)} of {len(layers)} layers end at it in both runs"
     note += ", and are not drawn" if len(drawn) < len(layers) else ""
-    dims, narrow = (
-        _small(to_png(draw_dims(curves, tops, titles, note, width))) for width in (WIDE, NARROW)
-    )
-    write_file(folder / "dims.png", lambda file: file.write(dims))
-    if spectra:
-        spectra = _small(spectra)
-        write_file(folder / "spectra.png", lambda file: file.write(spectra))
+    dims, narrow = (_drawing(draw_dims(curves, tops, titles, note, width)) for width in _WIDTHS)
+    _save(folder / "dims.png", dims)
+    for name, drawing in zip(_SPECTRA, spectra, strict=False):
+        _save(folder / name, drawing)
     headings, lines = comparison_rows(numbers)
     caption = (
         "Dimension of the layers that do not end at their structural ceiling (grey, the smaller "
@@ -220,7 +225,8 @@ def _write(numbers: Numbers, runs: tuple[Path, Path], folder: Path, spectra: byt
     ]
     if spectra:
         every = "Spectra of every layer at the end"
-        sections.append(Section("Spectra", [Block(picture=spectra, caption=every, fold=every)]))
+        block = Block(picture=spectra[0], narrow=b"".join(spectra[1:]), caption=every, fold=every)
+        sections.append(Section("Spectra", [block]))
     title = f"{numbers['a']} (a) against {numbers['b']} (b)"
     write_page(folder / "comparison.html", title, sections, f"fastcov-detection {__version__}")
 
@@ -238,9 +244,10 @@ def starred(numbers: Numbers, name: str) -> str:
 def lead_and_legend(numbers: Numbers) -> tuple[str, str]:
     """Result of a comparison in words, and the meaning of its columns."""
     layers, full = numbers["layers"], set(numbers["at_ceiling"])
-    free = [one for name, one in layers.items() if name not in full]
-    same = sum(one["dims_a"][-1] == one["dims_b"][-1] for one in free)
-    nearer = sum(one["distances"][-1] < one["distances"][0] for one in free if one["distances"])
+    free = [layer for name, layer in layers.items() if name not in full]
+    same = sum(layer["dims_a"][-1] == layer["dims_b"][-1] for layer in free)
+    distances = [layer["distances"] for layer in free if layer["distances"]]
+    nearer = sum(over_steps[-1] < over_steps[0] for over_steps in distances)
     return (
         f"{len(full)} of {len(layers)} layers (marked *) end at their structural ceiling in both "
         "runs, the smaller of a layer's inputs and outputs, which tells nothing about training; of "
@@ -275,7 +282,7 @@ def comparison_rows(numbers: Numbers) -> tuple[tuple[str, ...], list[tuple[str, 
 
 
 def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
-    """Prints a line for each layer: dimensions and demands at the end, and the distance."""
+    """Printed lines, one a layer: dimensions and demands at the end, and the distance."""
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     headings, lines = comparison_rows(numbers)
     console.print(f"a: {numbers['a']}", f"b: {numbers['b']}", sep="\n", markup=False)
@@ -298,9 +305,9 @@ def _history(run: Path) -> History:
 def _as_backbone(classifier: History) -> History:
     """A classifier's snapshots, its layers named as those of a detector's backbone."""
     renamed = History()
-    for one in classifier:
-        spectra = {f"body.{name}": spectrum for name, spectrum in one.spectra.items()}
-        renamed.append(Snapshot(one.step, one.wall_s, spectra))
+    for snapshot in classifier:
+        spectra = {f"body.{name}": spectrum for name, spectrum in snapshot.spectra.items()}
+        renamed.append(Snapshot(snapshot.step, snapshot.wall_s, spectra))
     return renamed
 
 
@@ -314,10 +321,14 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
     return f"{a} (a)", f"{b} (b)"
 
 
-def _small(content: bytes) -> bytes:
-    """Drawing with a palette of 64 colours, a third of the size for version control."""
+def _save(path: Path, content: bytes) -> None:
+    write_file(path, lambda file: file.write(content))
+
+
+def _drawing(figure: Figure) -> bytes:
+    """PNG with a palette of 64 colours, a third of the size for version control."""
     packed = io.BytesIO()
-    with Image.open(io.BytesIO(content)) as picture:
+    with Image.open(io.BytesIO(to_png(figure))) as picture:
         small = picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MEDIANCUT)
         small.save(packed, format="PNG", optimize=True)
     return packed.getvalue()
@@ -369,7 +380,7 @@ class Families:
 
 
 def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Families:
-    """Compares two families of finished runs and writes ``families.json`` and ``families.png``.
+    """Comparison of two families of finished runs, as ``families.json`` and ``families.png``.
 
     Args:
         a: Run folders of the first family, one for each seed.
@@ -408,8 +419,7 @@ def compare_families(a: Sequence[Path], b: Sequence[Path], out: Path) -> Familie
     )
     write_text(out / FAMILIES, json.dumps(families.as_dict(), indent=2) + "\n")
     figure = _draw_families(histories[: len(a)], histories[len(a) :], families)
-    drawing = _small(to_png(figure))
-    write_file(out / "families.png", lambda file: file.write(drawing))
+    _save(out / "families.png", _drawing(figure))
     return families
 
 
@@ -452,7 +462,7 @@ def permutation_test(
         between = (is_between * distances).sum(1) / is_between.sum(1)
         within = (~is_between * distances).sum(1) / (~is_between).sum(1)
         separations.append(between - within)
-        dims = [one.dim(_THRESHOLD) for one in of_layer]
+        dims = [spectrum.dim(_THRESHOLD) for spectrum in of_layer]
         means = float(between[0]), float(within[0]), _p_value(separations[-1])
         layers.append(LayerFamilies(name, ceilings[name], dims[:size_a], dims[size_a:], *means))
     free = [s for s, layer in zip(separations, layers, strict=True) if not layer.is_at_ceiling]

@@ -48,7 +48,7 @@ log = logging.getLogger("fastcov_detection")
 def export_run(
     source: str | os.PathLike[str], out: str | os.PathLike[str], *, arm: str = "searched"
 ) -> Path:
-    """Writes a detector so that it can be used without this package.
+    """Folder of a detector that can be used without this package.
 
     Args:
         source: Folder of a training run, or of a search.
@@ -276,7 +276,7 @@ def print_scores(
     classes: Mapping[str, Mapping[str, float | None]],
     console: Console | None = None,
 ) -> None:
-    """Prints COCO's twelve numbers, and the AP of every class, of boxes and masks."""
+    """Printed numbers: COCO's twelve, and the AP of every class, of boxes and masks."""
     prefixes = {"boxes": "", "masks": "segm_"}
     kinds = {name: one for name, one in prefixes.items() if numbers.get(f"{one}ap") is not None}
     rows = {name: [numbers[p + name] for p in kinds.values()] for name in NUMBERS if kinds}
@@ -284,7 +284,7 @@ def print_scores(
     aps = {name: [classes[f"{p}ap"][name] for p in kinds.values()] for name in ranked}
     for heading, lines in (("", rows), ("AP of class", aps)):
         cells = [
-            (name, *("-" if one is None else f"{one:.3f}" for one in values))
+            (name, *("-" if value is None else f"{value:.3f}" for value in values))
             for name, values in lines.items()
         ]
         if cells:

@@ -25,7 +25,7 @@ BEGIN, END = "<!-- evidence: generated -->", "<!-- evidence: end -->"
 
 
 def write_evidence(results: Path, readme: Path) -> None:
-    """Replaces what stands between the two marks of a Markdown file.
+    """Tables between the two marks of a Markdown file, written anew.
 
     Args:
         results: Folder of one folder for each search, as ``search --results`` keeps them.
@@ -131,7 +131,7 @@ def _criteria(task: str, once: Mapping[str, Any], twice: Mapping[str, Any] | Non
 
 
 def _question(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Whether one rule, unchanged, beats every exponent on both tasks and the baseline on each."""
+    """Answer to the plan's question: one rule against every exponent and the baseline."""
     lines = ["### One rule on both tasks", ""]
     headings = ["searched by", "better than", "difference of AP", "n", "p"]
     lines += [_row(headings), _row(["---"] * len(headings))]

@@ -35,7 +35,7 @@ _TUNING_SEEDS, _TWICE_SEEDS = 4, 2
 def run_planned(
     name: str, out: Path, results: Path, *, jobs: int = 2, progress: bool = True
 ) -> dict[str, Any]:
-    """Runs the plan's search of one task until the stopping rule ends it.
+    """Search of one task of the plan, run until the stopping rule ends it.
 
     Args:
         name: One of the plan's searches, which is a preset too.
@@ -63,7 +63,7 @@ def run_planned(
 def run_tuning(
     name: str, out: Path, results: Path, *, jobs: int = 2, progress: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs what chooses a task, on images that no reported figure uses.
+    """Tuning runs that choose a task, on images that no reported figure uses.
 
     Args:
         name: A preset of the ``mini`` data.
@@ -116,7 +116,7 @@ class Criterion:
 def criteria(
     name: str, once: Mapping[str, Any], twice: Mapping[str, Any] | None
 ) -> tuple[Criterion, ...]:
-    """Whether a task asks the plan's question.
+    """Criteria that tell if a task can answer the plan's question.
 
     Args:
         name: ``early``, where MACs moved forward must gain, or ``late``, where they must lose.

@@ -173,7 +173,7 @@ def pretrain(
     resume: bool = True,
     progress: bool = True,
 ) -> PretrainResult:
-    """Trains a backbone to tell the objects of the training images apart.
+    """Training of a backbone to tell the objects of the training images apart.
 
     Validation objects serve the accuracy alone. At the end the folder has ``model.pt`` (a ResNet's
     plain state_dict, for ``--init``), ``pretrain.json``, and in ``spectra`` a snapshot of every
@@ -263,7 +263,7 @@ class _Pretraining:
         )
 
     def run(self) -> PretrainResult:
-        """Trains the steps that are left, measures the accuracy, and writes the result."""
+        """Training of the steps that are left, then the accuracy and the result."""
         loop, workers = self.loop, self.config.train.data.workers
         plan = BatchPlan(
             [1.0] * len(self.crops[0]),

@@ -37,7 +37,7 @@ MAIN_RULE = "dof"
 
 @dataclass(frozen=True)
 class Plan:
-    """What was fixed before the first run of the searches that it names."""
+    """Plan of the searches that it names, fixed before their first run."""
 
     searches: tuple[str, str] = ("early", "late")
     rules: tuple[str | None, ...] = (None, "gradient")
@@ -174,7 +174,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether one rule does everything that was asked."""
+    """Answer to the question if one rule does everything that was asked."""
 
     rule: str
     tests: tuple[Part, ...]
@@ -186,7 +186,7 @@ class Answer:
 
 
 def answer(results: Mapping[str, Mapping[str, Any]], rule: str | None, plan: Plan = PLAN) -> Answer:
-    """Asks whether a rule beats every exponent on both tasks together, and the baseline on each.
+    """Answer: a rule against every exponent on both tasks together, and the baseline on each.
 
     Args:
         results: result.json of both searches, by name.

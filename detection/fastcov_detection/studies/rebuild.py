@@ -1,4 +1,4 @@
-"""Rebuilds the detector beside this file with torch and torchvision alone."""
+"""Script that rebuilds the detector beside this file with torch and torchvision alone."""
 
 import json
 from pathlib import Path

@@ -63,12 +63,12 @@ def draw_pictures(
 
 def in_grid(pictures: Sequence[Picture], columns: int) -> Picture:
     """Pictures side by side, padded to one size. [H, W, 3]"""
-    height, width = (max(one.shape[side] for one in pictures) + 4 for side in (0, 1))
+    height, width = (max(picture.shape[side] for picture in pictures) + 4 for side in (0, 1))
     lines = -(-len(pictures) // columns)
     grid = np.full((lines * height, columns * width, 3), 255, dtype=np.uint8)
-    for place, one in enumerate(pictures):
+    for place, picture in enumerate(pictures):
         top, left = place // columns * height, place % columns * width
-        grid[top : top + one.shape[0], left : left + one.shape[1]] = one
+        grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return grid
 
 
@@ -132,8 +132,7 @@ def _draw(
     for edge, (_, colour, _) in zip(edges, boxes, strict=True):
         # Around a detection that lies on it, a missed object is still seen.
         wider = 2 if colour == MISSED else 0
-        left, top, right, bottom = edge
-        frame = (left - wider, top - wider, right + wider, bottom + wider)
+        frame = (*(low - wider for low in edge[:2]), *(high + wider for high in edge[2:]))
         pen.rectangle(frame, outline=colour, width=2)
     for edge, (_, colour, text) in zip(edges, boxes, strict=True):
         _label(pen, font, edge, colour, text, size)

@@ -121,7 +121,7 @@ def evaluate(
 
 
 def write_predictions(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Writes the detections in COCO's results format, which every COCO tool reads.
+    """File of the detections in COCO's results format, which every COCO tool reads.
 
     Returns:
         ``predictions.bbox.json``, and ``predictions.segm.json`` with masks.
@@ -140,7 +140,7 @@ def has_masks(model: nn.Module) -> bool:
 
 
 def warn_of_limits(dataset: CocoDataset, detections_per_image: int) -> None:
-    """Warns of validation images with more objects than the detector returns or AP counts."""
+    """Warning of images with more objects than the detector returns or AP counts."""
     counts: list[int] = dataset.records.counts().tolist()
     most = max(counts, default=0)
     if most > detections_per_image:
@@ -155,8 +155,8 @@ def warn_of_limits(dataset: CocoDataset, detections_per_image: int) -> None:
     # An image with few objects has no crowd of one class.
     records = (dataset.records[at] for at, count in enumerate(counts) if count > _MOST_SCORED)
     crowded = [
-        (max(Counter(a.category_id for a in one.annotations if not a.is_crowd).values()), one)
-        for one in records
+        (max(Counter(a.category_id for a in record.annotations if not a.is_crowd).values()), record)
+        for record in records
     ]
     most, worst = max(crowded, key=lambda pair: pair[0], default=(0, None))
     if worst is not None and most > _MOST_SCORED:
@@ -278,7 +278,7 @@ def _of_kind(detections: Sequence[Detection], kind: str) -> list[Detection]:
     masks; so each file has one kind alone.
     """
     unused = "bbox" if kind == "segm" else "segmentation"
-    return [{key: one[key] for key in one if key != unused} for one in detections]
+    return [{key: detection[key] for key in detection if key != unused} for detection in detections]
 
 
 def class_names(categories: Mapping[int, str]) -> dict[int, str]:

@@ -172,7 +172,7 @@ def read_result(folder: Path, kind: Callable[..., Result], name: str = RESULT) -
 def write_result(
     folder: Path, result: Any, identity: Mapping[str, Any], name: str = RESULT
 ) -> None:
-    """Writes a result, a dataclass, with the run's identity and the versions that made it."""
+    """File of a result, a dataclass, with the run's identity and the versions that made it."""
     kept = {key: value for key, value in asdict(result).items() if key != "run_dir"}
     content = {**identity, "result": kept, "made_by": made_by()}
     write_text(folder / name, json.dumps(content, indent=2) + "\n")
@@ -186,7 +186,7 @@ def open_folder(
     resume: bool,
     name: str = RESULT,
 ) -> Result | None:
-    """Prepares a run's folder; the result where the run has ended already.
+    """Preparation of a run's folder; the result where the run has ended already.
 
     Args:
         folder: Folder of the run.
@@ -201,13 +201,13 @@ def open_folder(
     """
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{_FRESH}.*.tmp"):  # of a kill in the middle of writing
+        for path in folder.glob(f"{_FRESH}.*.tmp"):  # left by a kill while writing
             path.unlink()
         if not resume:
-            for one in (_FRESH, NEWEST, PREVIOUS, name, LAST, BEST):
-                (folder / one).unlink(missing_ok=True)
-            for one in ("spectra", "tensorboard"):
-                shutil.rmtree(folder / one, ignore_errors=True)
+            for file_name in (_FRESH, NEWEST, PREVIOUS, name, LAST, BEST):
+                (folder / file_name).unlink(missing_ok=True)
+            for folder_name in ("spectra", "tensorboard"):
+                shutil.rmtree(folder / folder_name, ignore_errors=True)
     barrier()
     finished: Any = read_result(folder, kind, name)
     if finished is not None:
@@ -228,7 +228,7 @@ def open_folder(
 
 
 def save_checkpoint(run_dir: Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint; the one before it stays as a second chance.
+    """File of a checkpoint; the one before it stays as a second chance.
 
     Args:
         run_dir: Folder of the run.
@@ -309,7 +309,7 @@ def check_same_run(
     Raises:
         CheckpointError: Naming the first setting that differs.
     """
-    # A setting that came later had its default then.
+    # A setting that the saved run does not know is younger than the run: it had its default.
     complete = to_dict(read_saved(saved["config"]))
     before = comparable_settings({**saved, "config": complete})
     now = comparable_settings(wanted)
@@ -329,25 +329,25 @@ def check_same_run(
             continue  # runs of earlier versions did not record their data
         if key.startswith("data."):
             half, what = key.removeprefix("data.").split("_")
-            told = f"on other data: the {what} of {half} have changed since"
+            difference = f"on other data: the {what} of {half} have changed since"
         elif key == "config.steps":
-            told = f"that has done {reached} steps, more than the {new} asked for"
+            difference = f"that has done {reached} steps, more than the {new} asked for"
         else:
-            told = f"with {key} = {old!r}, now it is {new!r}"
-        raise CheckpointError(f"{run_dir} holds a run {told}; {_START_OVER}")
+            difference = f"with {key} = {old!r}, now it is {new!r}"
+        raise CheckpointError(f"{run_dir} holds a run {difference}; {_START_OVER}")
     return changes
 
 
 def _resume_from(saved: dict[str, Any], identity: dict[str, Any], run_dir: Path) -> None:
-    """Compares a checkpoint with the run that is asked for, and notes the settings that change."""
+    """Comparison of a checkpoint with the run asked for; settings that change are noted."""
     step = int(saved["step"])
     known = {key: saved.get(key) for key in identity}
     changes = check_same_run(known, identity, run_dir, reached=step)
     earlier = saved.get("changes") or []
     if changes:
-        told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
+        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
         text = "%s goes on from step %d with %s; the rate follows the schedule of these settings"
-        log.warning(text, run_dir, step, told)
+        log.warning(text, run_dir, step, listed)
         earlier = [*earlier, {"step": step, **changes}]
     if earlier:
         identity["changes"] = earlier

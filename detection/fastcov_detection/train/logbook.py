@@ -26,7 +26,7 @@ Batch = TypeVar("Batch")
 
 
 class Logbook:
-    """Collects losses on the device and writes their means.
+    """Log of losses, which are collected on the device and written as means.
 
     Args:
         run_dir: Folder that gets ``log.jsonl`` and ``tensorboard/``; None: nothing is written.
@@ -47,13 +47,13 @@ class Logbook:
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Keeps one step's values without waiting for the device."""
+        """Values of one step, kept without waiting for the device."""
         self.window.append({name: value.detach() for name, value in values.items()})
 
     def flush(
         self, step: int, rate: float, train_s: float, speed: Mapping[str, float] | None = None
     ) -> dict[str, float]:
-        """Writes the means since the last call, over all processes; every process must call it.
+        """Means since the last call, over all processes, written; every process must call it.
 
         Args:
             step: Number of steps done.
@@ -68,7 +68,7 @@ class Logbook:
             return {}
         names = list(self.window[0])
         table = torch.stack(
-            [torch.stack([one[name].float() for name in names]) for one in self.window]
+            [torch.stack([losses[name].float() for name in names]) for losses in self.window]
         )
         values = average_over_ranks(table.double()).cpu()
         bad = (~values.isfinite()).nonzero()
@@ -84,7 +84,7 @@ class Logbook:
         return means
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line and its curves."""
+        """One line of the log and its curves."""
         if self.lines is None or self.board is None:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -94,12 +94,12 @@ class Logbook:
                 self.board.add_scalar(f"{kind}/{name.replace('.', '/')}", value, step)
 
     def picture(self, name: str, step: int, pixels: NDArray[np.uint8]) -> None:
-        """Shows a picture in TensorBoard. [H, W, 3]"""
+        """Picture for TensorBoard. [H, W, 3]"""
         if self.board is not None:
             self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Closes the files."""
+        """End of the files."""
         if self.lines is not None and self.board is not None:
             self.lines.close()
             self.board.close()
@@ -159,7 +159,7 @@ class Speed:
             yield batch
 
     def pause(self, seconds: float) -> None:
-        """Leaves out seconds that were not training."""
+        """Seconds that were not training, which the speed leaves out."""
         self.start_s += seconds
 
     def since(self, steps_left: int) -> dict[str, float]:

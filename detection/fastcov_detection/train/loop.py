@@ -90,7 +90,7 @@ def train(
     resume: bool = True,
     progress: bool = True,
 ) -> RunResult:
-    """Trains a detector to its end and evaluates it.
+    """Training of a detector to its end, with its evaluation.
 
     The package's README lists the files in the folder. Order of images, their random changes and
     the sampling of regions follow from the seed, the step and the rank alone, so a run that was
@@ -179,7 +179,7 @@ class _Run:
         )
 
     def run(self) -> RunResult:
-        """Trains the steps that are left, evaluates, and writes the result."""
+        """Training of the steps that are left, then the evaluation and the result."""
         loop = self.loop
         try:
             check_parts(self.config, world_size())
@@ -245,7 +245,7 @@ class _Run:
         return losses
 
     def _evaluate(self) -> Evaluation:
-        """Scores the present weights, and keeps them if they are the best so far."""
+        """Score of the present weights, which are kept if they are the best so far."""
         loop = self.loop
         found = evaluate(
             loop.result_model(),
@@ -336,7 +336,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after a step, counted from 0."""
+        """Update with the weights after a step, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         known = self.model.state_dict()
         for name, tensor in model.state_dict().items():
@@ -429,7 +429,7 @@ def check_parts(config: TrainConfig, processes: int) -> None:
 
 
 def warn_of_recipe(config: TrainConfig, model: nn.Module, processes: int) -> None:
-    """Warns of settings whose effect may surprise.
+    """Warnings of settings whose effect may surprise.
 
     Args:
         config: Settings of the run.
@@ -529,7 +529,7 @@ class Loop:
         pause: Callable[[], Any] = lambda: None,
         pause_steps: int = 0,
     ) -> None:
-        """Takes every step that is left.
+        """Run of every step that is left.
 
         Args:
             label: Label of the bar.
@@ -575,7 +575,7 @@ class Loop:
         return self.model if self.average is None else self.average.model
 
     def write_weights(self, name: str) -> None:
-        """Writes a plain state_dict into the folder."""
+        """File of the plain state_dict, in the run's folder."""
         state = {
             key: tensor.cpu().contiguous()
             for key, tensor in self.result_model().state_dict().items()
@@ -587,7 +587,7 @@ class Loop:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def close(self) -> None:
-        """Ends the log and the tracking."""
+        """End of the log and the tracking."""
         self.logbook.close()
         if self.tracker is not None:
             self.tracker.close()

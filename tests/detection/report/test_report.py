@@ -257,8 +257,13 @@ def _seen(browser, folder, page, width, read):
 
 
 @pytest.mark.parametrize("width", [420, 1200])
-def test_a_figure_keeps_the_size_of_its_text_and_does_not_scroll(browser, tmp_path, width):
-    block = figure_block(partial(pictures.draw_accuracy, _result()), "AP")
+@pytest.mark.parametrize("draws_maps", [False, True])
+def test_a_figure_keeps_the_size_of_its_text_and_does_not_scroll(
+    browser, tmp_path, width, draws_maps
+):
+    maps = {f"layer1.{place}.conv1:in: 3 of 8": {"trained": _spectrum(8)} for place in range(5)}
+    every, accuracy = (pictures.draw_spectra, maps), (pictures.draw_accuracy, _result())
+    block = figure_block(partial(*(every if draws_maps else accuracy)), "AP")
     page = write_page(tmp_path / "r.html", "title", [Section("heading", [block])], "end")
     read = "const image = document.images[0], frame = image.closest('div');"
     read += "document.title = [image.naturalWidth == image.width, frame.scrollWidth"

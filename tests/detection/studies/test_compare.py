@@ -73,11 +73,12 @@ def test_dims_over_training_of_both_runs(runs, tmp_path):
 
 def test_figures_and_page_are_written(runs, tmp_path, capsys):
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    for name in ("dims", "spectra"):
+    for name in ("dims", "spectra", "spectra-narrow"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert min(picture.size) > 100
             assert picture.mode == "P", "a palette, small enough for version control"
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert page.count('<source media="(max-width:699px)"') == 2, "a drawing for narrow windows"
     assert "body.layer1.0.conv1" in page
     assert "<script" not in page
     out = capsys.readouterr().out
