@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastcov_detection.search.arms import BASELINE
+from fastcov_detection.search.arms import BASELINE, SEARCHED
 from fastcov_detection.search.results import verdict_of
 from fastcov_detection.search.verdicts import LARGEST_LOSS, mean_and_error
 
@@ -58,7 +58,7 @@ def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """Conclusions that the numbers of a search allow, and those that they do not."""
     found = []
-    searched, baseline = result["arms"].get("searched"), result["arms"].get("baseline")
+    searched, baseline = result["arms"].get(SEARCHED), result["arms"].get(BASELINE)
     # An arm with one seed, a peer or one of a search that was stopped, silences no other.
     is_single = max(len(arm["runs"]) for arm in result["arms"].values()) < 2
     if searched and baseline:

@@ -30,6 +30,7 @@ from fastcov_detection.distributed import pick_device, process_group, rank
 from fastcov_detection.errors import ConfigError, DataError, closest
 from fastcov_detection.files import write_file, write_text
 from fastcov_detection.report.tables import terminal_table
+from fastcov_detection.search.arms import SEARCHED
 from fastcov_detection.search.results import finished_runs, read_result
 from fastcov_detection.studies.rebuild import rebuild
 from fastcov_detection.train.evaluate import (
@@ -46,7 +47,7 @@ log = logging.getLogger("fastcov_detection")
 
 
 def export_run(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], *, arm: str = "searched"
+    source: str | os.PathLike[str], out: str | os.PathLike[str], *, arm: str = SEARCHED
 ) -> Path:
     """Folder of a detector that can be used without this package.
 
