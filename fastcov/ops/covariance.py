@@ -83,9 +83,9 @@ def accumulate_(
     streams of a GPU. A process that is forked after a call hangs in its next one, as it does in
     torch's own operators that use OpenMP: start processes by "spawn".
 
-    On a CPU the compiled library's sums do not depend on the number of threads, to the last bit, for
-    rows of float32 and 16 bits. For rows of float64, and without the library, they do, by about
-    4e-16 of the largest entry (float64 rows): a fixed order would cost a table of sums for each
+    On a CPU the compiled library's sums do not depend on the number of threads, to the last bit,
+    for rows of float32 and 16 bits. For rows of float64, and without the library, they do, in
+    float64 by about 4e-16 of the largest entry: a fixed order would cost a table of sums for each
     part of the rows. ``torch.set_num_threads(1)`` gives the same bits everywhere.
 
     ``precision`` chooses how Triton's kernels multiply float32 rows, after the shift is subtracted:
