@@ -116,13 +116,18 @@ class Estimate:
                 f"{self.projection_bytes / 2**20:.1f} MiB of random signs; the others keep all"
             )
         lines += [
-            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {layer.rows_read:.3g} of "
-            f"{layer.rows_offered} rows a step, "
+            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {_rounded(layer.rows_read)} "
+            f"of {layer.rows_offered} rows a step, "
             f"{(layer.state_bytes + layer.buffer_bytes) / 2**20:.2f} MiB"
             for layer in self.layers
         ]
         lines += [f"  {name}: skipped, {width} channels" for name, width in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _rounded(rows: float) -> str:
+    """Number of rows in three digits, without an exponent."""
+    return f"{rows:.3g}" if rows < 100 else f"{rows:.0f}"
 
 
 def _to(sketch: int) -> str:
