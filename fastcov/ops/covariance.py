@@ -83,10 +83,9 @@ def accumulate_(
     streams of a GPU. A process that is forked after a call hangs in its next one, as it does in
     torch's own operators that use OpenMP: start processes by "spawn".
 
-    On a CPU the compiled library's sums do not depend on the number of threads, to the last bit, for
-    rows of float32 and 16 bits. For rows of float64, and without the library, they do, by about
-    4e-16 of the largest entry (float64 rows): a fixed order would cost a table of sums for each
-    part of the rows. ``torch.set_num_threads(1)`` gives the same bits everywhere.
+    On a CPU with the compiled library, sums of float32 and 16-bit rows do not depend on the number
+    of threads. Those of float64 rows do, by up to 4e-16 of the largest entry, and without the
+    library all do, float32 by 2e-7; after ``torch.set_num_threads(1)`` they repeat bit for bit.
 
     ``precision`` chooses how Triton's kernels multiply float32 rows, after the shift is subtracted:
 
