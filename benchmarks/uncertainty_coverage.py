@@ -162,7 +162,7 @@ def main() -> None:
             cells = " | ".join(f"{100 * share:.1f}" for share in shares)
             table.append(f"| {name} | {rows} | {cells} |")
             means, kinds = (
-                ", ".join(f"{one} {_percent(found)}" for one, found in some.items())
+                "; ".join(f"{one} {_percent(found)}" for one, found in some.items())
                 for some in (by_family, by_kind)
             )
             told = [share for found in by_family.values() for share in found]

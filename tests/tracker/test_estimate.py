@@ -245,3 +245,11 @@ def test_gradients_masks_and_pairs_are_counted(options: dict[str, Any], rows: An
             if each.name in tracker.names():
                 count = tracker.count(each.name)
                 assert each.rows_read == pytest.approx(count / 3, rel=0.4), each.name
+
+
+def test_numbers_of_rows_are_told_without_an_exponent() -> None:
+    model = nn.Conv2d(3, 64, 3)
+    told = str(fastcov.estimate(model, torch.zeros(64, 3, 40, 40), rows=2345))
+    assert "2345 of 92416 rows a step" in told
+    told = str(fastcov.estimate(nn.Linear(8, 60), torch.zeros(40, 8), rows=0.1))
+    assert "4 of 40 rows a step" in told
