@@ -101,7 +101,7 @@ class Estimate:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.layers)} layers, {self.memory_bytes / 2**20:.1f} MiB, "
+            f"{len(self.layers)} layers, {_mebibytes(self.memory_bytes)} MiB, "
             f"{self.flops / 1e9:.3g} GFLOP a step ({self.flops_share:.2%} of a training step)"
         ]
         if self.workspace_bytes:
@@ -116,13 +116,21 @@ class Estimate:
                 f"{self.projection_bytes / 2**20:.1f} MiB of random signs; the others keep all"
             )
         lines += [
-            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {layer.rows_read:.3g} of "
+            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {_count(layer.rows_read)} of "
             f"{layer.rows_offered} rows a step, "
             f"{(layer.state_bytes + layer.buffer_bytes) / 2**20:.2f} MiB"
             for layer in self.layers
         ]
         lines += [f"  {name}: skipped, {width} channels" for name, width in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.{1 if size >= 2**20 else 2}f}"
+
+
+def _count(rows: float) -> str:
+    return f"{rows:.0f}" if rows >= 10 else f"{rows:.2g}"
 
 
 def _to(sketch: int) -> str:

@@ -245,3 +245,9 @@ def test_gradients_masks_and_pairs_are_counted(options: dict[str, Any], rows: An
             if each.name in tracker.names():
                 count = tracker.count(each.name)
                 assert each.rows_read == pytest.approx(count / 3, rel=0.4), each.name
+
+
+def test_small_sums_are_printed_with_their_digits() -> None:
+    text = str(fastcov.estimate(nn.Linear(3, 64), torch.zeros(4096, 3), rows=1234))
+    assert ", 1234 of 4096 rows a step, " in text
+    assert " 0.0 MiB" not in text
