@@ -101,7 +101,7 @@ class Estimate:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.layers)} layers, {self.memory_bytes / 2**20:.1f} MiB, "
+            f"{len(self.layers)} layers, {_mebibytes(self.memory_bytes)} MiB, "
             f"{self.flops / 1e9:.3g} GFLOP a step ({self.flops_share:.2%} of a training step)"
         ]
         if self.workspace_bytes:
@@ -116,8 +116,8 @@ class Estimate:
                 f"{self.projection_bytes / 2**20:.1f} MiB of random signs; the others keep all"
             )
         lines += [
-            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {_rounded(layer.rows_read)} "
-            f"of {layer.rows_offered} rows a step, "
+            f"  {layer.name}: C={layer.channels}{_to(layer.sketch)}, {_count(layer.rows_read)} of "
+            f"{layer.rows_offered} rows a step, "
             f"{(layer.state_bytes + layer.buffer_bytes) / 2**20:.2f} MiB"
             for layer in self.layers
         ]
@@ -125,9 +125,12 @@ class Estimate:
         return "\n".join(lines)
 
 
-def _rounded(rows: float) -> str:
-    """Number of rows in three digits, without an exponent."""
-    return f"{rows:.3g}" if rows < 100 else f"{rows:.0f}"
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.{1 if size >= 2**20 else 2}f}"
+
+
+def _count(rows: float) -> str:
+    return f"{rows:.0f}" if rows >= 10 else f"{rows:.2g}"
 
 
 def _to(sketch: int) -> str:

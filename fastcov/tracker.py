@@ -182,7 +182,10 @@ class Tracker:
             return self._synced[name]
         layer = self.watcher.taps.layers.get(name)
         if layer is None:
-            raise KeyError(f"no layer {name!r} is tracked{closest(name, self.names())}")
+            raise KeyError(
+                f"no layer {name!r} is tracked{closest(name, self.names())}; "
+                "tracker.names() lists all"
+            )
         self.watcher.settle()
         layer.flush()
         return layer.state

@@ -152,8 +152,15 @@ def why_empty(layer: LayerFacts, run: RunFacts) -> str:
         return layer.reason
     if run.steps == 0:
         mode = "training-mode " if run.train_only else ""
-        hint = f" ({run.refusal}; track the module that is called)" if run.refusal else ""
-        return f"no {mode}forward of the whole model has run{hint}"
+        if run.refusal:
+            remedy = f" ({run.refusal}; track the module that is called)"
+        elif run.is_compiled:
+            remedy = ": call the tracked model; if it was compiled before, torch.compiler.reset()"
+        elif run.train_only:
+            remedy = ": call the tracked model in train(), or track with train_only=False"
+        else:
+            remedy = ": call the tracked model"
+        return f"no {mode}forward of the whole model has run{remedy}"
     if not run.has_calls:
         return (
             "steps were made, but no hook ran: the model was compiled before it was tracked; "

@@ -173,7 +173,9 @@ def load_history(folder: str | os.PathLike[str]) -> History:
     if not path.is_file():
         inside = sorted(str(found.parent) for found in Path(folder).glob("*/history.jsonl"))
         remedy = "give the folder that was passed as out= to fastcov.track"
-        if inside:
+        if Path(folder).is_file():
+            remedy = f"{folder} is a file: give the folder that holds it"
+        elif inside:
             remedy = f"there is one in {' and in '.join(inside[:3])}: give that folder"
         raise FileNotFoundError(f"no history in {folder}: {path} does not exist; {remedy}")
     return History(folder)

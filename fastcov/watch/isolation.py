@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -69,10 +70,20 @@ def has_modes() -> bool:
 
 def is_compiled(model: nn.Module | None) -> bool:
     """True if torch.compile has compiled a module of a model, or the forward of one."""
-    return model is not None and any(
-        module._compiled_call_impl is not None or _has_compiled_code(type(module).forward)
-        for module in model.modules()
+    return model is not None and (
+        any(
+            module._compiled_call_impl is not None or _has_compiled_code(type(module).forward)
+            for module in model.modules()
+        )
+        or (type(model).__module__.startswith("torch.nn.") and _has_compiled_torch_module())
     )
+
+
+def _has_compiled_torch_module() -> bool:
+    # torch.compile calls a root of a class of torch, as Sequential, through one function that all
+    # such roots share. Nothing was compiled where its file was never imported.
+    utils = sys.modules.get("torch._dynamo.external_utils")
+    return utils is not None and _has_compiled_code(utils.wrap_inline(len))
 
 
 def _has_compiled_code(forward: Any) -> bool:

@@ -30,7 +30,7 @@ class MaskSource:
 
     Raises:
         TypeError: If ``mask`` is neither a string nor a function.
-        ValueError: If the forward has no argument of this name.
+        ValueError: If the forward has no argument of this name, or padding is where it is true.
     """
 
     def __init__(self, mask: Mask, model: nn.Module) -> None:
@@ -38,6 +38,11 @@ class MaskSource:
             raise TypeError(
                 f"mask={mask!r}: give the name of an argument of the model's forward, or a "
                 "function of its arguments that returns a tensor"
+            )
+        if isinstance(mask, str) and mask.endswith("key_padding_mask"):
+            raise ValueError(
+                f"mask={mask!r} is true at padding, by torch's convention, where a mask is true at "
+                f"rows to read; give a function of the forward's arguments that returns ~{mask}"
             )
         self.mask = mask
         self.name = mask if isinstance(mask, str) else getattr(mask, "__name__", "function")

@@ -247,9 +247,7 @@ def test_gradients_masks_and_pairs_are_counted(options: dict[str, Any], rows: An
                 assert each.rows_read == pytest.approx(count / 3, rel=0.4), each.name
 
 
-def test_numbers_of_rows_are_told_without_an_exponent() -> None:
-    model = nn.Conv2d(3, 64, 3)
-    told = str(fastcov.estimate(model, torch.zeros(64, 3, 40, 40), rows=2345))
-    assert "2345 of 92416 rows a step" in told
-    told = str(fastcov.estimate(nn.Linear(8, 60), torch.zeros(40, 8), rows=0.1))
-    assert "4 of 40 rows a step" in told
+def test_small_sums_are_printed_with_their_digits() -> None:
+    text = str(fastcov.estimate(nn.Linear(3, 64), torch.zeros(4096, 3), rows=1234))
+    assert ", 1234 of 4096 rows a step, " in text
+    assert " 0.0 MiB" not in text

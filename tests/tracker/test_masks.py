@@ -201,6 +201,15 @@ def test_a_layer_that_the_mask_does_not_fit_says_so() -> None:
     assert "1 of 2 steps had no mask (mask)" in text
 
 
+def test_a_mask_that_is_true_at_padding_is_refused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1)
+    with pytest.raises(ValueError, match=r"true at padding.*returns ~src_key_padding_mask"):
+        fastcov.track(model, mask="src_key_padding_mask")
+    with pytest.raises(ValueError, match="true at padding"):
+        fastcov.estimate(model, torch.zeros(2, 5, 8), mask="src_key_padding_mask")
+
+
 def test_positional_masks_and_unknown_names() -> None:
     model = Labelled()
     tracker = fastcov.track(model, include="layer", rows="all", mask="mask")

@@ -367,6 +367,8 @@ def test_unknown_layer_and_foreign_state() -> None:
     with fastcov.track(model) as tracker:
         with pytest.raises(KeyError, match="conv"):
             tracker.covariance("cnv")
+        with pytest.raises(KeyError, match=r"tracker.names\(\) lists all"):
+            tracker.covariance("77")
         with pytest.raises(ValueError, match="no training-mode forward"):
             tracker.covariance("conv")
         with pytest.raises(ValueError, match="format None"):

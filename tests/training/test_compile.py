@@ -238,3 +238,18 @@ def test_shared_inputs_when_compiled() -> None:
     for _ in range(3):
         compiled(torch.randn(20, 8)).sum().backward()
     assert counts(tracker) == {"q:in": 60, "k:in": 60, "v:in": 60}
+
+
+@pytest.mark.parametrize("is_wrapper_tracked", [True, False])
+def test_a_compiled_sequential_of_before_is_named(is_wrapper_tracked: bool) -> None:
+    """Roots of torch's own classes share their compiled code: a second one runs without hooks."""
+    first, second = (nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(2))
+    torch.compile(first, backend="eager")(torch.randn(64, 8))
+    compiled = torch.compile(second, backend="eager")
+    tracker = fastcov.track(compiled if is_wrapper_tracked else second)
+    compiled(torch.randn(64, 8))
+    text = str(tracker.summary())
+    assert "torch.compiler.reset()" in text
+    assert "include the parents" not in text
+    tracker.close()
+    torch.compiler.reset()
