@@ -21,6 +21,14 @@ def _run(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["fastcov", "fastcov_detection"])
+def test_a_package_is_its_command_line(package: str) -> None:
+    command = [sys.executable, "-m", package, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {package.replace('_', '-')}")
+
+
 def test_doctor_prints_versions_devices_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out

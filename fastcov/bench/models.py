@@ -323,5 +323,5 @@ def _torchvision(part: str) -> Any:
         return importlib.import_module(f"torchvision.{part}")
     except ImportError as error:
         raise MissingPeerError(
-            f"needs torchvision, which is not installed: pip install fastcov-torch[bench] ({error})"
+            f"needs torchvision, which is not installed: pip install torchvision ({error})"
         ) from error

@@ -94,7 +94,7 @@ def _stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise ImportError("benchmarks need scipy: pip install 'fastcov-torch[bench]'") from error
+        raise ImportError("benchmarks need scipy: pip install scipy") from error
     return stats
 
 

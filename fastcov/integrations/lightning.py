@@ -13,7 +13,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
-    raise ImportError("lightning is missing: pip install 'fastcov-torch[integrations]'") from error
+    raise ImportError("lightning is missing: pip install lightning") from error
 
 
 class FastcovCallback(Callback):

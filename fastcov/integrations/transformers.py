@@ -21,7 +21,7 @@ try:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
-    raise ImportError("needs transformers: pip install 'fastcov-torch[integrations]'") from error
+    raise ImportError("needs transformers: pip install transformers") from error
 
 
 class FastcovCallback(TrainerCallback):

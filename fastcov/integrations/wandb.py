@@ -8,7 +8,7 @@ import fastcov
 try:
     import wandb
 except ImportError as error:
-    raise ImportError("wandb is missing: pip install 'fastcov-torch[integrations]'") from error
+    raise ImportError("wandb is missing: pip install wandb") from error
 
 
 def log_wandb(

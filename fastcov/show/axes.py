@@ -22,7 +22,7 @@ try:
     from matplotlib.ticker import MaxNLocator as MaxNLocator
 except ImportError as error:
     raise ImportError(
-        "figures need matplotlib, which is not installed: pip install 'fastcov-torch[plot]'"
+        "figures need matplotlib, which is not installed: pip install matplotlib"
     ) from error
 
 DARK = "#17618c"

@@ -25,9 +25,7 @@ from fastcov.version import __version__
 try:
     import jinja2
 except ImportError as error:
-    raise ImportError(
-        "pages need jinja2, which is not installed: pip install 'fastcov-torch[plot]'"
-    ) from error
+    raise ImportError("pages need jinja2, which is not installed: pip install jinja2") from error
 
 
 @dataclass(frozen=True)

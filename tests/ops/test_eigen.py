@@ -130,14 +130,14 @@ def slow_decay(n: int) -> Tensor:
     return 1 / (index[:, None] + index + 1) ** 0.5
 
 
-# A sweep along the band that had nothing to do left the bulges of the sweep before where they were.
+# In these a sweep along the band may have nothing to do but to pass on the bulges of the one before.
 @pytest.mark.parametrize(
     ("family", "n", "dtype"),
     [
         *((hilbert, n, torch.float32) for n in (265, 268, 291, 307, 319)),
         *((slow_decay, n, torch.float64) for n in (530, 590)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_low_rank_in_two_stages(family, n: int, dtype: torch.dtype) -> None:
     matrix = family(n).to(dtype)

@@ -367,7 +367,6 @@ def _ray() -> Any:
         import ray
     except ImportError:
         raise ConfigError(
-            "--engine ray needs the package ray; install it with "
-            "pip install 'fastcov-detection[cluster]', or use --engine local"
+            "--engine ray needs the package ray: pip install ray, or use --engine local"
         ) from None
     return ray

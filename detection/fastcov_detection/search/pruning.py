@@ -143,7 +143,7 @@ def _torch_pruning() -> Any:
         import torch_pruning
     except ImportError:
         raise ConfigError(
-            "arm torch-pruning needs the package torch-pruning; "
-            "install it with pip install 'fastcov-detection[peers]', or leave the arm out"
+            "arm torch-pruning needs the package torch-pruning: "
+            "pip install torch-pruning==1.6.1, or leave the arm out"
         ) from None
     return torch_pruning
