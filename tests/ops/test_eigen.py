@@ -130,7 +130,7 @@ def slow_decay(n: int) -> Tensor:
     return 1 / (index[:, None] + index + 1) ** 0.5
 
 
-# In these a sweep along the band may have nothing to do but to pass on the bulges of the one before.
+# In these a sweep along the band may have nothing to do but pass on the bulges of the one before.
 @pytest.mark.parametrize(
     ("family", "n", "dtype"),
     [
