@@ -28,6 +28,7 @@ from fastcov.names import closest
 from fastcov.ops.covariance import Precision, check_precision
 from fastcov.rows.policy import Rows, policy_of
 from fastcov.show.status import (
+    COMPILED_BEFORE,
     LayerFacts,
     LayerStatus,
     RunFacts,
@@ -95,9 +96,18 @@ class Tracker:
         self._synced_at = -1
         self._snapshots = SnapshotQueue(History(out if rank == 0 else None), self)
         self._owns_history = False  # True once no snapshot in the history is of an earlier run
+        self._has_stepped = False
         self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
+    def _warn_if_compiled_before(self) -> None:
+        layers = self.watcher.taps.forward_layers
+        if layers and not any(layer.calls for layer in layers) and is_compiled(self.watcher.root()):
+            warnings.warn(f"fastcov reads nothing: {COMPILED_BEFORE}", stacklevel=4)
+
     def _end_step(self) -> None:
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._warn_if_compiled_before()
         if self._synced and not self._is_synced:
             self._show_own_rows()  # frees the other ranks' rows
         # A snapshot that fails (a full disk) gives a warning and does not end the training.

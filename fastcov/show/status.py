@@ -16,6 +16,10 @@ _ROUNDING_SHARE = 0.01  # of all eigenvalues but the first, that negative ones m
 _FARTHEST_MEAN = 1e3  # squared, in variances: 1e-5 of it is 1 %
 _MEAN_ROUNDING = 1e-12  # of a squared mean: rows that are all the same have no variance
 _FLOAT64_ROUNDING = 1e-12  # of the largest eigenvalue: error of the solver
+COMPILED_BEFORE = (
+    "steps were made, but no hook ran: the model was compiled before it was tracked; "
+    "call track() before the first compiled forward, or torch.compiler.reset()"
+)
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,7 @@ def why_empty(layer: LayerFacts, run: RunFacts) -> str:
         return f"no {mode}forward of the whole model has run{remedy}"
     if not run.has_calls:
         return (
-            "steps were made, but no hook ran: the model was compiled before it was tracked; "
-            "call track() before the first compiled forward, or torch.compiler.reset()"
+            COMPILED_BEFORE
             if run.is_compiled
             else "steps were made, but no watched module was called: their parents may use the "
             "weights themselves, as fused experts do; include the parents"

@@ -83,7 +83,8 @@ def _has_compiled_torch_module() -> bool:
     # torch.compile calls a root of a class of torch, as Sequential, through one function that all
     # such roots share. Nothing was compiled where its file was never imported.
     utils = sys.modules.get("torch._dynamo.external_utils")
-    return utils is not None and _has_compiled_code(utils.wrap_inline(len))
+    wrap = getattr(utils, "wrap_inline", None)
+    return wrap is not None and _has_compiled_code(wrap(len))
 
 
 def _has_compiled_code(forward: Any) -> bool:
