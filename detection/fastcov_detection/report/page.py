@@ -15,8 +15,8 @@ from fastcov_detection.files import write_text
 
 DPI = 130
 """Dots an inch of figures, which are shown dot by dot."""
-WIDE, NARROW = 8.2, 2.95
-"""Widths of figures in inches: for a page of 1080 pixels, and for a window of 420."""
+WIDE, NARROW = 8.2, 2.83
+"""Widths of figures in inches: for a page of 1080 pixels, and a window of 420 with a scrollbar."""
 FONT = 15 * 72 / DPI
 """Points of every text in a figure: 15 pixels, as on the page."""
 
