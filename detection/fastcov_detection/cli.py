@@ -277,7 +277,7 @@ def planned(
         numbers = (
             "no runs" if criterion.mean is None else f"{criterion.mean:+.3f}, n = {criterion.n}"
         )
-        print(f"{'met' if criterion.is_met else 'NOT met'}: {criterion.asks} ({numbers})")
+        print(f"{criterion.verdict}: {criterion.asks} ({numbers})")
 
 
 def demo(settings: TrainConfig, out: str = "runs/demo", jobs: int = 2, quiet: bool = False) -> None:

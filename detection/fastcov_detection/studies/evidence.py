@@ -126,7 +126,7 @@ def _criteria(task: str, once: Mapping[str, Any], twice: Mapping[str, Any] | Non
     lines = [_row(headings), _row(["---"] * len(headings))]
     for one in criteria(task, once, twice):
         difference = _difference(one.mean or 0.0, one.se, one.n)
-        lines.append(_row([one.asks, difference, str(one.n), "met" if one.is_met else "not met"]))
+        lines.append(_row([one.asks, difference, str(one.n), one.verdict]))
     return [*lines, ""]
 
 

@@ -104,13 +104,30 @@ def _one_thread(train: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing that a task must show, with the numbers that decide."""
+    """One thing that a task must show, with the numbers that decide.
+
+    Attributes:
+        asks: Claim about the task.
+        mean: Mean of the paired differences of AP; None without runs.
+        se: Its standard error; None for one seed.
+        n: Seeds that both arms have.
+        wanted: Seeds that decide.
+        is_met: True if the task shows it, with as many seeds as are wanted.
+    """
 
     asks: str
     mean: float | None
     se: float | None
     n: int
+    wanted: int
     is_met: bool
+
+    @property
+    def verdict(self) -> str:
+        """Verdict in words; open while seeds are missing."""
+        if self.n < self.wanted:
+            return f"open: {self.wanted} seeds decide"
+        return "met" if self.is_met else "not met"
 
 
 def criteria(
@@ -131,6 +148,7 @@ def criteria(
         mean,
         se,
         n,
+        _TWICE_SEEDS,
         mean is not None and n >= _TWICE_SEEDS and mean < _MOST_GAIN,
     )
     mean, se, n = _summary(quarter)
@@ -139,6 +157,7 @@ def criteria(
         mean,
         se,
         n,
+        _TUNING_SEEDS,
         mean is not None and n >= _TUNING_SEEDS and mean <= -_LEAST_LOSS and _is_below(mean, se, n),
     )
     mean, se, n = _summary(forward)
@@ -149,6 +168,7 @@ def criteria(
         mean,
         se,
         n,
+        _TUNING_SEEDS,
         n >= _TUNING_SEEDS and has_moved,
     )
     return gain, loss, moved

@@ -57,8 +57,11 @@ def test_a_task_that_has_not_converged_or_has_not_been_run() -> None:
         0
     ].is_met
     assert not criteria("early", _once(-0.04, 0.02), {"arms": {"baseline": _arm(0.50)}})[0].is_met
-    gain, *_ = criteria("early", _once(-0.04, 0.02), None)
+    gain, loss, _ = criteria("early", _once(-0.04, 0.02), None)
     assert (gain.is_met, gain.mean, gain.n) == (False, None, 0)
+    assert (gain.verdict, loss.verdict) == ("open: 2 seeds decide", "met")
+    lost, *_ = criteria("early", _once(-0.04, 0.02), {"arms": {"baseline": _arm(0.52, 0.55)}})
+    assert lost.verdict == "not met"
 
 
 @pytest.mark.parametrize("name", PLAN.searches)
@@ -120,7 +123,7 @@ def test_the_command_says_which_criteria_are_met(
     assert main(["planned", "late", "--tuning", *places]) == 0
     said = capsys.readouterr().out
     assert "met: twice the steps gain less than 0.02 AP (+0.000, n = 2)" in said
-    assert said.count("NOT met") == 2
+    assert said.count("not met") == 2
     assert main(["planned", "early", *places]) == 0
     assert set(shown[-1]["arms"]) == set(PLAN.arms())
     assert len(shown) == 2
