@@ -100,8 +100,9 @@ class Tracker:
         self.watcher = Watcher(model, taps, on_step_end=self._end_step, **options)
 
     def _warn_if_compiled_before(self) -> None:
-        layers = self.watcher.taps.forward_layers
-        if layers and not any(layer.calls for layer in layers) and is_compiled(self.watcher.root()):
+        taps = self.watcher.taps
+        is_unread = not taps.notes and not any(layer.calls for layer in taps.forward_layers)
+        if taps.forward_layers and is_unread and is_compiled(self.watcher.root()):
             warnings.warn(f"fastcov reads nothing: {COMPILED_BEFORE}", stacklevel=4)
 
     def _end_step(self) -> None:
