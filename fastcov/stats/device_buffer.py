@@ -172,7 +172,7 @@ class DeviceBuffer:
         )
 
     def flush(self, decay: float) -> None:
-        """Addition of all rows to the state, be the buffer full or not, decayed a step."""
+        """Addition of all rows, be the buffer full or not, decayed by a factor a step."""
         from fastcov.kernels.flush import launch_flush_
 
         launch_flush_(self._table, self.step, decay=decay, force=True)
