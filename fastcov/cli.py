@@ -71,13 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--title", help="heading (default: the folder)")
     compare = commands.add_parser("compare", help="how the spectra of two trainings differ")
     compare.set_defaults(run=_compare)
-    compare.add_argument("folder_a", type=Path)
-    compare.add_argument("folder_b", type=Path)
+    compare.add_argument("folder_a", type=Path, help="folder that was out= of the one training")
+    compare.add_argument("folder_b", type=Path, help="folder of the other, with the same layers")
     compare.add_argument(
         "--out", type=Path, default=Path("comparison.html"), help="page (default: %(default)s)"
     )
     compare.add_argument(
-        "--threshold", type=float, default=1e-3, help="of dim, relative (default: %(default)s)"
+        "--threshold",
+        type=float,
+        default=1e-3,
+        help="what dim counts, over the largest eigenvalue (default: %(default)s)",
     )
     return parser
 

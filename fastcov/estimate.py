@@ -373,7 +373,7 @@ class _Survey:
 
     @contextmanager
     def watching(self, model: nn.Module, training: bool) -> Iterator[None]:
-        """Context with hooks on all taps and the model in one mode; restores both afterwards."""
+        """Context with hooks on all taps and the model in one mode, unfused; restores all."""
         handles = [
             module.register_forward_hook(self._output_hook(number))
             if tap.position == "output"
@@ -383,6 +383,10 @@ class _Survey:
         if self._source is not None:
             handles.append(model.register_forward_pre_hook(self._find_mask, with_kwargs=True))
         modes = [(module, module.training) for module in model.modules()]
+        # In evaluation mode torch fuses attention and encoder layers into operators that the flop
+        # counter does not know, and turns padded batches into nested tensors, which it refuses.
+        is_fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         model.train(training)
         for module in model.modules():
             if isinstance(module, _NormBase):
@@ -392,6 +396,7 @@ class _Survey:
         finally:
             for handle in handles:
                 handle.remove()
+            torch.backends.mha.set_fastpath_enabled(is_fused)
             for module, mode in modes:
                 module.training = mode
 

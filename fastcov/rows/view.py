@@ -77,8 +77,13 @@ def plain_tensor(activation: Tensor, is_wrapped: bool = False) -> tuple[Tensor, 
         activation, batch_dims = _unwrapped(activation)
         if type(activation) is not Tensor:
             return unreadable_type(type(activation)) or "is wrapped by torch.func: not read"
-    if activation.layout is not torch.strided or activation.is_nested:
-        return "gives sparse or nested tensors: not read"
+    if activation.is_nested:
+        return (
+            "gives nested tensors: not read; build nn.TransformerEncoder with "
+            "enable_nested_tensor=False"
+        )
+    if activation.layout is not torch.strided:
+        return f"gives {activation.layout} tensors: not read"
     if activation.dtype not in ROW_DTYPES:
         return f"gives {activation.dtype} tensors: not read"
     if activation.is_meta:

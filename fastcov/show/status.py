@@ -150,6 +150,11 @@ def _mean_note(layer: LayerFacts, spectrum: Spectrum | None) -> list[str]:
     ]
 
 
+def _call(run: RunFacts) -> str:
+    mode = " in train(), or track with train_only=False" if run.train_only else ""
+    return f": call the tracked model{mode}"
+
+
 def why_empty(layer: LayerFacts, run: RunFacts) -> str:
     """Clause on why no row of a layer was read."""
     if layer.reason:
@@ -159,11 +164,9 @@ def why_empty(layer: LayerFacts, run: RunFacts) -> str:
         if run.refusal:
             remedy = f" ({run.refusal}; track the module that is called)"
         elif run.is_compiled:
-            remedy = ": call the tracked model; if it was compiled before, torch.compiler.reset()"
-        elif run.train_only:
-            remedy = ": call the tracked model in train(), or track with train_only=False"
+            remedy = f"{_call(run)}; if it was compiled before, torch.compiler.reset()"
         else:
-            remedy = ": call the tracked model"
+            remedy = _call(run)
         return f"no {mode}forward of the whole model has run{remedy}"
     if not run.has_calls:
         return (

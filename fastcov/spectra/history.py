@@ -177,5 +177,7 @@ def load_history(folder: str | os.PathLike[str]) -> History:
             remedy = f"{folder} is a file: give the folder that holds it"
         elif inside:
             remedy = f"there is one in {' and in '.join(inside[:3])}: give that folder"
+        elif Path(folder).is_dir():
+            remedy += ", after its first snapshot: snapshot_every= or tracker.snapshot() takes them"
         raise FileNotFoundError(f"no history in {folder}: {path} does not exist; {remedy}")
     return History(folder)

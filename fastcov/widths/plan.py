@@ -84,9 +84,16 @@ def demand(
         Channels that each group asks for, by group name: positive numbers, not yet rounded.
 
     Raises:
+        TypeError: If ``spectra`` is no mapping, or one of ``groups`` is no :class:`WidthGroup`.
         ValueError: If a rule or a member is unknown, or a demand is negative or not finite.
     """
+    if not isinstance(spectra, Mapping):
+        raise TypeError(
+            f"spectra is a {type(spectra).__name__}; give a mapping, as tracker.spectra() is"
+        )
     for group in groups:
+        if not isinstance(group, WidthGroup):
+            raise TypeError(f"groups holds {group!r}; give a sequence of fastcov.WidthGroup")
         _check_members(group, spectra)
     found = find_rule(rule)
     members = {member for group in groups for member in group.members}

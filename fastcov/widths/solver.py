@@ -46,6 +46,7 @@ class WidthGroup:
     floor: int = 8
 
     def __post_init__(self) -> None:
+        _check_members(self.name, self.members)
         for field in ("width", "multiple", "floor"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -62,6 +63,13 @@ class WidthGroup:
     def nearest(self, target: float) -> int:
         """Allowed width nearest to ``target`` (halves go up)."""
         return max(self.least, math.floor(target / self.multiple + 0.5) * self.multiple)
+
+
+def _check_members(group: str, members: object) -> None:
+    if isinstance(members, str):
+        raise TypeError(
+            f"width group {group!r}: members is the text {members!r}; give a tuple, ({members!r},)"
+        )
 
 
 class Solver:

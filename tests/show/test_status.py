@@ -63,6 +63,11 @@ def test_a_layer_with_rows(layer: dict, run: dict, note: str) -> None:
         ({}, {"steps": 0}, "no training-mode forward of the whole model has run"),
         ({}, {"steps": 0, "is_compiled": False}, "in train(), or track with train_only=False"),
         ({}, {"steps": 0, "is_compiled": True}, "was compiled before, torch.compiler.reset()"),
+        (
+            {},
+            {"steps": 0, "is_compiled": True},
+            "with train_only=False; if it was compiled before, ",
+        ),
         ({}, {"steps": 0, "train_only": False}, "no forward of the whole model has run"),
         ({}, {"steps": 0, "refusal": "a replica ran"}, "(a replica ran; track the module that is"),
         ({}, {"has_calls": False}, "no hook ran: the model was compiled before it was tracked"),

@@ -66,6 +66,8 @@ def test_reading_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(FileNotFoundError, match=r"no history in .*new.*out="):
         load_history(tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match=r"snapshot_every= or tracker\.snapshot\(\)"):
+        load_history(tmp_path)
     (tmp_path / "history.jsonl").touch()
     with pytest.raises(FileNotFoundError, match="is a file: give the folder that holds it"):
         load_history(tmp_path / "history.jsonl")

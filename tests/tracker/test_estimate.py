@@ -251,3 +251,18 @@ def test_small_sums_are_printed_with_their_digits() -> None:
     text = str(fastcov.estimate(nn.Linear(3, 64), torch.zeros(4096, 3), rows=1234))
     assert ", 1234 of 4096 rows a step, " in text
     assert " 0.0 MiB" not in text
+
+
+def test_transformers_are_counted_unfused_and_padding_is_taken() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    example = {"src": torch.zeros(3, 12, 32)}
+    plain = fastcov.estimate(encoder, example)
+    padding = torch.arange(12) >= torch.tensor([12, 5, 3])[:, None]
+    padded = fastcov.estimate(encoder, example | {"src_key_padding_mask": padding})
+    assert [each.rows_offered for each in padded.layers] == [3 * 12] * 6
+    # A fused layer and a fused attention would hide their own arithmetic.
+    projections = 2 * 3 * 12 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert plain.forward_flops >= projections
+    assert padded.forward_flops >= projections
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -216,9 +216,10 @@ class Labelled(Tensor):
         (lambda y: y > 0, NO_ROW),
         (lambda y: y.to(torch.complex64), "gives torch.complex64 tensors"),
         (lambda y: y.to(torch.float8_e4m3fn), "gives torch.float8_e4m3fn tensors"),
-        (lambda y: y.to_sparse(), "sparse or nested tensors"),
+        (lambda y: y.to_sparse(), "gives torch.sparse_coo tensors"),
         (lambda y: y.to("meta"), "on the meta device"),
-        (lambda y: y.to_mkldnn(), "sparse or nested tensors"),
+        (lambda y: y.to_mkldnn(), "gives torch._mkldnn tensors"),
+        (lambda y: torch.nested.nested_tensor([y[:3], y[3:]]), "enable_nested_tensor=False"),
         (lambda y: y.repeat(1, 3), "12 channels > max_channels=8"),
         (lambda y: y * float("nan"), "10 rows with NaN or inf skipped"),
         (

@@ -97,6 +97,19 @@ def test_arguments_that_are_no_numbers_are_named(options, error, message: str) -
         plan_of_pair(**options)
 
 
+def test_groups_and_spectra_of_another_type_are_named() -> None:
+    full = Spectrum(torch.ones(64), count=4096, total=64.0)
+    groups = [WidthGroup("a", ("conv1",), 64)]
+    with pytest.raises(TypeError, match=r"members is the text 'conv1'; give a tuple, \('conv1',\)"):
+        WidthGroup("a", "conv1", 64)
+    with pytest.raises(
+        TypeError, match=r"groups holds 'a'; give a sequence of fastcov\.WidthGroup"
+    ):
+        suggest_widths({"conv1": full}, {"a": ("conv1",)}, lambda widths: widths["a"])
+    with pytest.raises(TypeError, match=r"spectra is a list; .* as tracker\.spectra\(\) is"):
+        suggest_widths([full], groups, lambda widths: widths["a"])
+
+
 @st.composite
 def chains(draw: st.DrawFn, multiples: tuple[int, ...] = (1, 2, 8)) -> Chain:
     count = draw(st.integers(2, 9))
