@@ -262,7 +262,26 @@ def test_transformers_are_counted_unfused_and_padding_is_taken() -> None:
     padded = fastcov.estimate(encoder, example | {"src_key_padding_mask": padding})
     assert [each.rows_offered for each in padded.layers] == [3 * 12] * 6
     # A fused layer and a fused attention would hide their own arithmetic.
-    projections = 2 * 3 * 12 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
-    assert plain.forward_flops >= projections
-    assert padded.forward_flops >= projections
+    rows = 3 * 12
+    projections, attention = rows * (4 * 32 * 32 + 2 * 32 * 64), rows * 12 * 2 * 32
+    assert plain.forward_flops == padded.forward_flops == 2 * 2 * (projections + attention)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_of_a_cpu_is_counted(key_heads: int) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query = x.unflatten(-1, (4, 8)).transpose(1, 2)
+            others = query[:, :key_heads]
+            mixed = nn.functional.scaled_dot_product_attention(
+                query, others, others, enable_gqa=key_heads < 4
+            )
+            return self.out(mixed.transpose(1, 2).flatten(2))
+
+    report = fastcov.estimate(Attention(), torch.zeros(3, 12, 32))
+    assert report.forward_flops == 2 * 3 * 12 * (32 * 32 + 2 * 12 * 32)
