@@ -308,15 +308,17 @@ def test_captured_update_replays_with_right_counts(dtype, channels):
     assert_same(state, expected, 1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "device", [f"cuda:{at}" for at in range(max(1, torch.cuda.device_count()))]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_another_gpu_from_a_fresh_thread(dtype):
+def test_every_gpu_from_a_fresh_thread(dtype, device):
     """The thread has no current device and no context: launches must bring their own."""
     found: list[Tensor] = []
 
     def run() -> None:
-        rows = normal(3000, 96, dtype=dtype).to("cuda:1")
-        state = [tensor.to("cuda:1") for tensor in empty_state(96)]
+        rows = normal(3000, 96, dtype=dtype).to(device)
+        state = [tensor.to(device) for tensor in empty_state(96)]
         accumulation = Accumulation(*state)
         for _ in range(3):
             accumulation.add(rows)
