@@ -42,8 +42,8 @@ struct PreparedGather {
   int64_t room;      // address of the buffer's StepRoom; 0 there
   CallLayout layout;
 
-  // True if `rows` have the prepared layout and find room, which counts the call.
-  bool takes(const Tensor& rows) const {
+  // Counts the call; false, with nothing counted, if `rows` have another layout or find no room.
+  bool admit(const Tensor& rows) const {
     if (counters == 0) {
       return rows.numel() == at.rows * at.channels &&
              static_cast<int64_t>(rows.element_size()) == at.item_bytes;
@@ -69,7 +69,7 @@ inline const CountedGather* counted_gather(const Tensor& prepared, const Tensor&
                       prepared.numel() == kFields && prepared.is_contiguous(),
                   "prepared must be contiguous int64 on the CPU, one value for each field");
   const auto& gather = *static_cast<const PreparedGather*>(prepared.const_data_ptr());
-  const bool is_taken = rows.get_device_index() == gather.at.device && gather.takes(rows);
+  const bool is_taken = rows.get_device_index() == gather.at.device && gather.admit(rows);
   return is_taken ? &gather.at : nullptr;
 }
 

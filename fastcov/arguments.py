@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 import os
 import re
 from collections.abc import Callable
@@ -135,12 +135,9 @@ def whole_number(value: object) -> int | None:
         >>> whole_number(8), whole_number(8.0), whole_number(True)
         (8, None, None)
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return None
-    try:
-        return operator.index(value)
-    except TypeError:  # a tensor or array of several values, or of another kind
-        return None
+    return int(value)
 
 
 def check_decay(decay: object) -> None:

@@ -101,8 +101,8 @@ class Tracker:
 
     def _warn_if_compiled_before(self) -> None:
         taps = self.watcher.taps
-        is_unread = not taps.notes and not any(layer.calls for layer in taps.forward_layers)
-        if taps.forward_layers and is_unread and is_compiled(self.watcher.root()):
+        unread = [not layer.calls and layer.name not in taps.notes for layer in taps.forward_layers]
+        if unread and all(unread) and is_compiled(self.watcher.root()):
             warnings.warn(f"fastcov reads nothing: {COMPILED_BEFORE}", stacklevel=4)
 
     def _end_step(self) -> None:

@@ -50,7 +50,7 @@ class CallCounters(NamedTuple):
 class CountedGather:
     """Repeated copy of the rows that are due, with all counters on the device.
 
-    Arguments and results are those of :class:`fastcov.kernels.gather.CursorGather`.
+    Arguments but ``counters`` are those of :class:`fastcov.kernels.gather.CursorGather`.
 
     Args:
         buffer: Contiguous, the rows' dtype. [capacity, C]

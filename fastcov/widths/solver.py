@@ -46,7 +46,12 @@ class WidthGroup:
     floor: int = 8
 
     def __post_init__(self) -> None:
-        _check_members(self.name, self.members)
+        members: object = self.members
+        if isinstance(members, str):
+            raise TypeError(
+                f"width group {self.name!r}: members is the text {members!r}; give a tuple, "
+                f"({members!r},)"
+            )
         for field in ("width", "multiple", "floor"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -63,13 +68,6 @@ class WidthGroup:
     def nearest(self, target: float) -> int:
         """Allowed width nearest to ``target`` (halves go up)."""
         return max(self.least, math.floor(target / self.multiple + 0.5) * self.multiple)
-
-
-def _check_members(group: str, members: object) -> None:
-    if isinstance(members, str):
-        raise TypeError(
-            f"width group {group!r}: members is the text {members!r}; give a tuple, ({members!r},)"
-        )
 
 
 class Solver:

@@ -234,7 +234,7 @@ def draw_spectra(
         ax.axhline(1e-3, color="#8a8a8a", linestyle="--", linewidth=0.8)
         ax.set_xlim(0.9, 1.1 * widest)
         ax.set_ylim(_LEAST_RELATIVE, 2)
-        ax.minorticks_off()  # most of the time that fifty panels take
+        ax.minorticks_off()  # half of the time that fifty panels take
         ax.set_title(title, fontsize=FONT)
         _calm(ax)
     _name_panels(figure, cells[0], "rank", "eigenvalue / largest")
@@ -294,7 +294,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[A
 
 
 def _name_panels(figure: Figure, first: Axes, x_label: str, y_label: str) -> None:
-    """Legend and labels around panels, and spaces in inches: an automatic layout takes minutes."""
+    """Legend and labels around panels, spaced in inches: an automatic layout doubles the time."""
     width, height = figure.get_size_inches()
     grid = first.get_gridspec()
     lines, columns = grid.nrows, grid.ncols
